@@ -1,0 +1,41 @@
+# Everything happens in .venv, which pip builds from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Tests must neither reach for a hub nor report usage.
+OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test clean
+
+help:  ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/.installed  ## Install fedlora into .venv.
+
+quickstart: .venv/.installed  ## Install, then run experiments/quickstart.toml into runs/quickstart.
+	$(BIN)/fedlora run experiments/quickstart.toml
+
+test: .venv/.installed-dev  ## Install with the development tools, then run every check.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(OFFLINE) $(BIN)/pytest
+
+clean:  ## Remove .venv, build output and caches; runs/ stays.
+	rm -rf .venv build dist *.egg-info *.fab .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp a set of extras: pip runs again only when the requirements change.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) --editable ".[dev,tensorboard]"
+	touch $@ .venv/.installed

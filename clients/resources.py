@@ -1,0 +1,83 @@
+"""What a client process loads once and keeps: the data's tokens, and the frozen base model with its adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from fedlora.adapters import AdaptedModel, adapt
+from fedlora.assets import cache_dir
+from fedlora.communication.wire import Arrays, digest
+from fedlora.config import Config, load_config
+from fedlora.data.tokens import FederatedData, prepare_data
+from fedlora.models import load_base
+
+
+def run_config(values: Mapping[str, Any]) -> Config:
+    """Read the run's config from Flower's run config: its key ``config`` is TOML text or a path.
+
+    A relative path is looked for in the working directory, then beside the app.
+    """
+    return _config(str(values["config"]))
+
+
+@lru_cache(maxsize=4)
+def _config(source: str) -> Config:
+    beside = Path(__file__).parents[1] / source if "\n" not in source else None
+    if beside is not None and not Path(source).is_file() and beside.is_file():
+        return load_config(beside)
+    return load_config(source)
+
+
+@lru_cache(maxsize=2)
+def _data(config_text: str) -> FederatedData:
+    return prepare_data(load_config(config_text))
+
+
+def client_data(config: Config) -> FederatedData:
+    """Return the tokenised data of a run, shared by all clients of this process and memory-mapped."""
+    return _data(config.to_toml())
+
+
+@lru_cache(maxsize=1)
+def _model(config_text: str, parameterisation: str) -> AdaptedModel:
+    config = load_config(config_text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
+
+
+def client_model(config: Config, parameterisation: str) -> AdaptedModel:
+    """Return the base model with adapters, loaded once a process; on the GPU if this process was given one."""
+    return _model(config.to_toml(), parameterisation)
+
+
+def keep_initial(arrays: Arrays) -> str:
+    """Store a run's frozen arrays on this host under their digest, and return it."""
+    key = digest(arrays)
+    path = _initial_path(key)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(save(arrays))
+        os.replace(temporary, path)
+    return key
+
+
+@lru_cache(maxsize=2)
+def initial_arrays(key: str) -> Arrays | None:
+    """Return the frozen arrays of a digest, or None where this host does not hold them (whole)."""
+    path = _initial_path(key)
+    if not path.exists():
+        return None
+    arrays: Arrays = load(path.read_bytes())
+    return arrays if digest(arrays) == key else None
+
+
+def _initial_path(key: str) -> Path:
+    return cache_dir() / "initial" / f"{key}.safetensors"

@@ -1,0 +1,1 @@
+"""Configs, studies and scripts that ship with fedlora."""

@@ -1,0 +1,34 @@
+"""fedlora: federated fine-tuning of transformers, private and measured.
+
+``simulate`` runs a federation on this machine or a Ray cluster; ``load`` gives the model that a run made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedlora.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from fedlora.results.folder import RunResult
+    from fedlora.results.load import load
+    from fedlora.simulator import simulate
+
+__all__ = ["InputError", "RunError", "RunResult", "load", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `fedlora --help` and the config need neither torch nor Ray.
+    if name == "simulate":
+        from fedlora.simulator import simulate
+
+        return simulate
+    if name == "load":
+        from fedlora.results.load import load
+
+        return load
+    if name == "RunResult":
+        from fedlora.results.folder import RunResult
+
+        return RunResult
+    raise AttributeError(f"module 'fedlora' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""LoRA: dW = s B A (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FACTORS = ("lora_A", "lora_B")
+"""In the order in which the input meets them."""
+
+
+def factor_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes (rows, columns) of A [r, n] and B [m, r]."""
+    return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+
+
+def initial_factors(
+    out_features: int, in_features: int, rank: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """A drawn from a kaiming uniform with a = sqrt 5, B = 0, so that the model starts at the base model.
+
+    Parameters
+    ----------
+    out_features, in_features, rank : int
+    generator : torch.Generator
+        Successive calls give every layer a draw of its own.
+
+    Returns
+    -------
+    dict
+        lora_A [r, n] and lora_B [m, r], float32.
+    """
+    # kaiming_uniform_ with a = sqrt 5 is uniform in +-sqrt(6 / ((1 + 5) n)) = +-1 / sqrt n.
+    bound = 1 / math.sqrt(in_features)
+    a = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32) * 2 - 1) * bound
+    return {"lora_A": a, "lora_B": torch.zeros(out_features, rank)}
+
+
+def to_lora(factors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B as they are."""
+    return factors["lora_A"], factors["lora_B"]

@@ -1,0 +1,79 @@
+"""Adapters as a PEFT folder: the interchange format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters.model import PARAMETERISATIONS, AdaptedModel
+from fedlora.config import Config
+from fedlora.models import MeanPoolingClassifier, pretrained_source
+
+HEAD_FILE = "head.safetensors"
+"""Head of a mean-pooled classifier, which no stock transformers model has."""
+
+
+def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
+    """Write client 0's arrays as a PEFT LoRA folder.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    config : Config
+    folder : Path
+        Gets adapter_config.json and adapter_model.safetensors, and ``head.safetensors`` for pooling mean.
+    label_names : list of str or None
+
+    Notes
+    -----
+    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank and
+    ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mean_pooled = isinstance(adapted.model, MeanPoolingClassifier)
+    prefix = "encoder." if mean_pooled else ""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, adapter in adapted.adapters.items():
+        arrays = adapted.arrays([f"{path}.{factor}" for factor in adapter.factors])
+        factors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+        a, b = PARAMETERISATIONS[adapted.kind].to_lora(factors)
+        stock = path.removeprefix(prefix)
+        tensors[f"base_model.model.{stock}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
+    head = adapted.arrays(adapted.head_names)
+    if mean_pooled:
+        save_file(head, folder / HEAD_FILE, metadata={"labels": "\n".join(label_names or [])})
+    else:
+        tensors |= {f"base_model.model.{name}": array for name, array in head.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config = LoraConfig(
+        r=config.method.rank,
+        lora_alpha=config.scaling() * config.method.rank,  # type: ignore[arg-type]
+        target_modules=_targets(adapted, prefix),
+        lora_dropout=config.method.dropout,
+        task_type=_task_type(config),
+        modules_to_save=sorted({n.split(".")[0] for n in adapted.head_names}) if head and not mean_pooled else None,
+        fan_in_fan_out=any(isinstance(adapter.base, Conv1D) for adapter in adapted.adapters.values()),
+        base_model_name_or_path=pretrained_source(config),
+        inference_mode=True,
+    )
+    peft_config.save_pretrained(str(folder))
+
+
+def _targets(adapted: AdaptedModel, prefix: str) -> list[str]:
+    """Short names where they choose the same modules, else whole paths."""
+    names = sorted({path.rpartition(".")[2] for path in adapted.adapters})
+    others = [
+        p for p, _ in adapted.model.named_modules() if p.rpartition(".")[2] in names and p not in adapted.adapters
+    ]
+    return [path.removeprefix(prefix) for path in adapted.adapters] if others else names
+
+
+def _task_type(config: Config) -> TaskType:
+    if config.model.task == "causal-lm":
+        return TaskType.CAUSAL_LM
+    return TaskType.FEATURE_EXTRACTION if config.model.pooling == "mean" else TaskType.SEQ_CLS

@@ -1,0 +1,55 @@
+"""The SB square matrix: dW = s B R A with B and A frozen and orthonormal, R [r, r] trained.
+
+LoRA-XS (arXiv 2405.17604) takes B and A from the singular vectors of W0; LoRA-SB (arXiv 2411.19557), on which Fed-SB
+(arXiv 2502.15436) builds, takes them from one sign step along an averaged gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FACTORS = ("sb_A", "sb_R", "sb_B")
+"""In the order in which the input meets them."""
+
+
+def factor_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes (rows, columns) of A [r, n], R [r, r] and B [m, r]."""
+    return {"sb_A": (rank, in_features), "sb_R": (rank, rank), "sb_B": (out_features, rank)}
+
+
+def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    # The sign of a singular pair is free; fixing it makes the start the same for every LAPACK.
+    sign = torch.where(vh.gather(1, vh.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)[:, 0]
+    return (u * sign)[:, :rank].contiguous(), s[:rank], (vh * sign[:, None])[:rank].contiguous()
+
+
+def factors_from_weight(weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    """Start without data, after LoRA-XS: B and A are the leading singular vectors of W0 [m, n], and R = 0."""
+    u, _, vh = _truncated_svd(weight, rank)
+    return {"sb_A": vh.float(), "sb_R": torch.zeros(rank, rank), "sb_B": u.float()}
+
+
+def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: float) -> dict[str, torch.Tensor]:
+    """Start of LoRA-SB: the best rank-r approximation U S V^T of one sign step -eta sign(G).
+
+    Parameters
+    ----------
+    gradient : Tensor [m, n]
+        G, the loss's gradient with respect to W0, averaged over examples.
+    rank : int
+    learning_rate : float
+        eta, the length of the sign step.
+
+    Returns
+    -------
+    dict
+        sb_B = U_r, sb_A = V_r^T and sb_R = diag(S_r), so that dW starts at the truncated step.
+    """
+    u, s, vh = _truncated_svd(-learning_rate * torch.sign(gradient.double()), rank)
+    return {"sb_A": vh.float(), "sb_R": torch.diag(s).float(), "sb_B": u.float()}
+
+
+def to_lora(factors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold R into B: B R A = (B R) A is a plain LoRA of the same rank."""
+    return factors["sb_A"], factors["sb_B"] @ factors["sb_R"]

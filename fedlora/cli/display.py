@@ -1,0 +1,126 @@
+"""What a run shows on a terminal: a progress bar, and a table of rounds. Without a terminal, the table alone."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedlora.results.folder import RunResult
+from strategies.federation import Progress as Hooks
+
+COLUMNS = (
+    ("round", 5),
+    ("train loss", 10),
+    ("test loss", 9),
+    ("score", 8),
+    ("epsilon", 8),
+    ("sent", 9),
+    ("failed", 6),
+    ("seconds", 7),
+)
+
+
+class RunDisplay:
+    """Shows a run as it goes.
+
+    Attributes
+    ----------
+    progress : strategies.federation.Progress
+        Hooks for :func:`fedlora.simulate`.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Hooks(on_start=self._start, on_client=self._client, on_round=self._round)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._clients_a_round = 0
+        self._header_shown = False
+
+    def __enter__(self) -> RunDisplay:
+        self._bar.start()
+        self._rounds = self._bar.add_task("starting", total=None, note="")
+        self._clients = self._bar.add_task("clients", total=None, note="", visible=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def summary(self, result: RunResult) -> None:
+        """Print what came out, and where it is."""
+        facts, final = result.summary, result.summary["final"]
+        table = Table(box=None, show_header=False, pad_edge=False)
+        if "accuracy" in final:
+            table.add_row("accuracy", f"{final['accuracy']:.1%} (majority class {final['majority']:.1%})")
+        if "perplexity" in final:
+            table.add_row("perplexity", f"{final['perplexity']:.2f}")
+        if facts["epsilon"]:
+            e = facts["epsilon"]
+            covers = "" if e["covers_init"] else "; the start is not covered"
+            table.add_row("epsilon", f"{e['max']:.3f} at delta {e['delta']:g}, {e['unit']}{covers}")
+        c = facts["communication"]
+        table.add_row(
+            "bytes",
+            f"{_bytes(c['uplink_bytes'])} up, {_bytes(c['downlink_bytes'])} down, {_bytes(c['initial_bytes'])} once",
+        )
+        table.add_row("trained", f"{facts['trainable_parameters']:,} numbers")
+        table.add_row("seconds", f"{facts['seconds']['total']:.1f}")
+        table.add_row("folder", str(result.folder))
+        self.console.print(table)
+
+    def _start(self, rounds: int, first: int, clients: int) -> None:
+        self._clients_a_round = clients
+        self._bar.update(self._rounds, description="rounds", total=rounds, completed=first)
+        self._bar.update(self._clients, total=clients, completed=0, visible=True)
+
+    def _client(self, client: int) -> None:
+        self._bar.advance(self._clients)
+
+    def _round(self, line: dict[str, Any]) -> None:
+        if not self._header_shown:
+            self._header_shown = True
+            self.console.print("  ".join(name.rjust(width) for name, width in COLUMNS), highlight=False)
+        metrics = line["metrics"]
+        traffic = line["communication"]
+        sent = traffic["initial_bytes"] + traffic["downlink_bytes"] + traffic["uplink_bytes"]
+        score = f"{metrics['accuracy']:.1%}" if "accuracy" in metrics else _number(metrics.get("perplexity"), 2)
+        cells = (
+            str(line["round"]),
+            _number(line["train_loss"], 4),
+            _number(metrics.get("loss"), 4),
+            score,
+            _number(line["epsilon"], 3),
+            _bytes(sent),
+            str(len(line["failed"])),
+            f"{sum(line['seconds'].values()):.1f}",
+        )
+        self.console.print("  ".join(c.rjust(w) for c, (_, w) in zip(cells, COLUMNS, strict=True)), highlight=False)
+        note = f"loss {cells[1]}  score {cells[3]}  epsilon {cells[4]}  sent {cells[5]}"
+        self._bar.update(self._rounds, completed=line["round"], note=note)
+        self._bar.reset(self._clients, total=self._clients_a_round)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,0 +1,150 @@
+"""MeteredGrid counts the bytes of every message, both ways, around whatever Grid there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto, recorddict_to_proto
+from flwr.serverapp import Grid
+
+from fedlora.communication.decorator import GridDecorator
+from fedlora.communication.wire import payload_bytes
+
+INITIAL = "initial"
+"""Key of the record that a client gets once, on its first contact with a run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of communication.csv.
+
+    Attributes
+    ----------
+    round, client : int
+    direction : str
+        initial (once a client), down or up.
+    payload_bytes : int
+        Elements times dtype size of all arrays.
+    message_bytes : int
+        The message in Flower's protobuf form: payload, array headers, names, metrics, config and metadata.
+    formula_bytes : int
+        What the method's formula says the payload is.
+    """
+
+    round: int
+    client: int
+    direction: str
+    payload_bytes: int
+    message_bytes: int
+    formula_bytes: int
+
+
+class MeteredGrid(GridDecorator):
+    """Counts messages on their way through another Grid.
+
+    Parameters
+    ----------
+    grid : Grid
+    formula : callable (round, client, direction) -> int
+        The method's payload in bytes.
+    clients : mapping of int to int
+        Node id to client (partition) number.
+
+    Attributes
+    ----------
+    rows : list of Row
+        What was counted since they were last taken.
+    totals : dict of str to int
+        initial_bytes, downlink_bytes and uplink_bytes (of messages), payload_bytes and formula_bytes (all directions).
+    """
+
+    def __init__(self, grid: Grid, formula: Callable[[int, int, str], int], clients: Mapping[int, int]) -> None:
+        super().__init__(grid)
+        self.formula, self.clients = formula, clients
+        self.rows: list[Row] = []
+        names = ("initial_bytes", "downlink_bytes", "uplink_bytes", "payload_bytes", "formula_bytes")
+        self.totals = dict.fromkeys(names, 0)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Send, receive and count; replies are passed on as they come."""
+        sizes: dict[int, int] = {}  # the global arrays are one object in all of a round's messages: size them once
+        outgoing = list(messages)
+        for message in outgoing:
+            self._count_down(message, sizes)
+        for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
+            self._count(reply, reply.metadata.src_node_id, "up", message_size(reply))
+            yield reply
+
+    def take_rows(self) -> list[Row]:
+        """Return the rows counted since the last call, in order of client and direction."""
+        rows = sorted(self.rows, key=lambda r: (r.round, r.client, ("initial", "down", "up").index(r.direction)))
+        self.rows = []
+        return rows
+
+    def _count_down(self, message: Message, sizes: dict[int, int]) -> None:
+        node = message.metadata.dst_node_id
+        whole = message_size(message, sizes)
+        if INITIAL in message.content:
+            record = message.content[INITIAL]
+            assert isinstance(record, ArrayRecord)
+            alone = _record_size(INITIAL, record, sizes)
+            self._add(message, node, INITIAL, payload_bytes(record), alone)
+            whole -= alone
+        self._count(message, node, "down", whole)
+
+    def _count(self, message: Message, node: int, direction: str, size: int) -> None:
+        records = message.content.array_records.items() if message.has_content() else ()
+        payload = sum(payload_bytes(record) for key, record in records if key != INITIAL)
+        self._add(message, node, direction, payload, size)
+
+    def _add(self, message: Message, node: int, direction: str, payload: int, size: int) -> None:
+        server_round, client = int(message.metadata.group_id or 0), self.clients.get(node, -1)
+        formula = self.formula(server_round, client, direction) if payload else 0
+        row = Row(server_round, client, direction, payload, size, formula)
+        self.rows.append(row)
+        self.totals[{"down": "downlink_bytes", "up": "uplink_bytes", INITIAL: "initial_bytes"}[direction]] += size
+        self.totals["payload_bytes"] += payload
+        self.totals["formula_bytes"] += formula
+
+
+def row_dict(row: Row) -> dict[str, int | str]:
+    """Return a row as a dict in the order of communication.csv's columns."""
+    return asdict(row)
+
+
+def message_size(message: Message, sizes: dict[int, int] | None = None) -> int:
+    """Exact size in bytes of a message in Flower's protobuf form, without serialising shared arrays again.
+
+    Parameters
+    ----------
+    message : Message
+    sizes : dict, optional
+        Known sizes of array records by ``id``; filled here, and good while the records live.
+    """
+    if not message.has_content():
+        return int(message_to_proto(message).ByteSize())
+    rest = RecordDict()
+    arrays = 0
+    for key, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            arrays += _record_size(key, record, sizes)
+        else:
+            rest[key] = record
+    bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
+    content = bare.content.ByteSize()
+    return int(bare.ByteSize()) - _varint(content) + arrays + _varint(content + arrays)
+
+
+def _record_size(key: str, record: ArrayRecord, sizes: dict[int, int] | None) -> int:
+    if sizes is not None and id(record) in sizes:
+        return sizes[id(record)]
+    size = int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
+    if sizes is not None:
+        sizes[id(record)] = size
+    return size
+
+
+def _varint(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))

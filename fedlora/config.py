@@ -1,0 +1,370 @@
+"""One typed model of a run.
+
+A run is described by a TOML file. :func:`load_config` reads it, applies overrides and returns a :class:`Config`; every
+mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the value and the remedy.
+:meth:`Config.to_toml` writes the resolved config back; the result runs again as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedlora.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Positive = 10
+
+
+class ModelSection(_Section):
+    """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
+
+    name: Annotated[str, Field(min_length=1)]
+    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    pooling: Literal["default", "mean"] = "default"
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    max_length: Annotated[int, Field(ge=2)] = 128
+    num_hidden_layers: Positive | None = None
+    revision: str | None = None
+
+
+class PartitionSection(_Section):
+    """``[data.partition]``: how the training examples are divided among the clients (flwr-datasets' partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
+    clients: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    classes_per_client: Positive = 2
+    shards_per_client: Positive = 2
+    size_skew: Literal["linear", "square", "exponential"] = "linear"
+    column: str | None = None
+    min_examples: Annotated[int, Field(ge=1)] = 1
+
+
+class DataSection(_Section):
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a path (CSV, TSV, JSONL, Parquet, ``datasets`` folder)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    train: str | None = None
+    test: str | None = None
+    validation: str | None = None
+    public: str | None = None
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    answer: str | None = None
+    max_examples: Positive | None = None
+    partition: PartitionSection = PartitionSection()
+
+
+class MethodSection(_Section):
+    """``[method]``: what is trained and how it is averaged; names follow PEFT."""
+
+    name: str
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    target_modules: str | list[str] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    init: Literal["svd", "public", "pooled"] = "svd"
+    init_examples: Positive = 500
+    init_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    init_not_covered: bool = False
+
+
+class ClientSection(_Section):
+    """``[client]``: local training."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = 32
+    physical_batch_size: Positive | None = None
+    local_steps: Positive | None = None
+    local_epochs: Positive | None = None
+
+
+class PrivacySection(_Section):
+    """``[privacy]``: differential privacy; names follow Opacus."""
+
+    mode: Literal["none", "example", "client"] = "none"
+    target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    accountant: Literal["rdp", "prv", "gdp"] = "rdp"
+
+
+class ServerSection(_Section):
+    """``[server]``: sampling of clients, evaluation and patience."""
+
+    fraction_train: Fraction = 1.0
+    min_replies: Positive = 1
+    evaluate_every: Positive = 1
+    batch_size: Positive = 64
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+
+
+class SimulationSection(_Section):
+    """``[simulation]``: where simulated clients run."""
+
+    workers: Positive | None = None
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    cohort_size: Positive | Literal["auto"] = "auto"
+    address: str | None = None
+
+
+class TrackingSection(_Section):
+    """``[tracking]``: loggers beside the run folder."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "fedlora"
+
+
+class Config(_Section):
+    """A whole run. Sections and keys are described in the README's reference of the config."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    method: MethodSection
+    client: ClientSection = ClientSection()
+    privacy: PrivacySection = PrivacySection()
+    server: ServerSection = ServerSection()
+    simulation: SimulationSection = SimulationSection()
+    tracking: TrackingSection = TrackingSection()
+
+    def to_toml(self) -> str:
+        """Return the config as TOML; keys without a value are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def scaling(self) -> float:
+        """Return the adapter's factor s = alpha / rank (alpha defaults to the rank, so that s = 1)."""
+        return 1.0 if self.method.alpha is None else self.method.alpha / self.method.rank
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, override and check a config.
+
+    Parameters
+    ----------
+    source : str, Path or Mapping
+        A TOML file, TOML text (recognised by a line break), or the parsed content.
+    overrides : Mapping[str, object], optional
+        ``section.key`` to value; a string is parsed as a TOML value where it is one, an empty string removes the key.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no TOML, or a key or value is wrong.
+    """
+    content = _parse(source)
+    for key, value in (overrides or {}).items():
+        _override(content, key, value)
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise _input_error(error) from None
+    _check(config, content)
+    return config
+
+
+def unused_keys(config: Config) -> list[str]:
+    """Name the keys that were set but that the chosen method or mode does not use."""
+    notes = []
+    given = {
+        f"{section}.{key}" for section in type(config).model_fields for key in getattr(config, section).model_fields_set
+    }
+    given |= {f"data.partition.{key}" for key in config.data.partition.model_fields_set}
+
+    def note(condition: bool, keys: str, why: str) -> None:
+        if condition:
+            notes.extend(f"{key} is not used: {why}" for key in keys.split() if key in given)
+
+    kind = config.data.partition.kind
+    note(
+        config.privacy.mode == "none",
+        "privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant",
+        "privacy.mode is none",
+    )
+    note(config.privacy.mode == "example", "client.max_grad_norm", "under DP each example is clipped instead")
+    note(
+        config.method.name != "fed-sb",
+        "method.init method.init_examples method.init_learning_rate method.init_not_covered",
+        f"{config.method.name} has one start",
+    )
+    note(
+        config.method.init == "svd",
+        "method.init_examples method.init_learning_rate method.init_not_covered",
+        "init svd needs no data",
+    )
+    note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
+    note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
+    note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
+    note(kind != "dirichlet", "data.partition.alpha", f"the partition is {kind}")
+    note(kind != "pathological", "data.partition.classes_per_client", f"the partition is {kind}")
+    note(kind != "shard", "data.partition.shards_per_client", f"the partition is {kind}")
+    note(kind != "size", "data.partition.size_skew", f"the partition is {kind}")
+    return notes
+
+
+def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return _deep_copy(source)
+    if isinstance(source, str) and "\n" in source:
+        text, shown = source, "(text)"
+    else:
+        path, shown = Path(source), str(source)
+        if not path.is_file():
+            raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("CONFIG", shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("CONFIG", shown, f"is not valid TOML ({error}); mend that line") from None
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _deep_copy(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _override(content: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    if len(parts) < 2 or not all(parts):
+        raise InputError("--set", f"{key}={value}", "write section.key=value, for example run.seed=1")
+    place = content
+    for part in parts[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise InputError("--set", f"{key}={value}", f"{part!r} is a value and has no keys below it")
+    if value is None or value == "":
+        place.pop(parts[-1], None)
+    else:
+        place[parts[-1]] = _toml_value(value) if isinstance(value, str) else _deep_copy(value)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if set(parsed) == {"value"} else text
+
+
+def _known_keys(path: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _input_error(error: ValidationError) -> InputError:
+    # Several mistakes may be there; the first is told, since one line is the contract.
+    first = error.errors(include_url=False)[0]
+    location = tuple(part for part in first["loc"] if isinstance(part, str) and "[" not in part and "-" not in part)
+    location = _real_path(location)
+    field = ".".join(location) or "CONFIG"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return InputError(field, first["input"], f"there is no such key; {hint}")
+    if first["type"] == "missing":
+        return InputError(field, None, "is required; add it to the config")
+    if first["type"] == "string_pattern_mismatch":
+        return InputError(
+            field, first["input"], "use letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return InputError(field, first["input"], f"{expected}; change the value")
+
+
+def _real_path(location: tuple[str, ...]) -> tuple[str, ...]:
+    """Drop the parts that pydantic adds for the members of a union."""
+    kept: list[str] = []
+    for part in location:
+        known = _known_keys(tuple(kept))
+        if not known:
+            break
+        kept.append(part)
+        if part not in known:
+            break
+    return tuple(kept)
+
+
+def _check(config: Config, content: Mapping[str, Any]) -> None:
+    """Refuse combinations that no single key shows."""
+    privacy, client, data = config.privacy, config.client, config.data
+    if privacy.mode == "client":
+        raise InputError("privacy.mode", "client", "client-level privacy is not available yet; use example or none")
+    if privacy.mode == "example":
+        both = privacy.target_epsilon is not None and privacy.noise_multiplier is not None
+        neither = privacy.target_epsilon is None and privacy.noise_multiplier is None
+        if both:
+            given = f"{privacy.target_epsilon} and noise_multiplier = {privacy.noise_multiplier}"
+            raise InputError("privacy.target_epsilon", given, "give one of the two; the other follows from it")
+        if neither:
+            raise InputError("privacy.target_epsilon", None, "is required with mode example (or noise_multiplier)")
+    if client.local_steps is not None and client.local_epochs is not None:
+        given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
+        raise InputError("client.local_steps", given, "give one of the two")
+    if data.partition.kind == "natural":
+        if data.partition.column is None:
+            raise InputError(
+                "data.partition.column", None, "is required with kind natural: the column that names the owner"
+            )
+    elif data.partition.clients is None:
+        raise InputError("data.partition.clients", None, "is required: the number of clients")
+    if (data.prompt is None) != (data.answer is None):
+        raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
+    if config.model.task == "causal-lm" and data.partition.kind in ("dirichlet", "pathological", "shard"):
+        if data.partition.column is None:
+            raise InputError(
+                "data.partition.column",
+                None,
+                f"is required with kind {data.partition.kind} for causal-lm: the column to skew",
+            )
+    if config.method.init == "public" and config.method.name == "fed-sb" and data.public is None:
+        raise InputError("method.init", "public", "needs data.public: examples that the server may read")
+    if config.method.init == "pooled" and config.method.name == "fed-sb" and privacy.mode != "none":
+        if not config.method.init_not_covered:
+            raise InputError(
+                "method.init",
+                "pooled",
+                "reads private data without noise, so epsilon would not cover it; use svd, or set method.init_not_covered = true",
+            )

@@ -1,0 +1,349 @@
+"""Tokenised examples, made once and then shared by every process through the cache.
+
+A prepared data set is a folder of ``.npy`` files that are opened as memory maps, so a worker that holds a thousand
+clients holds none of their tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+import numpy as np
+import torch
+
+from fedlora.assets import build_once, cache_dir, find_asset, is_asset
+from fedlora.config import Config
+from fedlora.data.partition import client_names, partition_rows
+from fedlora.data.sources import load_examples, source_identity
+from fedlora.errors import InputError
+from fedlora.models import load_tokenizer, model_config, pretrained_source
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a position that has no loss."""
+
+# Part of the cache's key: raise it when the same config would give other files.
+_LAYOUT = 1
+_CHUNK = 1000
+_TABLES = ("train", "test", "validation", "public")
+_PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+class TokenTable:
+    """Tokenised examples of one split.
+
+    Parameters
+    ----------
+    tokens : np.ndarray
+        Token ids of all rows one after the other, int32.
+    offsets : np.ndarray
+        Row i is ``tokens[offsets[i]:offsets[i + 1]]``; int64 [rows + 1].
+    labels : np.ndarray, optional
+        Class of each row, int64 [rows]; None for causal-lm.
+    answer_start : np.ndarray, optional
+        Number of leading tokens of each row without loss, int64 [rows]; for causal-lm.
+    domain : np.ndarray, optional
+        Index of each row's domain in :attr:`FederatedData.domain_names`, int64 [rows].
+    pad_token_id : int
+        What fills the rows of a batch.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+        labels: np.ndarray | None,
+        answer_start: np.ndarray | None,
+        domain: np.ndarray | None,
+        pad_token_id: int,
+    ) -> None:
+        self.tokens, self.offsets, self.labels = tokens, offsets, labels
+        self.answer_start, self.domain, self.pad_token_id = answer_start, domain, pad_token_id
+        self.lengths: np.ndarray = np.diff(offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return rows as tensors, in the order given, padded on the right to the longest of them.
+
+        Parameters
+        ----------
+        rows : np.ndarray
+            Row numbers [N]; N may be 0.
+
+        Returns
+        -------
+        dict
+            ``input_ids`` and ``attention_mask``, int64 [N, T]; ``labels``, int64: the classes [N], or for causal-lm
+            the token ids [N, T] with -100 on prompts and padding.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        positions = np.arange(lengths.max(initial=0))
+        mask = positions < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, np.int64)
+        ids[mask] = self.tokens[(np.asarray(self.offsets)[rows][:, None] + positions)[mask]]
+        if self.labels is not None:
+            labels = np.array(self.labels[rows], np.int64)
+        elif self.answer_start is not None:
+            labels = np.where(mask & (positions >= self.answer_start[rows][:, None]), ids, IGNORED)
+        else:
+            raise ValueError("the table has neither labels nor answers")
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+        }
+
+
+class Partition(Sequence[np.ndarray]):
+    """The training rows of every client: ``partition[i]`` is a sorted int64 array, ``sizes`` are the lengths."""
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray) -> None:
+        self.rows, self.offsets = rows, offsets
+        self.sizes: np.ndarray = np.diff(offsets)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, client: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, client: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, client: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(client, slice):
+            return [self[number] for number in range(len(self))[client]]
+        if not -len(self) <= client < len(self):
+            raise IndexError(f"client {client} of {len(self)}")
+        client %= len(self)
+        return self.rows[self.offsets[client] : self.offsets[client + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[client] for client in range(len(self)))
+
+
+@dataclass
+class FederatedData:
+    """Everything that a run reads of its examples.
+
+    Parameters
+    ----------
+    train, test : TokenTable
+    validation, public : TokenTable, optional
+    label_names : list of str, optional
+        The classes; None for causal-lm.
+    domain_names : list of str
+        The domains; empty without a column ``domain``.
+    partition : Partition
+        The rows of ``train`` that each client holds.
+    client_names : list of str
+        A number, or the value of the natural partition's column.
+    folder : Path
+        Where the files lie.
+    """
+
+    train: TokenTable
+    test: TokenTable
+    validation: TokenTable | None
+    public: TokenTable | None
+    label_names: list[str] | None
+    domain_names: list[str]
+    partition: Partition
+    client_names: list[str]
+    folder: Path
+
+    def label_counts(self) -> np.ndarray:
+        """Count the examples of each client and class, int64 [clients, labels] (one column for causal-lm)."""
+        if self.train.labels is None or self.label_names is None:
+            return self.partition.sizes[:, None].copy()
+        labels, count = np.asarray(self.train.labels), len(self.label_names)
+        return np.stack([np.bincount(labels[rows], minlength=count) for rows in self.partition])
+
+
+def prepare_data(config: Config) -> FederatedData:
+    """Load, tokenise and partition the examples of a run, or open what an earlier call made of the same.
+
+    For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
+    prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
+    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning.
+
+    The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
+    sources as :func:`~fedlora.data.sources.source_identity` sees them.
+
+    Raises
+    ------
+    InputError
+        If the model, the examples or the partition cannot be used.
+    """
+    pretrained = model_config(config)
+    folder = cache_dir() / "tokens" / _key(config, pretrained)
+    build_once(folder, lambda target: _build(config, target), "data.name", config.data.name)
+    return _open(config, folder)
+
+
+def _key(config: Config, pretrained: Any) -> str:
+    source = pretrained_source(config)
+    if is_asset(config.model.name):
+        tokenizer: Any = sorted(find_asset(config.model.name).files.items())
+    elif Path(source).is_dir():
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in Path(source).glob(pattern) if file.is_file()})
+        # Index and configuration of the weights change nothing here, but are small and rarely differ.
+        tokenizer = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    else:
+        tokenizer = [source, config.model.revision, getattr(pretrained, "_commit_hash", None)]
+    parts = {
+        "layout": _LAYOUT,
+        "tokenizer": tokenizer,
+        "task": config.model.task,
+        "max_length": config.model.max_length,
+        "seed": config.run.seed,
+        "data": config.data.model_dump(),
+        "source": source_identity(config),
+        "versions": [version(package) for package in _PACKAGES],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(config: Config, target: Path) -> None:
+    examples = load_examples(config)
+    tokenizer = load_tokenizer(config)
+    tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
+    with_domain = [table for table in tables.values() if "domain" in table.column_names]
+    domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
+    train = examples.train
+    for name, table in tables.items():
+        kept = _write_table(config, target, name, table, tokenizer, domains)
+        if name == "train":
+            train = kept
+    clients = partition_rows(config, train, examples.label_names)
+    np.save(target / "partition.rows.npy", np.concatenate(clients))
+    np.save(target / "partition.offsets.npy", _offsets([len(rows) for rows in clients]))
+    meta = {
+        "label_names": examples.label_names,
+        "domain_names": domains,
+        "client_names": client_names(config, train, clients),
+        "pad_token_id": tokenizer.pad_token_id,
+        "tables": list(tables),
+    }
+    (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _write_table(
+    config: Config, target: Path, name: str, table: datasets.Dataset, tokenizer: Any, domains: list[str]
+) -> datasets.Dataset:
+    """Write the files of one split; return the examples that are in them."""
+    rows: list[list[int]] = []
+    starts: list[int] = []
+    for first in range(0, len(table), _CHUNK):
+        chunk = table[first : first + _CHUNK]
+        if config.model.task == "sequence-classification":
+            rows += _encode(tokenizer, chunk["text"], config.model.max_length)
+        else:
+            new_rows, new_starts = _causal(config, tokenizer, chunk)
+            rows += new_rows
+            starts += new_starts
+    if config.model.task == "causal-lm":
+        keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
+        dropped = len(rows) - len(keep)
+        if not keep:
+            remedy = f"every prompt of {name} is longer than that, so no answer is left; raise it"
+            raise InputError("model.max_length", config.model.max_length, remedy)
+        if dropped:
+            logger.warning(
+                "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
+            )
+            rows, starts, table = [rows[row] for row in keep], [starts[row] for row in keep], table.select(keep)
+        np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
+    else:
+        np.save(target / f"{name}.labels.npy", np.array(table["label"][:], np.int64))
+    np.save(target / f"{name}.tokens.npy", np.concatenate([np.array(ids, np.int32) for ids in rows]))
+    np.save(target / f"{name}.offsets.npy", _offsets([len(ids) for ids in rows]))
+    if "domain" in table.column_names:
+        index = {domain: number for number, domain in enumerate(domains)}
+        np.save(target / f"{name}.domain.npy", np.array([index[domain] for domain in table["domain"][:]], np.int64))
+    return table
+
+
+def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: bool = True) -> list[list[int]]:
+    found = tokenizer(
+        texts,
+        add_special_tokens=special,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = found["input_ids"]
+    return ids
+
+
+def _causal(config: Config, tokenizer: Any, chunk: dict[str, list[str]]) -> tuple[list[list[int]], list[int]]:
+    """Return token ids of whole rows, and how many of each row's first tokens have no loss."""
+    length, eos = config.model.max_length, tokenizer.eos_token_id
+    if eos is None:
+        raise InputError("model.name", config.model.name, "its tokenizer has no eos token; causal-lm needs one")
+    if "text" in chunk:
+        # A tokenizer may close its rows itself.
+        texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, chunk["text"], None)]
+        return [ids[:length] for ids in texts], [0] * len(texts)
+    prompts = [ids[:-1] if ids[-1:] == [eos] else ids for ids in _encode(tokenizer, chunk["prompt"], None)]
+    answers = _encode(tokenizer, chunk["answer"], None, special=False)
+    rows = [[*prompt, *answer, eos][:length] for prompt, answer in zip(prompts, answers, strict=True)]
+    return rows, [len(prompt) for prompt in prompts]
+
+
+def _offsets(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _open(config: Config, folder: Path) -> FederatedData:
+    def load(name: str) -> np.ndarray:
+        array: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r")
+        return array
+
+    def optional(name: str) -> np.ndarray | None:
+        return load(name) if (folder / f"{name}.npy").is_file() else None
+
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tables = {
+            name: TokenTable(
+                load(f"{name}.tokens"),
+                load(f"{name}.offsets"),
+                optional(f"{name}.labels"),
+                optional(f"{name}.answer_start"),
+                optional(f"{name}.domain"),
+                meta["pad_token_id"],
+            )
+            for name in meta["tables"]
+        }
+        partition = Partition(load("partition.rows"), load("partition.offsets"))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        remedy = f"its tokens in the cache are damaged ({type(error).__name__}); delete {folder} and run again"
+        raise InputError("data.name", config.data.name, remedy) from None
+    return FederatedData(
+        tables["train"],
+        tables["test"],
+        tables.get("validation"),
+        tables.get("public"),
+        meta["label_names"],
+        meta["domain_names"],
+        partition,
+        meta["client_names"],
+        folder,
+    )

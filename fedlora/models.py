@@ -1,0 +1,310 @@
+"""A frozen base model and its tokenizer, from an asset, a folder or a hub id."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as transformers_logging
+
+from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.config import Config
+from fedlora.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HEADS = ("classifier", "score")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
+# Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
+_PADDED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"}
+
+
+class MeanPoolingClassifier(nn.Module):
+    """A linear classifier on the mean of an encoder's (or decoder's) last hidden states.
+
+    Padding does not count in the mean.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        A transformers base model: its output has ``last_hidden_state`` [N, T, hidden].
+    num_labels : int
+        Number of classes.
+    """
+
+    def __init__(self, encoder: Any, num_labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels, dtype=encoder.dtype)
+
+    @property
+    def config(self) -> Any:
+        """The encoder's transformers config."""
+        return self.encoder.config
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        """Return the logits [N, num_labels] of token ids [N, T] with mask [N, T] (1 token, 0 padding)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        if attention_mask is None:
+            pooled = hidden.mean(dim=1)
+        else:
+            weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the name and the module of a classification head; None for a model without one (causal-lm)."""
+    for name in _HEADS:
+        module = getattr(model, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    return None
+
+
+def pretrained_source(config: Config) -> str:
+    """Return the folder or hub id of the base model, such that transformers' ``from_pretrained`` can load it.
+
+    Assets are fetched into the cache; one that holds GGUF weights is converted to safetensors there, once.
+
+    Raises
+    ------
+    InputError
+        If ``model.name`` is no known model asset, no folder with a model, and cannot be a hub id.
+    """
+    name = config.model.name
+    if is_asset(name):
+        folder = fetch(name, "model", "model.name")
+        asset = find_asset(name, "model", "model.name")
+        if not any(member.endswith(".gguf") for member in asset.files):
+            return str(folder)
+        gguf = asset.file(".gguf")
+        converted = cache_dir() / "converted" / f"{asset.name}-{asset.version}"
+        return str(build_once(converted, lambda target: _convert_gguf(folder, gguf, target), "model.name", name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
+        return str(path)
+    if path.exists():
+        raise InputError("model.name", name, "is a file; give the folder of a model saved by save_pretrained")
+    if not _HUB_ID.fullmatch(name):
+        raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")
+    return name
+
+
+def model_config(config: Config) -> Any:
+    """Return the transformers config of the base model: no dropout, ``model.num_hidden_layers`` applied.
+
+    Raises
+    ------
+    InputError
+        If it cannot be loaded, has fewer layers than asked for, or fewer positions than ``model.max_length``.
+    """
+    with _loading(config):
+        pretrained = AutoConfig.from_pretrained(pretrained_source(config), revision=_revision(config))
+    for name, value in list(vars(pretrained).items()):
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(pretrained, name, 0.0)
+    wanted = config.model.num_hidden_layers
+    if wanted is not None:
+        there = getattr(pretrained, "num_hidden_layers", None)
+        if there is None or wanted > there:
+            raise InputError("model.num_hidden_layers", wanted, f"the model has {there} layers; lower it")
+        pretrained.num_hidden_layers = wanted
+        if getattr(pretrained, "layer_types", None):
+            pretrained.layer_types = list(pretrained.layer_types)[:wanted]
+    positions = getattr(pretrained, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        if pretrained.model_type in _PADDED_POSITIONS:
+            positions -= pretrained.pad_token_id + 1
+        longest = config.model.max_length
+        if longest > positions:
+            raise InputError("model.max_length", longest, f"the model has {positions} positions; lower it")
+    return pretrained
+
+
+def load_tokenizer(config: Config) -> Any:
+    """Return the base model's tokenizer: pads and truncates on the right, with a padding token (if none, the eos).
+
+    Raises
+    ------
+    InputError
+        If it cannot be loaded or has neither a padding nor an end-of-sequence token.
+    """
+    source = pretrained_source(config)
+    with _loading(config):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=_revision(config))
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError("model.name", config.model.name, "its tokenizer has no pad or eos token; add one")
+        with _quiet():
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: Config, label_names: list[str] | None, device: str | torch.device = "cpu") -> nn.Module:
+    """Load the base model with every parameter frozen and every dropout at 0.
+
+    Parameters
+    ----------
+    config : Config
+        ``model.*`` says which and how; a classification head is drawn anew from ``run.seed`` (normal with the model's
+        ``initializer_range``, bias 0), in every process alike.
+    label_names : list of str, optional
+        The classes; None for causal-lm.
+    device : str or torch.device
+        Where the model goes.
+
+    Returns
+    -------
+    nn.Module
+        A transformers model with a head, or a :class:`MeanPoolingClassifier` with pooling mean.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be loaded or does not fit the task.
+    """
+    source = pretrained_source(config)
+    pretrained = model_config(config)
+    classify = config.model.task == "sequence-classification"
+    mean = classify and config.model.pooling == "mean"
+    if classify:
+        if not label_names:
+            raise ValueError("label_names are needed for sequence-classification")
+        pretrained.num_labels = len(label_names)
+        pretrained.id2label = dict(enumerate(label_names))
+        pretrained.label2id = {name: index for index, name in enumerate(label_names)}
+        if getattr(pretrained, "pad_token_id", None) is None:
+            # A decoder's own head reads the last token before the padding.
+            pretrained.pad_token_id = load_tokenizer(config).pad_token_id
+    model_class = _model_class(config, pretrained, mean)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
+    if getattr(model_class, "_supports_sdpa", False):
+        options["attn_implementation"] = "sdpa"
+    if mean and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False
+    if classify and not mean:
+        options["ignore_mismatched_sizes"] = True
+    with torch.random.fork_rng(devices=[]), _loading(config):
+        torch.manual_seed(config.run.seed)
+        model, report = model_class.from_pretrained(source, config=pretrained, revision=_revision(config), **options)
+        if mean:
+            model = MeanPoolingClassifier(model, pretrained.num_labels)
+    fresh = set() if mean else set(report["missing_keys"])
+    head = head_of(model) if classify else None
+    if classify and head is None:
+        raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
+    _check_complete(config, fresh, head[0] if head else None)
+    if head is not None:
+        fresh |= {f"{head[0]}.{name}" for name, _ in head[1].named_parameters()}
+    _draw(model, fresh, config.run.seed, getattr(pretrained, "initializer_range", None) or 0.02)
+    for module in model.modules():
+        if "dropout" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
+            module.p = 0.0
+    model.requires_grad_(False)
+    return model.to(device)
+
+
+def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
+    if mean:
+        mapping = transformers.MODEL_MAPPING
+    elif config.model.task == "causal-lm":
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    else:
+        mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    try:
+        found = mapping[type(pretrained)]
+    except KeyError:
+        remedy = f"transformers has no such model of type {pretrained.model_type}; choose another model or task"
+        raise InputError("model.task", config.model.task, remedy) from None
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _check_complete(config: Config, missing: set[str], head: str | None) -> None:
+    """Refuse a checkpoint that lacks parts of the body, which would then be noise that is never trained."""
+    allowed = (head, "pre_classifier", "pooler") if head else ()
+    lacking = sorted(name for name in missing if not any(part in allowed for part in name.split(".")))
+    if lacking:
+        remedy = (
+            f"the checkpoint has no weights for {lacking[0]} ({len(lacking)} lacking); take a model made for the task"
+        )
+        field, value = ("model.name", config.model.name) if head else ("model.task", config.model.task)
+        raise InputError(field, value, remedy)
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, names: set[str], seed: int, std: float) -> None:
+    """Fill parameters from the seed alone: not from the global generator, nor from how the checkpoint was read."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in names:
+            continue
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim < 2:
+            parameter.fill_(1.0)
+        else:
+            # Drawn in float32 whatever the dtype, so that runs in different precision start alike.
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
+    # The conversion draws a progress bar of its own that no setting turns off.
+    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        # transformers does not save a model that it regards as quantised: the weights move to a plain one.
+        plain_config = loaded.config
+        del plain_config.quantization_config
+        plain = type(loaded)(plain_config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.to(torch.float32).save_pretrained(target)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+
+
+def _revision(config: Config) -> str:
+    return config.model.revision or "main"
+
+
+@contextmanager
+def _loading(config: Config) -> Iterator[None]:
+    """Turn what transformers raises about a model that cannot be loaded into the user's words."""
+    try:
+        with _quiet():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        # safetensors' error is a bare Exception of another module, hence by name.
+        if not isinstance(error, _LOADING_ERRORS) and type(error).__name__ != "SafetensorError":
+            raise
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        remedy = f"cannot be loaded ({why[:300]}); give asset:NAME, a folder, or a hub id within reach"
+        raise InputError("model.name", config.model.name, remedy) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

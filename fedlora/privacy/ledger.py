@@ -1,0 +1,102 @@
+"""The ledger: everything that a client ever released, from which its epsilon is read."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from opacus.accountants import create_accountant
+
+from fedlora.errors import BudgetError
+from fedlora.privacy.calibration import PrivacyPlan
+
+
+class Ledger:
+    """History of one client's noisy steps, across rounds and restarts.
+
+    Parameters
+    ----------
+    accountant : str
+        Opacus' name of the accounting mechanism: rdp, prv or gdp.
+    delta : float
+    history : list of (float, float, int), optional
+        (noise multiplier, sample rate, steps), as Opacus' accountants keep it.
+
+    Notes
+    -----
+    The ledger is charged when a client's result leaves the training code, never before: a client that drops out is
+    charged only for what it released. It lives in Flower's ``context.state`` as plain lists.
+    """
+
+    def __init__(self, accountant: str, delta: float, history: list[tuple[float, float, int]] | None = None) -> None:
+        self.accountant, self.delta = accountant, delta
+        self.history = list(history or [])
+
+    @property
+    def steps(self) -> int:
+        """All steps charged so far."""
+        return sum(steps for _, _, steps in self.history)
+
+    def epsilon(self) -> float:
+        """Epsilon at the ledger's delta of all that was charged; infinite where a step had no noise."""
+        return _epsilon(self.accountant, self.delta, tuple(self.history))
+
+    def check(self, plan: PrivacyPlan, steps: int) -> None:
+        """Refuse steps that would pass the client's ceiling.
+
+        Raises
+        ------
+        BudgetError
+            Saying what is spent and what the ceiling is.
+        """
+        if plan.ceiling is None:
+            return
+        after = _epsilon(self.accountant, self.delta, tuple(self._extended(plan, steps)))
+        if after > plan.ceiling:
+            raise BudgetError(
+                f"{steps} more steps would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
+                f"above the ceiling of {plan.ceiling:.4g}"
+            )
+
+    def charge(self, plan: PrivacyPlan, steps: int) -> None:
+        """Add steps that were released."""
+        self.history = self._extended(plan, steps)
+
+    def _extended(self, plan: PrivacyPlan, steps: int) -> list[tuple[float, float, int]]:
+        history = list(self.history)
+        entry = (plan.noise_multiplier, plan.sample_rate)
+        if history and history[-1][:2] == entry:
+            history[-1] = (*entry, history[-1][2] + steps)
+        elif steps:
+            history.append((*entry, steps))
+        return history
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the ledger as scalars and lists, for a Flower ConfigRecord."""
+        return {
+            "accountant": self.accountant,
+            "delta": self.delta,
+            "noise-multipliers": [float(sigma) for sigma, _, _ in self.history],
+            "sample-rates": [float(rate) for _, rate, _ in self.history],
+            "steps": [int(steps) for _, _, steps in self.history],
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Ledger:
+        """Rebuild a ledger from :meth:`to_record`."""
+        history = zip(record["noise-multipliers"], record["sample-rates"], record["steps"], strict=True)
+        return cls(str(record["accountant"]), float(record["delta"]), list(history))
+
+
+def _epsilon(accountant: str, delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
+    if not history:
+        return 0.0
+    if any(sigma == 0 for sigma, _, _ in history):
+        return math.inf
+    mechanism = create_accountant(accountant)
+    mechanism.history = list(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(mechanism.get_epsilon(delta=delta))

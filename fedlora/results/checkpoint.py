@@ -1,0 +1,104 @@
+"""What ``--resume`` needs, in one SQLite file: a round is one transaction, so it is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from safetensors.torch import load, save
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS arrays (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS states (client INTEGER PRIMARY KEY, state BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS lines (file TEXT NOT NULL, line TEXT NOT NULL);
+"""
+
+
+class Checkpoint:
+    """The state of a run after its last finished round.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file; made if it is not there.
+
+    Notes
+    -----
+    Everything that is set belongs to the running transaction until :meth:`commit`; a process that dies before leaves the
+    round before. Clients' states are read from the file one at a time, so that memory does not grow with the federation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level="DEFERRED")
+        self._connection.executescript(_TABLES)
+        self.states = ClientStates(self._connection)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set a fact; any JSON value."""
+        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a fact."""
+        row = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def set_arrays(self, name: str, arrays: Mapping[str, torch.Tensor]) -> None:
+        """Set named tensors."""
+        self._connection.execute("INSERT OR REPLACE INTO arrays VALUES (?, ?)", (name, save(dict(arrays))))
+
+    def get_arrays(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Return named tensors, or None."""
+        row = self._connection.execute("SELECT value FROM arrays WHERE name = ?", (name,)).fetchone()
+        return None if row is None else dict(load(row[0]))
+
+    def add_lines(self, file: str, lines: list[str]) -> None:
+        """Add lines to one of the run folder's growing files."""
+        self._connection.executemany("INSERT INTO lines VALUES (?, ?)", [(file, line) for line in lines])
+
+    def lines(self, file: str) -> list[str]:
+        """Return all lines of a growing file, in order."""
+        rows = self._connection.execute("SELECT line FROM lines WHERE file = ? ORDER BY rowid", (file,))
+        return [line for (line,) in rows]
+
+    def commit(self) -> None:
+        """End the transaction: what was set since the last one is now what a resumed run starts from."""
+        self._connection.commit()
+
+    def close(self) -> None:
+        """Close the file; an unfinished transaction is dropped."""
+        self._connection.close()
+
+
+class ClientStates(MutableMapping[int, RecordDict]):
+    """Every client's ``context.state``, by client, in the checkpoint."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __getitem__(self, client: int) -> RecordDict:
+        row = self._connection.execute("SELECT state FROM states WHERE client = ?", (client,)).fetchone()
+        if row is None:
+            raise KeyError(client)
+        return recorddict_from_proto(ProtoRecordDict.FromString(row[0]))
+
+    def __setitem__(self, client: int, state: RecordDict) -> None:
+        blob = recorddict_to_proto(state).SerializeToString()
+        self._connection.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (client, blob))
+
+    def __delitem__(self, client: int) -> None:
+        self._connection.execute("DELETE FROM states WHERE client = ?", (client,))
+
+    def __iter__(self) -> Iterator[int]:
+        for (client,) in self._connection.execute("SELECT client FROM states ORDER BY client"):
+            yield client
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("SELECT COUNT(*) FROM states").fetchone()[0])

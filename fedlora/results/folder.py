@@ -1,0 +1,203 @@
+"""The run folder: everything that a run knows, written so that no moment of death leaves it half written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.results.checkpoint import Checkpoint
+
+COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
+PRIVACY = ("round", "client", "steps", "sample_rate", "noise_multiplier", "epsilon", "delta")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes
+    ----------
+    folder : Path
+    summary : dict
+        The content of summary.json.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+class RunFolder:
+    """Writes a run's files.
+
+    Parameters
+    ----------
+    path : Path
+    config : Config
+        As given; ``resolved`` may differ from it in what "auto" chose.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    resolved : Config
+        The config that the run has; on resume that of the folder.
+    """
+
+    def __init__(self, path: Path, config: Config, checkpoint: Checkpoint) -> None:
+        self.path, self.checkpoint = path, checkpoint
+        self.resolved = config
+        self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("fedlora").addHandler(self._log)
+        logging.getLogger("fedlora").setLevel(logging.INFO)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> RunFolder:
+        """Make a new folder.
+
+        Raises
+        ------
+        InputError
+            If it exists already, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists():
+            raise InputError("--output", str(path), "exists already; choose another folder, or go on with --resume")
+        try:
+            (path / "checkpoint").mkdir(parents=True)
+        except OSError as error:
+            raise InputError(
+                "--output", str(path), f"cannot be made ({error.strerror}); choose another folder"
+            ) from None
+        folder = cls(path, config, Checkpoint(path / "checkpoint" / "state.sqlite"))
+        folder.checkpoint["given"] = config.to_toml()
+        folder.set_resolved(config)
+        folder.checkpoint.commit()
+        return folder
+
+    @classmethod
+    def resume(cls, path: str | Path, config: Config) -> RunFolder:
+        """Open a folder to go on with its run.
+
+        Raises
+        ------
+        InputError
+            If it is no run folder, or the config is another than the run's.
+        """
+        path = Path(path)
+        database = path / "checkpoint" / "state.sqlite"
+        if not database.is_file():
+            raise InputError("--resume", str(path), "is no run folder with a checkpoint; run without --resume")
+        checkpoint = Checkpoint(database)
+        given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
+        if given is None or resolved is None:
+            raise InputError("--resume", str(path), "stopped before it began; delete the folder and run again")
+        new = config.to_toml()
+        if new not in (given, resolved):
+            key, before, after = _difference(tomllib.loads(given), tomllib.loads(new))
+            raise InputError(
+                key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
+            )
+        folder = cls(path, Config.model_validate(tomllib.loads(resolved)), checkpoint)
+        folder._rewrite_growing_files()
+        return folder
+
+    def close(self) -> None:
+        """Let go of the log and the checkpoint."""
+        logging.getLogger("fedlora").removeHandler(self._log)
+        self._log.close()
+        self.checkpoint.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done."""
+        return bool(self.checkpoint.get("finished", False))
+
+    def set_resolved(self, config: Config) -> None:
+        """Keep what "auto" and defaults became."""
+        self.resolved = config
+        self.checkpoint["resolved"] = config.to_toml()
+        write_atomically(self.path / "config.toml", config.to_toml())
+
+    def add_round(
+        self,
+        line: Mapping[str, Any],
+        communication: Iterable[Mapping[str, Any]],
+        privacy: Iterable[Mapping[str, Any]],
+    ) -> None:
+        """Commit a round with the checkpoint, then show it in the growing files."""
+        new = {
+            "rounds.jsonl": [json.dumps(line)],
+            "communication.csv": _csv_lines(COMMUNICATION, communication),
+            "privacy.csv": _csv_lines(PRIVACY, privacy),
+        }
+        for file, lines in new.items():
+            self.checkpoint.add_lines(file, lines)
+        self.checkpoint.commit()
+        for file, lines in new.items():
+            self._append(file, lines)
+
+    def finish(self, summary: Mapping[str, Any]) -> RunResult:
+        """Write summary.json and mark the run as done."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.checkpoint["finished"] = True
+        self.checkpoint.commit()
+        return RunResult(self.path, dict(summary))
+
+    def result(self) -> RunResult:
+        """Read a finished run's summary."""
+        return RunResult(self.path, json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the lines of rounds.jsonl."""
+        return [json.loads(line) for line in self.checkpoint.lines("rounds.jsonl")]
+
+    def _append(self, file: str, lines: list[str]) -> None:
+        path = self.path / file
+        header = _header(file)
+        start = f"{header}\n" if header and not path.exists() else ""
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(start + "".join(f"{line}\n" for line in lines))
+
+    def _rewrite_growing_files(self) -> None:
+        # The process may have died between the commit and the files: the checkpoint is what happened.
+        for file in ("rounds.jsonl", "communication.csv", "privacy.csv"):
+            lines = ([_header(file)] if _header(file) else []) + self.checkpoint.lines(file)
+            write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _header(file: str) -> str:
+    return {"communication.csv": ",".join(COMMUNICATION), "privacy.csv": ",".join(PRIVACY)}.get(file, "")
+
+
+def _csv_lines(columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writerows(rows)
+    return stream.getvalue().splitlines()
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            if isinstance(before, Mapping) and isinstance(after, Mapping):
+                return _difference(before, after, f"{prefix}{key}.")
+            return f"{prefix}{key}", before, after
+    return prefix.rstrip("."), None, None

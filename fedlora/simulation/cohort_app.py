@@ -1,0 +1,37 @@
+"""A ClientApp that can also train many clients in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+CohortFunction = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+
+
+class CohortClientApp(ClientApp):
+    """A Flower ClientApp whose training handler takes several clients' messages at once.
+
+    On Flower's own runtimes it is an ordinary ClientApp, which gets one message at a time. :class:`RayGrid`'s workers
+    hand it whole cohorts.
+    """
+
+    cohort_function: CohortFunction | None = None
+
+    def train_cohort(self, function: CohortFunction) -> CohortFunction:
+        """Register the handler of training messages; use as a decorator.
+
+        Parameters
+        ----------
+        function : callable
+            Takes messages and contexts of equal number and returns their replies in the same order; it changes the
+            contexts' states in place.
+        """
+        self.cohort_function = function
+
+        @self.train()
+        def train_one(message: Message, context: Context) -> Message:
+            return function([message], [context])[0]
+
+        return function

@@ -1,0 +1,65 @@
+"""How a Flower Message moves between processes on Ray: large arrays out of band, shared ones once a round and worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
+
+PackedRecord = dict[str, tuple[str, tuple[int, ...], str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class SharedRecord:
+    """Stands for an array record that several messages carry; ``key`` finds it among the shared ones."""
+
+    key: int
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message taken apart; ``records`` is None for an error."""
+
+    metadata: Metadata
+    records: dict[str, Any] | None
+    error: Error | None
+
+
+def pack_record(record: ArrayRecord) -> PackedRecord:
+    """View a record's bytes as numpy arrays, which Ray moves through shared memory in one copy."""
+    return {name: (a.dtype, a.shape, a.stype, np.frombuffer(a.data, np.uint8)) for name, a in record.items()}
+
+
+def unpack_record(packed: PackedRecord) -> ArrayRecord:
+    """Undo :func:`pack_record`."""
+    return ArrayRecord({name: Array(d, shape, s, view.tobytes()) for name, (d, shape, s, view) in packed.items()})
+
+
+def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> Envelope:
+    """Take a message apart; array records whose ``id`` is in ``shared`` are replaced."""
+    if not message.has_content():
+        return Envelope(message.metadata, None, message.error)
+    records: dict[str, Any] = {}
+    for name, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            records[name] = shared[id(record)] if shared and id(record) in shared else pack_record(record)
+        else:
+            records[name] = record
+    return Envelope(message.metadata, records, None)
+
+
+def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) -> Message:
+    """Put a message together again."""
+    if envelope.records is None:
+        return Message(envelope.error, metadata=envelope.metadata)  # type: ignore[call-overload,no-any-return]
+    content = RecordDict()
+    for name, record in envelope.records.items():
+        if isinstance(record, SharedRecord):
+            assert shared is not None
+            content[name] = shared[record.key]
+        else:
+            content[name] = unpack_record(record) if isinstance(record, dict) else record
+    return Message(content, metadata=envelope.metadata)  # type: ignore[call-overload,no-any-return]

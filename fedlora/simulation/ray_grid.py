@@ -1,0 +1,283 @@
+"""RayGrid: Flower's Grid on Ray actors.
+
+Strategies and clients cannot tell it from a real federation. What it needs of Flower's internals (TaskIdentity, message
+ids) stays in this module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+import ray
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.errors import ClientErrorCode, InputError
+from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack
+from fedlora.simulation.worker import Worker
+
+RUN_ID = 1
+SERVER_NODE_ID = 1
+FIRST_NODE_ID = 2
+"""Node ids follow the partitions: client i is node FIRST_NODE_ID + i."""
+
+QUEUED = 2
+"""Batches in flight a worker, so that it does not wait for the driver between two of them."""
+
+
+class RayGrid(Grid):
+    """Runs simulated clients in Ray actors.
+
+    Parameters
+    ----------
+    client_app : ClientApp or str
+        The app, or ``module:attribute`` to import it from in each worker.
+    num_clients : int
+    workers : int, optional
+        Number of actors; by default as many as fit into the cluster.
+    cpus_per_worker : int
+        Cores, and torch threads, of an actor.
+    gpus_per_worker : float
+        GPUs of an actor; a fraction shares one.
+    cohort_size : int
+        Clients that a worker gets at once.
+    address : str, optional
+        A running Ray cluster; by default Ray starts on this machine.
+    run_config : dict, optional
+        What clients find in ``context.run_config``.
+    states : mutable mapping of int to RecordDict, optional
+        Where clients' ``context.state`` is kept, by client; a dict by default.
+
+    Raises
+    ------
+    InputError
+        If no worker fits, or a GPU is asked for and there is none.
+
+    Notes
+    -----
+    Replies come in the order of the messages, as soon as they are there; at most a few batches a worker are under way, so
+    that memory does not grow with the number of clients. An array record that several messages carry travels once a
+    round and worker.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp | str,
+        num_clients: int,
+        *,
+        workers: int | None = None,
+        cpus_per_worker: int = 1,
+        gpus_per_worker: float = 0.0,
+        cohort_size: int = 1,
+        address: str | None = None,
+        run_config: dict[str, Any] | None = None,
+        states: MutableMapping[int, RecordDict] | None = None,
+    ) -> None:
+        self.num_clients, self.cohort_size = num_clients, cohort_size
+        self.run_config = run_config or {}
+        self.states: MutableMapping[int, RecordDict] = {} if states is None else states
+        self._app, self._cpus, self._gpus = client_app, cpus_per_worker, gpus_per_worker
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
+        self._ids = itertools.count()
+        self._pushed: dict[str, Message] = {}
+        self._started_ray = _start_ray(address)
+        self.num_workers = _count_workers(workers, cpus_per_worker, gpus_per_worker)
+        self._actors = [self._start_worker() for _ in range(self.num_workers)]
+
+    def __enter__(self) -> RayGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and Ray if this grid started it."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._started_ray:
+            ray.shutdown()
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: a simulation has one run."""
+
+    @property
+    def run(self) -> Run:
+        """Run information, empty but for its id."""
+        return Run.create_empty(RUN_ID)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message, as ``Message(...)`` does."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids of all clients, in the order of their partitions."""
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + self.num_clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Keep messages until their replies are pulled."""
+        return [self._register(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Run the pushed messages of these ids and return their replies."""
+        pushed = [self._pushed.pop(i) for i in list(message_ids) if i in self._pushed]
+        return list(self.send_and_receive(pushed))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Run messages on the workers and yield their replies in the order of the messages.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+        timeout : float, optional
+            Seconds after which replies that are not there yet are given up.
+        """
+        outgoing = list(messages)
+        for message in outgoing:
+            self._pushed.pop(self._register(message))
+        return self._exchange(outgoing, None if timeout is None else time.monotonic() + timeout)
+
+    def _register(self, message: Message) -> str:
+        message_id = f"{next(self._ids)}"
+        message.metadata.__dict__["_message_id"] = message_id
+        self._pushed[message_id] = message
+        return message_id
+
+    def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
+        shared, references = _share_records(messages)
+        size = self.cohort_size
+        batches = [messages[i : i + size] for i in range(0, len(messages), size)]
+        waiting = deque(range(len(batches)))
+        window = 2 * QUEUED * len(self._actors)
+        running: dict[Any, tuple[int, int]] = {}  # reference -> (batch, worker), in the order of submission
+        done: dict[int, list[Message]] = {}
+        due = 0
+        while due < len(batches):
+            load = Counter(worker for _, worker in running.values())
+            while waiting and waiting[0] < due + window:
+                worker = min(range(len(self._actors)), key=lambda w: (load[w], w))
+                if load[worker] >= QUEUED:
+                    break
+                load[worker] += 1
+                batch = waiting.popleft()
+                running[self._submit(batches[batch], worker, shared, references)] = (batch, worker)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
+            if not ready:
+                for reference in running:
+                    ray.cancel(reference, force=False)
+                break
+            batch, worker = running.pop(ready[0])
+            try:
+                done[batch] = self._collect(batches[batch], ready[0])
+            except ray.exceptions.RayError as error:
+                done[batch] = [_died(message, error) for message in batches[batch]]
+                if isinstance(error, ray.exceptions.RayActorError):
+                    # Batches that were queued behind the fatal one never started: they go to the new worker.
+                    lost = [ref for ref, (_, w) in running.items() if w == worker]
+                    waiting.extendleft(sorted((running.pop(ref)[0] for ref in lost), reverse=True))
+                    self._actors[worker] = self._start_worker()
+            while due in done:
+                yield from done.pop(due)
+                due += 1
+        for late in sorted(done):
+            yield from done[late]
+
+    def _submit(
+        self, batch: list[Message], worker: int, shared: dict[int, SharedRecord], references: dict[int, list[Any]]
+    ) -> Any:
+        envelopes = [pack(message, shared) for message in batch]
+        wanted = {r.key for e in envelopes for r in (e.records or {}).values() if isinstance(r, SharedRecord)}
+        contexts = [self._context(message.metadata.dst_node_id) for message in batch]
+        return self._actors[worker].handle.remote(envelopes, contexts, {key: references[key] for key in wanted})
+
+    def _collect(self, batch: list[Message], reference: Any) -> list[Message]:
+        envelopes, states = ray.get(reference)
+        for message, state in zip(batch, states, strict=True):
+            self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = state
+        return [unpack(envelope) for envelope in envelopes]
+
+    def _context(self, node_id: int) -> Context:
+        client = node_id - FIRST_NODE_ID
+        return Context(
+            run_id=RUN_ID,
+            node_id=node_id,
+            node_config={"partition-id": client, "num-partitions": self.num_clients, "simulated": True},
+            state=self.states.get(client) or RecordDict(),
+            run_config=self.run_config,
+        )
+
+    def _start_worker(self) -> Any:
+        actor = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus)(Worker)
+        return actor.remote(self._app, self._cpus)
+
+
+def _start_ray(address: str | None) -> bool:
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError("simulation.address", address, f"Ray cannot be reached or started ({error})") from None
+    return True
+
+
+def _count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus and not any(resources.get("GPU") for resources in nodes):
+        raise InputError("simulation.gpus_per_worker", gpus, "Ray sees no GPU; set it to 0 to run on the CPU")
+    fit = sum(
+        int(min(r.get("CPU", 0) // cpus, (r.get("GPU", 0) / gpus + 1e-9) // 1 if gpus else float("inf"))) for r in nodes
+    )
+    if fit < 1:
+        most = max((int(r.get("CPU", 0)) for r in nodes), default=0)
+        raise InputError(
+            "simulation.cpus_per_worker", cpus, f"no machine has room for a worker; the most cores are {most}"
+        )
+    if wanted is not None and wanted > fit:
+        raise InputError("simulation.workers", wanted, f"only {fit} fit; lower it, cpus_per_worker or gpus_per_worker")
+    return wanted or fit
+
+
+def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], dict[int, list[Any]]]:
+    """Put every array record that more than one message carries into Ray's object store once."""
+    records = {}
+    uses: Counter[int] = Counter()
+    for message in messages:
+        for record in message.content.array_records.values():
+            records[id(record)] = record
+            uses[id(record)] += 1
+    shared, references = {}, {}
+    for identity, count in uses.items():
+        if count > 1:
+            # A key of its own for every exchange: ids of dead objects come again.
+            key = next(_SHARED_KEYS)
+            shared[identity] = SharedRecord(key)
+            references[key] = [ray.put(pack_record(records[identity]))]
+    return shared, references
+
+
+_SHARED_KEYS = itertools.count()
+
+
+def _died(message: Message, error: Exception) -> Message:
+    reason = f"the worker of this client ended: {type(error).__name__}: {error}"
+    return Message(Error(code=ClientErrorCode.WORKER_DIED, reason=reason), reply_to=message)

@@ -1,0 +1,150 @@
+"""Run a federation on simulated clients: the function behind ``fedlora run``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.config import Config, load_config, unused_keys
+from fedlora.data.partition import plot_partition
+from fedlora.data.sources import materialise
+from fedlora.data.tokens import FederatedData, prepare_data
+from fedlora.errors import InputError
+from fedlora.privacy.calibration import check_delta
+from fedlora.results.folder import RunFolder, RunResult
+from fedlora.simulation import RayGrid
+from strategies import get_strategy
+from strategies.federation import Progress, run_federation
+from strategies.server_app import resolve
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger("fedlora")
+
+CLIENT_APP = "clients.client_app:app"
+
+
+def simulate(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    data: datasets.Dataset | Mapping[str, datasets.Dataset] | None = None,
+    strategy: Strategy | Callable[[Config], Strategy] | None = None,
+    client_app: ClientApp | str = CLIENT_APP,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Simulate a federation.
+
+    Parameters
+    ----------
+    config : str, Path or Mapping
+        A TOML file, TOML text, or its parsed content.
+    overrides : Mapping, optional
+        ``section.key`` to value, as ``--set`` on the command line.
+    output : str or Path, optional
+        The run folder; runs/NAME by default. It must not exist, unless ``resume`` is set.
+    resume : bool
+        Go on with the run in ``output``; a finished one is returned as it is.
+    data : datasets.Dataset, or mapping of split to Dataset, optional
+        Examples in memory, instead of ``data.name``.
+    strategy : Strategy or callable, optional
+        A Flower Strategy, or a function or class that makes one from the config, which configures and aggregates the
+        rounds instead of the method's own.
+    client_app : ClientApp or str
+        The client half; fedlora's own by default.
+    progress : Progress, optional
+        Hooks for a display.
+
+    Returns
+    -------
+    RunResult
+        ``.summary`` is the content of summary.json, ``.folder`` the run folder.
+
+    Raises
+    ------
+    InputError
+        If something that the user gave is wrong.
+    RunError
+        If the run cannot go on.
+
+    Examples
+    --------
+    >>> from fedlora import simulate
+    >>> result = simulate("experiments/quickstart.toml", {"method.name": "ffa-lora"})  # doctest: +SKIP
+    >>> result.summary["final"]["accuracy"]  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    if data is not None:
+        overrides = {**(overrides or {}), "data.name": materialise(data)}
+    given = load_config(config, overrides)
+    method = get_strategy(given.method.name)
+    _check_device(given)
+    path = Path(output) if output is not None else Path("runs") / given.run.name
+    if not resume and path.exists():
+        raise InputError("--output", str(path), "exists already; choose another folder, or go on with --resume")
+    if resume:
+        folder = RunFolder.resume(path, given)
+        if folder.finished:
+            log.info("%s is finished already", path)
+            folder.close()
+            return folder.result()
+        tokens = prepare_data(folder.resolved)
+    else:
+        tokens = prepare_data(given)
+        _check_clients(given, tokens)
+        folder = RunFolder.create(path, given)
+    try:
+        for note in unused_keys(given):
+            log.info("note: %s", note)
+        resolved = folder.resolved if resume else _resolve_cohorts(resolve(given))
+        if not resume:
+            folder.set_resolved(resolved)
+            plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
+        section = resolved.simulation
+        assert isinstance(section.cohort_size, int)
+        with RayGrid(
+            client_app,
+            len(tokens.partition),
+            workers=section.workers,
+            cpus_per_worker=section.cpus_per_worker,
+            gpus_per_worker=section.gpus_per_worker,
+            cohort_size=section.cohort_size,
+            address=section.address,
+            run_config={"config": resolved.to_toml()},
+            states=folder.checkpoint.states,
+        ) as grid:
+            rounds = strategy(resolved) if callable(strategy) else strategy
+            return run_federation(
+                resolved, grid, folder, tokens, method(resolved), training=rounds, progress=progress, started=started
+            )
+    finally:
+        folder.close()
+
+
+def _check_device(config: Config) -> None:
+    wanted = config.simulation.gpus_per_worker
+    if wanted and config.simulation.address is None and not torch.cuda.is_available():
+        raise InputError("simulation.gpus_per_worker", wanted, "this machine has no GPU; set it to 0 to run on the CPU")
+
+
+def _check_clients(config: Config, data: FederatedData) -> None:
+    if config.privacy.mode == "example":
+        check_delta(config.privacy, int(data.partition.sizes.max()))
+
+
+def _resolve_cohorts(config: Config) -> Config:
+    """On the CPU "auto" is one client at a time: cores are busy with one, and the choice must not depend on the machine."""
+    if config.simulation.cohort_size != "auto":
+        return config
+    simulation = config.simulation.model_copy(update={"cohort_size": 1})
+    return config.model_copy(update={"simulation": simulation})

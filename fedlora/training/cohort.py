@@ -1,0 +1,237 @@
+"""Local training of a cohort: K clients that share the frozen base model, in one pass.
+
+Every client has its own adapters, examples, random generators, noise and steps; the result of each equals that of
+training it alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.model import Arrays
+from fedlora.config import ClientSection, Config
+from fedlora.data.tokens import TokenTable
+from fedlora.errors import GuardError
+from fedlora.privacy import PrivacyPlan
+from fedlora.privacy.calibration import local_steps
+from fedlora.training.batches import poisson_batches, shuffled_batches
+from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, per_example_gradients
+from fedlora.training.loss import per_example_loss
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """One client's training in one round.
+
+    Attributes
+    ----------
+    client : int
+        Partition number.
+    server_round : int
+    rows : ndarray of int
+        Its examples in the token table.
+    arrays : dict of str to Tensor
+        What it starts from and trains.
+    learning_rate : float
+    plan : PrivacyPlan or None
+        Its DP-SGD, if any.
+    secret : bool
+        Draw noise, sampling and dropout from the operating system's entropy instead of the run's seed; for real nodes,
+        whose noise nobody else may be able to compute.
+    """
+
+    client: int
+    server_round: int
+    rows: np.ndarray
+    arrays: Arrays
+    learning_rate: float
+    plan: PrivacyPlan | None = None
+    secret: bool = False
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What one client's training gave.
+
+    Attributes
+    ----------
+    arrays : dict of str to Tensor
+        Trained, on the CPU.
+    steps : int
+    examples : int
+        n, all examples that the client holds.
+    loss : float
+        Mean over the examples that it trained on, in nats; nan where there was none.
+    """
+
+    arrays: Arrays
+    steps: int
+    examples: int
+    loss: float
+
+
+def learning_rate(client: ClientSection, base: float, server_round: int, rounds: int) -> float:
+    """Learning rate of a round: linear warm-up, then constant, linear to zero or half a cosine; constant within a round."""
+    if server_round <= client.warmup_rounds:
+        return base * server_round / (client.warmup_rounds + 1)
+    progress = (server_round - 1 - client.warmup_rounds) / max(1, rounds - client.warmup_rounds)
+    if client.lr_scheduler == "linear":
+        return base * (1 - progress)
+    if client.lr_scheduler == "cosine":
+        return float(base * 0.5 * (1 + np.cos(np.pi * progress)))
+    return base
+
+
+def train_cohort(
+    adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config
+) -> list[ClientResult]:
+    """Train the clients of a cohort.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Its frozen arrays are set; its trained ones are overwritten.
+    table : TokenTable
+        Holds the rows of all jobs.
+    jobs : sequence of ClientJob
+        All private or none; all start from arrays of the same names and shapes.
+    config : Config
+
+    Returns
+    -------
+    list of ClientResult
+        In the order of the jobs.
+
+    Raises
+    ------
+    GuardError
+        If a trainable has no per-example gradient, or did not move in two steps or more.
+    """
+    client = config.client
+    private = jobs[0].plan is not None
+    steps = [local_steps(config, len(job.rows)) for job in jobs]
+    adapted.set_clients([job.arrays for job in jobs])
+    adapted.model.train()
+    parameters = adapted.parameters()
+    optimizer = _optimizer(client, parameters, jobs[0].learning_rate)
+    generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
+    adapted.layout.dropout_generators = [g.dropout for g in generators]
+    batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
+    results: list[ClientResult | None] = [None] * len(jobs)
+    loss_sums = torch.zeros(len(jobs), dtype=torch.float64, device=adapted.device)
+    seen = np.zeros(len(jobs), np.int64)
+    guarded = False
+    with ExitStack() as stack:
+        dp_optimizer = None
+        if private:
+            stack.enter_context(per_example_gradients(adapted))
+            plans = [job.plan for job in jobs if job.plan is not None]
+            dp_optimizer = StackedDPOptimizer(
+                optimizer,
+                noise_multipliers=[plan.noise_multiplier for plan in plans],
+                max_grad_norm=plans[0].max_grad_norm,
+                expected_batch_sizes=[plan.expected_batch_size for plan in plans],
+                generators=[g.noise for g in generators],
+                layout=adapted.layout,
+            )
+        for step in range(max(steps)):
+            rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
+            sizes = torch.tensor([max(1, len(r)) for r in rows], device=adapted.device)
+            for chunk in _physical(rows, client.physical_batch_size):
+                loss = _losses(adapted, table, chunk)
+                if dp_optimizer is not None:
+                    loss.sum().backward()
+                    if not guarded:
+                        check_grad_samples(adapted, sum(map(len, chunk)))
+                        guarded = True
+                    dp_optimizer.signal_skip_step(True)
+                    dp_optimizer.step()
+                    dp_optimizer.zero_grad()
+                else:
+                    weights = torch.repeat_interleave(sizes, torch.tensor([len(r) for r in chunk], device=loss.device))
+                    (loss / weights).sum().backward()
+                loss_sums += adapted.layout.sum_rows(loss.detach())
+                seen += [len(r) for r in chunk]
+            if dp_optimizer is not None:
+                dp_optimizer.step()
+                dp_optimizer.zero_grad(set_to_none=True)
+            else:
+                if client.max_grad_norm is not None:
+                    _clip_by_client(parameters, client.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            for k, job in enumerate(jobs):
+                # A client that is done is read now: later steps of the others move its stacked rows, not its result.
+                if steps[k] == step + 1:
+                    arrays = adapted.arrays(adapted.trained, k)
+                    if steps[k] >= 2 and seen[k]:
+                        _check_moved(job.arrays, arrays)
+                    loss_mean = float(loss_sums[k]) / seen[k] if seen[k] else float("nan")
+                    results[k] = ClientResult(arrays, steps[k], len(job.rows), loss_mean)
+    adapted.layout.dropout_generators = None
+    return [result for result in results if result is not None]
+
+
+class _Generators:
+    """A client's own sources of randomness in a round."""
+
+    def __init__(self, seed: int, job: ClientJob, device: torch.device) -> None:
+        if job.secret:
+            sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
+        else:
+            sequence = np.random.SeedSequence([seed, job.server_round, job.client])
+        noise, sampling, dropout = (int(s.generate_state(1, np.uint64)[0] >> 1) for s in sequence.spawn(3))
+        self.noise = torch.Generator(device).manual_seed(noise)
+        self.sampling = torch.Generator().manual_seed(sampling)
+        self.dropout = torch.Generator(device).manual_seed(dropout)
+
+
+def _batches(job: ClientJob, generators: _Generators, client: ClientSection, steps: int) -> Iterator[np.ndarray]:
+    if job.plan is not None:
+        return poisson_batches(job.rows, job.plan.sample_rate, steps, generators.sampling)
+    return shuffled_batches(job.rows, client.batch_size, steps, generators.sampling)
+
+
+def _optimizer(client: ClientSection, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    if client.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=client.momentum, weight_decay=client.weight_decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=client.weight_decay)
+
+
+def _physical(rows: list[np.ndarray], size: int | None) -> Iterator[list[np.ndarray]]:
+    """Split every client's batch into physical batches of at most ``size`` rows; nothing where no client has a row."""
+    longest = max(len(r) for r in rows)
+    size = size or max(1, longest)
+    for start in range(0, longest, size):
+        yield [r[start : start + size] for r in rows]
+
+
+def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) -> torch.Tensor:
+    batch = {name: value.to(adapted.device) for name, value in table.batch(np.concatenate(rows)).items()}
+    lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows]
+    adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
+    return per_example_loss(adapted.logits(batch), batch["labels"])
+
+
+def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:
+    """Clip each client's own gradient norm, as ``clip_grad_norm_`` would for a client alone."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g *= factors.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
+
+
+def _check_moved(before: Arrays, after: Arrays) -> None:
+    for name, start in before.items():
+        if torch.equal(start.to(after[name].dtype), after[name]):
+            raise GuardError(
+                f"{name} did not move in two steps or more; the parameters that the optimiser holds are stale"
+            )

@@ -1,0 +1,136 @@
+"""DP-SGD for a cohort, on Opacus: per-example gradients by its hooks, clipping and noise by its optimiser.
+
+The unit of privacy is one example of one client. Each client has its own sum of clipped gradients, its own noise, drawn
+from its own generator, and its own divisor; so a client's result does not depend on which clients share the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
+
+from fedlora.adapters import AdaptedModel, RowLayout
+from fedlora.errors import GuardError
+
+__all__ = ["GradSampleModule", "StackedDPOptimizer", "check_grad_samples", "per_example_gradients"]
+
+
+@contextmanager
+def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
+    """Let every trained parameter receive ``grad_sample`` [N, ...] in the backward pass, and clean up afterwards."""
+    hooks = GradSampleHooks(adapted.model, loss_reduction="sum")
+    adapted.layout.per_example = True
+    try:
+        yield
+    finally:
+        adapted.layout.per_example = False
+        hooks.cleanup()
+
+
+def check_grad_samples(adapted: AdaptedModel, rows: int) -> None:
+    """Guard against training that does not happen: stale parameters, or hooks set before the model moved.
+
+    Raises
+    ------
+    GuardError
+        Naming a trainable that has no per-example gradient of ``rows`` rows.
+    """
+    for name in adapted.trained:
+        sample = getattr(adapted.parameter(name), "grad_sample", None)
+        if not isinstance(sample, torch.Tensor) or len(sample) != rows:
+            got = "none" if sample is None else f"shape {tuple(sample.shape)}"
+            raise GuardError(f"{name} has no per-example gradient for the batch's {rows} rows (it has {got})")
+
+
+class StackedDPOptimizer(DPOptimizer):
+    """Opacus' DPOptimizer for parameters with a client axis.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Over parameters [K, ...] whose ``grad_sample`` is [N, ...].
+    noise_multipliers : sequence of K floats
+        sigma of each client.
+    max_grad_norm : float
+        C.
+    expected_batch_sizes : sequence of K floats
+        What each client's noised sum is divided by.
+    generators : sequence of K torch.Generator, or None for the global one
+        Where each client's noise comes from.
+    layout : RowLayout
+        Which rows are whose.
+
+    Notes
+    -----
+    Client k's gradient is (sum of its rows times min(1, C / (norm + 1e-6)) + sigma_k C noise_k) / E_k, with the norm taken
+    over all trained parameters together, as in Opacus.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        noise_multipliers: Sequence[float],
+        max_grad_norm: float,
+        expected_batch_sizes: Sequence[float],
+        generators: Sequence[torch.Generator | None],
+        layout: RowLayout,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=max(noise_multipliers),
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=1,
+            loss_reduction="mean",
+        )
+        self.noise_multipliers = list(noise_multipliers)
+        self.expected_batch_sizes = list(expected_batch_sizes)
+        self.generators = list(generators)
+        self.layout = layout
+
+    def clip_and_accumulate(self) -> None:
+        """Clip every row over all parameters and add it to its client's sum; a batch without rows adds nothing."""
+        params = [p for p in self.params if getattr(p, "grad_sample", None) is not None]
+        if not params:
+            return
+        squares = torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in params])
+        norms = squares.sum(0).sqrt()
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        for p in params:
+            summed = self.layout.sum_rows(p.grad_sample, factors.to(p.dtype))
+            p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
+
+    def add_noise(self) -> None:
+        """Add each client's noise, from its own generator, whether or not it had a row."""
+        params = self.params
+        sizes = [p[0].numel() for p in params]
+        noise = torch.zeros(len(self.generators), sum(sizes), dtype=params[0].dtype, device=params[0].device)
+        for row, sigma, generator in zip(noise, self.noise_multipliers, self.generators, strict=True):
+            if sigma:
+                row.normal_(0, sigma * self.max_grad_norm, generator=generator)
+        for p, part in zip(params, noise.split(sizes, 1), strict=True):
+            part = part.reshape(p.shape)
+            p.grad = part if p.summed_grad is None else p.summed_grad + part
+
+    def scale_grad(self) -> None:
+        """Divide each client's noised sum by its expected batch size."""
+        divisors = torch.tensor(self.expected_batch_sizes, dtype=self.params[0].dtype, device=self.params[0].device)
+        for p in self.params:
+            p.grad /= divisors.reshape(-1, *(1,) * (p.dim() - 1))
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:  # type: ignore[override]
+        """As in Opacus, but a cohort of empty Poisson batches, without any per-example gradient, still gets its noise."""
+        self.clip_and_accumulate()
+        if self._check_skip_next_step():
+            self._is_last_step_skipped = True
+            return False
+        self.add_noise()
+        self.scale_grad()
+        self._is_last_step_skipped = False
+        return True

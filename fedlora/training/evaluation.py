@@ -1,0 +1,79 @@
+"""How good a model is on held-out text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.adapters import AdaptedModel
+from fedlora.data.tokens import TokenTable
+from fedlora.training.loss import per_example_loss, token_losses
+
+
+@torch.no_grad()
+def evaluate(
+    adapted: AdaptedModel, table: TokenTable, batch_size: int, domains: list[str] | None = None
+) -> dict[str, Any]:
+    """Evaluate client 0's arrays on a whole table.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    table : TokenTable
+    batch_size : int
+    domains : list of str, optional
+        Names of the table's domains, for ``by_domain``.
+
+    Returns
+    -------
+    dict
+        Classification: loss (nats), accuracy, macro_f1, majority (share of the largest class), all shares in [0, 1].
+        Language models: loss (nats a target token) and perplexity, and by_domain if there are domains.
+    """
+    adapted.model.eval()
+    adapted.layout.set_rows([1])
+    # Rows of like length share a batch, which changes no result and saves the padding.
+    order = np.argsort(table.lengths, kind="stable")
+    values, weights = np.zeros(len(table)), np.zeros(len(table))
+    predictions = np.zeros(len(table), np.int64)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = {name: value.to(adapted.device) for name, value in table.batch(rows).items()}
+        adapted.layout.set_rows([len(rows)])
+        logits = adapted.logits(batch)
+        if batch["labels"].dim() == 1:
+            values[rows] = per_example_loss(logits, batch["labels"]).double().cpu().numpy()
+            weights[rows] = 1
+            predictions[rows] = logits.argmax(1).cpu().numpy()
+        else:
+            sums, counts = token_losses(logits, batch["labels"])
+            values[rows], weights[rows] = sums.double().cpu().numpy(), counts.cpu().numpy()
+    loss = float(values.sum() / max(1.0, weights.sum()))
+    if table.labels is not None:
+        labels = np.asarray(table.labels)
+        return {"loss": loss, **classification_metrics(labels, predictions)}
+    metrics: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if domains and table.domain is not None:
+        of = np.asarray(table.domain)
+        metrics["by_domain"] = {
+            name: math.exp(min(700.0, float(values[of == i].sum() / max(1.0, weights[of == i].sum()))))
+            for i, name in enumerate(domains)
+            if (of == i).any()
+        }
+    return metrics
+
+
+def classification_metrics(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1 (mean over the classes that occur in labels or predictions) and the majority class's share."""
+    scores = []
+    for label in np.union1d(labels, predictions):
+        hits = np.sum((labels == label) & (predictions == label))
+        scores.append(2 * hits / (np.sum(labels == label) + np.sum(predictions == label)))
+    return {
+        "accuracy": float(np.mean(labels == predictions)),
+        "macro_f1": float(np.mean(scores)),
+        "majority": float(np.bincount(labels).max() / len(labels)),
+    }

@@ -1,0 +1,76 @@
+"""Aggregation as pure functions of tensors, in client order; the streaming form holds one sum, not one copy a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from flwr.app import Message
+
+Arrays = dict[str, torch.Tensor]
+
+
+class WeightedMean:
+    """sum p_i X_i with p_i = w_i / sum w, over named arrays added one client at a time.
+
+    The sum is kept in float64, so that the order of clients matters only below float32's rounding; it is fixed all the same.
+    """
+
+    def __init__(self) -> None:
+        self.total_weight = 0.0
+        self._sums: Arrays = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, arrays: Mapping[str, torch.Tensor], weight: float) -> None:
+        """Add one client's arrays.
+
+        Raises
+        ------
+        ValueError
+            If the weight is negative, or names or shapes differ from the first client's.
+        """
+        if weight < 0:
+            raise ValueError(f"weight {weight} is negative")
+        if not self._sums:
+            self._sums = {name: torch.zeros(a.shape, dtype=torch.float64) for name, a in arrays.items()}
+            self._dtypes = {name: a.dtype for name, a in arrays.items()}
+        if arrays.keys() != self._sums.keys():
+            raise ValueError(f"names differ: {sorted(arrays.keys() ^ self._sums.keys())[:3]}")
+        for name, array in arrays.items():
+            if array.shape != self._sums[name].shape:
+                raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(self._sums[name].shape)}")
+        for name, array in arrays.items():
+            self._sums[name].add_(array.double(), alpha=weight)
+        self.total_weight += weight
+
+    def result(self) -> Arrays | None:
+        """Return the mean in the arrays' own dtype, or None if nothing of any weight was added."""
+        if self.total_weight == 0:
+            return None
+        return {name: (s / self.total_weight).to(self._dtypes[name]) for name, s in self._sums.items()}
+
+
+def weighted_mean(clients: Iterable[tuple[Mapping[str, torch.Tensor], float]]) -> Arrays | None:
+    """Weighted mean of clients' arrays, given with their weights."""
+    mean = WeightedMean()
+    for arrays, weight in clients:
+        mean.add(arrays, weight)
+    return mean.result()
+
+
+def in_client_order(replies: Iterable[Message], node_ids: Sequence[int]) -> Iterator[Message]:
+    """Yield replies in the order of the nodes they were asked from.
+
+    A reply is held back only until those before it are there, so that a Grid that answers in order is streamed; those
+    whose predecessors never come follow at the end, in order.
+    """
+    place = {node: i for i, node in enumerate(node_ids)}
+    held: dict[int, Message] = {}
+    due = 0
+    for reply in replies:
+        held[place.get(reply.metadata.src_node_id, len(place))] = reply
+        while due in held:
+            yield held.pop(due)
+            due += 1
+    for i in sorted(held):
+        yield held[i]

@@ -1,0 +1,276 @@
+"""What all methods share: seeded sampling, streaming aggregation, and the form that every method fills in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
+from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import ClientErrorCode, GuardError, RunError
+from fedlora.training.cohort import learning_rate
+from strategies.aggregation import WeightedMean, in_client_order
+
+log = logging.getLogger("fedlora")
+
+
+@dataclass
+class RoundReport:
+    """What a round of training gave, beside the arrays.
+
+    Attributes
+    ----------
+    clients : list of int
+        Sampled, in order.
+    failed : list of dict
+        client, code and error of each that failed or did not answer.
+    metrics : dict of int to MetricRecord
+        By client.
+    aggregate_seconds : float
+    """
+
+    clients: list[int] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[int, MetricRecord] = field(default_factory=dict)
+    aggregate_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Numbers (not bytes) that a method sends to or from one client: once, and down and up in a round."""
+
+    initial: int
+    down: int
+    up: int
+
+
+class FederatedStrategy(Strategy):
+    """Base of all methods: samples partitions, sends the global arrays, averages what comes back.
+
+    A method fills in the class attributes, :meth:`start_arrays` and :meth:`payload`; one whose aggregate is no weighted
+    mean overrides :meth:`aggregate_train`.
+
+    Parameters
+    ----------
+    config : Config
+
+    Attributes
+    ----------
+    name, title, paper : str
+        ``method.name``, what it is in a line, and where it comes from.
+    parameterisation : str
+        How dW is written: ``lora`` or ``sb``.
+    trained : tuple of str
+        Factors that clients train and send, beside the head; the others are frozen and travel once.
+    learning_rates : dict of str to float
+        Default learning rate by optimiser.
+    nodes : dict of int to int
+        Client (partition) number to node id; set before the first round.
+    report : RoundReport
+        Of the last round.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    parameterisation: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+    learning_rates: ClassVar[dict[str, float]]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.nodes: dict[int, int] = {}
+        self.on_reply: Callable[[int], None] | None = None
+        self.report = RoundReport()
+
+    @abstractmethod
+    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """Return the start of all factors (the head's is the model's), before the first round.
+
+        Parameters
+        ----------
+        adapted : AdaptedModel
+            On the server, with its factors zero.
+        data : FederatedData
+            For starts that read public or pooled data.
+        """
+
+    @classmethod
+    @abstractmethod
+    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+        """Return the method's formula.
+
+        Parameters
+        ----------
+        layers : list of (int, int)
+            (m, n), outputs and inputs, of every adapted layer.
+        rank : int
+        head : int
+            Numbers in the trainable head.
+        """
+
+    @property
+    def covers_init(self) -> bool:
+        """Whether epsilon covers everything that the start read."""
+        return True
+
+    def formula_bytes(self, adapted: AdaptedModel) -> dict[str, int]:
+        """Payload of a client in bytes by direction: initial, down, up."""
+        layers = [linear_shape(adapter.base) for adapter in adapted.adapters.values()]
+        head = sum(adapted.parameter(name)[0].numel() for name in adapted.head_names)
+        numbers = self.payload(layers, self.config.method.rank, head)
+        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+        return {"initial": numbers.initial * size, "down": numbers.down * size, "up": numbers.up * size}
+
+    def sample(self, server_round: int) -> list[int]:
+        """Draw the clients of a round from the run's seed and the round alone."""
+        clients = sorted(self.nodes)
+        count = max(1, round(self.config.server.fraction_train * len(clients)))
+        if count == len(clients):
+            return clients
+        rng = np.random.default_rng([self.config.run.seed, server_round, 0x5A])
+        return sorted(rng.choice(clients, count, replace=False).tolist())
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Address the round's clients."""
+        if not self.nodes:
+            self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
+        self.report = RoundReport(clients=self.sample(server_round))
+        base = self.config.client.learning_rate or self.learning_rates[self.config.client.optimizer]
+        config = ConfigRecord(dict(config))
+        config["server-round"] = server_round
+        config["learning-rate"] = learning_rate(self.config.client, base, server_round, self.config.run.rounds)
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [
+            Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round))
+            for client in self.report.clients
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the clients' arrays by their numbers of examples, as the replies come."""
+        mean = WeightedMean()
+        for client, message in self.valid_replies(replies):
+            started = time.perf_counter()
+            metrics = message.content["metrics"]
+            assert isinstance(metrics, MetricRecord)
+            arrays = decode(next(iter(message.content.array_records.values())))
+            try:
+                _check_finite(arrays)
+                mean.add(arrays, self.weight(metrics))
+                self.report.metrics[client] = metrics
+            except ValueError as error:
+                self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
+            self.report.aggregate_seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        result = mean.result() if len(self.report.metrics) >= self.config.server.min_replies else None
+        record = None if result is None else encode(result, wire_dtype(self.config.model.dtype))
+        self.report.aggregate_seconds += time.perf_counter() - started
+        return record, self.mean_metrics()
+
+    def weight(self, metrics: MetricRecord) -> float:
+        """Return a client's weight before normalisation: its number of examples."""
+        count = metrics["num-examples"]
+        assert isinstance(count, int | float)
+        return float(count)
+
+    def valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
+        """Yield (client, reply) in client order; log and count the failures.
+
+        Raises
+        ------
+        GuardError
+            If a client found that training does not do what it says.
+        """
+        clients = {node: client for client, node in self.nodes.items()}
+        answered = set()
+        for reply in in_client_order(replies, [self.nodes[client] for client in self.report.clients]):
+            client = clients[reply.metadata.src_node_id]
+            answered.add(client)
+            if self.on_reply is not None:
+                self.on_reply(client)
+            if not reply.has_error():
+                yield client, reply
+            elif reply.error.code == ClientErrorCode.GUARD:
+                raise GuardError(f"client {client}: {reply.error.reason}")
+            else:
+                self.fail(client, reply.error.code, reply.error.reason or "")
+        for client in self.report.clients:
+            if client not in answered:
+                self.fail(client, 0, "no reply within the timeout")
+        if self.report.clients and len(self.report.failed) == len(self.report.clients):
+            raise RunError(f"every client of the round failed; the first said: {self.report.failed[0]['error']}")
+
+    def fail(self, client: int, code: int, error: str) -> None:
+        """Count and log a client's failure."""
+        self.report.failed.append({"client": client, "code": int(code), "error": error})
+        log.warning("client %d failed: %s", client, error)
+
+    def mean_metrics(self) -> MetricRecord | None:
+        """Average the clients' metrics by their numbers of examples."""
+        rows = list(self.report.metrics.values())
+        if not rows:
+            return None
+        weights = np.array([self.weight(row) for row in rows])
+        mean = MetricRecord({"num-examples": float(weights.sum())})
+        if all("loss" in row for row in rows):
+            losses = np.array([row["loss"] for row in rows], dtype=float)
+            known = np.isfinite(losses)
+            if known.any():
+                mean["loss"] = float(np.average(losses[known], weights=weights[known]))
+        return mean
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask no client: evaluation is central, on held-out text."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing, as nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Log what runs."""
+        log.info("%s, rank %d, %d clients", self.title, self.config.method.rank, len(self.nodes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the arrays, as JSON; nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+
+
+def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
+    """Draw the usual LoRA start for every layer: A of its own, B = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    arrays: Arrays = {}
+    initial = PARAMETERISATIONS["lora"].initial_factors
+    for path, adapter in adapted.adapters.items():
+        shape = linear_shape(adapter.base)
+        rank = adapted.parameter(f"{path}.lora_A").shape[1]
+        arrays |= {f"{path}.{factor}": value for factor, value in initial(*shape, rank, generator).items()}
+    return arrays
+
+
+def _check_finite(arrays: Arrays) -> None:
+    for name, array in arrays.items():
+        if not torch.isfinite(array).all():
+            raise ValueError(f"{name} is not finite")

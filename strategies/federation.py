@@ -1,0 +1,362 @@
+"""One federation from start to end, on whatever Grid there is."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters.peft_format import export_peft
+from fedlora.communication.broadcast import InitialBroadcast
+from fedlora.communication.meter import MeteredGrid, row_dict
+from fedlora.communication.wire import decode, digest, encode, wire_dtype
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import RunError
+from fedlora.models import load_base
+from fedlora.results.folder import RunFolder, RunResult
+from fedlora.training import evaluate
+from strategies.base import FederatedStrategy, RoundReport
+
+log = logging.getLogger("fedlora")
+
+
+@dataclass
+class Progress:
+    """What a progress display may show; every hook does nothing by default.
+
+    Attributes
+    ----------
+    on_start : callable (rounds, first round, clients a round)
+    on_client : callable (client)
+    on_round : callable (line of rounds.jsonl)
+    """
+
+    on_start: Callable[[int, int, int], None] = lambda rounds, first, clients: None
+    on_client: Callable[[int], None] = lambda client: None
+    on_round: Callable[[dict[str, Any]], None] = lambda line: None
+
+
+@dataclass
+class Totals:
+    """What adds up over rounds and restarts."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    epsilon: dict[str, list[float]] = field(default_factory=dict)  # client -> [epsilon, delta]
+
+
+def discover_nodes(grid: Grid, timeout: float) -> dict[int, int]:
+    """Ask every node which partition it holds; return partition to node id."""
+    messages = [Message(RecordDict(), node, MessageType.QUERY, group_id="0") for node in grid.get_node_ids()]
+    nodes: dict[int, int] = {}
+    errors = []
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        if reply.has_error():
+            errors.append(reply.error.reason)
+        else:
+            nodes[int(reply.content["metrics"]["partition-id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
+    if not nodes:
+        raise RunError(f"no client answered{': ' + str(errors[0]) if errors else ''}")
+    return dict(sorted(nodes.items()))
+
+
+def run_federation(
+    config: Config,
+    grid: Grid,
+    folder: RunFolder,
+    data: FederatedData,
+    strategy: FederatedStrategy,
+    *,
+    training: Strategy | None = None,
+    progress: Progress | None = None,
+    started: float | None = None,
+) -> RunResult:
+    """Run, or go on with, a federation.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    grid : Grid
+        RayGrid in simulation, Flower's own in deployment.
+    folder : RunFolder
+        New, or opened to resume.
+    data : FederatedData
+        For evaluation on the server, and for starts that read public or pooled data.
+    strategy : FederatedStrategy
+        Of the config's method: says what is trained, how it starts and what its formula is.
+    training : Strategy, optional
+        Configures and aggregates the rounds instead of ``strategy``; any Flower Strategy.
+    progress : Progress, optional
+    started : float, optional
+        ``time.perf_counter()`` when the run began, if that was before this call.
+
+    Returns
+    -------
+    RunResult
+    """
+    clock = started or time.perf_counter()
+    progress, rounds = progress or Progress(), training or strategy
+    checkpoint = folder.checkpoint
+
+    # 1. Who is there.
+    nodes = discover_nodes(grid, config.server.timeout)
+    strategy.nodes = nodes
+    strategy.on_reply = progress.on_client
+    if isinstance(rounds, FederatedStrategy):
+        rounds.nodes, rounds.on_reply = nodes, progress.on_client
+
+    # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
+    adapted = server_model(config, data, strategy)
+    done = int(checkpoint.get("round", 0))
+    totals = Totals()
+    if done:
+        frozen, trained = checkpoint.get_arrays("frozen") or {}, checkpoint.get_arrays("trained") or {}
+        totals.seconds.update(checkpoint.get("seconds"))
+        totals.epsilon.update(checkpoint.get("epsilon"))
+        if isinstance(rounds, FederatedStrategy):
+            rounds.load_state_dict(checkpoint.get("strategy", {}))
+    else:
+        start = strategy.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        names = set(adapted.names(strategy.trained))
+        frozen = {name: array for name, array in start.items() if name not in names}
+        trained = {name: array for name, array in start.items() if name in names}
+        checkpoint.set_arrays("frozen", frozen)
+    adapted.set_shared(frozen | trained)
+
+    # 3. The wire: every message is metered, frozen arrays go along with a client's first.
+    dtype = wire_dtype(config.model.dtype)
+    formula = strategy.formula_bytes(adapted)
+    meter = MeteredGrid(grid, lambda r, client, way: formula[way], {node: client for client, node in nodes.items()})
+    wire = InitialBroadcast(meter, encode(frozen, dtype))
+    wire.contacted = {nodes[client] for client in checkpoint.get("contacted", []) if client in nodes}
+    meter.totals.update(checkpoint.get("communication", {}))
+    settings = ConfigRecord(
+        {"parameterisation": strategy.parameterisation, "initial-digest": digest(decode(wire.arrays))}
+    )
+    if not frozen:
+        settings["initial-digest"] = ""
+    arrays = encode(trained, dtype)
+    totals.seconds["load"] += time.perf_counter() - clock
+
+    # 4. Rounds.
+    rounds.summary()
+    progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
+    for server_round in range(done + 1, config.run.rounds + 1):
+        began = time.perf_counter()
+        messages = rounds.configure_train(server_round, arrays, settings, wire)
+        replies = _Recorded(
+            wire.send_and_receive(_in_round(messages, server_round), timeout=config.server.timeout), nodes
+        )
+        aggregated, mean = rounds.aggregate_train(server_round, replies)
+        exchange = time.perf_counter() - began
+        report = rounds.report if isinstance(rounds, FederatedStrategy) else replies.report
+        if aggregated is not None:
+            arrays = aggregated
+        adapted.set_shared(decode(arrays))
+        began = time.perf_counter()
+        due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
+        metrics = evaluate_server(adapted, data, config) if due else {}
+        seconds = _seconds(report, exchange, time.perf_counter() - began)
+        for name, value in seconds.items():
+            totals.seconds[name] += value
+        line = _line(server_round, report, mean, metrics, seconds, aggregated is not None, config)
+        for client, row in report.metrics.items():
+            if "epsilon" in row:
+                totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]  # type: ignore[arg-type]
+        line["epsilon"] = max((e for e, _ in totals.epsilon.values()), default=None)
+        line["communication"] = dict(meter.totals)
+        # 5. The checkpoint: the round is there whole, or not at all.
+        totals.seconds["total"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        checkpoint["round"] = server_round
+        checkpoint["seconds"] = dict(totals.seconds)
+        checkpoint["epsilon"] = totals.epsilon
+        checkpoint["contacted"] = [client for client, node in nodes.items() if node in wire.contacted]
+        checkpoint["communication"] = meter.totals
+        checkpoint["strategy"] = rounds.state_dict() if isinstance(rounds, FederatedStrategy) else {}
+        checkpoint.set_arrays("trained", decode(arrays))
+        folder.add_round(line, map(row_dict, meter.take_rows()), _privacy_rows(server_round, report))
+        progress.on_round(line)
+
+    # 6. The result.
+    export_peft(adapted, config, folder.path / "adapter", data.label_names)
+    totals.seconds["total"] += time.perf_counter() - clock
+    return folder.finish(summarise(config, folder, strategy, adapted, nodes, meter.totals, totals))
+
+
+def server_model(config: Config, data: FederatedData, strategy: FederatedStrategy) -> AdaptedModel:
+    """Load the base model with the strategy's adapters; on the GPU where the simulation uses one."""
+    use_gpu = config.simulation.gpus_per_worker > 0 and torch.cuda.is_available()
+    base = load_base(config, data.label_names, "cuda" if use_gpu else "cpu")
+    return adapt(base, config, strategy.parameterisation)
+
+
+def evaluate_server(adapted: AdaptedModel, data: FederatedData, config: Config) -> dict[str, Any]:
+    """Evaluate on the test set, and on the validation set if there is one (key ``validation``)."""
+    metrics = evaluate(adapted, data.test, config.server.batch_size, data.domain_names)
+    if data.validation is not None:
+        metrics["validation"] = evaluate(adapted, data.validation, config.server.batch_size)
+    return metrics
+
+
+def summarise(
+    config: Config,
+    folder: RunFolder,
+    strategy: FederatedStrategy,
+    adapted: AdaptedModel,
+    nodes: dict[int, int],
+    communication: dict[str, int],
+    totals: Totals,
+) -> dict[str, Any]:
+    """Return the content of summary.json."""
+    lines = folder.rounds()
+    evaluated = [line for line in lines if line["metrics"]]
+    final = {k: v for k, v in evaluated[-1]["metrics"].items() if k != "validation"} if evaluated else {}
+    epsilons = [epsilon for epsilon, _ in totals.epsilon.values()]
+    epsilon = None
+    if epsilons:
+        epsilon = {
+            "max": max(epsilons),
+            "mean": sum(epsilons) / len(epsilons),
+            "delta": config.privacy.target_delta,
+            "accountant": config.privacy.accountant,
+            "mode": config.privacy.mode,
+            "unit": "one example of one client",
+            "covers_init": strategy.covers_init,
+        }
+    names = adapted.names(strategy.trained)
+    order = ("total", "load", "train", "communicate", "aggregate", "evaluate")
+    return {
+        "method": config.method.name,
+        "seed": config.run.seed,
+        "rounds": config.run.rounds,
+        "clients": len(nodes),
+        "final": final,
+        "best": _best(evaluated),
+        "trainable_parameters": sum(adapted.parameter(name)[0].numel() for name in names),
+        "epsilon": epsilon,
+        "communication": communication,
+        "seconds": {name: totals.seconds[name] for name in order},
+        "environment": environment(config),
+    }
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Return the versions and the machine that a result depends on."""
+    packages = ("fedlora", "torch", "flwr", "opacus", "transformers", "ray", "peft", "numpy")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and config.simulation.gpus_per_worker else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": gpu,
+        "versions": {name: version(name) for name in packages},
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The round that validation prefers; without validation there is none, since choosing on test would flatter."""
+    lines = [line for line in evaluated if "validation" in line["metrics"]]
+    if not lines:
+        return None
+
+    def score(line: dict[str, Any]) -> float:
+        metrics = line["metrics"]["validation"]
+        return float(metrics.get("accuracy", -metrics["loss"]))
+
+    line = max(lines, key=score)
+    return {"round": line["round"], **line["metrics"]["validation"]}
+
+
+class _Recorded:
+    """Replies on their way to a strategy of any kind, with what the run folder needs of them."""
+
+    def __init__(self, replies: Iterable[Message], nodes: dict[int, int]) -> None:
+        self._replies = replies
+        self._clients = {node: client for client, node in nodes.items()}
+        self.report = RoundReport()
+
+    def __iter__(self) -> Any:
+        for reply in self._replies:
+            client = self._clients.get(reply.metadata.src_node_id, -1)
+            self.report.clients.append(client)
+            if reply.has_error():
+                error = {"client": client, "code": reply.error.code, "error": reply.error.reason}
+                self.report.failed.append(error)
+            else:
+                metrics = reply.content["metrics"]
+                assert isinstance(metrics, MetricRecord)
+                self.report.metrics[client] = metrics
+            yield reply
+
+
+def _in_round(messages: Iterable[Message], server_round: int) -> Iterable[Message]:
+    """Mark messages of strategies that do not do so themselves with their round."""
+    for message in messages:
+        message.metadata.group_id = str(server_round)
+        yield message
+
+
+def _seconds(report: RoundReport, exchange: float, evaluation: float) -> dict[str, float]:
+    """Split a round's wall time: training is the busiest worker's, communication what is left of the exchange."""
+    workers: dict[Any, float] = defaultdict(float)
+    for row in report.metrics.values():
+        workers[row.get("worker")] += float(row.get("seconds", 0.0))  # type: ignore[arg-type]
+    train = min(exchange, max(workers.values(), default=0.0))
+    aggregate = min(exchange - train, report.aggregate_seconds)
+    communicate = exchange - train - aggregate
+    return {"train": train, "communicate": communicate, "aggregate": aggregate, "evaluate": evaluation}
+
+
+def _line(
+    server_round: int,
+    report: RoundReport,
+    mean: MetricRecord | None,
+    metrics: dict[str, Any],
+    seconds: dict[str, float],
+    counted: bool,
+    config: Config,
+) -> dict[str, Any]:
+    private = config.privacy.mode != "none"
+    return {
+        "round": server_round,
+        "metrics": metrics,
+        "train_loss": mean.get("loss") if mean is not None else None,
+        # Under DP the training loss is for the simulation's eyes: no noise covers it.
+        "train_loss_covered": not private,
+        "clients": report.clients,
+        "failed": report.failed,
+        "counted": counted,
+        "seconds": seconds,
+    }
+
+
+def _privacy_rows(server_round: int, report: RoundReport) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": server_round,
+            "client": client,
+            "steps": row["steps"],
+            "sample_rate": row["sample-rate"],
+            "noise_multiplier": row["noise-multiplier"],
+            "epsilon": row["epsilon"],
+            "delta": row["delta"],
+        }
+        for client, row in sorted(report.metrics.items())
+        if "epsilon" in row
+    ]

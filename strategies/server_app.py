@@ -1,0 +1,39 @@
+"""The ServerApp: the same federation on Flower's own runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.config import Config, load_config
+from fedlora.data.tokens import prepare_data
+from fedlora.results.folder import RunFolder
+from strategies import get_strategy
+from strategies.federation import run_federation
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the config that Flower's run config names (``config``: a path or TOML text; ``output``: the run folder)."""
+    source = str(context.run_config["config"])
+    beside = Path(__file__).parents[1] / source if "\n" not in source else Path(source)
+    config = resolve(load_config(source if "\n" in source or Path(source).is_file() else beside))
+    output = Path(str(context.run_config.get("output") or Path("runs") / config.run.name))
+    folder = RunFolder.create(output, config)
+    try:
+        run_federation(config, grid, folder, prepare_data(config), get_strategy(config.method.name)(config))
+    finally:
+        folder.close()
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what the method decides: the learning rate."""
+    strategy = get_strategy(config.method.name)
+    client = config.client
+    if client.learning_rate is None:
+        client = client.model_copy(update={"learning_rate": strategy.learning_rates[client.optimizer]})
+    return config.model_copy(update={"client": client})
