@@ -27,10 +27,12 @@ def describe(message: Message, context: Context) -> Message:
     """Answer with the client's partition and its number of examples, so that the server can sample by partition."""
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
-    rows = client_data(config).partition[client]
-    return Message(
-        RecordDict({"metrics": MetricRecord({"partition-id": client, "num-examples": len(rows)})}), reply_to=message
-    )
+    partition = client_data(config).partition
+    if client >= len(partition):
+        reason = f"partition-id = {client}: the run has {len(partition)} clients; start fewer nodes"
+        return Message(Error(code=ClientErrorCode.INPUT, reason=reason), reply_to=message)
+    metrics = MetricRecord({"partition-id": client, "num-examples": len(partition[client])})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 @app.train_cohort

@@ -21,6 +21,9 @@ from fedlora.errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
+# Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
+_NOT_TOML = (ValueError, RecursionError)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -60,7 +63,7 @@ class PartitionSection(_Section):
 
 
 class DataSection(_Section):
-    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a path (CSV, TSV, JSONL, Parquet, ``datasets`` folder)."""
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
 
     name: Annotated[str, Field(min_length=1)]
     train: str | None = None
@@ -72,6 +75,7 @@ class DataSection(_Section):
     prompt: str | None = None
     answer: str | None = None
     max_examples: Positive | None = None
+    max_test_examples: Positive | None = None
     partition: PartitionSection = PartitionSection()
 
 
@@ -241,16 +245,16 @@ def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, str) and "\n" in source:
         text, shown = source, "(text)"
     else:
-        path, shown = Path(source), str(source)
-        if not path.is_file():
-            raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+        shown = str(source)
         try:
-            text = path.read_text(encoding="utf-8")
+            if not Path(source).is_file():
+                raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+            text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("CONFIG", shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except _NOT_TOML as error:
         raise InputError("CONFIG", shown, f"is not valid TOML ({error}); mend that line") from None
 
 
@@ -278,7 +282,7 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except _NOT_TOML:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 
@@ -295,10 +299,10 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
 
 def _input_error(error: ValidationError) -> InputError:
     # Several mistakes may be there; the first is told, since one line is the contract.
-    first = error.errors(include_url=False)[0]
-    location = tuple(part for part in first["loc"] if isinstance(part, str) and "[" not in part and "-" not in part)
-    location = _real_path(location)
-    field = ".".join(location) or "CONFIG"
+    first, *others = error.errors(include_url=False)
+    location = _real_path(first["loc"])
+    # A quoted TOML key may hold anything: nothing at all, or line breaks.
+    field = ".".join(part if part and part.isprintable() else repr(part) for part in location) or "CONFIG"
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, 1)
@@ -310,14 +314,18 @@ def _input_error(error: ValidationError) -> InputError:
         return InputError(
             field, first["input"], "use letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
-    expected = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "model_type":
+        return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
+    # A union has a mistake for each of its members: all are told.
+    same = [first] + [other for other in others if _real_path(other["loc"]) == location]
+    expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
     return InputError(field, first["input"], f"{expected}; change the value")
 
 
-def _real_path(location: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop the parts that pydantic adds for the members of a union."""
+def _real_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Drop the parts that pydantic adds for the members of a union and of a list."""
     kept: list[str] = []
-    for part in location:
+    for part in map(str, location):
         known = _known_keys(tuple(kept))
         if not known:
             break
@@ -350,21 +358,23 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
             )
     elif data.partition.clients is None:
         raise InputError("data.partition.clients", None, "is required: the number of clients")
+    else:
+        asked = max(1, round(config.server.fraction_train * data.partition.clients))
+        if config.server.min_replies > asked:
+            remedy = f"can never be reached: a round asks {asked} clients; lower it or raise server.fraction_train"
+            raise InputError("server.min_replies", config.server.min_replies, remedy)
     if (data.prompt is None) != (data.answer is None):
         raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
-    if config.model.task == "causal-lm" and data.partition.kind in ("dirichlet", "pathological", "shard"):
-        if data.partition.column is None:
-            raise InputError(
-                "data.partition.column",
-                None,
-                f"is required with kind {data.partition.kind} for causal-lm: the column to skew",
-            )
-    if config.method.init == "public" and config.method.name == "fed-sb" and data.public is None:
+    skewed = data.partition.kind in ("dirichlet", "pathological", "shard")
+    if config.model.task == "causal-lm" and skewed and data.partition.column is None:
+        remedy = f"is required with kind {data.partition.kind} for causal-lm: the column to skew"
+        raise InputError("data.partition.column", None, remedy)
+    init = config.method.init if config.method.name == "fed-sb" else None
+    if init == "public" and data.public is None:
         raise InputError("method.init", "public", "needs data.public: examples that the server may read")
-    if config.method.init == "pooled" and config.method.name == "fed-sb" and privacy.mode != "none":
-        if not config.method.init_not_covered:
-            raise InputError(
-                "method.init",
-                "pooled",
-                "reads private data without noise, so epsilon would not cover it; use svd, or set method.init_not_covered = true",
-            )
+    if init == "pooled" and privacy.mode != "none" and not config.method.init_not_covered:
+        remedy = (
+            "reads private data without noise, so epsilon would not cover it; "
+            "use svd, or set method.init_not_covered = true"
+        )
+        raise InputError("method.init", "pooled", remedy)

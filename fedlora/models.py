@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
@@ -28,40 +35,71 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Typ
 _PADDED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"}
 
 
-class MeanPoolingClassifier(nn.Module):
-    """A linear classifier on the mean of an encoder's (or decoder's) last hidden states.
+class MeanPoolingConfig(PreTrainedConfig):
+    """Config of a :class:`MeanPoolingClassifier`: the encoder's own config, as a dict, and the labels."""
 
-    Padding does not count in the mean.
+    model_type = "mean-pooling-classifier"
+
+    def __init__(self, encoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.encoder = encoder or {}
+        super().__init__(**kwargs)
+
+
+class MeanPoolingClassifier(PreTrainedModel):
+    """A linear classifier on the mean of an encoder's (or decoder's) last hidden states; padding does not count.
+
+    A transformers model like any other: it saves, and loads with ``AutoModelForSequenceClassification`` once this module
+    is imported.
 
     Parameters
     ----------
-    encoder : nn.Module
-        A transformers base model: its output has ``last_hidden_state`` [N, T, hidden].
-    num_labels : int
-        Number of classes.
+    config : MeanPoolingConfig
+    encoder : transformers.PreTrainedModel, optional
+        The base model, whose output has ``last_hidden_state`` [N, T, hidden]; made from the config by default.
     """
 
-    def __init__(self, encoder: Any, num_labels: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels, dtype=encoder.dtype)
+    config_class = MeanPoolingConfig
+    base_model_prefix = "encoder"
+    _supports_sdpa = True
 
-    @property
-    def config(self) -> Any:
-        """The encoder's transformers config."""
-        return self.encoder.config
+    def __init__(self, config: MeanPoolingConfig, encoder: Any = None) -> None:
+        super().__init__(config)
+        if encoder is None:
+            base = AutoConfig.for_model(**config.encoder)
+            encoder = transformers.MODEL_MAPPING[type(base)](base, **_without_pooler(transformers.MODEL_MAPPING[type(base)]))
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, config.num_labels, dtype=encoder.dtype)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave weights alone: they are loaded, or drawn from the run's seed."""
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         """Return the logits [N, num_labels] of token ids [N, T] with mask [N, T] (1 token, 0 padding)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        mask = attention_mask if attention_mask is None else unhurried_mask(self.encoder, attention_mask)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
         if attention_mask is None:
             pooled = hidden.mean(dim=1)
         else:
             weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         return SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def unhurried_mask(model: nn.Module, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask [N, T] in the form of which transformers need not read the values, which would wait for the GPU.
+
+    That is a boolean [N, 1, 1, T], for models whose tokens see each other both ways; others keep theirs.
+    """
+    if not attention_mask.is_cuda or any(getattr(module, "is_causal", False) for module in model.modules()):
+        return attention_mask
+    return attention_mask[:, None, None, :].bool()
+
+
+AutoConfig.register(MeanPoolingConfig.model_type, MeanPoolingConfig)
+AutoModelForSequenceClassification.register(MeanPoolingConfig, MeanPoolingClassifier)
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -195,15 +233,16 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"
-    if mean and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False
+    if mean:
+        options |= _without_pooler(model_class)
     if classify and not mean:
         options["ignore_mismatched_sizes"] = True
     with torch.random.fork_rng(devices=[]), _loading(config):
         torch.manual_seed(config.run.seed)
         model, report = model_class.from_pretrained(source, config=pretrained, revision=_revision(config), **options)
         if mean:
-            model = MeanPoolingClassifier(model, pretrained.num_labels)
+            labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
+            model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), **labels), model)
     fresh = set() if mean else set(report["missing_keys"])
     head = head_of(model) if classify else None
     if classify and head is None:
@@ -217,6 +256,11 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             module.p = 0.0
     model.requires_grad_(False)
     return model.to(device)
+
+
+def _without_pooler(model_class: Any) -> dict[str, bool]:
+    takes = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
@@ -271,7 +315,7 @@ def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
         del plain_config.quantization_config
         plain = type(loaded)(plain_config)
         plain.load_state_dict(loaded.state_dict())
-        plain.to(torch.float32).save_pretrained(target)
+        plain.save_pretrained(target)
         AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
 
 

@@ -90,25 +90,20 @@ def simulate(
     method = get_strategy(given.method.name)
     _check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
-    if not resume and path.exists():
-        raise InputError("--output", str(path), "exists already; choose another folder, or go on with --resume")
-    if resume:
-        folder = RunFolder.resume(path, given)
+    # The folder comes first: that it cannot be written should not show after an hour of loading.
+    folder = (
+        RunFolder.resume(path, given) if resume else RunFolder.create(path, given, _resolve_cohorts(resolve(given)))
+    )
+    try:
         if folder.finished:
             log.info("%s is finished already", path)
-            folder.close()
             return folder.result()
-        tokens = prepare_data(folder.resolved)
-    else:
-        tokens = prepare_data(given)
-        _check_clients(given, tokens)
-        folder = RunFolder.create(path, given)
-    try:
+        resolved = folder.resolved
         for note in unused_keys(given):
             log.info("note: %s", note)
-        resolved = folder.resolved if resume else _resolve_cohorts(resolve(given))
-        if not resume:
-            folder.set_resolved(resolved)
+        tokens = prepare_data(resolved)
+        _check_clients(resolved, tokens)
+        if not (path / "partition.png").exists():
             plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
         section = resolved.simulation
         assert isinstance(section.cohort_size, int)
@@ -127,6 +122,11 @@ def simulate(
             return run_federation(
                 resolved, grid, folder, tokens, method(resolved), training=rounds, progress=progress, started=started
             )
+    except InputError:
+        if not resume:
+            # The user mends the config and gives the same command again.
+            folder.discard()
+        raise
     finally:
         folder.close()
 
@@ -143,7 +143,7 @@ def _check_clients(config: Config, data: FederatedData) -> None:
 
 
 def _resolve_cohorts(config: Config) -> Config:
-    """On the CPU "auto" is one client at a time: cores are busy with one, and the choice must not depend on the machine."""
+    """On the CPU "auto" is one client: cores are busy with it, and the choice must not depend on the machine."""
     if config.simulation.cohort_size != "auto":
         return config
     simulation = config.simulation.model_copy(update={"cohort_size": 1})

@@ -80,7 +80,7 @@ def mean_gradients(
     try:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
-            batch = {name: value.to(adapted.device) for name, value in table.batch(chunk).items()}
+            batch = table.batch(chunk, adapted.device)
             adapted.layout.set_rows([len(chunk)])
             (per_example_loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
         gradients = {}

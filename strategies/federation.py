@@ -9,12 +9,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -28,6 +28,8 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import RunError
 from fedlora.models import load_base
 from fedlora.results.folder import RunFolder, RunResult
+from fedlora.results.plot import plot_rounds
+from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate
 from strategies.base import FederatedStrategy, RoundReport
 
@@ -151,8 +153,13 @@ def run_federation(
         settings["initial-digest"] = ""
     arrays = encode(trained, dtype)
     totals.seconds["load"] += time.perf_counter() - clock
+    if not done:
+        began = time.perf_counter()
+        checkpoint["start"] = evaluate_server(adapted, data, config)
+        totals.seconds["evaluate"] += time.perf_counter() - began
 
     # 4. Rounds.
+    trackers = open_trackers(config, folder.path)
     rounds.summary()
     progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
     for server_round in range(done + 1, config.run.rounds + 1):
@@ -190,10 +197,12 @@ def run_federation(
         checkpoint["strategy"] = rounds.state_dict() if isinstance(rounds, FederatedStrategy) else {}
         checkpoint.set_arrays("trained", decode(arrays))
         folder.add_round(line, map(row_dict, meter.take_rows()), _privacy_rows(server_round, report))
-        progress.on_round(line)
+        for show in (*trackers, progress.on_round):
+            show(line)
 
     # 6. The result.
     export_peft(adapted, config, folder.path / "adapter", data.label_names)
+    plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}")
     totals.seconds["total"] += time.perf_counter() - clock
     return folder.finish(summarise(config, folder, strategy, adapted, nodes, meter.totals, totals))
 
@@ -245,6 +254,7 @@ def summarise(
         "seed": config.run.seed,
         "rounds": config.run.rounds,
         "clients": len(nodes),
+        "start": folder.checkpoint.get("start"),
         "final": final,
         "best": _best(evaluated),
         "trainable_parameters": sum(adapted.parameter(name)[0].numel() for name in names),
@@ -264,9 +274,16 @@ def environment(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "gpu": gpu,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return None
 
 
 def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:

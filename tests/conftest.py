@@ -1,6 +1,8 @@
 """Shared settings: no hub, no telemetry, two threads, the same examples every time."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Before any import of the libraries that read them.
 os.environ.update(
@@ -11,6 +13,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,3 +21,21 @@ torch.set_num_threads(2)
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fedlora")
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for the whole session: grids take the one that runs. It has more cores on paper than the machine."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield
+    ray.shutdown()

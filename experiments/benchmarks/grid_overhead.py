@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from experiments.benchmarks.machine import machine
 
 # flwr, fedlora and pfl are imported where they are measured: pfl may run in an interpreter that has nothing else.
 if TYPE_CHECKING:
@@ -276,25 +278,6 @@ def _versions(peer: str) -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def _environment() -> dict[str, Any]:
-    """Describe the machine and the commit, without names of hosts or folders."""
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "uncommitted_changes": bool(changes.stdout.strip()),
-    }
-
-
-def _lines(path: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        yield from file
-
-
 def main() -> int:
     """Run the benchmark from the command line; exit code 1 if a peer that is installed failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -311,7 +294,7 @@ def main() -> int:
 
     settings = tomllib.loads(options.config.read_text(encoding="utf-8"))
     payloads = settings.pop("payload")
-    environment = _environment()
+    environment = machine()
     results = []
     print(f"{'peer':8} {'payload':>9} {'ms a message (least to most)':>30} {'start-up s':>11}")
     for payload in payloads:

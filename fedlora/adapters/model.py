@@ -1,7 +1,8 @@
 """A frozen base model with adapters and a trainable head in it.
 
-:func:`adapt` chooses the target modules as PEFT does, puts a :class:`FactoredLinear` in the place of each, and turns the
-head's linear layers into stacked ones. The result, an :class:`AdaptedModel`, is what clients train and the server evaluates.
+:func:`adapt` chooses the target modules as PEFT does, puts a :class:`FactoredLinear` in the place of each, and turns
+the head's linear layers into stacked ones. The result, an :class:`AdaptedModel`, is what clients train and the server
+evaluates.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from fedlora.adapters import lora, sb
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
 from fedlora.config import Config
 from fedlora.errors import InputError
-from fedlora.models import head_of
+from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
 
 PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
 
 Arrays = dict[str, torch.Tensor]
-"""Named arrays without a client axis: ``MODULE.FACTOR`` for adapters, ``MODULE.weight`` and ``MODULE.bias`` for the head."""
+"""Arrays without a client axis: ``MODULE.FACTOR`` for adapters, ``MODULE.weight`` and ``MODULE.bias`` for the head."""
 
 
 class FactoredLinear(nn.Module):
@@ -64,21 +65,24 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, T, n] to [N, T, m]."""
-        branch = self.dropout(x)
-        for name in self.factors:
+        first, *others = self.factors
+        branch = getattr(self, first)(self.dropout(x))
+        if self.scaling != 1:
+            branch = self.scaling * branch  # here it has the rank's width, not the layer's
+        for name in others:
             branch = getattr(self, name)(branch)
-        return self.base(x) + self.scaling * branch
+        return self.base(x) + branch
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs) of a Linear or Conv1D layer."""
-    rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = layer.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed)."""
-    weight: torch.Tensor = layer.weight.detach()  # type: ignore[union-attr,operator]
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
@@ -96,6 +100,10 @@ class AdaptedModel:
         By module path.
     head : dict of str to StackedLinear
         By module path; empty for causal language models.
+    trained : tuple of str
+        Names of the arrays that clients train, of the last :meth:`set_clients`.
+    initial : str or None
+        Digest of the frozen arrays that were set, for those who keep account of it.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class AdaptedModel:
             if layer.bias is not None:
                 self._layers[f"{path}.bias"] = (layer, "bias")
         self.trained: tuple[str, ...] = ()
+        self.initial: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +139,8 @@ class AdaptedModel:
     def names(self, factors: Iterable[str]) -> tuple[str, ...]:
         """Names of the arrays of the given factors in all layers, and of the head."""
         wanted = set(factors)
-        return tuple(n for n in self._layers if n.rpartition(".")[2] in wanted or n in self.head_names)
+        head = set(self.head_names)
+        return tuple(n for n in self._layers if n.rpartition(".")[2] in wanted or n in head)
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the stacked parameter of a name, of shape [K, ...]."""
@@ -148,6 +158,11 @@ class AdaptedModel:
         return {
             name: (p[client] if len(p := self.parameter(name)) > 1 else p[0]).detach().cpu().clone() for name in chosen
         }
+
+    def trained_arrays(self, clients: Sequence[int]) -> list[Arrays]:
+        """Copy the trained arrays of some clients to the CPU: one transfer an array, however many clients."""
+        stacked = {name: self.parameter(name).detach()[list(clients)].cpu() for name in self.trained}
+        return [{name: values[i].clone() for name, values in stacked.items()} for i in range(len(clients))]
 
     def set_shared(self, arrays: Mapping[str, torch.Tensor]) -> None:
         """Set arrays that all clients share and nobody trains.
@@ -175,7 +190,7 @@ class AdaptedModel:
         for name, (layer, attribute) in self._layers.items():
             old = getattr(layer, attribute)
             if name not in trained:
-                if len(old) > 1:
+                if len(old) > 1 or old.requires_grad:
                     setattr(layer, attribute, nn.Parameter(old[:1].detach().clone(), requires_grad=False))
                 continue
             expected = tuple(old.shape[1:])
@@ -189,8 +204,13 @@ class AdaptedModel:
             setattr(layer, attribute, nn.Parameter(value, requires_grad=True))
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the model on ``input_ids`` and ``attention_mask`` of a batch and return its logits."""
-        output: Any = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits."""
+        mask = batch.get("attention_mask")
+        if mask is not None and not self.head:
+            mask = None  # a causal model's tokens never see the padding on their right
+        if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
+            mask = unhurried_mask(self.model, mask)
+        output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -218,6 +238,11 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
         If no module matches, a matched module is no linear layer, or the rank is above a layer's size.
     """
     layout = RowLayout()
+    for module in model.modules():
+        base_config: Any = getattr(module, "config", None)
+        if getattr(base_config, "use_cache", False):
+            # Nothing is generated here: a cache of keys and values would only copy them.
+            base_config.use_cache = False
     head = head_of(model)
     inside_head = f"{head[0]}." if head else None
     paths = target_paths(model, config.method.target_modules, exclude=head[0] if head else None)
@@ -225,12 +250,10 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     for path in paths:
         base = model.get_submodule(path)
         out_features, in_features = linear_shape(base)
-        if config.method.rank > min(out_features, in_features):
-            raise InputError(
-                "method.rank",
-                config.method.rank,
-                f"is above the size of {path} ({out_features} x {in_features}); use {min(out_features, in_features)} or less",
-            )
+        largest = min(out_features, in_features)
+        if config.method.rank > largest:
+            remedy = f"is above the size of {path} ({out_features} x {in_features}); use {largest} or less"
+            raise InputError("method.rank", config.method.rank, remedy)
         shapes = PARAMETERISATIONS[kind].factor_shapes(out_features, in_features, config.method.rank)
         adapters[path] = FactoredLinear(base, shapes, config.scaling(), layout, config.method.dropout)
     for path, adapter in adapters.items():
@@ -308,8 +331,8 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, exclude:
 
 
 def _model_type(model: nn.Module) -> str:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "model_type", ""):
-            return str(config.model_type)
-    return type(model).__name__
+    """Name the base's architecture; a mean-pooled classifier's base is inside it."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    kinds = [str(config.model_type) for config in configs if getattr(config, "model_type", "")]
+    known = [kind for kind in kinds if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING]
+    return (known or kinds or [type(model).__name__])[0]

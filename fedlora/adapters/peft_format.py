@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from fedlora.models import MeanPoolingClassifier, pretrained_source
 
 HEAD_FILE = "head.safetensors"
 """Head of a mean-pooled classifier, which no stock transformers model has."""
+
+LABELS_FILE = "labels.json"
+"""Names of the classes, in the order of the logits."""
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
@@ -30,8 +34,8 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
 
     Notes
     -----
-    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank and
-    ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model.
+    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
+    and ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mean_pooled = isinstance(adapted.model, MeanPoolingClassifier)
@@ -44,9 +48,11 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
         stock = path.removeprefix(prefix)
         tensors[f"base_model.model.{stock}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
+    if label_names is not None:
+        (folder / LABELS_FILE).write_text(json.dumps(label_names) + "\n", encoding="utf-8")
     head = adapted.arrays(adapted.head_names)
     if mean_pooled:
-        save_file(head, folder / HEAD_FILE, metadata={"labels": "\n".join(label_names or [])})
+        save_file(head, folder / HEAD_FILE)
     else:
         tensors |= {f"base_model.model.{name}": array for name, array in head.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

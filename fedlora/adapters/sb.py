@@ -24,10 +24,15 @@ def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
     return (u * sign)[:, :rank].contiguous(), s[:rank], (vh * sign[:, None])[:rank].contiguous()
 
 
+def _factors(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    return {"sb_A": vh.to(kept), "sb_R": torch.diag(s).to(kept), "sb_B": u.to(kept)}
+
+
 def factors_from_weight(weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
     """Start without data, after LoRA-XS: B and A are the leading singular vectors of W0 [m, n], and R = 0."""
-    u, _, vh = _truncated_svd(weight, rank)
-    return {"sb_A": vh.float(), "sb_R": torch.zeros(rank, rank), "sb_B": u.float()}
+    u, s, vh = _truncated_svd(weight, rank)
+    return _factors(u, torch.zeros_like(s), vh, weight.dtype)
 
 
 def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: float) -> dict[str, torch.Tensor]:
@@ -47,7 +52,7 @@ def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: floa
         sb_B = U_r, sb_A = V_r^T and sb_R = diag(S_r), so that dW starts at the truncated step.
     """
     u, s, vh = _truncated_svd(-learning_rate * torch.sign(gradient.double()), rank)
-    return {"sb_A": vh.float(), "sb_R": torch.diag(s).float(), "sb_B": u.float()}
+    return _factors(u, s, vh, gradient.dtype)
 
 
 def to_lora(factors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

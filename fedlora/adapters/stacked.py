@@ -7,7 +7,8 @@ gradients never mix. With K = 1 the layer is ``torch.nn.Linear``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class RowLayout:
                 torch.arange(len(self.counts), device=device), self.sizes, output_size=sum(self.counts)
             )
 
+    @contextmanager
+    def dropout(self, generators: list[torch.Generator]) -> Iterator[None]:
+        """Draw dropout masks from the clients' own generators; without them there is no dropout."""
+        self.dropout_generators = generators
+        try:
+            yield
+        finally:
+            self.dropout_generators = None
+
     def sum_rows(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Sum rows by client, each row times its weight.
 
@@ -64,7 +74,8 @@ class RowLayout:
         Returns
         -------
         Tensor [K, ...]
-            The order of summation is fixed, on the GPU too, which an index-add would not give.
+            The order of summation is fixed, on the GPU too, which an index-add would not give. Half precision is summed
+        in float32.
         """
         clients = len(self.counts)
         if self.equal:
@@ -76,8 +87,10 @@ class RowLayout:
         flat = values.reshape(len(values), -1)
         if weights is not None:
             flat = flat * weights[:, None]
-        summed = torch.segment_reduce(flat, "sum", lengths=self.sizes, axis=0, unsafe=True)
-        return summed.reshape(clients, *values.shape[1:])
+        # segment_reduce adds in the dtype that it is given: in bf16 a sum soon stops growing.
+        wide = flat if flat.dtype == torch.float64 else flat.float()
+        summed = torch.segment_reduce(wide, "sum", lengths=self.sizes, axis=0, unsafe=True)
+        return summed.to(flat.dtype).reshape(clients, *values.shape[1:])
 
 
 class _StackedProduct(torch.autograd.Function):
@@ -86,6 +99,8 @@ class _StackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) -> torch.Tensor:
         clients, out_features, in_features = weight.shape
+        if clients != len(layout.counts):
+            raise ValueError(f"the weights are those of {clients} clients, the rows those of {len(layout.counts)}")
         if layout.equal:
             rows = x.reshape(clients, -1, in_features)
             y = torch.bmm(rows, weight.transpose(1, 2)).reshape(*x.shape[:-1], out_features)
@@ -176,7 +191,7 @@ class StackedLinear(nn.Module):
 def stacked_linear_grad_sample(
     layer: StackedLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[nn.Parameter, torch.Tensor]:
-    """Per-example gradients of a stacked layer, for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a [K, out, in] weight."""
+    """Per-example gradients for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a weight [K, out, in]."""
     x = activations[0].reshape(len(backprops), -1, layer.in_features)
     g = backprops.reshape(len(backprops), -1, layer.out_features)
     samples: dict[nn.Parameter, torch.Tensor] = {}
@@ -195,17 +210,16 @@ class ClientDropout(nn.Module):
         self.p, self.layout = p, layout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero elements of x [N, T, features] with probability p and scale the rest by 1 / (1 - p)."""
+        """Zero elements of x [N, T, features] or [N, features] with probability p and scale the rest by 1 / (1 - p)."""
         generators = self.layout.dropout_generators
         if self.p == 0 or not self.training or generators is None:
             return x
-        keep = torch.ones_like(x)
+        draws = torch.ones(x.shape, device=x.device)
         start = 0
         # A client's mask has its own longest length, so that padding to another client's length draws nothing more.
         for count, length, generator in zip(self.layout.counts, self.layout.lengths, generators, strict=True):
+            rows = draws[start : start + count]
             if count:
-                shape = (count, min(length, x.shape[1]), x.shape[2])
-                mask = torch.rand(shape, generator=generator, device=x.device) >= self.p
-                keep[start : start + count, : shape[1]] = mask.to(x.dtype) / (1 - self.p)
+                (rows[:, :length] if x.dim() > 2 else rows).uniform_(generator=generator)
             start += count
-        return x * keep
+        return x * (draws >= self.p).to(x.dtype) / (1 - self.p)

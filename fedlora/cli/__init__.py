@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RunError
 
 app = typer.Typer(
     name="fedlora",
@@ -27,7 +27,8 @@ errors = Console(stderr=True)
 
 def main() -> None:
     """Run a command; exit 0 when done, 2 for a mistake of the user's (one line), 1 for anything else."""
-    # Flower, Ray and the tokenizers talk about themselves otherwise.
+    # Flower, Ray and the tokenizers talk about themselves otherwise, and Opacus logs to stderr unless a log is set up.
+    logging.basicConfig(handlers=[logging.NullHandler()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -37,8 +38,8 @@ def main() -> None:
     except InputError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fedlora: stopped; go on with --resume", file=sys.stderr)
+    except RunError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -53,11 +54,19 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
     """Simulate a federation."""
+    from fedlora.config import load_config
+
+    overrides = parse_overrides(set_ or [])
+    # A mistake in the config is told at once: the imports below take seconds.
+    load_config(config, overrides)
     from fedlora.cli.display import RunDisplay
     from fedlora.simulator import simulate
 
-    with RunDisplay(console) as display:
-        result = simulate(config, parse_overrides(set_ or []), output=output, resume=resume, progress=display.progress)
+    try:
+        with RunDisplay(console) as display:
+            result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
+    except KeyboardInterrupt:
+        raise RunError("stopped; go on with --resume") from None
     display.summary(result)
 
 

@@ -47,7 +47,7 @@ class RunDisplay:
             transient=True,
         )
         self._clients_a_round = 0
-        self._header_shown = False
+        self._started = self._header_shown = False
 
     def __enter__(self) -> RunDisplay:
         self._bar.start()
@@ -62,6 +62,8 @@ class RunDisplay:
 
     def summary(self, result: RunResult) -> None:
         """Print what came out, and where it is."""
+        if not self._started:
+            self.console.print("finished already; nothing was left to do")
         facts, final = result.summary, result.summary["final"]
         table = Table(box=None, show_header=False, pad_edge=False)
         if "accuracy" in final:
@@ -83,6 +85,7 @@ class RunDisplay:
         self.console.print(table)
 
     def _start(self, rounds: int, first: int, clients: int) -> None:
+        self._started = True
         self._clients_a_round = clients
         self._bar.update(self._rounds, description="rounds", total=rounds, completed=first)
         self._bar.update(self._clients, total=clients, completed=0, visible=True)
@@ -109,6 +112,9 @@ class RunDisplay:
             f"{sum(line['seconds'].values()):.1f}",
         )
         self.console.print("  ".join(c.rjust(w) for c, (_, w) in zip(cells, COLUMNS, strict=True)), highlight=False)
+        for failure in line["failed"]:
+            reason = str(failure["error"]).strip().rpartition("\n")[2]
+            self.console.print(f"client {failure['client']} failed: {reason}", markup=False, highlight=False)
         note = f"loss {cells[1]}  score {cells[3]}  epsilon {cells[4]}  sent {cells[5]}"
         self._bar.update(self._rounds, completed=line["round"], note=note)
         self._bar.reset(self._clients, total=self._clients_a_round)

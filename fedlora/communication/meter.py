@@ -15,6 +15,8 @@ from fedlora.communication.wire import payload_bytes
 INITIAL = "initial"
 """Key of the record that a client gets once, on its first contact with a run."""
 
+Sizes = dict[tuple[str, int], int]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,7 +71,7 @@ class MeteredGrid(GridDecorator):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send, receive and count; replies are passed on as they come."""
-        sizes: dict[int, int] = {}  # the global arrays are one object in all of a round's messages: size them once
+        sizes: Sizes = {}  # the global arrays are one object in all of a round's messages: size them once
         outgoing = list(messages)
         for message in outgoing:
             self._count_down(message, sizes)
@@ -83,7 +85,7 @@ class MeteredGrid(GridDecorator):
         self.rows = []
         return rows
 
-    def _count_down(self, message: Message, sizes: dict[int, int]) -> None:
+    def _count_down(self, message: Message, sizes: Sizes) -> None:
         node = message.metadata.dst_node_id
         whole = message_size(message, sizes)
         if INITIAL in message.content:
@@ -95,8 +97,9 @@ class MeteredGrid(GridDecorator):
         self._count(message, node, "down", whole)
 
     def _count(self, message: Message, node: int, direction: str, size: int) -> None:
-        records = message.content.array_records.items() if message.has_content() else ()
-        payload = sum(payload_bytes(record) for key, record in records if key != INITIAL)
+        # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
+        records = message.content.items() if message.has_content() else ()
+        payload = sum(payload_bytes(r) for key, r in records if isinstance(r, ArrayRecord) and key != INITIAL)
         self._add(message, node, direction, payload, size)
 
     def _add(self, message: Message, node: int, direction: str, payload: int, size: int) -> None:
@@ -114,14 +117,14 @@ def row_dict(row: Row) -> dict[str, int | str]:
     return asdict(row)
 
 
-def message_size(message: Message, sizes: dict[int, int] | None = None) -> int:
+def message_size(message: Message, sizes: Sizes | None = None) -> int:
     """Exact size in bytes of a message in Flower's protobuf form, without serialising shared arrays again.
 
     Parameters
     ----------
     message : Message
     sizes : dict, optional
-        Known sizes of array records by ``id``; filled here, and good while the records live.
+        Known sizes of array records by key and ``id``; filled here, and good while the records live.
     """
     if not message.has_content():
         return int(message_to_proto(message).ByteSize())
@@ -137,12 +140,12 @@ def message_size(message: Message, sizes: dict[int, int] | None = None) -> int:
     return int(bare.ByteSize()) - _varint(content) + arrays + _varint(content + arrays)
 
 
-def _record_size(key: str, record: ArrayRecord, sizes: dict[int, int] | None) -> int:
-    if sizes is not None and id(record) in sizes:
-        return sizes[id(record)]
+def _record_size(key: str, record: ArrayRecord, sizes: Sizes | None) -> int:
+    if sizes is not None and (key, id(record)) in sizes:
+        return sizes[key, id(record)]
     size = int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
     if sizes is not None:
-        sizes[id(record)] = size
+        sizes[key, id(record)] = size
     return size
 
 

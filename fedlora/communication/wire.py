@@ -19,7 +19,7 @@ def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
 
 def decode(record: ArrayRecord) -> Arrays:
     """Turn a Flower ArrayRecord into named CPU tensors."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array.numpy())) for name, array in record.items()}
+    return {name: torch.from_numpy(np.asarray(array.numpy(), order="C")) for name, array in record.items()}
 
 
 def digest(arrays: Mapping[str, torch.Tensor]) -> str:

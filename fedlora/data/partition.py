@@ -114,23 +114,27 @@ def plot_partition(path: Path | str, counts: np.ndarray, label_names: list[str] 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     counts = np.asarray(counts)
     clients, labels = counts.shape
     if clients <= _MANY_CLIENTS:
-        figure = Figure(figsize=(8, 1.6 + 0.22 * clients), layout="constrained")
+        legend = 0.19 * labels if label_names and labels <= 20 else 0.0
+        figure = Figure(figsize=(8, max(1 + 0.25 * clients, 0.5 + legend)), layout="constrained")
         axes = figure.add_subplot()
         _bars(axes, counts, label_names)
     else:
         figure = Figure(figsize=(8, 6 if labels > 1 else 3.2), layout="constrained")
         axes = figure.add_subplot(2 if labels > 1 else 1, 1, 1)
         axes.step(np.arange(1, clients + 1), np.sort(counts.sum(axis=1))[::-1], where="mid")
-        axes.set(xlabel=f"{clients} clients, largest first", ylabel="examples", ylim=(0, None))
+        axes.set(
+            xlabel=f"{clients} clients, largest first", ylabel="examples", ylim=(0, 1.05 * counts.sum(axis=1).max())
+        )
         if labels > 1:
             below = figure.add_subplot(2, 1, 2)
-            below.hist((counts > 0).sum(axis=1), bins=np.arange(0.5, labels + 1.5), rwidth=0.9)
+            below.hist((counts > 0).sum(axis=1), bins=[*np.arange(0.5, labels + 1.5)], rwidth=0.9)
             below.set(xlabel="classes that a client has", ylabel="clients")
-            below.xaxis.get_major_locator().set_params(integer=True)
+            below.xaxis.set_major_locator(MaxNLocator(integer=True))
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -189,7 +193,7 @@ def _partitioner(config: Config) -> Partitioner:
     if partition.kind == "pathological":
         # The mode of the paper: every class is used as soon as there are as many clients as classes.
         mode = "first-deterministic"
-        return PathologicalPartitioner(clients, "value", partition.classes_per_client, mode, seed=seed)  # type: ignore[arg-type]
+        return PathologicalPartitioner(clients, "value", partition.classes_per_client, mode, seed=seed)
     if partition.kind == "shard":
         return ShardPartitioner(clients, "value", num_shards_per_partition=partition.shards_per_client, seed=seed)
     return NaturalIdPartitioner("value")

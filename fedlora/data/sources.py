@@ -64,7 +64,7 @@ def load_examples(config: Config) -> Examples:
 
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
     stratified). With ``data.max_examples`` a random subset of the remaining training examples is kept, in the order of
-    the source. Both follow ``run.seed`` alone. Rows without text are dropped. Classes are in the order of a
+    the source; ``data.max_test_examples`` does so for the test set. All follow ``run.seed`` alone. Rows without text are dropped. Classes are in the order of a
     ``ClassLabel``, else sorted (numbers by value).
 
     Parameters
@@ -106,6 +106,9 @@ def load_examples(config: Config) -> Examples:
     if data.max_examples is not None and data.max_examples < len(train):
         order = np.random.default_rng([config.run.seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
+    if data.max_test_examples is not None and data.max_test_examples < len(test):
+        order = np.random.default_rng([config.run.seed, _SUBSET, 1]).permutation(len(test))
+        test = test.select(np.sort(order[: data.max_test_examples]))
     return Examples(train, test, other["validation"], other["public"], label_names)
 
 
@@ -204,16 +207,18 @@ def _load_asset(name: str, field: str) -> dict[str, datasets.Dataset]:
     """
     folder = fetch(name, "data", field)
     asset = find_asset(name, "data", field)
+    columns: dict[str, list[str]]
     if asset.name == "rotten-tomatoes":
         content = bz2.decompress((folder / asset.file(".bz2")).read_bytes()).decode("utf-8")
         rows = [row for row in csv.DictReader(io.StringIO(content)) if row["category"] != "plot"]
-        columns = {"text": "text", "label": "category", "movie": "movie_name"}
-        return {"train": datasets.Dataset.from_dict({new: [row[old] for row in rows] for new, old in columns.items()})}
+        names = {"text": "text", "label": "category", "movie": "movie_name"}
+        columns = {new: [row[old] for row in rows] for new, old in names.items()}
+        return {"train": datasets.Dataset.from_dict(columns)}
     splits = {}
     for split in ("train", "test"):
-        # Orange's format: three lines of header, then one example a line.
+        # Orange's format: three lines of header, then one example a line; the first is empty.
         lines = (folder / asset.file(f"-{split}.tab")).read_text(encoding="utf-8").rstrip("\n").split("\n")[3:]
-        cells = [line.split("\t", 1) for line in lines]
+        cells = [line.split("\t", 1) for line in lines if line.strip()]
         columns = {"text": [text for _, text in cells], "label": [label for label, _ in cells]}
         if asset.name == "20newsgroups":
             columns["domain"] = [_domain(label) for label in columns["label"]]
@@ -340,7 +345,7 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
         texts = {"prompt": data.prompt, "answer": data.answer}
     else:
         texts = {"text": data.text}
-    columns: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
         _need(table, column, f"data.{name}")
         columns[name] = _texts(table, column, f"data.{name}")
@@ -356,10 +361,10 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
                 raise InputError("data.label", data.label, remedy)
     if "domain" in table.column_names:
         columns["domain"] = ["(none)" if domain is None else str(domain) for domain in table["domain"][:]]
-    column = data.partition.column
-    if column is not None and is_train:
-        _need(table, column, "data.partition.column")
-        columns[PARTITION_COLUMN] = table[column][:]
+    skewed = data.partition.column
+    if skewed is not None and is_train:
+        _need(table, skewed, "data.partition.column")
+        columns[PARTITION_COLUMN] = table[skewed][:]
     rows = np.flatnonzero(keep)
     kept = {name: [values[row] for row in rows] for name, values in columns.items()}
     return datasets.Dataset.from_dict(kept)

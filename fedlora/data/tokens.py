@@ -70,17 +70,22 @@ class TokenTable:
         self.tokens, self.offsets, self.labels = tokens, offsets, labels
         self.answer_start, self.domain, self.pad_token_id = answer_start, domain, pad_token_id
         self.lengths: np.ndarray = np.diff(offsets)
+        self._resident: _ResidentTable | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, rows: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(
+        self, rows: np.ndarray | Sequence[int], device: torch.device | str = "cpu"
+    ) -> dict[str, torch.Tensor]:
         """Return rows as tensors, in the order given, padded on the right to the longest of them.
 
         Parameters
         ----------
         rows : np.ndarray
             Row numbers [N]; N may be 0.
+        device : torch.device or str
+            On a GPU the table is kept there from the first batch on, if it fits into a tenth of what is free.
 
         Returns
         -------
@@ -89,6 +94,15 @@ class TokenTable:
             the token ids [N, T] with -100 on prompts and padding.
         """
         rows = np.asarray(rows, dtype=np.int64)
+        device = torch.device(device)
+        if device.type == "cuda":
+            if self._resident is None or self._resident.device != device:
+                self._resident = _ResidentTable.of(self, device)
+            if self._resident is not None:
+                return self._resident.batch(rows, self.lengths[rows])
+        return {name: value.to(device) for name, value in self._host_batch(rows).items()}
+
+    def _host_batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         lengths = self.lengths[rows]
         positions = np.arange(lengths.max(initial=0))
         mask = positions < lengths[:, None]
@@ -105,6 +119,39 @@ class TokenTable:
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "labels": torch.from_numpy(labels),
         }
+
+
+class _ResidentTable:
+    """A token table on a GPU: a batch is put together there, and only its row numbers travel."""
+
+    def __init__(self, table: TokenTable, device: torch.device) -> None:
+        self.device, self.pad_token_id = device, table.pad_token_id
+        self.tokens = torch.from_numpy(np.array(table.tokens)).to(device)
+        self.offsets = torch.from_numpy(np.array(table.offsets, np.int64)).to(device)
+        first = table.labels if table.labels is not None else table.answer_start
+        self.first = torch.from_numpy(np.array(first, np.int64)).to(device)
+        self.classify = table.labels is not None
+
+    @classmethod
+    def of(cls, table: TokenTable, device: torch.device) -> _ResidentTable | None:
+        """Return the table on the device, or None where it would take too much of it."""
+        free, _ = torch.cuda.mem_get_info(device)
+        return cls(table, device) if table.tokens.size * 4 + len(table) * 16 < free / 10 else None
+
+    def batch(self, rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
+        """Do as :meth:`TokenTable.batch`; nothing here waits for the device. Without padding there is no mask."""
+        chosen = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        longest = int(lengths.max(initial=0))
+        start, positions = self.offsets[chosen], torch.arange(longest, device=self.device)
+        mask = positions < (self.offsets[chosen + 1] - start)[:, None]
+        places = (start[:, None] + positions).clamp_(max=len(self.tokens) - 1)
+        ids = torch.where(mask, self.tokens[places].long(), self.pad_token_id)
+        if self.classify:
+            labels = self.first[chosen]
+        else:
+            labels = torch.where(mask & (positions >= self.first[chosen][:, None]), ids, IGNORED)
+        batch = {"input_ids": ids, "labels": labels}
+        return batch if (lengths == longest).all() else batch | {"attention_mask": mask.long()}
 
 
 class Partition(Sequence[np.ndarray]):

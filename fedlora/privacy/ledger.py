@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from opacus.accountants import create_accountant
-
 from fedlora.errors import BudgetError
-from fedlora.privacy.calibration import PrivacyPlan
+from fedlora.privacy.calibration import PrivacyPlan, spent_epsilon
 
 
 class Ledger:
@@ -41,7 +37,7 @@ class Ledger:
 
     def epsilon(self) -> float:
         """Epsilon at the ledger's delta of all that was charged; infinite where a step had no noise."""
-        return _epsilon(self.accountant, self.delta, tuple(self.history))
+        return spent_epsilon(self.accountant, self.delta, tuple(self.history))
 
     def check(self, plan: PrivacyPlan, steps: int) -> None:
         """Refuse steps that would pass the client's ceiling.
@@ -53,7 +49,7 @@ class Ledger:
         """
         if plan.ceiling is None:
             return
-        after = _epsilon(self.accountant, self.delta, tuple(self._extended(plan, steps)))
+        after = spent_epsilon(self.accountant, self.delta, tuple(self._extended(plan, steps)))
         if after > plan.ceiling:
             raise BudgetError(
                 f"{steps} more steps would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
@@ -88,15 +84,3 @@ class Ledger:
         """Rebuild a ledger from :meth:`to_record`."""
         history = zip(record["noise-multipliers"], record["sample-rates"], record["steps"], strict=True)
         return cls(str(record["accountant"]), float(record["delta"]), list(history))
-
-
-def _epsilon(accountant: str, delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
-    if not history:
-        return 0.0
-    if any(sigma == 0 for sigma, _, _ in history):
-        return math.inf
-    mechanism = create_accountant(accountant)
-    mechanism.history = list(history)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(mechanism.get_epsilon(delta=delta))

@@ -14,6 +14,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from safetensors.torch import load, save
 
+from fedlora.errors import InputError
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS arrays (name TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -30,15 +32,29 @@ class Checkpoint:
     path : Path
         The SQLite file; made if it is not there.
 
+    Raises
+    ------
+    InputError
+        If another process has it open, or it is no checkpoint.
+
     Notes
     -----
-    Everything that is set belongs to the running transaction until :meth:`commit`; a process that dies before leaves the
-    round before. Clients' states are read from the file one at a time, so that memory does not grow with the federation.
+    Everything that is set belongs to the running transaction until :meth:`commit`; a process that dies before leaves
+    the round before. Clients' states are read from the file one at a time, so that memory does not grow with the
+    federation.
     """
 
     def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level="DEFERRED")
-        self._connection.executescript(_TABLES)
+        self._connection = sqlite3.connect(path, timeout=0.0, isolation_level="DEFERRED")
+        try:
+            # The lock lasts until close() or the end of the process: two runs in one folder would mix their rounds.
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._connection.executescript(f"BEGIN EXCLUSIVE; {_TABLES} COMMIT;")
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            locked = "locked" in str(error)
+            remedy = "another process is at this run; wait for it" if locked else f"is damaged ({error}); run anew"
+            raise InputError("--resume", str(path), remedy) from None
         self.states = ClientStates(self._connection)
 
     def __setitem__(self, name: str, value: Any) -> None:

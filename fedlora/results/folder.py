@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,8 +62,16 @@ class RunFolder:
         logging.getLogger("fedlora").setLevel(logging.INFO)
 
     @classmethod
-    def create(cls, path: str | Path, config: Config) -> RunFolder:
+    def create(cls, path: str | Path, config: Config, resolved: Config | None = None) -> RunFolder:
         """Make a new folder.
+
+        Parameters
+        ----------
+        path : str or Path
+        config : Config
+            As given.
+        resolved : Config, optional
+            With what "auto" and defaults became.
 
         Raises
         ------
@@ -70,18 +79,21 @@ class RunFolder:
             If it exists already, or cannot be written.
         """
         path = Path(path)
-        if path.exists():
-            raise InputError("--output", str(path), "exists already; choose another folder, or go on with --resume")
         try:
-            (path / "checkpoint").mkdir(parents=True)
-        except OSError as error:
-            raise InputError(
-                "--output", str(path), f"cannot be made ({error.strerror}); choose another folder"
-            ) from None
+            path.mkdir(parents=True)
+            (path / "checkpoint").mkdir()
+        except FileExistsError:
+            remedy = "exists already; choose another folder, or go on with --resume"
+            raise InputError("--output", str(path), remedy) from None
+        except (OSError, ValueError) as error:
+            remedy = f"cannot be made ({getattr(error, 'strerror', error)}); choose another folder"
+            raise InputError("--output", str(path), remedy) from None
         folder = cls(path, config, Checkpoint(path / "checkpoint" / "state.sqlite"))
+        folder.resolved = resolved or config
         folder.checkpoint["given"] = config.to_toml()
-        folder.set_resolved(config)
+        folder.checkpoint["resolved"] = folder.resolved.to_toml()
         folder.checkpoint.commit()
+        write_atomically(path / "config.toml", folder.resolved.to_toml())
         return folder
 
     @classmethod
@@ -95,38 +107,36 @@ class RunFolder:
         """
         path = Path(path)
         database = path / "checkpoint" / "state.sqlite"
-        if not database.is_file():
+        if not os.path.isfile(database):  # unlike Path.is_file, of any string
             raise InputError("--resume", str(path), "is no run folder with a checkpoint; run without --resume")
         checkpoint = Checkpoint(database)
-        given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
-        if given is None or resolved is None:
-            raise InputError("--resume", str(path), "stopped before it began; delete the folder and run again")
-        new = config.to_toml()
-        if new not in (given, resolved):
-            key, before, after = _difference(tomllib.loads(given), tomllib.loads(new))
-            raise InputError(
-                key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
-            )
-        folder = cls(path, Config.model_validate(tomllib.loads(resolved)), checkpoint)
+        try:
+            resolved = _resumable(path, checkpoint, config)
+        except InputError:
+            checkpoint.close()
+            raise
+        folder = cls(path, resolved, checkpoint)
+        write_atomically(path / "config.toml", resolved.to_toml())
         folder._rewrite_growing_files()
         return folder
 
     def close(self) -> None:
-        """Let go of the log and the checkpoint."""
+        """Let go of the log and the checkpoint; what was not committed is dropped."""
         logging.getLogger("fedlora").removeHandler(self._log)
         self._log.close()
         self.checkpoint.close()
+
+    def discard(self) -> None:
+        """Close, and delete the folder if no round was done in it, so that the same command can be given again."""
+        done = self.checkpoint.get("round", 0)
+        self.close()
+        if not done:
+            shutil.rmtree(self.path)
 
     @property
     def finished(self) -> bool:
         """Whether the run is done."""
         return bool(self.checkpoint.get("finished", False))
-
-    def set_resolved(self, config: Config) -> None:
-        """Keep what "auto" and defaults became."""
-        self.resolved = config
-        self.checkpoint["resolved"] = config.to_toml()
-        write_atomically(self.path / "config.toml", config.to_toml())
 
     def add_round(
         self,
@@ -173,6 +183,20 @@ class RunFolder:
         for file in ("rounds.jsonl", "communication.csv", "privacy.csv"):
             lines = ([_header(file)] if _header(file) else []) + self.checkpoint.lines(file)
             write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
+
+
+def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:
+    """Return the config that the folder's run has, if ``config`` is the one that it was given."""
+    given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
+    if given is None or resolved is None:
+        raise InputError("--resume", str(path), "stopped before it began; delete the folder and run again")
+    new = config.to_toml()
+    if new not in (given, resolved):
+        key, before, after = _difference(tomllib.loads(given), tomllib.loads(new))
+        raise InputError(
+            key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
+        )
+    return Config.model_validate(tomllib.loads(resolved))
 
 
 def write_atomically(path: Path, text: str) -> None:

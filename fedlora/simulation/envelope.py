@@ -1,4 +1,4 @@
-"""How a Flower Message moves between processes on Ray: large arrays out of band, shared ones once a round and worker."""
+"""How a Message moves between processes on Ray: large arrays out of band, shared ones once a round and worker."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import ray
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -64,8 +64,8 @@ class RayGrid(Grid):
 
     Notes
     -----
-    Replies come in the order of the messages, as soon as they are there; at most a few batches a worker are under way, so
-    that memory does not grow with the number of clients. An array record that several messages carry travels once a
+    Replies come in the order of the messages, as soon as they are there; at most a few batches a worker are under way,
+    so that memory does not grow with the number of clients. An array record that several messages carry travels once a
     round and worker.
     """
 
@@ -89,8 +89,13 @@ class RayGrid(Grid):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
         self._ids = itertools.count()
         self._pushed: dict[str, Message] = {}
+        self._actors: list[Any] = []
         self._started_ray = _start_ray(address)
-        self.num_workers = _count_workers(workers, cpus_per_worker, gpus_per_worker)
+        try:
+            self.num_workers = _count_workers(workers, cpus_per_worker, gpus_per_worker)
+        except InputError:
+            self.close()
+            raise
         self._actors = [self._start_worker() for _ in range(self.num_workers)]
 
     def __enter__(self) -> RayGrid:
@@ -141,7 +146,7 @@ class RayGrid(Grid):
         ----------
         messages : iterable of Message
         timeout : float, optional
-            Seconds after which replies that are not there yet are given up.
+            Seconds after which replies that are not there yet are given up; the workers that are late are replaced.
         """
         outgoing = list(messages)
         for message in outgoing:
@@ -149,7 +154,8 @@ class RayGrid(Grid):
         return self._exchange(outgoing, None if timeout is None else time.monotonic() + timeout)
 
     def _register(self, message: Message) -> str:
-        message_id = f"{next(self._ids)}"
+        # As wide as Flower's own ids: the bytes of a reply, which names the message, depend on no counter.
+        message_id = f"{next(self._ids):064x}"
         message.metadata.__dict__["_message_id"] = message_id
         self._pushed[message_id] = message
         return message_id
@@ -175,12 +181,16 @@ class RayGrid(Grid):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
             if not ready:
-                for reference in running:
-                    ray.cancel(reference, force=False)
+                for late in {worker for _, worker in running.values()}:
+                    ray.kill(self._actors[late])
+                    self._actors[late] = self._start_worker()
                 break
-            batch, worker = running.pop(ready[0])
+            # A worker answers in order, but its death shows on all its batches at once: the oldest is the fatal one.
+            worker = running[ready[0]][1]
+            reference = next(ref for ref, (_, w) in running.items() if w == worker)
+            batch, _ = running.pop(reference)
             try:
-                done[batch] = self._collect(batches[batch], ready[0])
+                done[batch] = self._collect(batches[batch], reference)
             except ray.exceptions.RayError as error:
                 done[batch] = [_died(message, error) for message in batches[batch]]
                 if isinstance(error, ray.exceptions.RayActorError):
@@ -191,8 +201,8 @@ class RayGrid(Grid):
             while due in done:
                 yield from done.pop(due)
                 due += 1
-        for late in sorted(done):
-            yield from done[late]
+        for batch in sorted(done):
+            yield from done[batch]
 
     def _submit(
         self, batch: list[Message], worker: int, shared: dict[int, SharedRecord], references: dict[int, list[Any]]
@@ -262,9 +272,10 @@ def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], di
     records = {}
     uses: Counter[int] = Counter()
     for message in messages:
-        for record in message.content.array_records.values():
-            records[id(record)] = record
-            uses[id(record)] += 1
+        for record in message.content.values():
+            if isinstance(record, ArrayRecord):
+                records[id(record)] = record
+                uses[id(record)] += 1
     shared, references = {}, {}
     for identity, count in uses.items():
         if count > 1:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 
 def shuffled_batches(rows: np.ndarray, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[np.ndarray]:
@@ -22,9 +21,8 @@ def shuffled_batches(rows: np.ndarray, batch_size: int, steps: int, generator: t
 def poisson_batches(
     rows: np.ndarray, sample_rate: float, steps: int, generator: torch.Generator
 ) -> Iterator[np.ndarray]:
-    """Yield ``steps`` batches into which every row enters on its own with probability ``sample_rate``; some may be empty."""
-    sampler = UniformWithReplacementSampler(
-        num_samples=len(rows), sample_rate=sample_rate, generator=generator, steps=steps
-    )
-    for chosen in sampler:
-        yield rows[np.asarray(chosen, dtype=np.int64)]
+    """Yield ``steps`` batches, maybe empty ones, into which every row enters with probability ``sample_rate``."""
+    # The same draws as Opacus' UniformWithReplacementSampler, which makes them one step at a time.
+    draws = torch.rand(steps, len(rows), generator=generator) < sample_rate
+    for drawn in draws.numpy():
+        yield rows[np.flatnonzero(drawn)]

@@ -78,7 +78,7 @@ class ClientResult:
 
 
 def learning_rate(client: ClientSection, base: float, server_round: int, rounds: int) -> float:
-    """Learning rate of a round: linear warm-up, then constant, linear to zero or half a cosine; constant within a round."""
+    """Learning rate of a whole round: linear warm-up, then constant, linear to zero or half a cosine."""
     if server_round <= client.warmup_rounds:
         return base * server_round / (client.warmup_rounds + 1)
     progress = (server_round - 1 - client.warmup_rounds) / max(1, rounds - client.warmup_rounds)
@@ -101,7 +101,7 @@ def train_cohort(
     table : TokenTable
         Holds the rows of all jobs.
     jobs : sequence of ClientJob
-        All private or none; all start from arrays of the same names and shapes.
+        All private with one clipping norm, or none; all of one learning rate, from arrays of the same names and shapes.
     config : Config
 
     Returns
@@ -111,24 +111,30 @@ def train_cohort(
 
     Raises
     ------
+    ValueError
+        If the jobs differ where they may not.
     GuardError
         If a trainable has no per-example gradient, or did not move in two steps or more.
     """
     client = config.client
     private = jobs[0].plan is not None
+    if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
+        raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
     steps = [local_steps(config, len(job.rows)) for job in jobs]
+    last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])
     adapted.model.train()
     parameters = adapted.parameters()
     optimizer = _optimizer(client, parameters, jobs[0].learning_rate)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
-    adapted.layout.dropout_generators = [g.dropout for g in generators]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
     loss_sums = torch.zeros(len(jobs), dtype=torch.float64, device=adapted.device)
     seen = np.zeros(len(jobs), np.int64)
+    active = np.zeros(len(jobs), np.int64)
     guarded = False
     with ExitStack() as stack:
+        stack.enter_context(adapted.layout.dropout([g.dropout for g in generators]))
         dp_optimizer = None
         if private:
             stack.enter_context(per_example_gradients(adapted))
@@ -143,7 +149,7 @@ def train_cohort(
             )
         for step in range(max(steps)):
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
-            sizes = torch.tensor([max(1, len(r)) for r in rows], device=adapted.device)
+            sizes = np.array([len(r) for r in rows])
             for chunk in _physical(rows, client.physical_batch_size):
                 loss = _losses(adapted, table, chunk)
                 if dp_optimizer is not None:
@@ -155,10 +161,11 @@ def train_cohort(
                     dp_optimizer.step()
                     dp_optimizer.zero_grad()
                 else:
-                    weights = torch.repeat_interleave(sizes, torch.tensor([len(r) for r in chunk], device=loss.device))
-                    (loss / weights).sum().backward()
+                    means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
+                    (loss * torch.from_numpy(means).to(loss)).sum().backward()
                 loss_sums += adapted.layout.sum_rows(loss.detach())
-                seen += [len(r) for r in chunk]
+            seen += sizes
+            active += sizes > 0
             if dp_optimizer is not None:
                 dp_optimizer.step()
                 dp_optimizer.zero_grad(set_to_none=True)
@@ -167,15 +174,16 @@ def train_cohort(
                     _clip_by_client(parameters, client.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            for k, job in enumerate(jobs):
-                # A client that is done is read now: later steps of the others move its stacked rows, not its result.
-                if steps[k] == step + 1:
-                    arrays = adapted.arrays(adapted.trained, k)
-                    if steps[k] >= 2 and seen[k]:
-                        _check_moved(job.arrays, arrays)
-                    loss_mean = float(loss_sums[k]) / seen[k] if seen[k] else float("nan")
-                    results[k] = ClientResult(arrays, steps[k], len(job.rows), loss_mean)
-    adapted.layout.dropout_generators = None
+            # A client that is done is read now: later steps of the others move its stacked rows, not its result.
+            done = np.flatnonzero(last == step + 1).tolist()
+            if not done:
+                continue
+            losses = loss_sums.cpu().numpy()
+            for k, arrays in zip(done, adapted.trained_arrays(done), strict=True):
+                if active[k] >= 2:
+                    _check_moved(jobs[k].arrays, arrays)
+                mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
+                results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean)
     return [result for result in results if result is not None]
 
 
@@ -187,10 +195,23 @@ class _Generators:
             sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
         else:
             sequence = np.random.SeedSequence([seed, job.server_round, job.client])
-        noise, sampling, dropout = (int(s.generate_state(1, np.uint64)[0] >> 1) for s in sequence.spawn(3))
-        self.noise = torch.Generator(device).manual_seed(noise)
-        self.sampling = torch.Generator().manual_seed(sampling)
-        self.dropout = torch.Generator(device).manual_seed(dropout)
+        noise, sampling, dropout = sequence.spawn(3)
+        self.noise = _generator(device, noise)
+        self.sampling = _generator(torch.device("cpu"), sampling)
+        self.dropout = _generator(device, dropout)
+
+
+def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
+    """Return a generator that starts from all of a sequence's entropy."""
+    generator = torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+    if generator.device.type == "cpu":
+        # On the CPU manual_seed keeps 32 bits of a seed: few enough to try them all, and for two clients to share one.
+        # The state is that of a Mersenne Twister: three words of bookkeeping, then 624 words of 32 bits in 64.
+        state = generator.get_state()
+        words = sequence.generate_state(624, np.uint32).astype(np.int64)
+        state[24 : 24 + 8 * 624] = torch.from_numpy(words).view(torch.uint8)
+        generator.set_state(state)
+    return generator
 
 
 def _batches(job: ClientJob, generators: _Generators, client: ClientSection, steps: int) -> Iterator[np.ndarray]:
@@ -214,7 +235,7 @@ def _physical(rows: list[np.ndarray], size: int | None) -> Iterator[list[np.ndar
 
 
 def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) -> torch.Tensor:
-    batch = {name: value.to(adapted.device) for name, value in table.batch(np.concatenate(rows)).items()}
+    batch = table.batch(np.concatenate(rows), adapted.device)
     lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows]
     adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
     return per_example_loss(adapted.logits(batch), batch["labels"])
@@ -223,7 +244,7 @@ def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) ->
 def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:
     """Clip each client's own gradient norm, as ``clip_grad_norm_`` would for a client alone."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]).norm(dim=0)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for g in gradients:
         g *= factors.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
@@ -18,7 +17,9 @@ from torch.optim import Optimizer
 from fedlora.adapters import AdaptedModel, RowLayout
 from fedlora.errors import GuardError
 
-__all__ = ["GradSampleModule", "StackedDPOptimizer", "check_grad_samples", "per_example_gradients"]
+
+NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
+"""So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
 
 
 @contextmanager
@@ -68,8 +69,8 @@ class StackedDPOptimizer(DPOptimizer):
 
     Notes
     -----
-    Client k's gradient is (sum of its rows times min(1, C / (norm + 1e-6)) + sigma_k C noise_k) / E_k, with the norm taken
-    over all trained parameters together, as in Opacus.
+    Client k's gradient is (sum of its rows times min(1, C / (norm + 1e-6)) + sigma_k C noise_k) / E_k, with the norm
+    taken over all trained parameters together, as in Opacus.
     """
 
     def __init__(
@@ -93,14 +94,14 @@ class StackedDPOptimizer(DPOptimizer):
         self.expected_batch_sizes = list(expected_batch_sizes)
         self.generators = list(generators)
         self.layout = layout
+        self._noise = torch.empty(0)
 
     def clip_and_accumulate(self) -> None:
         """Clip every row over all parameters and add it to its client's sum; a batch without rows adds nothing."""
         params = [p for p in self.params if getattr(p, "grad_sample", None) is not None]
         if not params:
             return
-        squares = torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in params])
-        norms = squares.sum(0).sqrt()
+        norms = torch.stack([torch.linalg.vector_norm(p.grad_sample.flatten(1), dim=1) for p in params]).norm(dim=0)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         for p in params:
             summed = self.layout.sum_rows(p.grad_sample, factors.to(p.dtype))
@@ -110,13 +111,22 @@ class StackedDPOptimizer(DPOptimizer):
         """Add each client's noise, from its own generator, whether or not it had a row."""
         params = self.params
         sizes = [p[0].numel() for p in params]
-        noise = torch.zeros(len(self.generators), sum(sizes), dtype=params[0].dtype, device=params[0].device)
-        for row, sigma, generator in zip(noise, self.noise_multipliers, self.generators, strict=True):
-            if sigma:
-                row.normal_(0, sigma * self.max_grad_norm, generator=generator)
+        if not len(self._noise):
+            self._noise = self._draw_noise(sum(sizes))
+        noise, self._noise = self._noise[0], self._noise[1:]
         for p, part in zip(params, noise.split(sizes, 1), strict=True):
             part = part.reshape(p.shape)
-            p.grad = part if p.summed_grad is None else p.summed_grad + part
+            p.grad = part.clone() if p.summed_grad is None else p.summed_grad + part
+
+    def _draw_noise(self, size: int) -> torch.Tensor:
+        """Draw the noise of several steps [steps, K, size]; a launch a client and step would cost more than the noise."""
+        first = self.params[0]
+        steps = max(1, min(NOISE_STEPS, NOISE_NUMBERS // size))
+        noise = torch.zeros(len(self.generators), steps, size, dtype=first.dtype, device=first.device)
+        for block, sigma, generator in zip(noise, self.noise_multipliers, self.generators, strict=True):
+            if sigma:
+                block.normal_(0, sigma * self.max_grad_norm, generator=generator)
+        return noise.transpose(0, 1)
 
     def scale_grad(self) -> None:
         """Divide each client's noised sum by its expected batch size."""
@@ -124,8 +134,8 @@ class StackedDPOptimizer(DPOptimizer):
         for p in self.params:
             p.grad /= divisors.reshape(-1, *(1,) * (p.dim() - 1))
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:  # type: ignore[override]
-        """As in Opacus, but a cohort of empty Poisson batches, without any per-example gradient, still gets its noise."""
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """As in Opacus, but a cohort of empty Poisson batches, without per-example gradients, still gets its noise."""
         self.clip_and_accumulate()
         if self._check_skip_next_step():
             self._is_last_step_skipped = True

@@ -17,7 +17,7 @@ from fedlora.training.loss import per_example_loss, token_losses
 def evaluate(
     adapted: AdaptedModel, table: TokenTable, batch_size: int, domains: list[str] | None = None
 ) -> dict[str, Any]:
-    """Evaluate client 0's arrays on a whole table.
+    """Evaluate a model whose arrays all rows share on a whole table.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def evaluate(
     predictions = np.zeros(len(table), np.int64)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = {name: value.to(adapted.device) for name, value in table.batch(rows).items()}
+        batch = table.batch(rows, adapted.device)
         adapted.layout.set_rows([len(rows)])
         logits = adapted.logits(batch)
         if batch["labels"].dim() == 1:

@@ -1,0 +1,90 @@
+"""From a run folder to a model: in memory, or exported for transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer
+
+
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """Return the model that a run made, with its adapter merged in, and the tokenizer.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A run folder.
+
+    Returns
+    -------
+    (transformers.PreTrainedModel, tokenizer)
+        In evaluation mode, on the CPU; ``model.config.id2label`` names the classes.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no finished run.
+
+    Examples
+    --------
+    >>> model, tokenizer = load("runs/quickstart")  # doctest: +SKIP
+    >>> logits = model(**tokenizer("A joy to watch.", return_tensors="pt")).logits  # doctest: +SKIP
+    """
+    path = Path(folder)
+    adapter = path / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError("FOLDER", str(folder), "holds no finished run (no adapter/); give a run folder")
+    config = Config.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+    labels = adapter / LABELS_FILE
+    names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
+    model: Any = load_base(config, names)
+    if isinstance(model, MeanPoolingClassifier):
+        model.encoder = PeftModel.from_pretrained(model.encoder, str(adapter)).merge_and_unload()
+        head = load_file(adapter / HEAD_FILE)
+        dtype = next(model.parameters()).dtype
+        model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
+    else:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model.requires_grad_(False)
+    return model.eval(), load_tokenizer(config)
+
+
+def export_run(folder: str | Path, output: str | Path | None = None, *, merged: bool = False) -> Path:
+    """Write a run's model for others to load.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A run folder.
+    output : str or Path, optional
+        Where to; ``FOLDER/merged`` or ``FOLDER/export`` by default. It must not exist.
+    merged : bool
+        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no finished run, or the output exists.
+    """
+    target = Path(output) if output is not None else Path(folder) / ("merged" if merged else "export")
+    if target.exists():
+        raise InputError("--output", str(target), "exists already; choose another folder")
+    with torch.no_grad():
+        model, tokenizer = load(folder)
+    if merged:
+        model.save_pretrained(target)
+    else:
+        shutil.copytree(Path(folder) / "adapter", target)
+    tokenizer.save_pretrained(target)
+    return target

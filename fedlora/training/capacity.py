@@ -1,0 +1,57 @@
+"""How many clients fit into one pass on this device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from fedlora.adapters import AdaptedModel
+from fedlora.config import Config
+from fedlora.data.tokens import TokenTable
+from fedlora.training.cohort import ClientJob, train_cohort
+
+SHARE = 0.8
+"""Of the free memory; the rest is for Poisson batches above their expectation and for fragmentation."""
+
+
+def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, config: Config) -> int:
+    """Measure how many clients train in one pass: the memory of one and of two, then as many as fit.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Its trained arrays are overwritten.
+    table : TokenTable
+    job : ClientJob
+        A client of the run; the probe takes one step on as many of the table's longest rows as a batch expects.
+    config : Config
+
+    Returns
+    -------
+    int
+        At least 1. On the CPU it is 1: one client keeps a worker's cores busy, and the choice must not depend on the
+        machine, since the order of sums depends on it.
+    """
+    if adapted.device.type != "cuda":
+        return 1
+    rows = np.sort(np.argsort(table.lengths, kind="stable")[-config.client.batch_size :])
+    plan = job.plan and dataclasses.replace(job.plan, sample_rate=1.0)
+    probe = dataclasses.replace(job, rows=rows, plan=plan)
+    client = config.client.model_copy(update={"local_steps": 1, "local_epochs": None})
+    one_step = config.model_copy(update={"client": client})
+
+    def peak(clients: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(adapted.device)
+        train_cohort(adapted, table, [probe] * clients, one_step)
+        return torch.cuda.max_memory_allocated(adapted.device)
+
+    peak(1)  # what the first pass allocates for good (kernels' workspaces, the token table) is not a client's
+    one, two = peak(1), peak(2)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(adapted.device)
+    # The model itself is part of `one`, and no longer part of `free`.
+    room = SHARE * free + torch.cuda.memory_allocated(adapted.device) - one
+    return max(1, 1 + int(room / max(1, two - one)))

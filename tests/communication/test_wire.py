@@ -1,0 +1,109 @@
+"""Arrays on the wire: values, dtypes, and a digest that any bit changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
+
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def named_arrays(draw: st.DrawFn, min_size: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    drawn = draw(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), shapes, min_size=min_size))
+    return {name: torch.randn(shape, generator=generator) for name, shape in drawn.items()}
+
+
+@given(named_arrays(), dtypes, st.sampled_from([torch.float32, torch.float64]))
+def test_what_is_decoded_is_what_was_encoded(
+    arrays: dict[str, torch.Tensor], dtype: torch.dtype, wire: torch.dtype
+) -> None:
+    arrays = {name: array.to(dtype) for name, array in arrays.items()}
+    record = encode(arrays, wire)
+    decoded = decode(record)
+    assert list(decoded) == list(arrays)
+    for name, array in arrays.items():
+        assert decoded[name].dtype == wire
+        assert decoded[name].shape == array.shape
+        assert torch.equal(decoded[name], array.to(wire))
+    numbers = sum(array.numel() for array in arrays.values())
+    assert payload_bytes(record) == numbers * torch.finfo(wire).bits // 8
+
+
+def test_values_keep_every_bit() -> None:
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4028235e38])
+    decoded = decode(encode({"x": odd}))["x"]
+    assert decoded.numpy().tobytes() == odd.numpy().tobytes()
+
+
+def test_views_and_gradients_are_encoded_by_value() -> None:
+    base = torch.arange(12.0).reshape(3, 4).requires_grad_()
+    record = encode({"t": base.T, "s": base[:, ::2]})
+    assert torch.equal(decode(record)["t"], base.detach().T)
+    assert torch.equal(decode(record)["s"], base.detach()[:, ::2])
+
+
+def test_decoded_arrays_may_be_written_and_leave_the_record_alone() -> None:
+    record = encode({"x": torch.zeros(3)})
+    decode(record)["x"].add_(1)
+    assert torch.equal(decode(record)["x"], torch.zeros(3))
+
+
+def test_the_record_survives_flowers_serialisation() -> None:
+    arrays = {"a": torch.randn(2, 3), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4)}
+    again = recorddict_from_proto(recorddict_to_proto(RecordDict({"r": encode(arrays)})))["r"]
+    assert isinstance(again, ArrayRecord)
+    for name, array in decode(again).items():
+        assert torch.equal(array, arrays[name])
+
+
+@pytest.mark.parametrize(("model", "wire"), [("float64", torch.float64), ("float32", torch.float32)])
+def test_the_wire_has_the_models_dtype(model: str, wire: torch.dtype) -> None:
+    assert wire_dtype(model) == wire
+
+
+def test_bfloat16_travels_as_float32() -> None:
+    assert wire_dtype("bfloat16") == torch.float32
+
+
+@given(named_arrays(min_size=1), st.data())
+def test_any_bit_changes_the_digest(arrays: dict[str, torch.Tensor], data: st.DataObject) -> None:
+    before = digest(arrays)
+    name = data.draw(st.sampled_from(sorted(arrays)))
+    changed = {n: a.clone() for n, a in arrays.items()}
+    if changed[name].numel():
+        raw = changed[name].numpy().reshape(-1).view(np.uint8)
+        bit = data.draw(st.integers(0, 8 * len(raw) - 1))
+        raw[bit // 8] ^= 1 << (bit % 8)
+    else:
+        changed[name] = torch.zeros(*changed[name].shape, 1)
+    assert digest(changed) != before
+    assert digest(arrays) == before
+
+
+@given(named_arrays(min_size=1))
+def test_the_digest_sees_names_shapes_and_dtypes_but_not_order(arrays: dict[str, torch.Tensor]) -> None:
+    before = digest(arrays)
+    assert digest(dict(reversed(arrays.items()))) == before
+    name = next(iter(arrays))
+    rest = {n: a for n, a in arrays.items() if n != name}
+    assert digest(rest) != before
+    assert digest({**rest, name + "'": arrays[name]}) != before
+    assert digest({**rest, name: arrays[name][None]}) != before
+    assert digest({**rest, name: arrays[name].double()}) != before
+
+
+def test_the_digest_is_by_value() -> None:
+    array = torch.arange(6.0).reshape(2, 3)
+    assert digest({"x": array.T}) == digest({"x": array.T.contiguous()})
+    assert digest({"x": array}) != digest({"x": array.reshape(3, 2)})
+    assert len({digest({}), digest({"": torch.zeros(0)}), digest({"x": torch.zeros(0)})}) == 3

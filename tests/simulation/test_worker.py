@@ -1,0 +1,99 @@
+"""The worker and the envelope, without Ray."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.errors import ClientErrorCode
+from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack, unpack_record
+from fedlora.simulation.worker import Worker, load_app
+from tests.messages import train_message
+from tests.simulation import apps
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def context(client: int) -> Context:
+    config = {"partition-id": client, "num-partitions": 4}
+    return Context(run_id=1, node_id=2 + client, node_config=config, state=RecordDict(), run_config={})
+
+
+@given(st.lists(st.integers(0, 6), max_size=3), st.sampled_from([np.float32, np.float64, np.int8]))
+def test_a_message_is_the_same_after_the_journey(shape: list[int], dtype: type) -> None:
+    record = ArrayRecord({"x": Array(np.ones(shape, dtype)), "y": Array(np.zeros(2, dtype))})
+    content = RecordDict(
+        {"a": record, "m": MetricRecord({"v": [1.5, 2.5]}), "c": ConfigRecord({"b": b"\0", "t": True})}
+    )
+    message = train_message(9, content, 4)
+    message.metadata.__dict__["_message_id"] = "17"
+    for travelled in (unpack(pack(message)), unpack(pickle.loads(pickle.dumps(pack(message), protocol=5)))):
+        assert message_to_proto(travelled) == message_to_proto(message)
+        assert list(travelled.content) == ["a", "m", "c"]
+        assert travelled.metadata.message_id == "17"
+
+
+def test_an_error_travels() -> None:
+    reply = Message(Error(code=101, reason="why"), reply_to=train_message(3))
+    travelled = unpack(pack(reply))
+    assert travelled.error == reply.error
+    assert not travelled.has_content()
+
+
+def test_a_shared_record_travels_as_its_key() -> None:
+    record = ArrayRecord({"x": Array(np.arange(1000.0))})
+    message = train_message(3, RecordDict({"arrays": record, "again": record}))
+    envelope = pack(message, {id(record): SharedRecord(5)})
+    assert envelope.records == {"arrays": SharedRecord(5), "again": SharedRecord(5)}
+    assert len(pickle.dumps(envelope)) < 1000
+    content = unpack(envelope, {5: record}).content
+    assert content["arrays"] is content["again"] is record
+
+
+def test_arrays_are_viewed_and_not_copied_when_packed() -> None:
+    array = Array(np.arange(10.0))
+    (packed,) = pack_record(ArrayRecord({"x": array})).values()
+    assert np.shares_memory(packed[3], np.frombuffer(array.data, np.uint8))
+    assert unpack_record({"x": packed})["x"].data == array.data
+
+
+def test_an_app_is_given_itself_or_by_its_place() -> None:
+    assert load_app(apps.plain) is apps.plain
+    assert load_app("tests.simulation.apps:cohort") is apps.cohort
+
+
+def test_a_cohort_that_answers_too_little_is_run_one_by_one() -> None:
+    worker = Worker(apps.short, 1)
+    contexts = [context(i) for i in range(3)]
+    envelopes = [pack(train_message(2 + i)) for i in range(3)]
+    replies, states = worker.handle(envelopes, contexts, {})
+    assert [unpack(r).content["metrics"]["cohort"] for r in replies] == [1, 1, 1]
+    assert [state["count"]["calls"] for state in states] == [1, 1, 1]
+
+
+def test_a_failure_leaves_the_state_as_it_was() -> None:
+    worker = Worker(apps.plain, 1)
+    before = context(1)
+    before.state["count"] = MetricRecord({"calls": 7})
+    message = train_message(3, RecordDict({"do": ConfigRecord({"raise-1": True})}))
+    (reply,), (state,) = worker.handle([pack(message)], [before], {})
+    assert unpack(reply).error.code == ClientErrorCode.FAILED
+    assert state["count"]["calls"] == 7
+
+
+def test_the_number_of_threads_is_set() -> None:
+    Worker(apps.plain, 1)
+    assert torch.get_num_threads() == 1

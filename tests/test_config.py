@@ -1,0 +1,492 @@
+"""The typed model of a run: what it accepts, how it is overridden, and what it says about every mistake."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import pickle
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from fedlora.config import Config, load_config, unused_keys
+from fedlora.errors import InputError
+
+BASE: dict[str, Any] = {
+    "model": {"name": "asset:minilm-l6"},
+    "data": {"name": "asset:rotten-tomatoes", "partition": {"clients": 4}},
+    "method": {"name": "fedit"},
+}
+
+
+def keys(model: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every ``section.key`` with its annotation."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            yield f"{prefix}{name}", annotation
+
+
+def accepted(annotation: Any) -> tuple[set[type], set[str]]:
+    """Types of values, and words, that an annotation takes."""
+    if get_origin(annotation) is Annotated:
+        return accepted(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return set(), set(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [accepted(part) for part in get_args(annotation)]
+        return set().union(*(t for t, _ in parts)), set().union(*(w for _, w in parts))
+    kind = get_origin(annotation) or annotation
+    return ({int, float} if kind is float else {kind}), set()
+
+
+KEYS = dict(keys())
+SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS})
+text = st.text(st.characters(exclude_categories=["Cs"]))
+VALUES: dict[type, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(),
+    float: st.floats(),
+    str: text,
+    list: st.lists(st.integers() | text | st.booleans(), max_size=3),
+    dict: st.dictionaries(text, st.integers() | text, max_size=2),
+    datetime.date: st.dates(),
+    datetime.datetime: st.datetimes(),
+    datetime.time: st.times(),
+}
+
+
+@st.composite
+def wrong_values(draw: st.DrawFn) -> tuple[str, Any]:
+    """A known key, and a value of a type that it does not take (or a word that it does not know)."""
+    key = draw(st.sampled_from(sorted(KEYS)))
+    kinds, words = accepted(KEYS[key])
+    kind = draw(st.sampled_from([k for k in VALUES if k not in kinds]))
+    value = draw(VALUES[kind])
+    assume(not (isinstance(value, str) and value in words))
+    return key, value
+
+
+def override(key: str, value: Any) -> dict[str, Any]:
+    """BASE with a value in place, past the parsing of overrides."""
+    content = copy.deepcopy(BASE)
+    put(content, key, value)
+    return content
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key``."""
+    *parents, last = key.split(".")
+    for part in parents:
+        content = content.setdefault(part, {})
+    content[last] = value
+
+
+def refused(source: Any, overrides: dict[str, Any] | None = None) -> InputError:
+    """Return the error of a config, after checking its form."""
+    with pytest.raises(InputError) as caught:
+        load_config(source, overrides)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    assert line.startswith(f"{caught.value.field} = ")
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_the_schema_is_the_documented_one() -> None:
+    assert {key.partition(".")[0] for key in KEYS} == {
+        *("run", "model", "data", "method", "client", "privacy", "server", "simulation", "tracking")
+    }
+    named = """run.name run.seed run.rounds model.name model.task model.pooling model.dtype model.max_length data.name
+        data.test data.validation data.public data.text data.label data.partition.kind data.partition.clients
+        data.partition.alpha method.name method.rank method.alpha method.target_modules method.init client.optimizer
+        client.learning_rate client.batch_size client.local_steps client.local_epochs privacy.mode
+        privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant
+        server.fraction_train server.min_replies simulation.workers simulation.cpus_per_worker
+        simulation.gpus_per_worker simulation.cohort_size simulation.address"""
+    assert set(named.split()) <= set(KEYS)
+
+
+# Round trip.
+
+VALID: dict[str, st.SearchStrategy[Any]] = {
+    "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True),
+    "run.seed": st.integers(0, 2**63 - 1),
+    "run.rounds": st.integers(1, 10**6),
+    "model.pooling": st.sampled_from(["default", "mean"]),
+    "model.max_length": st.integers(2, 4096),
+    "model.num_hidden_layers": st.integers(1, 99),
+    "data.name": text.filter(bool),
+    "data.text": text,
+    "data.label": text,
+    "data.max_examples": st.integers(1, 10**9),
+    "data.partition.kind": st.sampled_from(["iid", "dirichlet", "pathological", "shard", "size"]),
+    "data.partition.alpha": st.floats(0, exclude_min=True, allow_infinity=False),
+    "method.rank": st.integers(1, 512),
+    "method.alpha": st.floats(0, exclude_min=True, allow_infinity=False),
+    "method.target_modules": text | st.lists(text),
+    "method.dropout": st.floats(0, 1, exclude_max=True),
+    "client.learning_rate": st.floats(0, exclude_min=True, allow_infinity=False) | st.integers(1, 9),
+    "client.local_steps": st.integers(1, 99),
+    "privacy.target_delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "server.timeout": st.floats(0, exclude_min=True, allow_infinity=False),
+    "simulation.cohort_size": st.integers(1, 99) | st.just("auto"),
+    "simulation.gpus_per_worker": st.floats(0, 8),
+    "simulation.address": text,
+    "tracking.tensorboard": st.booleans(),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_a_resolved_config_runs_again_as_it_is(values: dict[str, Any]) -> None:
+    content = copy.deepcopy(BASE)
+    for key, value in values.items():
+        put(content, key, value)
+    config = load_config(content)
+    for key, value in values.items():
+        assert get(config, key) == value
+    written = config.to_toml()
+    assert load_config(written) == config
+    assert load_config(written).to_toml() == written
+
+
+def get(config: Config, key: str) -> Any:
+    """Read ``section.key``."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_a_config_is_read_from_a_file_from_text_and_from_a_mapping(tmp_path: Path) -> None:
+    config = load_config(BASE)
+    path = tmp_path / "run.toml"
+    path.write_text(config.to_toml())
+    assert load_config(path) == load_config(str(path)) == load_config(config.to_toml()) == config
+
+
+def test_what_was_given_is_not_changed() -> None:
+    content = override("run.seed", 3)
+    before = repr(content)
+    load_config(content, {"run.seed": "4", "data.partition.clients": "7", "method.alpha": ""})
+    assert repr(content) == before
+
+
+def test_none_in_a_mapping_is_as_good_as_absent() -> None:
+    assert load_config(override("method.alpha", None)) == load_config(BASE)
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    ("key", "given_text", "expected"),
+    [
+        ("run.seed", "7", 7),
+        ("client.learning_rate", "1e-3", 1e-3),
+        ("client.learning_rate", "1", 1.0),
+        ("run.name", "bare-string", "bare-string"),
+        ("run.name", '"quoted"', "quoted"),
+        ("model.name", "asset:minilm-l6", "asset:minilm-l6"),
+        ("data.name", "/tmp/a b.csv", "/tmp/a b.csv"),
+        ("data.text", "a = b", "a = b"),
+        ("method.target_modules", '["query", "value"]', ["query", "value"]),
+        ("method.target_modules", "all-linear", "all-linear"),
+        ("tracking.tensorboard", "true", True),
+        ("simulation.cohort_size", "auto", "auto"),
+        ("simulation.cohort_size", "4", 4),
+    ],
+)
+def test_an_override_is_a_toml_value_else_a_bare_string(key: str, given_text: str, expected: Any) -> None:
+    assert get(load_config(BASE, {key: given_text}), key) == expected
+
+
+def test_an_override_that_is_no_string_is_taken_as_it_is() -> None:
+    config = load_config(BASE, {"run.seed": 5, "method.target_modules": ["query"]})
+    assert (config.run.seed, config.method.target_modules) == (5, ["query"])
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_override_removes_the_key(empty: str | None) -> None:
+    content = override("run.seed", 9)
+    assert load_config(content).run.seed == 9
+    assert load_config(content, {"run.seed": empty}).run.seed == 0
+    assert load_config(content, {"method.alpha": empty}) == load_config(content)  # it was not there
+    assert refused(content, {"model.name": empty}).field == "model.name"
+
+
+@pytest.mark.parametrize("key", ["seed", "run.", ".seed", "run..seed", "", "model.name.x", "data.name.x.y"])
+def test_an_override_without_section_and_key_is_refused(key: str) -> None:
+    error = refused(BASE, {key: "1"})
+    assert error.field == "--set"
+    assert f"{key}=1" in str(error)
+
+
+@given(text)
+@example("9" * 5000)
+@example("[" * 5000)
+@example("1\nrun.seed = 2")
+@example("1 # comment")
+def test_any_text_as_an_override_is_a_value_or_one_line(value: str) -> None:
+    content = override("data.text", "before")
+    taken = fails = None
+    try:
+        taken = load_config(content, {"data.text": value}).data.text
+    except InputError as error:
+        fails = error
+    if fails is None:
+        assert isinstance(taken, str)
+    else:
+        assert fails.field == "data.text"
+        assert len(str(fails).splitlines()) == 1
+
+
+# Mistakes.
+
+
+def test_there_are_far_more_than_twenty_kinds_of_wrong_values() -> None:
+    kinds = {(key, kind) for key, a in KEYS.items() for kind in VALUES if kind not in accepted(a)[0]}
+    assert len(kinds) > 200
+
+
+@given(wrong_values())
+@settings(max_examples=300)
+def test_a_wrong_value_is_one_line_that_names_the_key(wrong: tuple[str, Any]) -> None:
+    key, value = wrong
+    assert refused(override(key, value)).field == key
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_key_refuses_a_table(key: str) -> None:
+    assert refused(override(key, {"a": 1})).field == key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.rounds", 0),
+        ("run.seed", -1),
+        ("run.seed", 2**63),
+        ("run.name", "../elsewhere"),
+        ("run.name", ""),
+        ("run.name", "a\n"),
+        ("model.max_length", 1),
+        ("model.name", ""),
+        ("method.rank", 0),
+        ("method.rank", True),
+        ("method.dropout", 1.0),
+        ("method.alpha", 0.0),
+        ("client.learning_rate", float("nan")),
+        ("client.learning_rate", float("inf")),
+        ("client.batch_size", 1.0),
+        ("privacy.target_delta", 1.0),
+        ("privacy.target_epsilon", 0.0),
+        ("privacy.noise_multiplier", -0.1),
+        ("server.fraction_train", 0.0),
+        ("server.fraction_train", 1.5),
+        ("server.timeout", 0.0),
+        ("simulation.cohort_size", 0),
+        ("simulation.cohort_size", "all"),
+        ("simulation.gpus_per_worker", -1.0),
+        ("data.partition.alpha", 0.0),
+        ("data.partition.clients", 0),
+        ("data.partition.kind", "dirichlett"),
+        ("method.target_modules", [1]),
+    ],
+)
+def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
+    error = refused(override(key, value))
+    assert error.field == key
+    assert repr(value) in str(error) or isinstance(value, list)
+
+
+def test_both_forms_of_a_key_are_told() -> None:
+    remedy = refused(override("simulation.cohort_size", "all")).remedy
+    assert "integer" in remedy
+    assert "auto" in remedy
+
+
+@given(st.sampled_from(["", *SECTIONS]), text)
+@example("run", "a\nb")
+@example("run", "")
+@example("data.partition", "\x1b[31m")
+@settings(max_examples=100)
+def test_an_unknown_key_is_one_line_that_names_it(section: str, key: str) -> None:
+    content = copy.deepcopy(BASE)
+    place: dict[str, Any] = content
+    model: Any = Config
+    for part in section.split(".") if section else ():
+        place, model = place.setdefault(part, {}), model.model_fields[part].annotation
+    assume(key not in model.model_fields)
+    place[key] = 1
+    error = refused(content)
+    assert error.field.startswith(section)
+    assert "there is no such key" in error.remedy
+    if key.isprintable() and "." not in key:
+        assert error.field.rpartition(".")[2] == (key or "''")
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+@pytest.mark.parametrize("typo", [lambda k: k + k[-1], lambda k: k.replace("_", "-") + "s"])
+def test_a_mistyped_key_is_answered_with_the_right_one(key: str, typo: Any) -> None:
+    section, _, name = key.rpartition(".")
+    error = refused(override(f"{section}.{typo(name)}", 1))
+    assert error.field == f"{section}.{typo(name)}"
+    assert error.remedy.endswith(f"did you mean {name}?")
+
+
+def test_a_mistyped_section_is_answered_with_the_right_one() -> None:
+    assert "did you mean client?" in refused({**BASE, "clients": {"batch_size": 1}}).remedy
+    assert "did you mean partition?" in refused(override("data.partitions.clients", 3)).remedy
+
+
+def test_a_section_that_is_a_value_is_told_so() -> None:
+    error = refused({**BASE, "client": 3})
+    assert (error.field, error.value) == ("client", 3)
+    assert "[client]" in error.remedy
+
+
+@pytest.mark.parametrize("key", ["model.name", "data.name", "method.name"])
+def test_a_required_key_is_asked_for(key: str) -> None:
+    content = override(key, None)
+    assert refused(content).field == key
+    section = key.partition(".")[0]
+    assert refused({k: v for k, v in content.items() if k != section}).field == section
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"privacy.mode": "client", "privacy.target_epsilon": 1.0}, "privacy.mode"),
+        ({"privacy.mode": "example"}, "privacy.target_epsilon"),
+        (
+            {"privacy.mode": "example", "privacy.target_epsilon": 1.0, "privacy.noise_multiplier": 1.0},
+            "privacy.target_epsilon",
+        ),
+        ({"client.local_steps": 2, "client.local_epochs": 2}, "client.local_steps"),
+        ({"data.partition.kind": "natural"}, "data.partition.column"),
+        ({"data.partition.clients": ""}, "data.partition.clients"),
+        ({"data.prompt": "question"}, "data.prompt"),
+        ({"data.answer": "answer"}, "data.prompt"),
+        ({"model.task": "causal-lm", "data.partition.kind": "dirichlet"}, "data.partition.column"),
+        ({"method.name": "fed-sb", "method.init": "public"}, "method.init"),
+        (
+            {
+                "method.name": "fed-sb",
+                "method.init": "pooled",
+                "privacy.mode": "example",
+                "privacy.target_epsilon": 1.0,
+            },
+            "method.init",
+        ),
+        ({"server.min_replies": 5}, "server.min_replies"),
+        ({"server.min_replies": 3, "server.fraction_train": 0.5}, "server.min_replies"),
+    ],
+)
+def test_an_impossible_combination_is_named(values: dict[str, Any], field: str) -> None:
+    assert refused(BASE, values).field == field
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"privacy.mode": "example", "privacy.target_epsilon": 1.0},
+        {"privacy.mode": "example", "privacy.noise_multiplier": 0.0},
+        # Keys that the mode does not use are noted, not refused.
+        {"privacy.target_epsilon": 1.0, "privacy.noise_multiplier": 1.0},
+        {"data.partition.kind": "natural", "data.partition.column": "movie", "data.partition.clients": ""},
+        {"data.prompt": "question", "data.answer": "answer"},
+        {"model.task": "causal-lm", "data.partition.kind": "dirichlet", "data.partition.column": "topic"},
+        {"method.init": "public"},  # of fed-sb, so unused here
+        {"method.name": "fed-sb", "method.init": "public", "data.public": "test"},
+        {"method.name": "fed-sb", "method.init": "pooled"},
+        {
+            "method.name": "fed-sb",
+            "method.init": "pooled",
+            "method.init_not_covered": True,
+            "privacy.mode": "example",
+            "privacy.target_epsilon": 1.0,
+        },
+        {"server.min_replies": 4},
+    ],
+)
+def test_a_possible_combination_is_accepted(values: dict[str, Any]) -> None:
+    load_config(BASE, values)
+
+
+def test_both_budgets_are_shown() -> None:
+    values = {"privacy.mode": "example", "privacy.target_epsilon": 3.5, "privacy.noise_multiplier": 0.25}
+    line = str(refused(BASE, values))
+    assert "3.5" in line
+    assert "noise_multiplier = 0.25" in line
+
+
+@pytest.mark.parametrize("bad", ["[run]\nname = '", "run.seed = 1\nrun.seed = 2\n", "a\nb\n", "x = \x00\n"])
+def test_text_that_is_no_toml_is_refused(bad: str) -> None:
+    assert refused(bad).field == "CONFIG"
+
+
+@pytest.mark.parametrize("path", ["no-such.toml", "/", "x" * 5000, "\0", "~nobody-of-that-name/x.toml"])
+def test_a_path_that_is_no_file_is_refused(path: str) -> None:
+    assert refused(path).field == "CONFIG"
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert refused(path).field == "CONFIG"
+
+
+# Notes and derived values.
+
+
+def test_keys_without_use_are_noted_and_only_those() -> None:
+    assert unused_keys(load_config(BASE)) == []
+    config = load_config(
+        BASE,
+        {
+            "privacy.target_epsilon": 8.0,
+            "method.init": "public",
+            "client.momentum": 0.9,
+            "data.partition.alpha": 0.1,
+            "client.batch_size": 4,
+        },
+    )
+    noted = {note.split()[0] for note in unused_keys(config)}
+    assert {"privacy.target_epsilon", "method.init", "client.momentum", "data.partition.alpha"} <= noted
+    assert "client.batch_size" not in noted
+    used = load_config(
+        BASE,
+        {
+            "privacy.mode": "example",
+            "privacy.target_epsilon": 8.0,
+            "client.optimizer": "sgd",
+            "client.momentum": 0.9,
+            "data.partition.kind": "dirichlet",
+            "data.partition.alpha": 0.1,
+        },
+    )
+    assert unused_keys(used) == []
+
+
+def test_scaling_is_alpha_over_rank_and_one_by_default() -> None:
+    assert load_config(BASE).scaling() == 1.0
+    assert load_config(BASE, {"method.rank": 4, "method.alpha": 2.0}).scaling() == 0.5
+
+
+@given(text, st.one_of(VALUES.values()), text)
+def test_an_error_is_one_line_and_survives_pickling(field: str, value: Any, remedy: str) -> None:
+    error = InputError("section.key", value, remedy)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert (again.field, again.remedy) == (error.field, error.remedy)
+    assert len(str(error).splitlines()) == 1
+    assert len(str(error)) < 300 + len(remedy)

@@ -1,0 +1,157 @@
+"""Base models are frozen, without dropout, and alike in every process."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+
+from fedlora.config import Config, load_config
+from fedlora.errors import InputError
+from fedlora.models import MeanPoolingClassifier, head_of, load_base, load_tokenizer, pretrained_source
+
+LABELS = ["no", "yes", "perhaps"]
+
+
+def config(name="asset:minilm-l6", seed=0, **model) -> Config:
+    return load_config(
+        {
+            "run": {"seed": seed},
+            "model": {"name": str(name), "max_length": 32, **model},
+            "data": {"name": "x", "partition": {"clients": 2}},
+            "method": {"name": "fedit"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def minilm() -> nn.Module:
+    return load_base(config(), LABELS)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A folder with a small BERT without a classifier and a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=30522, max_position_embeddings=40, **sizes)).save_pretrained(folder)
+    load_tokenizer(config()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_minilm_is_frozen_without_dropout(minilm):
+    assert head_of(minilm)[0] == "classifier"
+    assert not any(parameter.requires_grad for parameter in minilm.parameters())
+    assert {module.p for module in minilm.modules() if isinstance(module, nn.Dropout)} == {0.0}
+    assert minilm.config.hidden_dropout_prob == minilm.config.attention_probs_dropout_prob == 0.0
+    assert minilm.config.id2label == dict(enumerate(LABELS))
+    assert minilm.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[101, 7592, 102]])
+    with torch.no_grad():
+        assert torch.equal(minilm.train()(ids).logits, minilm.eval()(ids).logits)
+
+
+def test_the_body_is_the_checkpoint(minilm):
+    stock = AutoModel.from_pretrained(pretrained_source(config()))
+    own = minilm.bert.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in stock.state_dict().items())
+
+
+def test_the_head_follows_the_seed_alone(tiny):
+    torch.manual_seed(1)
+    first = load_base(config(tiny), LABELS)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = load_base(config(tiny), LABELS)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+    head = head_of(first)[1]
+    assert head.weight.std() == pytest.approx(0.02, rel=0.3)
+    assert not head.bias.any()
+    assert not torch.equal(head_of(load_base(config(tiny, seed=1), LABELS))[1].weight, head.weight)
+    # Neither the dtype nor the pooling moves the draw.
+    assert torch.equal(head_of(load_base(config(tiny, dtype="float64"), LABELS))[1].weight.float(), head.weight)
+    assert torch.equal(head_of(load_base(config(tiny, pooling="mean"), LABELS))[1].weight, head.weight)
+
+
+def test_a_head_of_the_checkpoint_is_drawn_anew(tiny, tmp_path):
+    trained = BertForSequenceClassification.from_pretrained(tiny, num_labels=7)
+    trained.save_pretrained(tmp_path)
+    head = head_of(load_base(config(tmp_path), LABELS))[1]
+    assert torch.equal(head.weight, head_of(load_base(config(tiny), LABELS))[1].weight)
+
+
+def test_mean_pooling_is_the_mean_over_tokens(tiny):
+    model = load_base(config(tiny, pooling="mean", dtype="float64"), LABELS)
+    assert isinstance(model, MeanPoolingClassifier)
+    assert model.encoder.pooler is None
+    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    hidden = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    expected = model.classifier(torch.stack([hidden[0, :3].mean(0), hidden[1].mean(0)]))
+    torch.testing.assert_close(model(ids, mask).logits, expected)
+    torch.testing.assert_close(model(ids[1:]).logits, expected[1:])
+    # Padding neither counts in the mean nor is attended to.
+    torch.testing.assert_close(model(ids[:1, :3], mask[:1, :3]).logits, expected[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_dtype_and_layers(tiny, dtype):
+    model = load_base(config(tiny, dtype=dtype, num_hidden_layers=2), LABELS)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert len(model.bert.encoder.layer) == 2
+
+
+def test_loading_says_nothing(tiny, capfd):
+    load_base(config(tiny, num_hidden_layers=1), LABELS)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("field", "model"),
+    [
+        ("model.max_length", {"max_length": 41}),
+        ("model.num_hidden_layers", {"num_hidden_layers": 4}),
+        ("model.task", {"task": "causal-lm"}),
+        ("model.name", {"name": "no/such/folder"}),
+        ("model.name", {"name": "no-org/no-model"}),
+        ("model.name", {"name": "asset:rotten-tomatoes"}),
+        ("model.name", {"name": "asset:nothing"}),
+        ("model.name", {"name": "tests"}),
+        ("model.name", {"name": __file__}),
+    ],
+)
+def test_mistakes_are_named(tiny, field, model):
+    with pytest.raises(InputError) as caught:
+        load_base(config(**{"name": tiny, "max_length": 40, **model}), LABELS)
+    assert caught.value.field == field
+
+
+def test_damaged_weights_are_named(tiny, tmp_path):
+    BertModel.from_pretrained(tiny).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"model\.name.*cannot be loaded"):
+        load_base(config(tmp_path, max_length=40), LABELS)
+
+
+@pytest.mark.slow
+def test_smollm2_is_converted_once_and_speaks():
+    name = "asset:smollm2-135m"
+    source = pretrained_source(config(name))
+    assert pretrained_source(config(name)) == source
+    tokenizer = load_tokenizer(config(name))
+    assert tokenizer.pad_token_id is not None
+    model = load_base(config(name, task="causal-lm"), None)
+    assert head_of(model) is None
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_decoder_classifies_with_either_pooling():
+    ids, mask = torch.tensor([[5, 6, 7, 2], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    for pooling, head in (("default", "score"), ("mean", "classifier")):
+        model = load_base(config("asset:smollm2-135m", num_hidden_layers=2, pooling=pooling), LABELS)
+        assert head_of(model)[0] == head
+        assert model(input_ids=ids, attention_mask=mask).logits.shape == (2, 3)
