@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before any import of the libraries that read them.
 os.environ.update(
@@ -24,18 +25,34 @@ settings.load_profile("fedlora")
 
 
 @pytest.fixture(scope="session")
-def ray_here() -> Iterator[None]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for FEDLORA_CACHE with MiniLM and the reviews in it; what runs add to it goes with the session."""
+    from fedlora.assets import fetch
+
+    assets = tmp_path_factory.mktemp("cache") / "assets"
+    assets.mkdir()
+    for name in ("minilm-l6", "rotten-tomatoes"):
+        folder = fetch(name)
+        (assets / folder.name).symlink_to(folder)
+    return assets.parent
+
+
+@pytest.fixture(scope="session")
+def ray_here(cache: Path) -> Iterator[None]:
     """One Ray for the whole session: grids take the one that runs. It has more cores on paper than the machine."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        # Workers have the environment in which Ray started.
+        environment.setenv("FEDLORA_CACHE", str(cache))
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            object_store_memory=200 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     yield
     ray.shutdown()

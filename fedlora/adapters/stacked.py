@@ -75,7 +75,7 @@ class RowLayout:
         -------
         Tensor [K, ...]
             The order of summation is fixed, on the GPU too, which an index-add would not give. Half precision is summed
-        in float32.
+            in float32.
         """
         clients = len(self.counts)
         if self.equal:

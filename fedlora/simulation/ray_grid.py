@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -239,15 +240,24 @@ def _start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
+        _check_listening(address)
         ray.init(
             address=address or "local",
             include_dashboard=False if address is None else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError("simulation.address", address, f"Ray cannot be reached or started ({error})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        remedy = f"Ray cannot be reached or started ({error}); give the HOST:PORT of a running cluster, or leave it out"
+        raise InputError("simulation.address", address, remedy) from None
     return True
+
+
+def _check_listening(address: str | None) -> None:
+    """Raise an OSError if nothing listens at HOST:PORT: Ray would try again for many minutes."""
+    host, _, port = (address or "").rpartition("//")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10.0).close()
 
 
 def _count_workers(wanted: int | None, cpus: int, gpus: float) -> int:

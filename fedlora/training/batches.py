@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+DRAWS = 2**20
+"""So many rows' chances are drawn at once: enough for many steps of a small client, and no more than memory has."""
+
 
 def shuffled_batches(rows: np.ndarray, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[np.ndarray]:
     """Yield ``steps`` batches from epochs over shuffled rows; an epoch's last batch may be smaller."""
@@ -23,6 +26,8 @@ def poisson_batches(
 ) -> Iterator[np.ndarray]:
     """Yield ``steps`` batches, maybe empty ones, into which every row enters with probability ``sample_rate``."""
     # The same draws as Opacus' UniformWithReplacementSampler, which makes them one step at a time.
-    draws = torch.rand(steps, len(rows), generator=generator) < sample_rate
-    for drawn in draws.numpy():
-        yield rows[np.flatnonzero(drawn)]
+    block = max(1, DRAWS // len(rows))
+    for first in range(0, steps, block):
+        draws = torch.rand(min(block, steps - first), len(rows), generator=generator) < sample_rate
+        for drawn in draws.numpy():
+            yield rows[np.flatnonzero(drawn)]

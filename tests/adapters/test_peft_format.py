@@ -1,0 +1,200 @@
+"""An adapter folder loads with stock PEFT on the stock model, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
+
+from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE, export_peft
+from fedlora.config import Config
+from fedlora.models import load_base
+from fedlora.training import train_cohort
+from tests import tiny
+
+NAMES = ["bad", "so so", "good"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models as save_pretrained leaves them: bodies without a classifier, and language models."""
+    torch.manual_seed(0)
+    models = {
+        "bert": BertModel(tiny.bert_config()),
+        "llama": LlamaForCausalLM(tiny.llama_config()),
+        "gpt2": GPT2LMHeadModel(tiny.gpt2_config(pad_token_id=0)),
+    }
+    found = {}
+    for name, model in models.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.2)
+        model.save_pretrained(found[name])
+    return found
+
+
+def trained(folder: Path, method: str, kind: str, dtype: str = "float32", **options) -> tuple[AdaptedModel, Config]:
+    """Load a model as a run does, and train it a little, so that no factor and no head is what it was."""
+    task = "causal-lm" if kind in tiny.CAUSAL else "sequence-classification"
+    config = tiny.settings(
+        kind,
+        model={"name": str(folder), "task": task, "pooling": "mean" if kind == "mean" else "default", "dtype": dtype},
+        method={"name": method, "rank": 3, "alpha": 4.5, **options},
+        client={"optimizer": "sgd", "local_steps": 2},
+    )
+    adapted = adapt(load_base(config, None if task == "causal-lm" else NAMES), config, tiny.FACTORS[method][0])
+    tiny.start(adapted)
+    start = adapted.arrays(tiny.trained_names(adapted, config))
+    result = train_cohort(adapted, tiny.table(kind, 6), tiny.jobs_of([start], [np.arange(6)]), config)[0]
+    assert all(not torch.equal(result.arrays[name], start[name]) for name in start)
+    adapted.set_shared(result.arrays)
+    return adapted, config
+
+
+def batch_of(kind: str) -> dict[str, torch.Tensor]:
+    return tiny.table(kind, 5, seed=9).batch(np.arange(5))
+
+
+def logits(adapted: AdaptedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    adapted.model.eval()
+    adapted.layout.set_rows([len(batch["input_ids"])])
+    with torch.no_grad():
+        return adapted.logits(batch)
+
+
+def loaded(stock, target: Path, batch: dict[str, torch.Tensor]):
+    """Load the folder with PEFT and run it; nothing may be missing or left over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(stock, str(target)).eval()
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        merged = model.merge_and_unload()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output, merged
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["query", "intermediate.dense"], r".*layer\.1\..*(key|value)"])
+@pytest.mark.parametrize("method", list(tiny.FACTORS))
+def test_a_classifier_has_the_same_logits(method, targets, folders, tmp_path):
+    adapted, config = trained(folders["bert"], method, "bert", target_modules=targets)
+    export_peft(adapted, config, tmp_path / "adapter", NAMES)
+    batch = batch_of("bert")
+    stock = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
+    before = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    # The pooler is drawn anew where the checkpoint has none; here it has one.
+    output, merged = loaded(stock, tmp_path / "adapter", batch)
+    expected = logits(adapted, batch)
+    assert (before - expected).abs().max() > 0.05
+    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged.logits, expected, rtol=0, atol=1e-5)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folders["bert"])
+    assert saved["modules_to_save"] == ["classifier"]
+    assert saved["lora_alpha"] / saved["r"] == pytest.approx(1.5)
+    assert json.loads((tmp_path / "adapter" / LABELS_FILE).read_text()) == NAMES
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["query", "intermediate.dense"]])
+@pytest.mark.parametrize("method", list(tiny.FACTORS))
+def test_a_mean_pooled_encoder_has_the_same_hidden_states(method, targets, folders, tmp_path):
+    adapted, config = trained(folders["bert"], method, "mean", target_modules=targets)
+    export_peft(adapted, config, tmp_path, NAMES)
+    batch = batch_of("mean")
+    expected = logits(adapted, batch)
+    with torch.no_grad():
+        encoder = adapted.model.encoder
+        hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    stock = AutoModel.from_pretrained(folders["bert"], add_pooling_layer=False)
+    output, merged = loaded(stock, tmp_path, batch)
+    torch.testing.assert_close(output.last_hidden_state, hidden, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged.last_hidden_state, hidden, rtol=0, atol=1e-5)
+    # The head lies beside it: a linear layer on the mean over tokens.
+    head = load_file(tmp_path / HEAD_FILE)
+    assert set(head) == {"classifier.weight", "classifier.bias"}
+    mask = batch["attention_mask"][..., None]
+    pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    got = pooled @ head["classifier.weight"].T + head["classifier.bias"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("method", list(tiny.FACTORS))
+@pytest.mark.parametrize("kind", tiny.CAUSAL)
+def test_a_language_model_has_the_same_logits(kind, method, targets, folders, tmp_path):
+    adapted, config = trained(folders[kind], method, kind, target_modules=targets)
+    export_peft(adapted, config, tmp_path, None)
+    batch = batch_of(kind)
+    stock = AutoModelForCausalLM.from_pretrained(folders[kind])
+    output, merged = loaded(stock, tmp_path, batch)
+    real = batch["attention_mask"].bool()
+    expected = logits(adapted, batch)[real]
+    torch.testing.assert_close(output.logits[real], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(merged.logits[real], expected, rtol=0, atol=2e-5)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["fan_in_fan_out"] == (kind == "gpt2")
+    assert saved["task_type"] == "CAUSAL_LM"
+    assert not saved["modules_to_save"]
+    assert not (tmp_path / LABELS_FILE).exists()
+
+
+@pytest.mark.parametrize("method", ["fedit", "fed-sb"])
+def test_a_decoder_with_a_classifier(method, folders, tmp_path):
+    """Llama's own head is called score."""
+    adapted, config = trained(folders["llama"], method, "bert")
+    assert adapted.head_names == ("score.weight",)
+    export_peft(adapted, config, tmp_path, NAMES)
+    batch = batch_of("bert")
+    stock = AutoModelForSequenceClassification.from_pretrained(folders["llama"], num_labels=3)
+    output, merged = loaded(stock, tmp_path, batch)
+    torch.testing.assert_close(output.logits, logits(adapted, batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged.logits, logits(adapted, batch), rtol=0, atol=1e-5)
+
+
+def test_a_half_precision_model_exports_full_precision(folders, tmp_path):
+    adapted, config = trained(folders["bert"], "fed-sb", "bert", dtype="bfloat16")
+    export_peft(adapted, config, tmp_path, NAMES)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert len(tensors) == 2 * 4 + 2
+    stock = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
+    output, _ = loaded(stock, tmp_path, batch_of("bert"))
+    torch.testing.assert_close(output.logits, logits(adapted, batch_of("bert")).float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.slow
+def test_the_real_minilm(tmp_path):
+    """From the asset in the cache, by the name that the folder itself carries."""
+    config = tiny.settings(
+        "bert",
+        model={"name": "asset:minilm-l6", "pooling": "mean"},
+        method={"name": "fed-sb", "rank": 4, "alpha": 6.0},
+    )
+    adapted = adapt(load_base(config, NAMES), config, "sb")
+    tiny.start(adapted)
+    export_peft(adapted, config, tmp_path, NAMES)
+    batch = batch_of("bert")
+    name = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert not name.startswith("asset:")
+    output, _ = loaded(AutoModel.from_pretrained(name), tmp_path, batch)
+    with torch.no_grad():
+        encoder = adapted.model.encoder.eval()
+        adapted.layout.set_rows([5])
+        hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(output.last_hidden_state, hidden, rtol=0, atol=1e-5)

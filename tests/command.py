@@ -1,0 +1,32 @@
+"""The command ``fedlora``, called in this process."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from fedlora.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did: its exit code and what it printed."""
+
+    code: object
+    out: str
+    err: str
+
+
+def fedlora(*arguments: object) -> Done:
+    """Run the command; anything but an exit is passed on."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = None
+    with patch.object(sys, "argv", ["fedlora", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    return Done(code or 0, out.getvalue(), err.getvalue())

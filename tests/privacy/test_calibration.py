@@ -1,0 +1,148 @@
+"""Noise is calibrated once, for all the steps of a federation, for each client by its own sampling rate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import create_accountant
+from opacus.accountants.utils import get_noise_multiplier
+
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.privacy import plan_privacy
+from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
+from tests import tiny
+
+
+def config(rounds: int = 8, steps: int | None = 5, batch: int = 32, **privacy) -> Config:
+    given = {"target_epsilon": 8.0, **privacy}
+    client = {"batch_size": batch} if steps is None else {"batch_size": batch, "local_steps": steps}
+    return tiny.settings(
+        run={"rounds": rounds},
+        client=client,
+        privacy={"mode": "example", **{key: value for key, value in given.items() if value is not None}},
+    )
+
+
+def opacus_epsilon(accountant: str, sigma: float, rate: float, steps: int, delta: float = 1e-5) -> float:
+    mechanism = create_accountant(accountant)
+    mechanism.history = [(sigma, rate, steps)]
+    return mechanism.get_epsilon(delta=delta)
+
+
+@pytest.mark.parametrize(("examples", "sigma"), [(2500, 0.49), (32, 4.03), (7, 4.03)])
+def test_the_figures_of_the_methods_document(examples, sigma):
+    """Epsilon 8, 40 steps, batch 32, delta 1e-5."""
+    plan = plan_privacy(config(), examples)
+    assert plan.noise_multiplier == pytest.approx(sigma, abs=0.01)
+    assert plan.sample_rate == min(1, 32 / examples)
+    assert plan.expected_batch_size == pytest.approx(min(32, examples))
+    assert (plan.steps, plan.delta, plan.ceiling, plan.max_grad_norm) == (40, 1e-5, 8.0, 1.0)
+
+
+@settings(max_examples=15)
+@given(
+    accountant=st.sampled_from(["rdp", "gdp"]),
+    epsilon=st.floats(0.5, 20),
+    rate=st.floats(0.001, 1),
+    steps=st.integers(1, 300),
+)
+def test_all_the_steps_stay_within_epsilon_and_use_it_up(accountant, epsilon, rate, steps):
+    sigma = noise_multiplier(epsilon, 1e-5, rate, steps, accountant)
+    assert opacus_epsilon(accountant, sigma, rate, steps) <= epsilon
+    assert opacus_epsilon(accountant, sigma * 0.998, rate, steps) > epsilon
+    # Opacus' own search stops 0.01 short of epsilon: it never asks for less noise.
+    assert sigma <= get_noise_multiplier(
+        target_epsilon=epsilon, target_delta=1e-5, sample_rate=rate, steps=steps, accountant=accountant
+    ) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(8.0, 32 / 2500, 40), (1.0, 1.0, 20), (0.3, 0.02, 100)])
+def test_the_prv_accountant_too(epsilon, rate, steps):
+    sigma = noise_multiplier(epsilon, 1e-5, rate, steps, "prv")
+    assert epsilon * 0.98 < opacus_epsilon("prv", sigma, rate, steps) <= epsilon
+    # It is the tighter bound.
+    assert sigma < noise_multiplier(epsilon, 1e-5, rate, steps, "rdp")
+
+
+def test_noise_grows_with_steps_and_rate_and_falls_with_epsilon():
+    base = noise_multiplier(4.0, 1e-5, 0.1, 50, "rdp")
+    assert noise_multiplier(4.0, 1e-5, 0.1, 100, "rdp") > base
+    assert noise_multiplier(4.0, 1e-5, 0.2, 50, "rdp") > base
+    assert noise_multiplier(2.0, 1e-5, 0.1, 50, "rdp") > base
+    assert noise_multiplier(4.0, 1e-7, 0.1, 50, "rdp") > base
+
+
+def test_steps_are_those_of_all_rounds():
+    assert plan_privacy(config(rounds=6, steps=7), 100).steps == 42
+    # An epoch of 100 examples in batches of 32 is four steps.
+    assert plan_privacy(config(rounds=6, steps=None), 100).steps == 24
+    assert plan_privacy(config(rounds=6, steps=None), 20).steps == 6
+    # Were noise calibrated for a single round, the federation would spend more.
+    one = plan_privacy(config(rounds=1, steps=5), 2500).noise_multiplier
+    assert spent_epsilon("rdp", 1e-5, ((one, 32 / 2500, 40),)) > 1.1 * 8
+
+
+def test_each_client_has_its_own_noise():
+    sigmas = [plan_privacy(config(), n).noise_multiplier for n in (32, 100, 400, 2500, 20000)]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[0] > 8 * sigmas[-1]
+
+
+def test_given_noise_has_no_ceiling():
+    plan = plan_privacy(config(target_epsilon=None, noise_multiplier=0.7), 50)
+    assert (plan.noise_multiplier, plan.ceiling) == (0.7, None)
+    assert plan_privacy(config(target_epsilon=None, noise_multiplier=0.0), 50).noise_multiplier == 0
+
+
+@pytest.mark.parametrize(
+    ("delta", "examples", "fine"), [(0.01, 99, True), (0.01, 100, False), (0.01, 5000, False), (0.5, 1, True)]
+)
+def test_delta_is_below_one_in_n(delta, examples, fine):
+    if fine:
+        assert plan_privacy(config(target_delta=delta), examples).delta == delta
+    else:
+        with pytest.raises(InputError, match="below 1 / n") as caught:
+            plan_privacy(config(target_delta=delta), examples)
+        assert caught.value.field == "privacy.target_delta"
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_an_epsilon_out_of_reach_is_the_users_to_raise(accountant):
+    """rdp has a floor, and prv an error of 0.01; Opacus' own search does not come back from the latter."""
+    with pytest.raises(InputError, match="raise it") as caught:
+        noise_multiplier(0.005, 1e-5, 0.5, 10, accountant)
+    assert caught.value.field == "privacy.target_epsilon"
+
+
+def test_extreme_budgets_have_an_answer():
+    """Opacus' own search raises on gdp's, whose epsilon it seeks below 500."""
+    for epsilon in (100.0, 1000.0):
+        assert 0 < noise_multiplier(epsilon, 1e-5, 0.5, 10, "gdp") < 1
+    assert 0 < noise_multiplier(1000.0, 1e-5, 1.0, 10, "rdp") < 0.1
+    assert 0 < noise_multiplier(0.005, 1e-5, 0.5, 10, "gdp")
+    assert spent_epsilon("gdp", 1e-5, ((5.0, 1e-6, 1),)) == 0
+    assert spent_epsilon("gdp", 1e-5, ((0.02, 1.0, 10),)) == math.inf
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_epsilon_of_nothing_and_of_no_noise(accountant):
+    assert spent_epsilon(accountant, 1e-5, ()) == 0
+    assert spent_epsilon(accountant, 1e-5, ((1.0, 0.1, 5), (0.0, 0.1, 1))) == math.inf
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_unlike_steps_add_up(accountant):
+    """Opacus' gdp accountant reads the last entry of a history alone."""
+    first, second = (1.0, 0.05, 200), (4.0, 0.01, 10)
+    both = spent_epsilon(accountant, 1e-5, (first, second))
+    # prv's error of 0.01 may hide the second, far smaller part.
+    assert both > spent_epsilon(accountant, 1e-5, (first,)) - (0.01 if accountant == "prv" else 0)
+    assert both > 2 * spent_epsilon(accountant, 1e-5, (second,))
+    assert spent_epsilon(accountant, 1e-5, (second, first)) == pytest.approx(both, rel=1e-6)
+    # Steps of one kind in two entries are the same steps.
+    halves = spent_epsilon(accountant, 1e-5, ((1.0, 0.05, 150), (1.0, 0.05, 50)))
+    assert halves == pytest.approx(spent_epsilon(accountant, 1e-5, (first,)), rel=1e-3)

@@ -1,0 +1,113 @@
+"""What averaging parameters does to updates: exact where the update is linear in them, and by how much not elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.adapters import lora, sb
+from strategies.aggregation import WeightedMean, weighted_mean
+
+cases = st.fixed_dictionaries(
+    {
+        "m": st.integers(2, 9),
+        "n": st.integers(2, 9),
+        "r": st.integers(1, 2),
+        "s": st.sampled_from([0.5, 1.5, 4.0]),
+        "weights": st.lists(st.integers(1, 50), min_size=2, max_size=5),
+        "seed": st.integers(0, 10**6),
+    }
+)
+
+
+class Federation:
+    """Drawn clients of one layer, over two rounds: each starts from the mean and moves by a draw."""
+
+    def __init__(self, case: dict, dtype: torch.dtype = torch.float64) -> None:
+        self.m, self.n, self.r, self.s = case["m"], case["n"], case["r"], case["s"]
+        self.weights, self.dtype = case["weights"], dtype
+        total = sum(self.weights)
+        self.p = [w / total for w in self.weights]
+        self.generator = torch.Generator().manual_seed(case["seed"])
+
+    def draw(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def rounds(self, shapes: dict[str, tuple[int, int]], shared: dict[str, torch.Tensor]):
+        """Yield each round's clients, with their shared factors, and the mean of what they trained."""
+        current = {name: self.draw(*shape) for name, shape in shapes.items()}
+        for _ in range(2):
+            clients = [{n: a + self.draw(*a.shape) for n, a in current.items()} for _ in self.weights]
+            mean = weighted_mean(zip(clients, self.weights, strict=True))
+            assert mean is not None
+            assert {a.dtype for a in mean.values()} == {self.dtype}
+            yield [client | shared for client in clients], mean | shared
+            current = mean
+
+    def update(self, module, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        a, b = module.to_lora(factors)
+        return self.s * b @ a
+
+    def ideal(self, module, clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return sum(p * self.update(module, client) for p, client in zip(self.p, clients, strict=True))
+
+
+@given(cases)
+def test_fedit_misses_the_mean_update_by_the_covariance_of_the_factors(case):
+    f = Federation(case)
+    shapes = lora.factor_shapes(f.m, f.n, f.r)
+    for clients, mean in f.rounds(shapes, {}):
+        error = f.ideal(lora, clients) - f.update(lora, mean)
+        covariance = f.s * sum(
+            p * (c["lora_B"] - mean["lora_B"]) @ (c["lora_A"] - mean["lora_A"])
+            for p, c in zip(f.p, clients, strict=True)
+        )
+        torch.testing.assert_close(error, covariance, rtol=0, atol=1e-12 * f.s * 100)
+        assert error.norm() > 1e-3
+    # Where one factor is shared there is no error.
+    for name in shapes:
+        drawn = {name: f.draw(*shapes[name])}
+        others = {other: shape for other, shape in shapes.items() if other != name}
+        for clients, mean in f.rounds(others, drawn):
+            error = f.ideal(lora, clients) - f.update(lora, mean)
+            assert error.norm() < 1e-11
+
+
+@given(cases)
+def test_ffa_lora_is_exact(case):
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        f = Federation(case, dtype)
+        shapes = lora.factor_shapes(f.m, f.n, f.r)
+        shared = {"lora_A": f.draw(*shapes["lora_A"])}
+        for clients, mean in f.rounds({"lora_B": shapes["lora_B"]}, shared):
+            torch.testing.assert_close(f.update(lora, mean), f.ideal(lora, clients), rtol=1e-5, atol=tolerance)
+
+
+@given(cases)
+def test_fed_sb_is_exact(case):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        f = Federation(case, dtype)
+        vectors = sb.factors_from_weight(f.draw(f.m, f.n), f.r)
+        shared = {name: vectors[name] for name in ("sb_A", "sb_B")}
+        for clients, mean in f.rounds({"sb_R": (f.r, f.r)}, shared):
+            a, b = shared["sb_A"], shared["sb_B"]
+            ideal = sum(f.s * p * b @ c["sb_R"] @ a for p, c in zip(f.p, clients, strict=True))
+            torch.testing.assert_close(f.s * b @ mean["sb_R"] @ a, ideal, rtol=1e-5, atol=tolerance * 10)
+            torch.testing.assert_close(f.update(sb, mean), f.ideal(sb, clients), rtol=1e-5, atol=tolerance * 10)
+
+
+@given(cases)
+def test_a_client_of_weight_nothing_does_not_count(case):
+    f = Federation(case)
+    clients = [{"x": f.draw(f.m, f.n)} for _ in f.weights]
+    mean = weighted_mean(zip(clients, f.weights, strict=True))
+    extra = WeightedMean()
+    extra.add({"x": f.draw(f.m, f.n)}, 0)
+    assert extra.result() is None
+    for client, weight in zip(clients, f.weights, strict=True):
+        extra.add(client, weight)
+    assert torch.equal(extra.result()["x"], mean["x"])
+    # Only the ratios of weights matter.
+    scaled = weighted_mean(zip(clients, [w / 7 for w in f.weights], strict=True))
+    torch.testing.assert_close(scaled["x"], mean["x"], rtol=0, atol=1e-13)
