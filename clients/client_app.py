@@ -18,6 +18,7 @@ from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
+from fedlora.training.capacity import cohort_capacity
 
 app = CohortClientApp()
 
@@ -169,3 +170,13 @@ def _error_reply(error: Exception, message: Message) -> Message:
     if code is None:
         raise error
     return Message(Error(code=code, reason=str(error)), reply_to=message)
+
+
+@app.cohort_capacity
+def capacity(message: Message, context: Context) -> int:
+    """Measure how many clients of this run train in one pass on this process' device."""
+    config = run_config(context.run_config)
+    adapted = _model_with_initial(config, message, None)
+    if adapted is None or adapted.device.type == "cpu":
+        return 1
+    return cohort_capacity(adapted, client_data(config).train, _job(config, message, context), config)

@@ -17,6 +17,7 @@ from fedlora.communication.wire import Arrays, digest
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base
+from fedlora.training.fuse import fuse_blocks
 
 
 def run_config(values: Mapping[str, Any]) -> Config:
@@ -49,7 +50,10 @@ def client_data(config: Config) -> FederatedData:
 def _model(config_text: str, parameterisation: str) -> AdaptedModel:
     config = load_config(config_text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
+    adapted = adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
+    if config.simulation.compile:
+        fuse_blocks(adapted)
+    return adapted
 
 
 def client_model(config: Config, parameterisation: str) -> AdaptedModel:

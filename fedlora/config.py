@@ -137,6 +137,7 @@ class SimulationSection(_Section):
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     cohort_size: Positive | Literal["auto"] = "auto"
+    compile: bool = False
     address: str | None = None
 
 

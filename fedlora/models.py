@@ -66,7 +66,9 @@ class MeanPoolingClassifier(PreTrainedModel):
         super().__init__(config)
         if encoder is None:
             base = AutoConfig.for_model(**config.encoder)
-            encoder = transformers.MODEL_MAPPING[type(base)](base, **_without_pooler(transformers.MODEL_MAPPING[type(base)]))
+            encoder = transformers.MODEL_MAPPING[type(base)](
+                base, **_without_pooler(transformers.MODEL_MAPPING[type(base)])
+            )
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, config.num_labels, dtype=encoder.dtype)
         self.post_init()

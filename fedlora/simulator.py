@@ -17,7 +17,7 @@ from fedlora.data.partition import plot_partition
 from fedlora.data.sources import materialise
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
-from fedlora.privacy.calibration import check_delta
+from fedlora.privacy import plan_privacy
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.simulation import RayGrid
 from strategies import get_strategy
@@ -106,7 +106,11 @@ def simulate(
         if not (path / "partition.png").exists():
             plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
         section = resolved.simulation
-        assert isinstance(section.cohort_size, int)
+
+        def keep_cohort_size(size: int) -> None:
+            log.info("%d clients train in one pass", size)
+            folder.set_resolved(_with_cohort_size(resolved, size))
+
         with RayGrid(
             client_app,
             len(tokens.partition),
@@ -117,6 +121,8 @@ def simulate(
             address=section.address,
             run_config={"config": resolved.to_toml()},
             states=folder.checkpoint.states,
+            work=lambda client: local_steps(resolved, int(tokens.partition.sizes[client])),
+            on_cohort_size=keep_cohort_size,
         ) as grid:
             rounds = strategy(resolved) if callable(strategy) else strategy
             return run_federation(
@@ -138,13 +144,22 @@ def _check_device(config: Config) -> None:
 
 
 def _check_clients(config: Config, data: FederatedData) -> None:
+    """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
     if config.privacy.mode == "example":
-        check_delta(config.privacy, int(data.partition.sizes.max()))
+        for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
+            plan_privacy(config, examples)
 
 
 def _resolve_cohorts(config: Config) -> Config:
-    """On the CPU "auto" is one client: cores are busy with it, and the choice must not depend on the machine."""
-    if config.simulation.cohort_size != "auto":
+    """On the CPU "auto" is one client: cores are busy with it, and the choice must not depend on the machine.
+
+    On a GPU it is measured when the first round begins, and then kept.
+    """
+    if config.simulation.cohort_size != "auto" or config.simulation.gpus_per_worker > 0:
         return config
-    simulation = config.simulation.model_copy(update={"cohort_size": 1})
+    return _with_cohort_size(config, 1)
+
+
+def _with_cohort_size(config: Config, size: int) -> Config:
+    simulation = config.simulation.model_copy(update={"cohort_size": size})
     return config.model_copy(update={"simulation": simulation})

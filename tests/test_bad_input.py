@@ -1,4 +1,4 @@
-"""Every mistake of the user's is one line that names field, value and remedy, exit code 2, and leaves no folder behind."""
+"""Every mistake of the user's is one line that names field, value and remedy; it exits with 2 and leaves no folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def test_a_resume_with_another_config_names_the_change(
     before = sorted(p.name for p in out.rglob("*"))
     command = ("run", config, "--output", out, "--resume")
     one_line(fedlora(*command, "--set", "client.batch_size=9"), "client.batch_size", "9", "8", "--output")
-    one_line(fedlora(*command, "--set", "client.momentum=0.5"), "client.momentum", "0.5", "None")
+    one_line(fedlora(*command, "--set", "client.learning_rate=0.5"), "client.learning_rate", "0.5", "None")
     one_line(fedlora(*command, "--set", "method.rank="), "method.rank", "8", "4")
     assert sorted(p.name for p in out.rglob("*")) == before
     with monkeypatch.context() as patched:
@@ -337,8 +337,6 @@ class a_file:  # noqa: N801
         self.content = content
 
     def __enter__(self) -> Path:
-        import tempfile
-
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "run.toml"
         path.write_text(self.content, encoding="utf-8")
@@ -349,11 +347,6 @@ class a_file:  # noqa: N801
 
 
 # In a process of its own: nothing else may reach stderr either.
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[list[Any]]:
-    yield []
 
 
 @pytest.mark.parametrize("mistake", ["unknown key", "label column"])

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["minilm", "bert-large", "llama-1b"])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fuse", nargs="+", default=["layers"], choices=["none", "islands", "layers"])
+    parser.add_argument("--fuse", nargs="+", default=["none", "islands"], choices=["none", "islands", "layers"])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))

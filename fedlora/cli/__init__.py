@@ -22,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-errors = Console(stderr=True)
 
 
 def main() -> None:
@@ -79,7 +78,7 @@ def export(
     """Write a run's model as a folder that transformers (merged) or PEFT loads."""
     from fedlora.results.load import export_run
 
-    console.print(str(export_run(folder, output, merged=merged)))
+    typer.echo(export_run(folder, output, merged=merged))
 
 
 @app.command()
@@ -103,7 +102,7 @@ def assets(
 
     if fetch:
         for name in fetch:
-            console.print(str(fetch_asset(name)))
+            typer.echo(fetch_asset(name))
         return
     table = Table("asset", "kind", "package", "what", box=None, pad_edge=False)
     for name, asset in ASSETS.items():

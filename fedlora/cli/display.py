@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fedlora.results.folder import RunResult
 from strategies.federation import Progress as Hooks
@@ -63,26 +62,24 @@ class RunDisplay:
     def summary(self, result: RunResult) -> None:
         """Print what came out, and where it is."""
         if not self._started:
-            self.console.print("finished already; nothing was left to do")
+            self._print("finished already; nothing was left to do")
         facts, final = result.summary, result.summary["final"]
-        table = Table(box=None, show_header=False, pad_edge=False)
+        rows = []
         if "accuracy" in final:
-            table.add_row("accuracy", f"{final['accuracy']:.1%} (majority class {final['majority']:.1%})")
+            rows.append(("accuracy", f"{final['accuracy']:.1%} (majority class {final['majority']:.1%})"))
         if "perplexity" in final:
-            table.add_row("perplexity", f"{final['perplexity']:.2f}")
+            rows.append(("perplexity", f"{final['perplexity']:.2f}"))
         if facts["epsilon"]:
             e = facts["epsilon"]
             covers = "" if e["covers_init"] else "; the start is not covered"
-            table.add_row("epsilon", f"{e['max']:.3f} at delta {e['delta']:g}, {e['unit']}{covers}")
-        c = facts["communication"]
-        table.add_row(
-            "bytes",
-            f"{_bytes(c['uplink_bytes'])} up, {_bytes(c['downlink_bytes'])} down, {_bytes(c['initial_bytes'])} once",
-        )
-        table.add_row("trained", f"{facts['trainable_parameters']:,} numbers")
-        table.add_row("seconds", f"{facts['seconds']['total']:.1f}")
-        table.add_row("folder", str(result.folder))
-        self.console.print(table)
+            rows.append(("epsilon", f"{e['max']:.3f} at delta {e['delta']:g}, {e['unit']}{covers}"))
+        up, down, once = (_bytes(facts["communication"][f"{way}_bytes"]) for way in ("uplink", "downlink", "initial"))
+        rows.append(("bytes", f"{up} up, {down} down, {once} once"))
+        rows.append(("trained", f"{facts['trainable_parameters']:,} numbers"))
+        rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
+        rows.append(("folder", str(result.folder)))
+        for name, value in rows:
+            self._print(f"{name:<12}{value}")
 
     def _start(self, rounds: int, first: int, clients: int) -> None:
         self._started = True
@@ -96,7 +93,7 @@ class RunDisplay:
     def _round(self, line: dict[str, Any]) -> None:
         if not self._header_shown:
             self._header_shown = True
-            self.console.print("  ".join(name.rjust(width) for name, width in COLUMNS), highlight=False)
+            self._print("  ".join(name.rjust(width) for name, width in COLUMNS))
         metrics = line["metrics"]
         traffic = line["communication"]
         sent = traffic["initial_bytes"] + traffic["downlink_bytes"] + traffic["uplink_bytes"]
@@ -111,13 +108,17 @@ class RunDisplay:
             str(len(line["failed"])),
             f"{sum(line['seconds'].values()):.1f}",
         )
-        self.console.print("  ".join(c.rjust(w) for c, (_, w) in zip(cells, COLUMNS, strict=True)), highlight=False)
+        self._print("  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
         for failure in line["failed"]:
             reason = str(failure["error"]).strip().rpartition("\n")[2]
-            self.console.print(f"client {failure['client']} failed: {reason}", markup=False, highlight=False)
+            self._print(f"client {failure['client']} failed: {reason}")
         note = f"loss {cells[1]}  score {cells[3]}  epsilon {cells[4]}  sent {cells[5]}"
         self._bar.update(self._rounds, completed=line["round"], note=note)
         self._bar.reset(self._clients, total=self._clients_a_round)
+
+    def _print(self, line: str) -> None:
+        # As it is: a path may be longer than the terminal is wide, and hold brackets.
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _number(value: float | None, digits: int) -> str:

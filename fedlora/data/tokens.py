@@ -75,9 +75,7 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(
-        self, rows: np.ndarray | Sequence[int], device: torch.device | str = "cpu"
-    ) -> dict[str, torch.Tensor]:
+    def batch(self, rows: np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """Return rows as tensors, in the order given, padded on the right to the longest of them.
 
         Parameters

@@ -33,7 +33,11 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
     """Flatten a round into named numbers, such as ``test/accuracy`` and ``bytes/uplink_bytes``."""
     groups = {"test": line["metrics"], "bytes": line["communication"], "seconds": line["seconds"]}
     flat = {f"{group}/{k}": v for group, values in groups.items() for k, v in values.items()}
-    flat |= {"train/loss": line["train_loss"], "privacy/epsilon": line["epsilon"], "clients/failed": len(line["failed"])}
+    flat |= {
+        "train/loss": line["train_loss"],
+        "privacy/epsilon": line["epsilon"],
+        "clients/failed": len(line["failed"]),
+    }
     return {name: float(value) for name, value in flat.items() if isinstance(value, int | float)}
 
 

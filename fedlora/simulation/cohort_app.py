@@ -8,6 +8,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 CohortFunction = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+CapacityFunction = Callable[[Message, Context], int]
 
 
 class CohortClientApp(ClientApp):
@@ -18,6 +19,7 @@ class CohortClientApp(ClientApp):
     """
 
     cohort_function: CohortFunction | None = None
+    capacity_function: CapacityFunction | None = None
 
     def train_cohort(self, function: CohortFunction) -> CohortFunction:
         """Register the handler of training messages; use as a decorator.
@@ -34,4 +36,9 @@ class CohortClientApp(ClientApp):
         def train_one(message: Message, context: Context) -> Message:
             return function([message], [context])[0]
 
+        return function
+
+    def cohort_capacity(self, function: CapacityFunction) -> CapacityFunction:
+        """Register what measures, given one client's training message, how many clients fit into one pass here."""
+        self.capacity_function = function
         return function

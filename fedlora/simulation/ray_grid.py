@@ -12,11 +12,11 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any, Literal
 
 import ray
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -30,6 +30,9 @@ RUN_ID = 1
 SERVER_NODE_ID = 1
 FIRST_NODE_ID = 2
 """Node ids follow the partitions: client i is node FIRST_NODE_ID + i."""
+
+QUERY_BATCH = 64
+"""Queries are answered without work: many go at once."""
 
 QUEUED = 2
 """Batches in flight a worker, so that it does not wait for the driver between two of them."""
@@ -49,14 +52,20 @@ class RayGrid(Grid):
         Cores, and torch threads, of an actor.
     gpus_per_worker : float
         GPUs of an actor; a fraction shares one.
-    cohort_size : int
-        Clients that a worker gets at once.
+    cohort_size : int or "auto"
+        Clients that a worker gets at once; "auto" asks a worker how many fit into its memory, and gives every worker
+        some. It is lowered when memory still runs out.
     address : str, optional
         A running Ray cluster; by default Ray starts on this machine.
     run_config : dict, optional
         What clients find in ``context.run_config``.
     states : mutable mapping of int to RecordDict, optional
         Where clients' ``context.state`` is kept, by client; a dict by default.
+    work : callable (client) -> float, optional
+        How much a client has to do. Clients of like work share a cohort, and the largest go first, so that neither a
+        cohort nor a worker waits long for its last.
+    on_cohort_size : callable (int), optional
+        Told what "auto" became, and when it is lowered.
 
     Raises
     ------
@@ -78,12 +87,15 @@ class RayGrid(Grid):
         workers: int | None = None,
         cpus_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
-        cohort_size: int = 1,
+        cohort_size: int | Literal["auto"] = 1,
         address: str | None = None,
         run_config: dict[str, Any] | None = None,
         states: MutableMapping[int, RecordDict] | None = None,
+        work: Callable[[int], float] | None = None,
+        on_cohort_size: Callable[[int], None] | None = None,
     ) -> None:
         self.num_clients, self.cohort_size = num_clients, cohort_size
+        self.work, self.on_cohort_size = work, on_cohort_size
         self.run_config = run_config or {}
         self.states: MutableMapping[int, RecordDict] = {} if states is None else states
         self._app, self._cpus, self._gpus = client_app, cpus_per_worker, gpus_per_worker
@@ -163,22 +175,23 @@ class RayGrid(Grid):
 
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
         shared, references = _share_records(messages)
-        size = self.cohort_size
-        batches = [messages[i : i + size] for i in range(0, len(messages), size)]
+        batches, in_order = self._batches(messages, shared, references)
         waiting = deque(range(len(batches)))
-        window = 2 * QUEUED * len(self._actors)
+        # In order, no more than a window of replies is held; else the first message may be in the last batch.
+        window = 2 * QUEUED * len(self._actors) if in_order else len(batches)
         running: dict[Any, tuple[int, int]] = {}  # reference -> (batch, worker), in the order of submission
-        done: dict[int, list[Message]] = {}
-        due = 0
-        while due < len(batches):
+        done: dict[int, Message] = {}
+        due = finished = 0
+        while finished < len(batches):
             load = Counter(worker for _, worker in running.values())
-            while waiting and waiting[0] < due + window:
+            while waiting and waiting[0] < due // len(batches[0]) + window:
                 worker = min(range(len(self._actors)), key=lambda w: (load[w], w))
                 if load[worker] >= QUEUED:
                     break
                 load[worker] += 1
                 batch = waiting.popleft()
-                running[self._submit(batches[batch], worker, shared, references)] = (batch, worker)
+                chosen = [messages[i] for i in batches[batch]]
+                running[self._submit(chosen, worker, shared, references)] = (batch, worker)
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
             if not ready:
@@ -190,20 +203,51 @@ class RayGrid(Grid):
             worker = running[ready[0]][1]
             reference = next(ref for ref, (_, w) in running.items() if w == worker)
             batch, _ = running.pop(reference)
+            chosen = [messages[i] for i in batches[batch]]
             try:
-                done[batch] = self._collect(batches[batch], reference)
+                replies = self._collect(chosen, reference)
             except ray.exceptions.RayError as error:
-                done[batch] = [_died(message, error) for message in batches[batch]]
+                replies = [_died(message, error) for message in chosen]
                 if isinstance(error, ray.exceptions.RayActorError):
                     # Batches that were queued behind the fatal one never started: they go to the new worker.
                     lost = [ref for ref, (_, w) in running.items() if w == worker]
                     waiting.extendleft(sorted((running.pop(ref)[0] for ref in lost), reverse=True))
                     self._actors[worker] = self._start_worker()
+            done.update(zip(batches[batch], replies, strict=True))
+            finished += 1
             while due in done:
-                yield from done.pop(due)
+                yield done.pop(due)
                 due += 1
-        for batch in sorted(done):
-            yield from done[batch]
+        for late_message in sorted(done):
+            yield done[late_message]
+
+    def _batches(
+        self, messages: list[Message], shared: dict[int, SharedRecord], references: dict[int, list[Any]]
+    ) -> tuple[list[list[int]], bool]:
+        """Divide messages, by their places, into the workers' batches; say whether these follow the messages' order."""
+        order, size = list(range(len(messages))), QUERY_BATCH
+        if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
+            if self.cohort_size == "auto":
+                # Every worker gets some, whatever one could hold.
+                share = -(-len(messages) // len(self._actors))
+                self._set_cohort_size(min(share, self._capacity(messages[0], shared, references)))
+            assert isinstance(self.cohort_size, int)
+            size = self.cohort_size
+            if self.work is not None and size > 1:
+                work = [self.work(message.metadata.dst_node_id - FIRST_NODE_ID) for message in messages]
+                order.sort(key=lambda i: -work[i])
+        in_order = all(i <= j for i, j in itertools.pairwise(order))
+        return [order[i : i + size] for i in range(0, len(order), size)], in_order
+
+    def _capacity(self, message: Message, shared: dict[int, SharedRecord], references: dict[int, list[Any]]) -> int:
+        context = self._context(message.metadata.dst_node_id)
+        measured = self._actors[0].capacity.remote(pack(message, shared), context, references)
+        return int(ray.get(measured))
+
+    def _set_cohort_size(self, size: int) -> None:
+        self.cohort_size = size
+        if self.on_cohort_size is not None:
+            self.on_cohort_size(size)
 
     def _submit(
         self, batch: list[Message], worker: int, shared: dict[int, SharedRecord], references: dict[int, list[Any]]
@@ -214,7 +258,9 @@ class RayGrid(Grid):
         return self._actors[worker].handle.remote(envelopes, contexts, {key: references[key] for key in wanted})
 
     def _collect(self, batch: list[Message], reference: Any) -> list[Message]:
-        envelopes, states = ray.get(reference)
+        envelopes, states, limit = ray.get(reference)
+        if isinstance(self.cohort_size, int) and limit < self.cohort_size:
+            self._set_cohort_size(limit)
         for message, state in zip(batch, states, strict=True):
             self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = state
         return [unpack(envelope) for envelope in envelopes]

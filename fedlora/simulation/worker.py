@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -49,21 +50,41 @@ class Worker:
             # Every client tells: a worker that dies at its start would be started again for each of them.
             self.broken = traceback.format_exc()
         self.shared: dict[int, ArrayRecord] = {}
+        self.limit = sys.maxsize
 
     def handle(
         self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]]
-    ) -> tuple[list[Envelope], list[RecordDict]]:
-        """Handle a batch of messages and return the replies and the clients' states, in the same order.
+    ) -> tuple[list[Envelope], list[RecordDict], int]:
+        """Handle a batch of messages.
 
         An exception of one client becomes an error reply with its traceback, and does not touch the others; the
-        client's state stays what it was.
+        client's state stays what it was. A cohort that runs out of GPU memory is halved and run again, from where it
+        was.
+
+        Returns
+        -------
+        (list of Envelope, list of RecordDict, int)
+            The replies and the clients' states, in the same order, and the most clients that memory allows in a pass.
         """
+        self._receive(references)
+        messages = [unpack(envelope, self.shared) for envelope in envelopes]
+        replies: list[Message] = []
+        while len(replies) < len(messages):
+            part = slice(len(replies), len(replies) + self.limit)
+            replies += self._run(messages[part], contexts[part])
+        return [pack(reply) for reply in replies], [context.state for context in contexts], self.limit
+
+    def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
+        """Measure how many clients fit into one pass; 1 where the app cannot say."""
+        self._receive(references)
+        measure = self.app.capacity_function if isinstance(self.app, CohortClientApp) else None
+        return 1 if measure is None else measure(unpack(envelope, self.shared), context)
+
+    def _receive(self, references: dict[int, list[Any]]) -> None:
         self.shared = {
             key: self.shared[key] if key in self.shared else unpack_record(ray.get(reference))
             for key, (reference,) in references.items()
         }
-        replies = self._run([unpack(envelope, self.shared) for envelope in envelopes], contexts)
-        return [pack(reply) for reply in replies], [context.state for context in contexts]
 
     def _run(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
         if self.app is None:
@@ -73,11 +94,14 @@ class Worker:
         if cohort is not None and len(messages) > 1 and all(m.metadata.message_type == "train" for m in messages):
             try:
                 return _checked(cohort(messages, contexts), len(messages))
-            except Exception:
-                # One client's failure must not take the others along: below they run one by one, from where they were.
+            except Exception as error:
                 torch.cuda.empty_cache()
                 for context, state in zip(contexts, states, strict=True):
                     context.state = copy.deepcopy(state)
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    self.limit = len(messages) // 2
+                    return self._run(messages[: self.limit], contexts[: self.limit])
+                # One client's failure must not take the others along: below they run one by one, from where they were.
         replies = []
         for message, context, state in zip(messages, contexts, states, strict=True):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
@@ -15,6 +15,10 @@ from fedlora.errors import InputError
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
 from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:GDP accounting is experimental", "ignore:Optimal order is the", "ignore:divide by zero"
+)
 
 
 def config(rounds: int = 8, steps: int | None = 5, batch: int = 32, **privacy) -> Config:
@@ -43,21 +47,28 @@ def test_the_figures_of_the_methods_document(examples, sigma):
     assert (plan.steps, plan.delta, plan.ceiling, plan.max_grad_norm) == (40, 1e-5, 8.0, 1.0)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     accountant=st.sampled_from(["rdp", "gdp"]),
     epsilon=st.floats(0.5, 20),
     rate=st.floats(0.001, 1),
     steps=st.integers(1, 300),
 )
+@example(accountant="rdp", epsilon=8.0, rate=1.0, steps=40)
 def test_all_the_steps_stay_within_epsilon_and_use_it_up(accountant, epsilon, rate, steps):
     sigma = noise_multiplier(epsilon, 1e-5, rate, steps, accountant)
     assert opacus_epsilon(accountant, sigma, rate, steps) <= epsilon
     assert opacus_epsilon(accountant, sigma * 0.998, rate, steps) > epsilon
-    # Opacus' own search stops 0.01 short of epsilon: it never asks for less noise.
-    assert sigma <= get_noise_multiplier(
-        target_epsilon=epsilon, target_delta=1e-5, sample_rate=rate, steps=steps, accountant=accountant
-    ) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_opacus_own_search_asks_for_no_less_noise(accountant):
+    """It stops as far as 0.01 in epsilon short of the target."""
+    for epsilon in (0.5, 8.0):
+        stock = get_noise_multiplier(
+            target_epsilon=epsilon, target_delta=1e-5, sample_rate=0.02, steps=60, accountant=accountant
+        )
+        assert 0.97 * stock < noise_multiplier(epsilon, 1e-5, 0.02, 60, accountant) <= stock * (1 + 1e-3)
 
 
 @pytest.mark.parametrize(("epsilon", "rate", "steps"), [(8.0, 32 / 2500, 40), (1.0, 1.0, 20), (0.3, 0.02, 100)])
@@ -114,7 +125,7 @@ def test_delta_is_below_one_in_n(delta, examples, fine):
 def test_an_epsilon_out_of_reach_is_the_users_to_raise(accountant):
     """rdp has a floor, and prv an error of 0.01; Opacus' own search does not come back from the latter."""
     with pytest.raises(InputError, match="raise it") as caught:
-        noise_multiplier(0.005, 1e-5, 0.5, 10, accountant)
+        noise_multiplier(0.005, 1e-5, 1.0, 10, accountant)
     assert caught.value.field == "privacy.target_epsilon"
 
 
@@ -123,7 +134,7 @@ def test_extreme_budgets_have_an_answer():
     for epsilon in (100.0, 1000.0):
         assert 0 < noise_multiplier(epsilon, 1e-5, 0.5, 10, "gdp") < 1
     assert 0 < noise_multiplier(1000.0, 1e-5, 1.0, 10, "rdp") < 0.1
-    assert 0 < noise_multiplier(0.005, 1e-5, 0.5, 10, "gdp")
+    assert noise_multiplier(0.005, 1e-5, 0.5, 10, "gdp") > 100
     assert spent_epsilon("gdp", 1e-5, ((5.0, 1e-6, 1),)) == 0
     assert spent_epsilon("gdp", 1e-5, ((0.02, 1.0, 10),)) == math.inf
 

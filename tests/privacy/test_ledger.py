@@ -20,6 +20,10 @@ from tests import tiny
 
 ACCOUNTANTS = ["rdp", "prv", "gdp"]
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:GDP accounting is experimental", "ignore:Optimal order is the", "ignore:divide by zero"
+)
+
 
 def plan(sigma: float = 1.0, rate: float = 0.1, accountant: str = "rdp", ceiling: float | None = None) -> PrivacyPlan:
     return PrivacyPlan(rate, sigma, 1.0, 4.0, 50, 1e-5, accountant, ceiling)

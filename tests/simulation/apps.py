@@ -92,3 +92,24 @@ def forget_one(messages: Sequence[Message], contexts: Sequence[Context]) -> list
     """Return one reply too few."""
     replies = [handle(m, c, len(messages)) for m, c in zip(messages, contexts, strict=True)]
     return replies[:1]
+
+
+ROOM = 3
+"""So many clients fit into the memory of :data:`small_memory`."""
+
+small_memory = CohortClientApp()
+
+
+@small_memory.train_cohort
+def train_in_small_memory(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Run out of memory, after having touched the states, with more clients than there is room for."""
+    replies = [handle(m, c, len(messages)) for m, c in zip(messages, contexts, strict=True)]
+    if len(messages) > ROOM:
+        raise torch.cuda.OutOfMemoryError("no room")
+    return replies
+
+
+@small_memory.cohort_capacity
+def room(message: Message, context: Context) -> int:
+    """Say how many clients fit."""
+    return ROOM

@@ -238,6 +238,25 @@ def test_clients_come_in_cohorts(cohort_grid: RayGrid) -> None:
     assert metric(replies, "cohort") == [3, 3, 3, 3, 3, 3, 2, 2]
 
 
+def test_an_automatic_cohort_is_what_fits_and_leaves_some_for_every_worker(ray_here: None) -> None:
+    for clients, workers, expected in ((9, 1, apps.ROOM), (4, 2, 2)):
+        told: list[int] = []
+        app = "tests.simulation.apps:small_memory"
+        with RayGrid(app, clients, workers=workers, cohort_size="auto", on_cohort_size=told.append) as grid:
+            replies = list(grid.send_and_receive(messages(clients=range(clients))))
+        assert told == [expected]
+        assert metric(replies, "cohort")[0] == expected
+
+
+def test_clients_of_like_work_share_a_cohort_and_replies_keep_their_order(ray_here: None) -> None:
+    work = [1, 5, 1, 5, 1, 5]
+    with RayGrid("tests.simulation.apps:cohort", 6, workers=1, cohort_size=3, work=lambda client: work[client]) as grid:
+        first = messages(clients=range(6))
+        replies = list(grid.send_and_receive(first))
+    assert clients_of(replies) == list(range(6))
+    assert metric(replies, "cohort") == [3] * 6
+
+
 def test_questions_come_one_by_one(cohort_grid: RayGrid) -> None:
     asked = [Message(RecordDict(), FIRST_NODE_ID + i, "query") for i in range(4)]
     replies = list(cohort_grid.send_and_receive(asked))

@@ -79,7 +79,7 @@ def test_a_cohort_that_answers_too_little_is_run_one_by_one() -> None:
     worker = Worker(apps.short, 1)
     contexts = [context(i) for i in range(3)]
     envelopes = [pack(train_message(2 + i)) for i in range(3)]
-    replies, states = worker.handle(envelopes, contexts, {})
+    replies, states, _ = worker.handle(envelopes, contexts, {})
     assert [unpack(r).content["metrics"]["cohort"] for r in replies] == [1, 1, 1]
     assert [state["count"]["calls"] for state in states] == [1, 1, 1]
 
@@ -89,7 +89,7 @@ def test_a_failure_leaves_the_state_as_it_was() -> None:
     before = context(1)
     before.state["count"] = MetricRecord({"calls": 7})
     message = train_message(3, RecordDict({"do": ConfigRecord({"raise-1": True})}))
-    (reply,), (state,) = worker.handle([pack(message)], [before], {})
+    (reply,), (state,), _ = worker.handle([pack(message)], [before], {})
     assert unpack(reply).error.code == ClientErrorCode.FAILED
     assert state["count"]["calls"] == 7
 
@@ -97,3 +97,19 @@ def test_a_failure_leaves_the_state_as_it_was() -> None:
 def test_the_number_of_threads_is_set() -> None:
     Worker(apps.plain, 1)
     assert torch.get_num_threads() == 1
+
+
+def test_a_cohort_beyond_the_memory_is_halved_until_it_fits() -> None:
+    worker = Worker(apps.small_memory, 1)
+    contexts = [context(i) for i in range(7)]
+    envelopes = [pack(train_message(2 + i)) for i in range(7)]
+    replies, states, limit = worker.handle(envelopes, contexts, {})
+    assert [unpack(r).content["metrics"]["client"] for r in replies] == list(range(7))
+    assert max(unpack(r).content["metrics"]["cohort"] for r in replies) <= apps.ROOM
+    assert [state["count"]["calls"] for state in states] == [1] * 7
+    assert 1 <= limit <= apps.ROOM
+
+
+def test_an_app_measures_how_many_clients_fit() -> None:
+    assert Worker(apps.small_memory, 1).capacity(pack(train_message(2)), context(0), {}) == apps.ROOM
+    assert Worker(apps.plain, 1).capacity(pack(train_message(2)), context(0), {}) == 1

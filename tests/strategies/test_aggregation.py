@@ -1,4 +1,4 @@
-"""What averaging parameters does to updates: exact where the update is linear in them, and by how much not elsewhere."""
+"""What averaging parameters does to updates: exact where they are linear in them, and by how much not elsewhere."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,29 @@ def test_noise_has_the_variance_of_each_clients_plan():
         # The head gets as much as the adapters.
         assert float(noise["classifier.weight"].std()) == pytest.approx(expected, rel=0.25)
     assert all(not value.any() for value in noises[3].values())
+
+
+def test_every_step_has_noise_of_its_own():
+    """Whatever is drawn in advance, no number serves twice: not in a later step, not for another client."""
+    steps = 20
+    assert steps > 2 * NOISE_STEPS
+    config = tiny.settings("bert", client={"optimizer": "sgd"})
+    adapted = tiny.adapted_model("bert", config, torch.float64)
+    start = {name: torch.zeros_like(a) for name, a in adapted.arrays(tiny.trained_names(adapted, config)).items()}
+    plan = tiny.plan(1.5, 1.0, 1e-9, 1.0)
+    places = []
+    for taken in range(steps + 1):
+        taken_config = config.model_copy(update={"client": config.client.model_copy(update={"local_steps": taken})})
+        jobs = tiny.jobs_of([start] * 2, tiny.split([2, 2]), [plan] * 2, learning_rate=1.0)
+        results = train_cohort(adapted, tiny.table("bert", 4), jobs, taken_config) if taken else None
+        arrays = [r.arrays for r in results] if results else [start] * 2
+        places.append(torch.stack([torch.cat([a.flatten() for a in one.values()]) for one in arrays]))
+    noise = torch.cat([later - earlier for earlier, later in pairwise(places)])
+    assert noise.shape[0] == 2 * steps
+    assert noise.std(1).numpy() == pytest.approx(np.full(2 * steps, 1.5), rel=0.12)
+    correlations = torch.corrcoef(noise) - torch.eye(2 * steps)
+    assert correlations.abs().max() < 0.2
+    assert len(noise.flatten().unique()) > 0.999 * noise.numel()
 
 
 @pytest.mark.parametrize("method", list(tiny.FACTORS))
