@@ -43,12 +43,15 @@ def build_model(size: dict[str, Any], dtype: torch.dtype, device: str) -> nn.Mod
         k: v for k, v in size.items() if k not in ("architecture", "batch", "tokens", "cohort", "steps", "peer_steps")
     }
     torch.manual_seed(0)
-    if size["architecture"] == "bert":
+    with torch.device(device):
+        return _random_model(size["architecture"], shape).to(dtype).requires_grad_(False)
+
+
+def _random_model(architecture: str, shape: dict[str, Any]) -> nn.Module:
+    if architecture == "bert":
         drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model: Any = BertForSequenceClassification(BertConfig(**shape, **drop, num_labels=2))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
-    return model.to(device, dtype).requires_grad_(False)
+        return BertForSequenceClassification(BertConfig(**shape, **drop, num_labels=2))
+    return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
 
 
 def build_table(size: dict[str, Any], clients: int) -> TokenTable:

@@ -343,7 +343,6 @@ def test_alternating_factors_and_cohort_sizes():
         assert not any(adapted.parameter(name).requires_grad for name in frozen)
         assert all(torch.equal(adapted.arrays([n])[n], shared[n]) for n in frozen)
         assert all(tiny.difference(r.arrays, j.arrays) > 0 for r, j in zip(results, jobs, strict=True))
-        adapted.set_shared(results[0].arrays)
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -1,0 +1,107 @@
+"""Where the time of a whole federation goes, and how long the same app takes on Flower's own simulation runtime.
+
+::
+
+    python -m experiments.benchmarks.end_to_end --output end_to_end.json
+
+``--set`` overrides keys of the config, as for ``fedlora run``. Flower's runtime runs ``--flower-rounds`` rounds (0: not
+at all), and its seconds a round are compared; model, data and privacy are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.machine import ROOT, machine
+from fedlora import simulate
+from fedlora.cli import parse_overrides
+from fedlora.config import load_config
+
+
+def measure_ours(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Simulate the config with RayGrid."""
+    result = simulate(config, overrides, output=folder)
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return {"summary": result.summary, "rounds": _rounds(lines), "config": (folder / "config.toml").read_text()}
+
+
+def measure_flower(config: str, overrides: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
+    """Run the same app with ``flwr run`` on Flower's local simulation."""
+    toml = folder.with_suffix(".toml")
+    loaded = load_config(config, {**overrides, "run.rounds": rounds})
+    toml.write_text(loaded.to_toml(), encoding="utf-8")
+    gpus = loaded.simulation.gpus_per_worker
+    resources = f"num-supernodes={loaded.data.partition.clients} client-resources-num-cpus=1"
+    if gpus:
+        resources += f" client-resources-num-gpus={gpus}"
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(folder.with_name("flower-home")),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    Path(environment["FLWR_HOME"]).mkdir()
+    run_config = f"config='{toml}' output='{folder}'"
+    command = ["flwr", "run", str(ROOT), "local", "--stream", "--federation-config", resources]
+    done = subprocess.run([*command, "--run-config", run_config], env=environment, capture_output=True, text=True)
+    subprocess.run(["pkill", "-f", environment["FLWR_HOME"]])
+    if not (folder / "summary.json").exists():
+        return {"error": (done.stdout + done.stderr)[-2000:]}
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return {"rounds": _rounds(lines)}
+
+
+def _rounds(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [line["seconds"] for line in lines]
+
+
+def _typical(rounds: list[dict[str, float]]) -> float:
+    """Median seconds of a round; the first, which loads the models, does not count."""
+    return statistics.median(sum(seconds.values()) for seconds in (rounds[1:] or rounds))
+
+
+def main() -> None:
+    """Measure, print a table and write the raw figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".toml")))
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--flower-rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    overrides = parse_overrides(arguments.set)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = measure_ours(arguments.config, overrides, Path(scratch) / "ours")
+        results: dict[str, Any] = {"machine": machine(), "ours": ours}
+        names = ("train", "communicate", "aggregate", "evaluate")
+        wall = {name: sum(r[name] for r in ours["rounds"][1:]) for name in names}
+        total = sum(wall.values())
+        print(f"rounds 2 to {len(ours['rounds'])}: {total:.1f} s, {_typical(ours['rounds']):.3f} s a round")
+        for name, seconds in wall.items():
+            print(f"  {name:12} {seconds:7.2f} s {seconds / total:6.1%}")
+        print("  whole run   ", {k: round(v, 1) for k, v in ours["summary"]["seconds"].items()})
+        if arguments.flower_rounds:
+            flower = measure_flower(arguments.config, overrides, Path(scratch) / "flower", arguments.flower_rounds)
+            results["flower"] = flower
+            if "rounds" in flower:
+                slow = _typical(flower["rounds"])
+                ratio = slow / _typical(ours["rounds"])
+                print(f"Flower's own runtime: {slow:.2f} s a round, {ratio:.1f} times as long")
+            else:
+                print("Flower's own runtime failed:", flower["error"][-500:])
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
