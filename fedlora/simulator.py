@@ -18,6 +18,7 @@ from fedlora.data.sources import materialise
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
 from fedlora.privacy import plan_privacy
+from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.simulation import RayGrid
 from strategies import get_strategy

@@ -44,7 +44,7 @@ class FedSB(FederatedStrategy):
         """Return B, A and R for every layer, by ``method.init``."""
         rank = self.config.method.rank
         if self.config.method.init == "svd":
-            factors = {p: sb.factors_from_weight(dense_weight(a.base), rank) for p, a in adapted.adapters.items()}
+            factors = {p: sb.factors_from_weight(dense_weight(a.base).cpu(), rank) for p, a in adapted.adapters.items()}
         else:
             gradients = mean_gradients(adapted, *self._start_examples(data), self.config.server.batch_size)
             rate = self.config.method.init_learning_rate

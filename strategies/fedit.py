@@ -22,7 +22,7 @@ class FedIT(FederatedStrategy):
     paper = "arXiv 2305.05644"
     parameterisation = "lora"
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
-    learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
+    learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """A drawn for every layer, B = 0."""

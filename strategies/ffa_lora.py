@@ -22,7 +22,7 @@ class FFALoRA(FederatedStrategy):
     paper = "arXiv 2403.12313"
     parameterisation = "lora"
     trained: ClassVar[tuple[str, ...]] = ("lora_B",)
-    learning_rates: ClassVar[dict[str, float]] = {"adamw": 5e-3, "sgd": 1.0}
+    learning_rates: ClassVar[dict[str, float]] = {"adamw": 4e-2, "sgd": 1.0}
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """A0 drawn for every layer, B = 0."""

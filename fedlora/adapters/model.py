@@ -317,7 +317,9 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, exclude:
             pattern = re.compile(targets)
         except re.error as error:
             raise InputError(field, targets, f"is not a regular expression ({error})") from None
-        found = [p for p in modules if pattern.fullmatch(p)]
+        # Paths are those of the stock model, around which a mean-pooling classifier is wrapped.
+        wrapper = "encoder." if isinstance(model, MeanPoolingClassifier) else ""
+        found = [p for p in modules if pattern.fullmatch(p) or pattern.fullmatch(p.removeprefix(wrapper))]
     else:
         found = [p for p in modules if any(p == name or p.endswith(f".{name}") for name in targets)]
     if not found:

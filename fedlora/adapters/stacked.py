@@ -49,7 +49,8 @@ class RowLayout:
         if self.equal:
             self.clients = self.sizes = None
         else:
-            self.sizes = torch.tensor(self.counts, device=device)
+            # A blocking copy would wait for all work that is queued on a GPU.
+            self.sizes = torch.tensor(self.counts).to(device, non_blocking=True)
             self.clients = torch.repeat_interleave(
                 torch.arange(len(self.counts), device=device), self.sizes, output_size=sum(self.counts)
             )

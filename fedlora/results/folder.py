@@ -138,6 +138,12 @@ class RunFolder:
         """Whether the run is done."""
         return bool(self.checkpoint.get("finished", False))
 
+    def set_resolved(self, config: Config) -> None:
+        """Keep what "auto" became in a round; resuming knows of it when that round is done."""
+        self.resolved = config
+        self.checkpoint["resolved"] = config.to_toml()
+        write_atomically(self.path / "config.toml", config.to_toml())
+
     def add_round(
         self,
         line: Mapping[str, Any],

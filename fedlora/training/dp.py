@@ -130,7 +130,8 @@ class StackedDPOptimizer(DPOptimizer):
 
     def scale_grad(self) -> None:
         """Divide each client's noised sum by its expected batch size."""
-        divisors = torch.tensor(self.expected_batch_sizes, dtype=self.params[0].dtype, device=self.params[0].device)
+        first = self.params[0]
+        divisors = torch.tensor(self.expected_batch_sizes, dtype=first.dtype).to(first.device, non_blocking=True)
         for p in self.params:
             p.grad /= divisors.reshape(-1, *(1,) * (p.dim() - 1))
 

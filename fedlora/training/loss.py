@@ -30,8 +30,13 @@ def per_example_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each example's summed token cross-entropy [N] in nats, and its number of target tokens [N]."""
     targets = labels[:, 1:]
-    # Only target positions meet the vocabulary-sized softmax: prompts and padding would be most of its memory.
     chosen = targets != -100
+    if logits.is_cuda:
+        # Choosing positions would wait for the GPU to count them.
+        flat = _upcast(logits[:, :-1]).flatten(0, 1)
+        every = functional.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=-100)
+        return every.reshape(targets.shape).sum(1), chosen.sum(1)
+    # Only target positions meet the vocabulary-sized softmax: prompts and padding would be most of its work.
     losses = functional.cross_entropy(_upcast(logits[:, :-1][chosen]), targets[chosen], reduction="none")
     summed = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device)
     summed = summed.masked_scatter(chosen, losses)

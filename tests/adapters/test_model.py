@@ -29,6 +29,7 @@ def adapters(kind: str, targets, **options) -> list[str]:
     return list(adapt(tiny.base_model(kind), config, "lora").adapters)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
@@ -59,6 +60,11 @@ def test_a_mean_pooled_classifier_has_its_encoders_defaults():
         p.removeprefix("bert.") for p in adapters("bert", None)
     ]
     assert "classifier" not in adapters("mean", "all-linear")
+    # A path is the stock encoder's, as in PEFT; with the wrapper's own prefix it is known too.
+    expected = ["encoder.encoder.layer.1.attention.self.key"]
+    for targets in (expected[0].removeprefix("encoder."), expected[0]):
+        assert adapters("mean", [targets]) == expected
+        assert adapters("mean", targets.replace(".", r"\.")) == expected
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,22 @@ def test_a_run_goes_on_with_the_config_that_it_has(tmp_path: Path, same: str) ->
     again.close()
 
 
+def test_what_auto_became_in_a_round_is_kept_with_that_round(tmp_path: Path) -> None:
+    given, measured = config(), config(simulation__cohort_size=16)
+    folder = RunFolder.create(tmp_path / "run", given)
+    folder.set_resolved(measured)
+    folder.close()  # the round was not done: it will be measured again
+    folder = RunFolder.resume(tmp_path / "run", given)
+    assert folder.resolved == given
+    folder.set_resolved(measured)
+    add(folder, 1)
+    folder.close()
+    assert load_config(tmp_path / "run" / "config.toml") == measured
+    folder = RunFolder.resume(tmp_path / "run", given)
+    assert folder.resolved == measured
+    folder.close()
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
