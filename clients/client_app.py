@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
@@ -53,7 +54,7 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
         try:
             adapted = _model_with_initial(config, message, adapted)
             if adapted is None:
-                raise _NeedsInitial
+                raise _NeedsInitialError
             jobs[i] = _job(config, message, context)
         except Exception as error:
             replies[i] = _error_reply(error, message)
@@ -68,7 +69,7 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
     return [replies[i] for i in range(len(messages))]
 
 
-class _NeedsInitial(RuntimeError):
+class _NeedsInitialError(RuntimeError):
     pass
 
 
@@ -95,7 +96,7 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
 
 
 def _job(config: Config, message: Message, context: Context) -> ClientJob:
-    settings = message.content["config"]
+    settings: Any = message.content["config"]
     client = int(context.node_config["partition-id"])
     rows = client_data(config).partition[client]
     plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
@@ -164,7 +165,7 @@ def _error_reply(error: Exception, message: Message) -> Message:
         GuardError: ClientErrorCode.GUARD,
         BudgetError: ClientErrorCode.BUDGET,
         InputError: ClientErrorCode.INPUT,
-        _NeedsInitial: ClientErrorCode.NEEDS_INITIAL,
+        _NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
     }
     code = codes.get(type(error))
     if code is None:

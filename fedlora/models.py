@@ -66,11 +66,10 @@ class MeanPoolingClassifier(PreTrainedModel):
         super().__init__(config)
         if encoder is None:
             base = AutoConfig.for_model(**config.encoder)
-            encoder = transformers.MODEL_MAPPING[type(base)](
-                base, **_without_pooler(transformers.MODEL_MAPPING[type(base)])
-            )
+            model_class: Any = transformers.MODEL_MAPPING[type(base)]
+            encoder = model_class(base, **_without_pooler(model_class))
         self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, config.num_labels, dtype=encoder.dtype)
+        self.classifier = nn.Linear(encoder.config.hidden_size, int(config.num_labels or 2), dtype=encoder.dtype)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Aggregation as pure functions of tensors, in client order; the streaming form holds one sum, not one copy a client."""
+"""Aggregation as pure functions of tensors, in client order; streaming, it holds one sum and not a copy a client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Arrays = dict[str, torch.Tensor]
 class WeightedMean:
     """sum p_i X_i with p_i = w_i / sum w, over named arrays added one client at a time.
 
-    The sum is kept in float64, so that the order of clients matters only below float32's rounding; it is fixed all the same.
+    The sum is kept in float64, so that the order of clients matters only below float32's rounding; it is fixed all the
+    same.
     """
 
     def __init__(self) -> None:

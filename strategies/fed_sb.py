@@ -76,7 +76,7 @@ def mean_gradients(
     weights = {path: adapter.base.weight for path, adapter in adapted.adapters.items()}
     adapted.model.eval()
     for weight in weights.values():
-        weight.requires_grad_(True)  # type: ignore[operator]
+        weight.requires_grad_(True)
     try:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
@@ -93,5 +93,5 @@ def mean_gradients(
         return gradients
     finally:
         for weight in weights.values():
-            weight.requires_grad_(False)  # type: ignore[operator]
-            weight.grad = None  # type: ignore[assignment]
+            weight.requires_grad_(False)
+            weight.grad = None

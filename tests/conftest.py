@@ -47,7 +47,7 @@ def ray_here(cache: Path) -> Iterator[None]:
         environment.setenv("FEDLORA_CACHE", str(cache))
         ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=8,
             num_gpus=0,
             object_store_memory=200 * 2**20,
             include_dashboard=False,

@@ -49,8 +49,8 @@ def build_model(size: dict[str, Any], dtype: torch.dtype, device: str) -> nn.Mod
 
 def _random_model(architecture: str, shape: dict[str, Any]) -> nn.Module:
     if architecture == "bert":
-        drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return BertForSequenceClassification(BertConfig(**shape, **drop, num_labels=2))
+        config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return BertForSequenceClassification(config)
     return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
 
 
@@ -125,7 +125,7 @@ def profile(call: Callable[[], None], steps: int) -> list[dict[str, Any]]:
         call()
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
-    kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in profiler.key_averages() if e.device_type.name == "CUDA"]
     rows = [
         {"kernel": e.key[:100], "milliseconds": e.self_device_time_total / 1000 / steps, "calls": e.count / steps}
         for e in sorted(kernels, key=lambda e: -e.self_device_time_total)
@@ -192,7 +192,11 @@ def matrix_rate(device: str) -> float:
     n = 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    times = _timed(lambda _: torch.mm(a, b), 20, device)
+
+    def product(_: int) -> None:
+        torch.mm(a, b)
+
+    times = _timed(product, 20, device)
     return 2 * n**3 / statistics.median(times)
 
 

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from fedlora.adapters import AdaptedModel, RowLayout
 from fedlora.errors import GuardError
 
-
 NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
 """So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
 
@@ -119,7 +118,7 @@ class StackedDPOptimizer(DPOptimizer):
             p.grad = part.clone() if p.summed_grad is None else p.summed_grad + part
 
     def _draw_noise(self, size: int) -> torch.Tensor:
-        """Draw the noise of several steps [steps, K, size]; a launch a client and step would cost more than the noise."""
+        """Draw several steps' noise, [steps, K, size]: a launch a client and step would cost more than the noise."""
         first = self.params[0]
         steps = max(1, min(NOISE_STEPS, NOISE_NUMBERS // size))
         noise = torch.zeros(len(self.generators), steps, size, dtype=first.dtype, device=first.device)

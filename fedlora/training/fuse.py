@@ -45,7 +45,7 @@ def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     modules = _layers(adapted.model) if granularity == "layers" else list(_islands(adapted.model))
     for adapter in (*adapted.adapters.values(), *adapted.head.values()):
-        adapter.forward = torch.compiler.disable(adapter.forward)  # type: ignore[method-assign]
+        adapter.forward = torch.compiler.disable(adapter.forward)
     for module in modules:
         module.compile(dynamic=True)
     return len(modules)
@@ -53,8 +53,8 @@ def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """Find the transformer layers: the members of the longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _islands(module: nn.Module) -> list[nn.Module]:

@@ -302,7 +302,7 @@ def test_an_app_that_cannot_be_loaded_is_told_by_every_client() -> None:
         ({"workers": 99}, "simulation.workers"),
         ({"cpus_per_worker": 64}, "simulation.cpus_per_worker"),
         ({"gpus_per_worker": 0.5}, "simulation.gpus_per_worker"),
-        ({"workers": 3, "cpus_per_worker": 2}, "simulation.workers"),
+        ({"workers": 3, "cpus_per_worker": 4}, "simulation.workers"),
     ],
 )
 def test_resources_that_are_not_there_are_named(options: dict[str, Any], field: str) -> None:
@@ -313,5 +313,5 @@ def test_resources_that_are_not_there_are_named(options: dict[str, Any], field: 
 
 
 def test_by_default_there_are_as_many_workers_as_fit() -> None:
-    with RayGrid(apps.plain, 1, cpus_per_worker=2) as half:
+    with RayGrid(apps.plain, 1, cpus_per_worker=4) as half:
         assert half.num_workers == 2

@@ -298,18 +298,25 @@ def test_physical_batches_change_nothing():
                 assert whole.loss == pytest.approx(parts.loss)
 
 
-def test_a_client_alone_equals_plain_pytorch():
-    """K = 1 without privacy, clipping and weight decay included: torch's own optimiser on the mean loss."""
-    config = tiny.settings(
-        "bert",
-        client={"optimizer": "adamw", "weight_decay": 0.1, "max_grad_norm": 0.2, "batch_size": 8, "local_steps": 4},
-    )
+@pytest.mark.parametrize(
+    ("stock", "options"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.1}),
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9}),
+        (torch.optim.SGD, {}),
+    ],
+)
+def test_a_client_alone_equals_plain_pytorch(stock, options):
+    """K = 1 without privacy, clipping included: torch's own optimiser on the mean loss."""
+    client = {"optimizer": stock.__name__.lower(), "max_grad_norm": 0.2, "batch_size": 8, "local_steps": 4, **options}
+    config = tiny.settings("bert", client=client)
     adapted = tiny.adapted_model("bert", config, torch.float64)
     examples = tiny.table("bert", 8)
     start = adapted.arrays(tiny.trained_names(adapted, config))
     result = train_cohort(adapted, examples, tiny.jobs_of([start], tiny.split([8]), learning_rate=0.01), config)[0]
     parameters = {name: torch.nn.Parameter(array[None].clone()) for name, array in start.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.1)
+    optimizer = stock(parameters.values(), lr=0.01, **options)
     batch = examples.batch(np.arange(8))
     losses = []
     adapted.set_clients([start])
