@@ -203,7 +203,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 
 def unused_keys(config: Config) -> list[str]:
     """Name the keys that were set but that the chosen method or mode does not use."""
-    notes = []
+    notes: list[str] = []
     given = {
         f"{section}.{key}" for section in type(config).model_fields for key in getattr(config, section).model_fields_set
     }

@@ -48,8 +48,8 @@ class MeanPoolingConfig(PreTrainedConfig):
 class MeanPoolingClassifier(PreTrainedModel):
     """A linear classifier on the mean of an encoder's (or decoder's) last hidden states; padding does not count.
 
-    A transformers model like any other: it saves, and loads with ``AutoModelForSequenceClassification`` once this module
-    is imported.
+    A transformers model like any other: it saves, and loads with ``AutoModelForSequenceClassification`` once this
+    module is imported.
 
     Parameters
     ----------

@@ -54,7 +54,7 @@ def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> 
 def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) -> Message:
     """Put a message together again."""
     if envelope.records is None:
-        return Message(envelope.error, metadata=envelope.metadata)  # type: ignore[call-overload,no-any-return]
+        return Message(envelope.error, metadata=envelope.metadata)  # type: ignore[call-overload]
     content = RecordDict()
     for name, record in envelope.records.items():
         if isinstance(record, SharedRecord):
@@ -62,4 +62,4 @@ def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) 
             content[name] = shared[record.key]
         else:
             content[name] = unpack_record(record) if isinstance(record, dict) else record
-    return Message(content, metadata=envelope.metadata)  # type: ignore[call-overload,no-any-return]
+    return Message(content, metadata=envelope.metadata)  # type: ignore[call-overload]

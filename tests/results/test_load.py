@@ -1,0 +1,100 @@
+"""From a run folder to a model that others can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import fedlora
+from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters.peft_format import export_peft
+from fedlora.config import Config, load_config
+from fedlora.errors import InputError
+from fedlora.models import load_base, load_tokenizer
+from fedlora.results.load import export_run
+
+TEXTS = ["A joy to watch.", "A dull and lifeless mess of a film."]
+LABELS = ["fresh", "rotten"]
+
+
+def finished_run(folder: Path, **model: Any) -> tuple[Config, AdaptedModel]:
+    """Leave in a folder what a run of MiniLM leaves, with factors drawn at random."""
+    content = {
+        "model": {"name": "asset:minilm-l6", "num_hidden_layers": 1, **model},
+        "data": {"name": "asset:rotten-tomatoes", "partition": {"clients": 2}},
+        "method": {"name": "fed-sb", "rank": 4, "alpha": 8.0},
+    }
+    config = load_config(content)
+    adapted = adapt(load_base(config, LABELS), config, "sb")
+    generator = torch.Generator().manual_seed(0)
+    adapted.set_shared({name: torch.randn(a.shape, generator=generator) * 0.3 for name, a in adapted.arrays().items()})
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    export_peft(adapted, config, folder / "adapter", LABELS)
+    return config, adapted
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_the_loaded_and_the_exported_model_give_the_runs_logits(pooling: str, tmp_path: Path) -> None:
+    config, adapted = finished_run(tmp_path / "run", pooling=pooling)
+    batch = load_tokenizer(config)(TEXTS, return_tensors="pt", padding=True)
+    adapted.model.eval()
+    adapted.layout.set_rows([len(TEXTS)])
+    with torch.no_grad():
+        expected = adapted.logits(batch)
+    assert expected.std() > 0.01
+    model, tokenizer = fedlora.load(tmp_path / "run")
+    torch.testing.assert_close(logits(model, tokenizer), expected, rtol=0, atol=1e-5)
+    assert [model.config.id2label[i] for i in range(2)] == LABELS
+    target = export_run(tmp_path / "run", merged=True)
+    merged = AutoModelForSequenceClassification.from_pretrained(target).eval()
+    torch.testing.assert_close(logits(merged, AutoTokenizer.from_pretrained(target)), expected, rtol=0, atol=1e-5)
+    assert merged.config.id2label == dict(enumerate(LABELS))
+    with pytest.raises(InputError, match="exists already"):
+        export_run(tmp_path / "run", merged=True)
+
+
+def test_an_exported_adapter_is_the_peft_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", pooling="default")
+    target = export_run(tmp_path / "run", tmp_path / "out")
+    assert (target / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert AutoTokenizer.from_pretrained(target)("joy")["input_ids"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        fedlora.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_language_model_generates_what_the_merged_one_generates(tmp_path: Path) -> None:
+    content = {
+        "model": {"name": "asset:smollm2-135m", "task": "causal-lm", "num_hidden_layers": 2},
+        "data": {"name": "asset:20newsgroups", "partition": {"clients": 2}},
+        "method": {"name": "fedit"},
+    }
+    config = load_config(content)
+    adapted = adapt(load_base(config, None), config, "lora")
+    generator = torch.Generator().manual_seed(0)
+    adapted.set_shared({n: torch.randn(a.shape, generator=generator) * 0.05 for n, a in adapted.arrays().items()})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    export_peft(adapted, config, folder / "adapter", None)
+    model, tokenizer = fedlora.load(folder)
+    merged = AutoModelForCausalLM.from_pretrained(export_run(folder, merged=True))
+    prompt = tokenizer("The graphics card", return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **options), merged.generate(**prompt, **options))
