@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,7 +142,8 @@ def _reply(
             "steps": result.steps,
             "loss": result.loss,
             "seconds": seconds,
-            "worker": os.getpid(),
+            # A float, since the bytes of an integer on the wire depend on its size.
+            "worker": float(os.getpid()),
         }
     )
     if job.plan is not None:
@@ -167,10 +169,9 @@ def _error_reply(error: Exception, message: Message) -> Message:
         InputError: ClientErrorCode.INPUT,
         _NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
     }
-    code = codes.get(type(error))
-    if code is None:
-        raise error
-    return Message(Error(code=code, reason=str(error)), reply_to=message)
+    code = codes.get(type(error), ClientErrorCode.FAILED)
+    reason = "".join(traceback.format_exception(error)) if code == ClientErrorCode.FAILED else str(error)
+    return Message(Error(code=code, reason=reason), reply_to=message)
 
 
 @app.cohort_capacity

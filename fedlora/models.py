@@ -205,7 +205,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     label_names : list of str, optional
         The classes; None for causal-lm.
     device : str or torch.device
-        Where the model goes.
+        Where the model goes. On ``meta`` it is a skeleton without weights, of which nothing is read.
 
     Returns
     -------
@@ -240,7 +240,13 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         options["ignore_mismatched_sizes"] = True
     with torch.random.fork_rng(devices=[]), _loading(config):
         torch.manual_seed(config.run.seed)
-        model, report = model_class.from_pretrained(source, config=pretrained, revision=_revision(config), **options)
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
+            report: dict[str, Any] = {"missing_keys": ()}
+        else:
+            revision = _revision(config)
+            model, report = model_class.from_pretrained(source, config=pretrained, revision=revision, **options)
         if mean:
             labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), **labels), model)

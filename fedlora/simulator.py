@@ -12,11 +12,13 @@ import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
+from fedlora.adapters import adapt
 from fedlora.config import Config, load_config, unused_keys
 from fedlora.data.partition import plot_partition
 from fedlora.data.sources import materialise
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
+from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunFolder, RunResult
@@ -104,6 +106,8 @@ def simulate(
             log.info("note: %s", note)
         tokens = prepare_data(resolved)
         _check_clients(resolved, tokens)
+        # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
+        adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
         if not (path / "partition.png").exists():
             plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
         section = resolved.simulation

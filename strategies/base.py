@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -95,6 +96,7 @@ class FederatedStrategy(Strategy):
         self.nodes: dict[int, int] = {}
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     @abstractmethod
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
@@ -135,6 +137,11 @@ class FederatedStrategy(Strategy):
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         return {"initial": numbers.initial * size, "down": numbers.down * size, "up": numbers.up * size}
 
+    def learning_rate(self, server_round: int) -> float:
+        """Learning rate of a round: the config's or the method's own, by the schedule."""
+        base = self.config.client.learning_rate or self.learning_rates[self.config.client.optimizer]
+        return learning_rate(self.config.client, base, server_round, self.config.run.rounds)
+
     def sample(self, server_round: int) -> list[int]:
         """Draw the clients of a round from the run's seed and the round alone."""
         clients = sorted(self.nodes)
@@ -151,10 +158,10 @@ class FederatedStrategy(Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
-        base = self.config.client.learning_rate or self.learning_rates[self.config.client.optimizer]
+        self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         config = ConfigRecord(dict(config))
         config["server-round"] = server_round
-        config["learning-rate"] = learning_rate(self.config.client, base, server_round, self.config.run.rounds)
+        config["learning-rate"] = self.learning_rate(server_round)
         content = RecordDict({"arrays": arrays, "config": config})
         return [
             Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round))
@@ -168,11 +175,8 @@ class FederatedStrategy(Strategy):
         mean = WeightedMean()
         for client, message in self.valid_replies(replies):
             started = time.perf_counter()
-            metrics = message.content["metrics"]
-            assert isinstance(metrics, MetricRecord)
-            arrays = decode(next(iter(message.content.array_records.values())))
             try:
-                _check_finite(arrays)
+                arrays, metrics = self.read(message)
                 mean.add(arrays, self.weight(metrics))
                 self.report.metrics[client] = metrics
             except ValueError as error:
@@ -184,10 +188,38 @@ class FederatedStrategy(Strategy):
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()
 
+    def read(self, message: Message) -> tuple[Arrays, MetricRecord]:
+        """Return a reply's arrays and metrics.
+
+        Raises
+        ------
+        ValueError
+            If something lacks, or the arrays are not finite or not of the names and shapes that were sent.
+        """
+        # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
+        metrics = message.content.get("metrics")
+        records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+        if not isinstance(metrics, MetricRecord) or len(records) != 1:
+            raise ValueError("it needs metrics and one record of arrays")
+        arrays = decode(records[0])
+        for name in sorted(arrays.keys() | self._shapes.keys()):
+            shape = tuple(arrays[name].shape) if name in arrays else None
+            if shape != self._shapes.get(name):
+                raise ValueError(f"{name} has shape {shape}, expected {self._shapes.get(name)}")
+        _check_finite(arrays)
+        return arrays, metrics
+
     def weight(self, metrics: MetricRecord) -> float:
-        """Return a client's weight before normalisation: its number of examples."""
-        count = metrics["num-examples"]
-        assert isinstance(count, int | float)
+        """Return a client's weight before normalisation: its number of examples.
+
+        Raises
+        ------
+        ValueError
+            If it is not there, or no number from 0 up.
+        """
+        count = metrics.get("num-examples")
+        if not isinstance(count, int | float) or not 0 <= count < math.inf:
+            raise ValueError(f"num-examples is {count}")
         return float(count)
 
     def valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
@@ -201,7 +233,10 @@ class FederatedStrategy(Strategy):
         clients = {node: client for client, node in self.nodes.items()}
         answered = set()
         for reply in in_client_order(replies, [self.nodes[client] for client in self.report.clients]):
-            client = clients[reply.metadata.src_node_id]
+            client = clients.get(reply.metadata.src_node_id, -1)
+            if client not in self.report.clients:
+                log.warning("node %d answered without being asked", reply.metadata.src_node_id)
+                continue
             answered.add(client)
             if self.on_reply is not None:
                 self.on_reply(client)

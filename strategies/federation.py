@@ -164,6 +164,8 @@ def run_federation(
     progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
     for server_round in range(done + 1, config.run.rounds + 1):
         began = time.perf_counter()
+        # For a strategy that knows no schedule; fedlora's own set it themselves.
+        settings["learning-rate"] = strategy.learning_rate(server_round)
         messages = rounds.configure_train(server_round, arrays, settings, wire)
         replies = _Recorded(
             wire.send_and_receive(_in_round(messages, server_round), timeout=config.server.timeout), nodes
@@ -171,6 +173,8 @@ def run_federation(
         aggregated, mean = rounds.aggregate_train(server_round, replies)
         exchange = time.perf_counter() - began
         report = rounds.report if isinstance(rounds, FederatedStrategy) else replies.report
+        if report.clients and len(report.failed) == len(report.clients):
+            raise RunError(f"every client of round {server_round} failed: {report.failed[0]['error']}")
         if aggregated is not None:
             arrays = aggregated
         adapted.set_shared(decode(arrays))
@@ -316,9 +320,9 @@ class _Recorded:
                 error = {"client": client, "code": reply.error.code, "error": reply.error.reason}
                 self.report.failed.append(error)
             else:
-                metrics = reply.content["metrics"]
-                assert isinstance(metrics, MetricRecord)
-                self.report.metrics[client] = metrics
+                # A user's own client may answer otherwise; what the strategy makes of that is its own affair.
+                metrics = reply.content.get("metrics")
+                self.report.metrics[client] = metrics if isinstance(metrics, MetricRecord) else MetricRecord()
             yield reply
 
 
