@@ -6,6 +6,7 @@ from its own generator, and its own divisor; so a client's result does not depen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,7 +28,10 @@ def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
     hooks = GradSampleHooks(adapted.model, loss_reduction="sum")
     adapted.layout.per_example = True
     try:
-        yield
+        with warnings.catch_warnings():
+            # The first adapters' inputs come from frozen layers: PyTorch says so at every backward pass.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
     finally:
         adapted.layout.per_example = False
         hooks.cleanup()
