@@ -129,7 +129,8 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.model.parameters()).device
+        layer, _ = next(iter(self._layers.values()))
+        return layer.weight.device
 
     @property
     def head_names(self) -> tuple[str, ...]:
