@@ -132,6 +132,10 @@ class AdaptedModel:
         layer, _ = next(iter(self._layers.values()))
         return layer.weight.device
 
+    def stacked_layers(self) -> dict[str, StackedLinear]:
+        """Layers with a client axis, by the name of their weight."""
+        return {name: layer for name, (layer, attribute) in self._layers.items() if attribute == "weight"}
+
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the head's arrays."""

@@ -139,7 +139,8 @@ def _record_size(key: str, record: ArrayRecord) -> int:
 @lru_cache(maxsize=256)
 def _size_of_layout(key: str, layout: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
     """Size of a record, which depends on its arrays' names, types and lengths and not on their numbers."""
-    record = ArrayRecord({name: Array(*described, bytes(length)) for name, *described, length in layout})
+    arrays = {name: Array(dtype, shape, stype, bytes(length)) for name, dtype, shape, stype, length in layout}
+    record = ArrayRecord(arrays)
     return int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
 
 

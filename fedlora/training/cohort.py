@@ -22,7 +22,7 @@ from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
-from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, per_example_gradients
+from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
 from fedlora.training.loss import per_example_loss
 
 
@@ -139,6 +139,7 @@ def train_cohort(
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         dp_optimizer = None
         if private:
+            choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
             plans = [job.plan for job in jobs if job.plan is not None]
             dp_optimizer = StackedDPOptimizer(
