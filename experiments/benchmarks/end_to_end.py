@@ -5,8 +5,8 @@
     python -m experiments.benchmarks.end_to_end --output end_to_end.json
 
 ``--set`` overrides keys of the config, as for ``fedlora run``. Flower's runtime runs ``--flower-rounds`` rounds (0: not
-at all) with every share of a GPU that ``--flower-gpus`` names for a client, and its seconds a round are compared; model,
-data and privacy are the same.
+at all) for each share of a GPU a client that ``--flower-gpus`` names, and its seconds a round are compared; model, data
+and privacy are the same.
 """
 
 from __future__ import annotations
