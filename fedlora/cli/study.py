@@ -103,7 +103,7 @@ class StudyDisplay:
         if group["chosen"] is None:
             return
         edge = " (at the edge of its candidates)" if group["at_edge"] else ""
-        self._print(f"chosen for {_shown(group['values'])}: {group['chosen']:g}{edge}")
+        self._print(f"chosen for {_shown(group['values'])}: {group['chosen']}{edge}")
 
     def _print(self, line: str) -> None:
         _say(self.console, line)
@@ -144,13 +144,18 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
         _say(console, "epsilon will not cover the tuning runs: they look at private data to choose")
     expected = [forecasts[run.folder] for run in runs]
     sent = sum(one.payload_bytes for one in expected if isinstance(one, Forecast))
-    at_once, gpus = capacity(plan)
     tuning = len(runs) - len(plan.runs)
     added = f" and {tuning} tuning runs" if tuning else ""
-    _say(console, f"{len(plan.runs)} runs{added}, {at_once} side by side, {format_bytes(sent)} of payload")
+    _say(console, f"{len(plan.runs)} runs{added}, {format_bytes(sent)} of payload, {len(missing)} to go")
+    try:
+        at_once, gpus = capacity(plan)
+    except InputError as error:
+        # A plan may be looked at on another machine than it will run on.
+        _say(console, f"here they cannot run, so that there is no estimate of the time: {error}")
+        return
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
     shown = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    _say(console, f"{len(missing)} runs to go: about {shown} on this machine, by one measured step of each kind")
+    _say(console, f"about {shown} on this machine, {at_once} side by side, by one measured step of each kind")
 
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:

@@ -64,8 +64,9 @@ def load_examples(config: Config) -> Examples:
 
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
     stratified). ``data.validation`` as a number holds that share of the rest out. With ``data.max_examples`` a random
-    subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples`` does so for
-    the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped. Classes are in the order of a ``ClassLabel``, else sorted (numbers by value).
+    subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples`` does so
+    for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped.
+    Classes are in the order of a ``ClassLabel``, else sorted (numbers by value).
 
     Parameters
     ----------

@@ -103,8 +103,8 @@ class Study(Section):
 
     study: StudySection = StudySection()
     base: dict[str, Any]
-    axes: dict[str, Any] = {}
-    points: list[dict[str, Any]] = []
+    axes: dict[str, Any] = Field(default_factory=dict)
+    points: list[dict[str, Any]] = Field(default_factory=list)
     draw: DrawSection | None = None
     tuning: TuningSection | None = None
     budget: BudgetSection = BudgetSection()

@@ -25,6 +25,8 @@ _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
 """What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""
 
 _PROBED_CLIENTS = 8
+_EVALUATION = 0.4
+"""Time of a batch without gradients, in that of a training step."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Forecast:
         Payload of all clients and rounds: what communication.csv will hold.
     steps : int
         Local steps of all clients and rounds.
+    evaluated_examples : int
+        Test and validation examples, each time that they are looked at.
     noise_multipliers : list of float
         Of each client, in order; empty without privacy.
     """
@@ -49,6 +53,7 @@ class Forecast:
     downlink_bytes: int
     uplink_bytes: int
     steps: int
+    evaluated_examples: int
     noise_multipliers: list[float]
 
     @property
@@ -85,6 +90,9 @@ def forecast(config: Config) -> Forecast:
     sizes = [int(size) for size in data.partition.sizes]
     steps = [local_steps(config, size) for size in sizes]
     private = config.privacy.mode == "example"
+    rounds, every = config.run.rounds, config.server.evaluate_every
+    evaluations = 1 + sum(r % every == 0 or r == rounds for r in range(1, rounds + 1))
+    held_out = len(data.test) + (len(data.validation) if data.validation is not None else 0)
     return Forecast(
         clients=len(sizes),
         trainable_parameters=sum(adapted.parameter(n)[0].numel() for n in adapted.names(strategy.trained)),
@@ -92,6 +100,7 @@ def forecast(config: Config) -> Forecast:
         downlink_bytes=messages * formula["down"],
         uplink_bytes=messages * formula["up"],
         steps=sum(steps[client] for clients in sampled for client in clients),
+        evaluated_examples=evaluations * held_out,
         noise_multipliers=[plan_privacy(config, size).noise_multiplier for size in sizes] if private else [],
     )
 
@@ -175,7 +184,8 @@ def estimate_seconds(
         key = f"{run.config.model!r} {run.config.client.batch_size} {run.config.privacy.mode}"
         if key not in measured:
             measured[key] = seconds_a_step(run.config)
-        training += expected.steps * measured[key]
+        batches = expected.evaluated_examples / run.config.client.batch_size
+        training += (expected.steps + _EVALUATION * batches) * measured[key]
         overhead += _LOAD_SECONDS
     return _START_SECONDS + training / (gpus or at_once) + overhead / at_once
 

@@ -6,8 +6,10 @@ costs little more than its training.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 import time
 import traceback
 from collections import deque
@@ -64,9 +66,12 @@ class Runner:
         Threads.
     gpus : float
         Share of a GPU, and of its memory; 0 for none.
+    command : list of str
+        The user's, for the runs' summaries.
     """
 
-    def __init__(self, cpus: int, gpus: float) -> None:
+    def __init__(self, cpus: int, gpus: float, command: list[str]) -> None:
+        sys.argv = command
         torch.set_num_threads(cpus)
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -84,6 +89,7 @@ class Runner:
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}".strip(), "traceback": traceback.format_exc()}
         finally:
+            gc.collect()  # models have reference cycles, which would hold their memory
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
@@ -197,7 +203,9 @@ class _Execution:
         if best is not None:
             entry["chosen"] = group.candidates[best][0]
             # The best may lie beyond the candidates.
-            entry["at_edge"] = len(scores) > 1 and best in (0, len(scores) - 1)
+            values = [value for value, _ in group.candidates]
+            if len(values) > 2 and all(isinstance(value, int | float) for value in values):
+                entry["at_edge"] = entry["chosen"] in (min(values), max(values))
         self.state["tuning"]["cost"] = _sum([g["cost"] for g in self.state["tuning"]["groups"]])
         self.progress.on_choice(entry)
         for place in group.points:
@@ -305,7 +313,7 @@ def _start(study: Study, config: Config) -> Any:
     section = config.simulation
     memory = int(study.budget.memory_per_run * 2**30)
     actor = ray.remote(num_cpus=section.cpus_per_worker, num_gpus=section.gpus_per_worker, memory=memory)(Runner)
-    return actor.remote(section.cpus_per_worker, section.gpus_per_worker)
+    return actor.remote(section.cpus_per_worker, section.gpus_per_worker, sys.argv)
 
 
 def count_runs(study: Study, config: Config) -> int:
@@ -330,8 +338,10 @@ def count_runs(study: Study, config: Config) -> int:
     for name, (_, key, value) in needs.items():
         if needs[name][0] and not any(fit(resources, (name,)) for resources in nodes):
             most = max((resources.get(name, 0) for resources in nodes), default=0)
-            unit = f"{most / 2**30:.1f} GiB" if name == "memory" else f"{most:g}"
-            raise InputError(key, value, f"no machine has room for one run; the most there is: {unit}; lower it")
+            there = f"{most / 2**30:.1f} GiB" if name == "memory" else f"{most:g}"
+            if name == "GPU" and not most:
+                raise InputError(key, value, "Ray sees no GPU; set it to 0 to run on the CPU")
+            raise InputError(key, value, f"no machine has room for one run (the most there is: {there}); lower it")
     room = sum(fit(resources, tuple(needs)) for resources in nodes)
     if not room:
         raise InputError("budget.memory_per_run", study.budget.memory_per_run, "no machine has room for one run")
