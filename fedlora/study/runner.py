@@ -78,6 +78,10 @@ class Runner:
         elif gpus < 1:
             torch.cuda.set_per_process_memory_fraction(gpus)
 
+    def ready(self) -> bool:
+        """Answer, once everything is imported."""
+        return True
+
     def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
         """Execute a run, or go on with it; return its ``summary``, or its ``error`` in a line and ``traceback``."""
         try:
@@ -265,33 +269,44 @@ def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = Non
 
 
 def _execute(execution: _Execution) -> None:
-    config = execution.plan.runs[0].config
-    started = start_ray(_address(execution.plan.study))
-    runners: list[Any] = []
-    running: dict[Any, tuple[_Job, int]] = {}
+    study, config = execution.plan.study, execution.plan.runs[0].config
+    started = start_ray(_address(study))
+    runners: set[Any] = set()
+    starting: dict[Any, Any] = {}  # reference -> runner
+    running: dict[Any, tuple[_Job, Any]] = {}
+    idle: list[Any] = []
+
+    def start() -> None:
+        runner = _start(study, config)
+        runners.add(runner)
+        starting[runner.ready.remote()] = runner
+
     try:
-        left = sum(entry["status"] == "planned" for entry in execution.state["points"]) + len(execution.queue)
-        count = min(left, count_runs(execution.plan.study, config))
-        runners = [_start(execution.plan.study, config) for _ in range(count)]
-        idle = list(range(count))
+        left = sum(entry["status"] == "planned" for entry in all_entries(execution.state))
+        for _ in range(min(left, count_runs(study, config))):
+            start()
         while execution.queue or running:
             while execution.queue and idle:
-                job, place = execution.queue.popleft(), idle.pop()
+                job, runner = execution.queue.popleft(), idle.pop()
                 job.entry["status"] = "running"
-                arguments = (job.run.config.to_toml(), str(execution.folder.path.resolve()), job.run.folder)
-                running[runners[place].run.remote(*arguments)] = (job, place)
+                folder = str(execution.folder.path.resolve())
+                running[runner.run.remote(job.run.config.to_toml(), folder, job.run.folder)] = (job, runner)
                 execution.progress.on_start(job.run)
                 execution.save()
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS)
+            ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=_LOOK_SECONDS)
             for reference in ready:
-                job, place = running.pop(reference)
+                if reference in starting:
+                    # Only a process that has begun gets a run: one that the cluster has no room for would keep it.
+                    idle.append(_begun(reference, starting.pop(reference)))
+                    continue
+                job, runner = running.pop(reference)
                 try:
                     result = ray.get(reference)
+                    idle.append(runner)
                 except ray.exceptions.RayError as error:
                     result = {"error": f"its process ended: {type(error).__name__}", "traceback": str(error)}
-                    ray.kill(runners[place])
-                    runners[place] = _start(execution.plan.study, config)
-                idle.append(place)
+                    runners.remove(runner)
+                    start()
                 execution.finish(job, result)
             for job, _ in running.values():
                 rounds = _rounds(execution.folder.path / job.run.folder)
@@ -301,12 +316,19 @@ def _execute(execution: _Execution) -> None:
     finally:
         for job, _ in running.values():
             job.entry["status"] = "planned"
-        if running:
-            execution.save()
+        execution.save()
         for runner in runners:
             ray.kill(runner)
         if started:
             ray.shutdown()
+
+
+def _begun(reference: Any, runner: Any) -> Any:
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a process for runs cannot be started: {str(error).strip()}") from None
+    return runner
 
 
 def _start(study: Study, config: Config) -> Any:
@@ -333,7 +355,11 @@ def count_runs(study: Study, config: Config) -> int:
     }
 
     def fit(resources: dict[str, float], names: tuple[str, ...]) -> int:
-        return int(min(resources.get(name, 0) / needs[name][0] + 1e-9 for name in names if needs[name][0]))
+        room = {name: resources.get(name, 0) / needs[name][0] for name in names if needs[name][0]}
+        if 0 < section.gpus_per_worker < 1 and "GPU" in room:
+            # A run's share is of one GPU.
+            room["GPU"] = int(resources.get("GPU", 0)) * int(1 / section.gpus_per_worker + 1e-9)
+        return int(min(room.values()) + 1e-9)
 
     for name, (_, key, value) in needs.items():
         if needs[name][0] and not any(fit(resources, (name,)) for resources in nodes):

@@ -19,7 +19,7 @@ import tomli_w
 from fedlora.errors import InputError
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
-from fedlora.study.runner import StudyProgress, run_study
+from fedlora.study.runner import Runner, StudyProgress, count_runs, run_study
 from fedlora.study.state import StudyFolder, all_entries, read_state
 from tests.command import fedlora
 from tests.study.studies import TINY, tiny
@@ -183,9 +183,20 @@ def test_what_is_missing_or_changed_runs_and_nothing_is_lost(tmp_path: Path) -> 
     assert [path.name for path in (folder / "replaced").iterdir()] == ["a-2"]
 
 
-def test_a_failing_run_does_not_end_the_study(tmp_path: Path) -> None:
+class Mortal(Runner):
+    """A runner whose process ends in a run of the name ``dies``."""
+
+    def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
+        if folder.endswith("dies"):
+            os._exit(3)
+        return super().run(config, study, folder)
+
+
+def test_a_failing_run_does_not_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.study.runner.Runner", Mortal)
     study = tiny(
         points=[
+            {"label": "dies"},
             {"label": "too-high-a-rank", "method": {"rank": 400}},
             {"label": "explodes", "client": {"optimizer": "sgd", "learning_rate": 3e38}, "privacy": {"mode": "none"}},
             {"label": "good", "method": {"rank": 2}},
@@ -197,14 +208,16 @@ def test_a_failing_run_does_not_end_the_study(tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps(study))
     done = fedlora("study", path, "--output", tmp_path / "out")
     assert done.code == 1
-    assert done.err.startswith("fedlora: 2 of 3 runs failed; the first, too-high-a-rank: method.rank = 400")
+    assert done.err.startswith("fedlora: 3 of 4 runs failed; the first, dies: its process ended: ActorDiedError")
     assert len(done.err.strip().splitlines()) == 1
     points = {point["name"]: point for point in read_state(tmp_path / "out")["points"]}
     assert {name: point["status"] for name, point in points.items()} == {
+        "dies": "failed",
         "too-high-a-rank": "failed",
         "explodes": "failed",
         "good": "done",
     }
+    assert "method.rank = 400" in points["too-high-a-rank"]["error"]
     assert "not finite" in points["explodes"]["error"]
     assert "not finite" in (tmp_path / "out/errors/runs-explodes.txt").read_text()
 
@@ -229,3 +242,24 @@ def test_a_folder_of_another_kind_is_refused_and_one_in_use_too(tmp_path: Path, 
     other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "another process is at this study" in other.stderr
     held.close()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "expected"),
+    [
+        ([{"CPU": 16, "GPU": 1, "memory": 100 * 2**30}], {"simulation.gpus_per_worker": 0.15}, 6),
+        # A share is of one GPU: 8 / 0.15 = 53 would not fit.
+        ([{"CPU": 128, "GPU": 8, "memory": 500 * 2**30}], {"simulation.gpus_per_worker": 0.15}, 48),
+        ([{"CPU": 16, "GPU": 4, "memory": 100 * 2**30}], {"simulation.gpus_per_worker": 2.0}, 2),
+        ([{"CPU": 16, "memory": 7 * 2**30}], {}, 2),
+        ([{"CPU": 16, "memory": 100 * 2**30}], {"simulation.cpus_per_worker": 5}, 3),
+        ([{"CPU": 2, "memory": 100 * 2**30}, {"CPU": 3, "memory": 6 * 2**30}], {}, 4),
+        ([{"CPU": 16, "memory": 100 * 2**30}], {"budget.runs": 3}, 3),
+    ],
+)
+def test_as_many_runs_as_fit(
+    nodes: list[dict[str, float]], overrides: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": resources} for resources in nodes])
+    study = load_study(tiny(budget={"memory_per_run": 3.0}), overrides)
+    assert count_runs(study, make_plan(study).runs[0].config) == expected
