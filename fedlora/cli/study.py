@@ -14,7 +14,8 @@ from fedlora.cli.display import format_bytes
 from fedlora.errors import InputError
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, Run
-from fedlora.study.runner import StudyProgress, capacity
+from fedlora.study.processes import capacity
+from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, read_state
 
 

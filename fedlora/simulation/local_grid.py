@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from flwr.app import Message
 
 from fedlora.simulation.ray_grid import FIRST_NODE_ID, RayGrid
@@ -21,7 +23,8 @@ class LocalGrid(RayGrid):
 
     def _start(self, address: str | None, workers: int | None) -> None:
         self._started_ray, self.num_workers = False, 1
-        self._worker = Worker(self._app, self._cpus)
+        with _threads(self._cpus):
+            self._worker = Worker(self._app, self._cpus)
         self._actors = [self._worker]
 
     def close(self) -> None:
@@ -36,7 +39,8 @@ class LocalGrid(RayGrid):
                 break
             chosen = [messages[i] for i in batch]
             contexts = [self._context(message.metadata.dst_node_id) for message in chosen]
-            done.update(zip(batch, self._worker.run(chosen, contexts), strict=True))
+            with _threads(self._cpus):
+                done.update(zip(batch, self._worker.run(chosen, contexts), strict=True))
             for message, context in zip(chosen, contexts, strict=True):
                 self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = context.state
             if isinstance(self.cohort_size, int) and self._worker.limit < self.cohort_size:
@@ -48,3 +52,14 @@ class LocalGrid(RayGrid):
 
     def _capacity(self, message: Message, shared: Any, references: Any) -> int:
         return self._worker.measure(message, self._context(message.metadata.dst_node_id))
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with a worker's number of threads: the order of sums depends on it, in clients and server alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

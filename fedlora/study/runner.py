@@ -1,17 +1,9 @@
-"""Runs a plan: processes on one Ray cluster, each of which executes one run after the other.
-
-A process keeps its libraries, its base model and its data loaded, and its run's clients train in it, so that a run
-costs little more than its training.
-"""
+"""Runs a plan: finds what is done, executes what is not, and chooses where tuning is complete."""
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from fedlora.config import Config, load_config
 from fedlora.errors import InputError, RunError
-from fedlora.results.folder import RunFolder, write_atomically
+from fedlora.results.folder import write_atomically
 from fedlora.simulation.ray_grid import start_ray
-from fedlora.simulator import simulate
-from fedlora.study.config import Study
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Group, Plan, Run
-from fedlora.study.state import StudyFolder, all_entries, set_aside
+from fedlora.study.processes import address_of, begun, count_runs, start_process
+from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import choose, cost, validation_score
 
 _LOOK_SECONDS = 0.5
-_LOCK_SECONDS = 60.0
-"""How long a killed study's processes may take to end: until then they hold their run's checkpoint."""
 
 
 @dataclass
@@ -55,62 +42,6 @@ class StudyProgress:
     on_round: Callable[[Run, int], None] = lambda run, rounds: None
     on_end: Callable[[Run, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
     on_choice: Callable[[dict[str, Any]], None] = lambda group: None
-
-
-class Runner:
-    """The process that executes runs; a Ray actor.
-
-    Parameters
-    ----------
-    cpus : int
-        Threads.
-    gpus : float
-        Share of a GPU, and of its memory; 0 for none.
-    command : list of str
-        The user's, for the runs' summaries.
-    """
-
-    def __init__(self, cpus: int, gpus: float, command: list[str]) -> None:
-        sys.argv = command
-        torch.set_num_threads(cpus)
-        if not gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        elif gpus < 1:
-            torch.cuda.set_per_process_memory_fraction(gpus)
-
-    def ready(self) -> bool:
-        """Answer, once everything is imported."""
-        return True
-
-    def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
-        """Execute a run, or go on with it; return its ``summary``, or its ``error`` in a line and ``traceback``."""
-        try:
-            place = Path(study) / folder
-            resume = place.exists() and _can_go_on(load_config(config), Path(study), place)
-            return {"summary": simulate(config, output=place, resume=resume).summary}
-        except (InputError, RunError) as error:
-            return {"error": str(error).strip(), "traceback": traceback.format_exc()}
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}".strip(), "traceback": traceback.format_exc()}
-        finally:
-            gc.collect()  # models have reference cycles, which would hold their memory
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-
-
-def _can_go_on(config: Config, study: Path, place: Path) -> bool:
-    """Say whether an unfinished run can be resumed; one that cannot is set aside."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            RunFolder.resume(place, config).close()
-            return True
-        except InputError as error:
-            if "another process" in error.remedy and time.monotonic() < deadline:
-                time.sleep(1)
-                continue
-            set_aside(study, place)
-            return False
 
 
 @dataclass
@@ -249,10 +180,12 @@ def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = Non
         If runs failed; the others are done.
     """
     progress = progress or StudyProgress()
+    check_output(Path(path))
+    candidates = [run for group in plan.groups for _, run in group.candidates]
+    forecasts = forecast_all([*plan.runs, *candidates])
     folder = StudyFolder(path)
     try:
-        candidates = [run for group in plan.groups for _, run in group.candidates]
-        execution = _Execution(plan, folder, forecast_all([*plan.runs, *candidates]), progress)
+        execution = _Execution(plan, folder, forecasts, progress)
         execution.prepare()
         if execution.queue:
             _execute(execution)
@@ -270,14 +203,14 @@ def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = Non
 
 def _execute(execution: _Execution) -> None:
     study, config = execution.plan.study, execution.plan.runs[0].config
-    started = start_ray(_address(study))
+    started = start_ray(address_of(study))
     runners: set[Any] = set()
     starting: dict[Any, Any] = {}  # reference -> runner
     running: dict[Any, tuple[_Job, Any]] = {}
     idle: list[Any] = []
 
     def start() -> None:
-        runner = _start(study, config)
+        runner = start_process(study, config)
         runners.add(runner)
         starting[runner.ready.remote()] = runner
 
@@ -297,7 +230,7 @@ def _execute(execution: _Execution) -> None:
             for reference in ready:
                 if reference in starting:
                     # Only a process that has begun gets a run: one that the cluster has no room for would keep it.
-                    idle.append(_begun(reference, starting.pop(reference)))
+                    idle.append(begun(reference, starting.pop(reference)))
                     continue
                 job, runner = running.pop(reference)
                 try:
@@ -321,81 +254,6 @@ def _execute(execution: _Execution) -> None:
             ray.kill(runner)
         if started:
             ray.shutdown()
-
-
-def _begun(reference: Any, runner: Any) -> Any:
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise RunError(f"a process for runs cannot be started: {str(error).strip()}") from None
-    return runner
-
-
-def _start(study: Study, config: Config) -> Any:
-    section = config.simulation
-    memory = int(study.budget.memory_per_run * 2**30)
-    actor = ray.remote(num_cpus=section.cpus_per_worker, num_gpus=section.gpus_per_worker, memory=memory)(Runner)
-    return actor.remote(section.cpus_per_worker, section.gpus_per_worker, sys.argv)
-
-
-def count_runs(study: Study, config: Config) -> int:
-    """Say how many runs fit side by side into the running Ray cluster, by cores, GPUs and memory.
-
-    Raises
-    ------
-    InputError
-        If not even one fits.
-    """
-    section = config.simulation
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = {
-        "CPU": (float(section.cpus_per_worker), "simulation.cpus_per_worker", section.cpus_per_worker),
-        "GPU": (section.gpus_per_worker, "simulation.gpus_per_worker", section.gpus_per_worker),
-        "memory": (study.budget.memory_per_run * 2**30, "budget.memory_per_run", study.budget.memory_per_run),
-    }
-
-    def fit(resources: dict[str, float], names: tuple[str, ...]) -> int:
-        room = {name: resources.get(name, 0) / needs[name][0] for name in names if needs[name][0]}
-        if 0 < section.gpus_per_worker < 1 and "GPU" in room:
-            # A run's share is of one GPU.
-            room["GPU"] = int(resources.get("GPU", 0)) * int(1 / section.gpus_per_worker + 1e-9)
-        return int(min(room.values()) + 1e-9)
-
-    for name, (_, key, value) in needs.items():
-        if needs[name][0] and not any(fit(resources, (name,)) for resources in nodes):
-            most = max((resources.get(name, 0) for resources in nodes), default=0)
-            there = f"{most / 2**30:.1f} GiB" if name == "memory" else f"{most:g}"
-            if name == "GPU" and not most:
-                raise InputError(key, value, "Ray sees no GPU; set it to 0 to run on the CPU")
-            raise InputError(key, value, f"no machine has room for one run (the most there is: {there}); lower it")
-    room = sum(fit(resources, tuple(needs)) for resources in nodes)
-    if not room:
-        raise InputError("budget.memory_per_run", study.budget.memory_per_run, "no machine has room for one run")
-    return min(room, study.budget.runs or room)
-
-
-def capacity(plan: Plan) -> tuple[int, int]:
-    """Say how many runs go side by side here, and on how many GPUs (0: on cores), as a study would.
-
-    Raises
-    ------
-    InputError
-        If not even one fits.
-    """
-    started = start_ray(_address(plan.study))
-    try:
-        config = plan.runs[0].config
-        there = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
-        gpus = max(1, int(there)) if config.simulation.gpus_per_worker else 0
-        return count_runs(plan.study, config), gpus
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _address(study: Study) -> str | None:
-    address: str | None = study.base.get("simulation", {}).get("address")
-    return address
 
 
 def _rounds(folder: Path) -> int:

@@ -114,7 +114,8 @@ def check_output(path: Path) -> None:
     InputError
     """
     try:
-        foreign = path.exists() and not (path.is_dir() and ((path / "study.toml").exists() or not any(path.iterdir())))
+        ours = path.is_dir() and ((path / "study.toml").exists() or {p.name for p in path.iterdir()} <= {".lock"})
+        foreign = path.exists() and not ours
     except (OSError, ValueError) as error:
         remedy = f"cannot be read ({getattr(error, 'strerror', error)}); choose another folder"
         raise InputError("--output", str(path), remedy) from None

@@ -29,15 +29,16 @@ def metric(replies: list[Message], name: str) -> list[Any]:
 
 def test_clients_run_here_in_order_and_keep_their_states() -> None:
     threads = torch.get_num_threads()
-    with LocalGrid(apps.plain, CLIENTS, run_config={"config": "x = 1"}) as grid:
+    with LocalGrid(apps.plain, CLIENTS, cpus_per_worker=threads + 1, run_config={"config": "x = 1"}) as grid:
         for call in (1, 2):
             replies = list(grid.send_and_receive(messages()))
             assert metric(replies, "client") == list(range(CLIENTS))
             assert set(metric(replies, "pid")) == {os.getpid()}
             assert set(metric(replies, "calls")) == {call}
+            assert set(metric(replies, "threads")) == {threads + 1}
             assert {reply.content["seen"]["simulated"] for reply in replies} == {True}
             assert {reply.content["seen"]["run-config"] for reply in replies} == {"x = 1"}
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
 
 
 def test_cohorts_go_by_work_and_replies_by_message() -> None:

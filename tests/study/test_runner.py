@@ -19,9 +19,11 @@ import tomli_w
 from fedlora.errors import InputError
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
-from fedlora.study.runner import Runner, StudyProgress, count_runs, run_study
+from fedlora.study.processes import count_runs
+from fedlora.study.runner import StudyProgress, run_study
 from fedlora.study.state import StudyFolder, all_entries, read_state
 from tests.command import fedlora
+from tests.study.mortal import Mortal
 from tests.study.studies import TINY, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -183,17 +185,8 @@ def test_what_is_missing_or_changed_runs_and_nothing_is_lost(tmp_path: Path) -> 
     assert [path.name for path in (folder / "replaced").iterdir()] == ["a-2"]
 
 
-class Mortal(Runner):
-    """A runner whose process ends in a run of the name ``dies``."""
-
-    def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
-        if folder.endswith("dies"):
-            os._exit(3)
-        return super().run(config, study, folder)
-
-
 def test_a_failing_run_does_not_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.study.runner.Runner", Mortal)
+    monkeypatch.setattr("fedlora.study.processes.Runner", Mortal)
     study = tiny(
         points=[
             {"label": "dies"},
