@@ -12,6 +12,7 @@ import tomli_w
 from fedlora.errors import InputError
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
+from strategies import get_strategy
 from tests.configs import BASE
 from tests.study.studies import planned
 
@@ -125,3 +126,19 @@ def test_shipped_studies_have_a_plan_and_survive_being_written(path: Path) -> No
     assert len(plan.runs) > 1
     again = load_study(tomllib.loads(study.to_toml()))
     assert [(run.name, run.digest) for run in make_plan(again).runs] == [(run.name, run.digest) for run in plan.runs]
+
+
+@pytest.mark.parametrize("name", ["privacy", "privacy_20newsgroups"])
+def test_the_privacy_studys_ranks_match_in_parameters_and_in_bytes(name: str) -> None:
+    """On MiniLM: query and value of six layers, 384 x 384, and a head of two (or twenty) classes."""
+    study = load_study(ROOT / f"experiments/studies/{name}.toml")
+    head = 385 * (2 if name == "privacy" else 20)
+    trained, sent = [], []
+    for table in study.axes["method"]:
+        payload = get_strategy(table["method.name"]).payload([(384, 384)] * 12, table["method.rank"], head)
+        trained.append(payload.up)
+        sent.append(payload.initial + study.base["run"]["rounds"] * (payload.down + payload.up))
+    assert [table["method.name"] for table in study.axes["method"]] == 2 * ["fedit", "ffa-lora", "fed-sb"]
+    assert max(trained[:3]) < 1.02 * min(trained[:3])
+    assert max(sent[3:]) < 1.025 * min(sent[3:])
+    assert {axis["privacy.target_epsilon"] for axis in study.axes["privacy"] if len(axis) > 2} == {1.0, 3.0, 8.0}
