@@ -53,7 +53,8 @@ class TuningSection(Section):
     values : list, or dict of str to list
         Its candidates; or the candidates of each ``method.name``.
     by : list of str, optional
-        Runs that agree in these keys share a choice; by default all keys that the study varies, but run.seed.
+        Runs that agree in these keys share a choice, made on the first of them; by default all keys that the study
+        varies, but run.seed.
     seed : int
         ``run.seed`` of the tuning runs.
     validation : float

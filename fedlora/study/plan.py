@@ -62,7 +62,7 @@ class Group:
     points : list of int
         Places of its runs in the plan.
     private : bool
-        Whether the runs are under DP, so that tuning spends privacy which their epsilon does not count.
+        Whether runs are under DP: then tuning, private or not, spends privacy which their epsilon does not count.
     """
 
     values: Values
@@ -234,7 +234,8 @@ def _group(
             "server.evaluate_every": first.config.run.rounds,
         }
         candidates.append((value, _run(study, values, own, "tuning", {**shared, tuning.over: value})))
-    return Group(shared, candidates, places, first.config.privacy.mode != "none")
+    private = any(runs[place].config.privacy.mode != "none" for place in places)
+    return Group(shared, candidates, places, private)
 
 
 def _candidates(study: Study, tuning: TuningSection, values: Values) -> list[Any]:

@@ -142,6 +142,16 @@ def test_a_group_by_fewer_keys_is_tuned_on_its_first_run() -> None:
     assert {run.config.method.rank for group in planned_.groups for _, run in group.candidates} == {2}
 
 
+def test_a_group_with_private_runs_is_private_though_it_is_tuned_without() -> None:
+    modes = [{"privacy.mode": "none"}, {"privacy.mode": "example", "privacy.target_epsilon": 3.0}]
+    shared, apart = (
+        plan(axes={"method.rank": [2], "privacy": modes}, tuning={"values": [0.1], **by})
+        for by in ({"by": ["method.rank"]}, {})
+    )
+    assert [group.private for group in shared.groups] == [True]
+    assert [group.private for group in apart.groups] == [False, True]
+
+
 def test_a_tuned_run_has_the_chosen_value_and_the_validation_split_of_its_tuning_runs() -> None:
     planned_ = plan(axes={"run.seed": [0, 1]}, tuning={"values": [0.1, 0.2]})
     run = planned_.chosen(1, 0.2)
