@@ -14,10 +14,12 @@ from safetensors.torch import load, save
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.assets import cache_dir
 from fedlora.communication.wire import Arrays, digest
-from fedlora.config import Config, load_config
+from fedlora.config import Config, MethodSection, RunSection, SimulationSection, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base
 from fedlora.training.fuse import fuse_blocks
+
+_NO_METHOD = MethodSection(name="")
 
 
 def run_config(values: Mapping[str, Any]) -> Config:
@@ -37,18 +39,22 @@ def _config(source: str) -> Config:
 
 
 @lru_cache(maxsize=2)
-def _data(config_text: str) -> FederatedData:
-    return prepare_data(load_config(config_text))
+def _data(config: str) -> FederatedData:
+    return prepare_data(Config.model_validate_json(config))
 
 
 def client_data(config: Config) -> FederatedData:
-    """Return the tokenised data of a run, shared by all clients of this process and memory-mapped."""
-    return _data(config.to_toml())
+    """Return the tokenised data of a run, shared by all clients of this process and memory-mapped.
+
+    Runs that differ in other sections share it.
+    """
+    run = RunSection(seed=config.run.seed)
+    return _data(Config(run=run, model=config.model, data=config.data, method=_NO_METHOD).model_dump_json())
 
 
 @lru_cache(maxsize=1)
 def _model(config_text: str, parameterisation: str) -> AdaptedModel:
-    config = load_config(config_text)
+    config = Config.model_validate_json(config_text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapted = adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
     if config.simulation.compile:
@@ -57,8 +63,18 @@ def _model(config_text: str, parameterisation: str) -> AdaptedModel:
 
 
 def client_model(config: Config, parameterisation: str) -> AdaptedModel:
-    """Return the base model with adapters, loaded once a process; on the GPU if this process was given one."""
-    return _model(config.to_toml(), parameterisation)
+    """Return the base model with adapters, loaded once a process; on the GPU if this process was given one.
+
+    Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
+    """
+    given = config.method
+    method = MethodSection(
+        name="", rank=given.rank, alpha=given.alpha, target_modules=given.target_modules, dropout=given.dropout
+    )
+    simulation = SimulationSection(compile=config.simulation.compile)
+    run = RunSection(seed=config.run.seed)
+    part = Config(run=run, model=config.model, data=config.data, method=method, simulation=simulation)
+    return _model(part.model_dump_json(), parameterisation)
 
 
 def keep_initial(arrays: Arrays) -> str:

@@ -216,7 +216,7 @@ def build_once(folder: Path, build: Callable[[Path], None], field: str, value: o
     except OSError as error:
         remedy = f"the cache {cache_dir()} cannot be written ({error.strerror}); set FEDLORA_CACHE to another folder"
         raise InputError(field, value, remedy) from None
-    with lock:
+    try:
         if folder.is_dir():
             return folder
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -224,6 +224,9 @@ def build_once(folder: Path, build: Callable[[Path], None], field: str, value: o
             target.mkdir()
             build(target)
             os.replace(target, folder)
+    finally:
+        # Not left to the garbage collector: an error that somebody keeps would hold the lock.
+        lock.release()
     return folder
 
 

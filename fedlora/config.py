@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,24 +20,28 @@ from fedlora.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a config or study file: unknown keys and other types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Name = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Positive = 10
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -49,7 +53,7 @@ class ModelSection(_Section):
     revision: str | None = None
 
 
-class PartitionSection(_Section):
+class PartitionSection(Section):
     """``[data.partition]``: how the training examples are divided among the clients (flwr-datasets' partitioners)."""
 
     kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
@@ -62,24 +66,29 @@ class PartitionSection(_Section):
     min_examples: Annotated[int, Field(ge=1)] = 1
 
 
-class DataSection(_Section):
-    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
+class DataSection(Section):
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path.
+
+    ``validation`` is a split, another source, or a share of the training examples. ``seed`` draws what is held out and
+    the subsets (``run.seed`` unless told), so that runs of several seeds can have one test set.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     train: str | None = None
     test: str | None = None
-    validation: str | None = None
+    validation: str | Share | None = None
     public: str | None = None
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
     answer: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     max_examples: Positive | None = None
     max_test_examples: Positive | None = None
     partition: PartitionSection = PartitionSection()
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """``[method]``: what is trained and how it is averaged; names follow PEFT."""
 
     name: str
@@ -93,7 +102,7 @@ class MethodSection(_Section):
     init_not_covered: bool = False
 
 
-class ClientSection(_Section):
+class ClientSection(Section):
     """``[client]``: local training."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -109,7 +118,7 @@ class ClientSection(_Section):
     local_epochs: Positive | None = None
 
 
-class PrivacySection(_Section):
+class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus."""
 
     mode: Literal["none", "example", "client"] = "none"
@@ -120,7 +129,7 @@ class PrivacySection(_Section):
     accountant: Literal["rdp", "prv", "gdp"] = "rdp"
 
 
-class ServerSection(_Section):
+class ServerSection(Section):
     """``[server]``: sampling of clients, evaluation and patience."""
 
     fraction_train: Fraction = 1.0
@@ -130,10 +139,10 @@ class ServerSection(_Section):
     timeout: Annotated[float, Field(gt=0)] = 3600.0
 
 
-class SimulationSection(_Section):
-    """``[simulation]``: where simulated clients run."""
+class SimulationSection(Section):
+    """``[simulation]``: where simulated clients run; with ``workers = 0`` in the run's own process, without Ray."""
 
-    workers: Positive | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     cohort_size: Positive | Literal["auto"] = "auto"
@@ -141,7 +150,7 @@ class SimulationSection(_Section):
     address: str | None = None
 
 
-class TrackingSection(_Section):
+class TrackingSection(Section):
     """``[tracking]``: loggers beside the run folder."""
 
     tensorboard: bool = False
@@ -149,7 +158,7 @@ class TrackingSection(_Section):
     project: str = "fedlora"
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. Sections and keys are described in the README's reference of the config."""
 
     run: RunSection = RunSection()
@@ -190,13 +199,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     InputError
         If the file cannot be read, is no TOML, or a key or value is wrong.
     """
-    content = _parse(source)
+    content = read_toml(source)
     for key, value in (overrides or {}).items():
-        _override(content, key, value)
+        override(content, key, value)
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise _input_error(error) from None
+        raise input_error(error) from None
     _check(config, content)
     return config
 
@@ -240,7 +249,14 @@ def unused_keys(config: Config) -> list[str]:
     return notes
 
 
-def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> dict[str, Any]:
+    """Return the content of a TOML file or text, or a copy of parsed content without its empty values.
+
+    Raises
+    ------
+    InputError
+        Named ``field``, if the file cannot be read or is no TOML.
+    """
     if isinstance(source, Mapping):
         return _deep_copy(source)
     if isinstance(source, str) and "\n" in source:
@@ -249,14 +265,14 @@ def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         shown = str(source)
         try:
             if not Path(source).is_file():
-                raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+                raise InputError(field, shown, "there is no such file; give the path of a TOML file")
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError("CONFIG", shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
+            raise InputError(field, shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
         return tomllib.loads(text)
     except _NOT_TOML as error:
-        raise InputError("CONFIG", shown, f"is not valid TOML ({error}); mend that line") from None
+        raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
 
 
 def _deep_copy(value: Any) -> Any:
@@ -265,7 +281,14 @@ def _deep_copy(value: Any) -> Any:
     return value
 
 
-def _override(content: dict[str, Any], key: str, value: Any) -> None:
+def override(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` in parsed content; None or an empty string removes it.
+
+    Raises
+    ------
+    InputError
+        If ``key`` is none, or lies below a value.
+    """
     parts = key.split(".")
     if len(parts) < 2 or not all(parts):
         raise InputError("--set", f"{key}={value}", "write section.key=value, for example run.seed=1")
@@ -288,24 +311,27 @@ def _toml_value(text: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
-def _known_keys(path: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in path:
         field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        # A section that may be absent is a union.
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
             return []
     return list(model.model_fields)
 
 
-def _input_error(error: ValidationError) -> InputError:
+def input_error(error: ValidationError, root: type[BaseModel] = Config, name: str = "CONFIG") -> InputError:
+    """Turn pydantic's error about a ``root`` into one line that names the key, the value and the remedy."""
     # Several mistakes may be there; the first is told, since one line is the contract.
     first, *others = error.errors(include_url=False)
-    location = _real_path(first["loc"])
+    location = _real_path(first["loc"], root)
     # A quoted TOML key may hold anything: nothing at all, or line breaks.
-    field = ".".join(part if part and part.isprintable() else repr(part) for part in location) or "CONFIG"
+    field = ".".join(part if part and part.isprintable() else repr(part) for part in location) or name
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return InputError(field, first["input"], f"there is no such key; {hint}")
@@ -318,16 +344,16 @@ def _input_error(error: ValidationError) -> InputError:
     if first["type"] == "model_type":
         return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
     # A union has a mistake for each of its members: all are told.
-    same = [first] + [other for other in others if _real_path(other["loc"]) == location]
+    same = [first] + [other for other in others if _real_path(other["loc"], root) == location]
     expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
     return InputError(field, first["input"], f"{expected}; change the value")
 
 
-def _real_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, ...]:
     """Drop the parts that pydantic adds for the members of a union and of a list."""
     kept: list[str] = []
     for part in map(str, location):
-        known = _known_keys(tuple(kept))
+        known = _known_keys(tuple(kept), root)
         if not known:
             break
         kept.append(part)

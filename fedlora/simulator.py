@@ -22,7 +22,7 @@ from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunFolder, RunResult
-from fedlora.simulation import RayGrid
+from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
 from strategies import get_strategy
 from strategies.federation import Progress, run_federation
@@ -120,7 +120,8 @@ def simulate(
             log.info("%d clients train in one pass", size)
             folder.set_resolved(_with_cohort_size(resolved, size))
 
-        with RayGrid(
+        kind = LocalGrid if section.workers == 0 else RayGrid
+        with kind(
             client_app,
             len(tokens.partition),
             workers=section.workers,

@@ -97,9 +97,13 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         (target / "half").write_text("x")
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(RuntimeError, match="stop") as kept:
         build_once(tmp_path / "made", fail, "data.name", "x")
     assert not (tmp_path / "made").exists()
+    # Nor is the lock held by the error that is kept.
+    with pytest.raises(RuntimeError, match="stop"):
+        build_once(tmp_path / "made", fail, "data.name", "x")
+    assert kept.value is not None
     assert build_once(tmp_path / "made", lambda target: (target / "all").write_text("x"), "data.name", "x").is_dir()
     build_once(tmp_path / "made", fail, "data.name", "x")
 

@@ -290,11 +290,24 @@ def test_a_finished_run_is_not_run_again(
     assert refused.err.startswith("fedlora: run.rounds = 3: ")
 
 
-def test_two_workers_give_the_bits_of_one(folder: Path, commanded: tuple[Path, str]) -> None:
-    two = simulate(CONFIG, {"simulation.workers": 2}, output=folder / "two-workers")
-    assert adapter(two.folder) == adapter(commanded[0])
+@pytest.mark.parametrize("workers", [2, 0])
+def test_two_workers_or_none_give_the_bits_of_one(folder: Path, commanded: tuple[Path, str], workers: int) -> None:
+    other = simulate(CONFIG, {"simulation.workers": workers}, output=folder / f"{workers}-workers")
+    assert adapter(other.folder) == adapter(commanded[0])
     for name in ("communication.csv", "privacy.csv"):
-        assert (two.folder / name).read_text() == (commanded[0] / name).read_text()
+        assert (other.folder / name).read_text() == (commanded[0] / name).read_text()
+
+
+def test_runs_after_each_other_in_one_process_are_as_if_alone(folder: Path) -> None:
+    """The second run finds the base model and data of the first; a run of another method and seed lies between."""
+    here = {"simulation.workers": 0}
+    first = simulate(CONFIG, here, output=folder / "first")
+    simulate(CONFIG, {**here, "method.name": "ffa-lora", "run.seed": 9}, output=folder / "between")
+    again = simulate(CONFIG, {**here, "privacy.target_epsilon": 2.0}, output=folder / "epsilon")
+    last = simulate(CONFIG, here, output=folder / "last")
+    assert adapter(last.folder) == adapter(first.folder)
+    assert (last.folder / "communication.csv").read_text() == (first.folder / "communication.csv").read_text()
+    assert again.summary["epsilon"]["max"] < 2.0 < first.summary["epsilon"]["max"]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(

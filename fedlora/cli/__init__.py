@@ -1,4 +1,4 @@
-"""The command line: ``fedlora run | export | methods | assets``."""
+"""The command line: ``fedlora run | study | export | methods | assets``."""
 
 from __future__ import annotations
 
@@ -67,6 +67,42 @@ def run(
     except KeyboardInterrupt:
         raise RunError("stopped; go on with --resume") from None
     display.summary(result)
+
+
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(metavar="STUDY", help="A TOML file that describes the study.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the base config or the study."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The study's folder; runs/NAME unless told.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan: bytes, steps, noise multipliers, an estimate of the time."),
+    ] = False,
+) -> None:
+    """Run a study: many runs from one file; given again, it goes on with what is missing or changed."""
+    from fedlora.study.config import load_study
+
+    overrides = parse_overrides(set_ or [])
+    # A mistake in the file is told at once: the imports below take seconds.
+    loaded = load_study(file, overrides)
+    from fedlora.cli.study import StudyDisplay, show_dry_run
+    from fedlora.study.plan import make_plan
+    from fedlora.study.runner import run_study
+
+    folder = output or Path("runs") / loaded.study.name
+    plan = make_plan(loaded)
+    if dry_run:
+        show_dry_run(console, plan, folder)
+        return
+    try:
+        with StudyDisplay(console) as display:
+            state = run_study(plan, folder, display.progress)
+    except KeyboardInterrupt:
+        raise RunError("stopped; the same command goes on") from None
+    display.summary(state, folder)
 
 
 @app.command()

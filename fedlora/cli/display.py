@@ -73,7 +73,9 @@ class RunDisplay:
             e = facts["epsilon"]
             covers = "" if e["covers_init"] else "; the start is not covered"
             rows.append(("epsilon", f"{e['max']:.3f} at delta {e['delta']:g}, {e['unit']}{covers}"))
-        up, down, once = (_bytes(facts["communication"][f"{way}_bytes"]) for way in ("uplink", "downlink", "initial"))
+        up, down, once = (
+            format_bytes(facts["communication"][f"{way}_bytes"]) for way in ("uplink", "downlink", "initial")
+        )
         rows.append(("bytes", f"{up} up, {down} down, {once} once"))
         rows.append(("trained", f"{facts['trainable_parameters']:,} numbers"))
         rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
@@ -104,7 +106,7 @@ class RunDisplay:
             _number(metrics.get("loss"), 4),
             score,
             _number(line["epsilon"], 3),
-            _bytes(sent),
+            format_bytes(sent),
             str(len(line["failed"])),
             f"{sum(line['seconds'].values()):.1f}",
         )
@@ -125,7 +127,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """Write a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

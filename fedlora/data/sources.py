@@ -33,7 +33,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, or a folder of datasets.save_to_disk"
 _SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 # One stream of random numbers for each use of the run's seed.
-_HOLD_OUT, _SUBSET = 1, 2
+_HOLD_OUT, _SUBSET, _VALIDATION = 1, 2, 3
 
 
 @dataclass
@@ -63,9 +63,10 @@ def load_examples(config: Config) -> Examples:
     """Load the examples that ``data.*`` describes.
 
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
-    stratified). With ``data.max_examples`` a random subset of the remaining training examples is kept, in the order of
-    the source; ``data.max_test_examples`` does so for the test set. All follow ``run.seed`` alone. Rows without text
-    are dropped. Classes are in the order of a ``ClassLabel``, else sorted (numbers by value).
+    stratified). ``data.validation`` as a number holds that share of the rest out. With ``data.max_examples`` a random
+    subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples`` does so
+    for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped.
+    Classes are in the order of a ``ClassLabel``, else sorted (numbers by value).
 
     Parameters
     ----------
@@ -82,6 +83,7 @@ def load_examples(config: Config) -> Examples:
         If a source, split or column is not there, or the examples cannot be used as they are.
     """
     data = config.data
+    seed = config.run.seed if data.seed is None else data.seed
     splits = _load(data.name, "data.name")
     train_name = _train_split(config, splits)
     train = _shape(config, splits[train_name], "data.name", is_train=True)
@@ -99,15 +101,20 @@ def load_examples(config: Config) -> Examples:
     if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
-        order = np.random.default_rng([config.run.seed, _HOLD_OUT]).permutation(len(train))
-        held = max(1, len(train) // 10)
-        train, test = train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
-        test = test.select_columns([name for name in test.column_names if name != PARTITION_COLUMN])
+        train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
+    if isinstance(data.validation, float):
+        held = round(data.validation * len(train))
+        if not 0 < held < len(train):
+            remedy = (
+                f"leaves {len(train) - held} of {len(train)} training examples and {held} to validate on; change it"
+            )
+            raise InputError("data.validation", data.validation, remedy)
+        train, other["validation"] = _hold_out(train, held, [seed, _VALIDATION])
     if data.max_examples is not None and data.max_examples < len(train):
-        order = np.random.default_rng([config.run.seed, _SUBSET]).permutation(len(train))
+        order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
     if data.max_test_examples is not None and data.max_test_examples < len(test):
-        order = np.random.default_rng([config.run.seed, _SUBSET, 1]).permutation(len(test))
+        order = np.random.default_rng([seed, _SUBSET, 1]).permutation(len(test))
         test = test.select(np.sort(order[: data.max_test_examples]))
     return Examples(train, test, other["validation"], other["public"], label_names)
 
@@ -122,7 +129,7 @@ def source_identity(config: Config) -> list[Any]:
     found = [_identity(data.name, "data.name")]
     for field in ("test", "validation", "public"):
         given = getattr(data, field)
-        if given is not None and (is_asset(given) or Path(given).expanduser().exists()):
+        if isinstance(given, str) and (is_asset(given) or Path(given).expanduser().exists()):
             found.append(_identity(given, f"data.{field}"))
     return found
 
@@ -307,6 +314,15 @@ def _identity(name: str, field: str) -> list[Any]:
 # Splits.
 
 
+def _hold_out(train: datasets.Dataset, held: int, seed: list[int]) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Draw ``held`` examples out of train; both parts stay in the order of the source."""
+    order = np.random.default_rng(seed).permutation(len(train))
+    out = train.select(np.sort(order[:held]))
+    return train.select(np.sort(order[held:])), out.select_columns(
+        [n for n in out.column_names if n != PARTITION_COLUMN]
+    )
+
+
 def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
     wanted = config.data.train
     if wanted is None:
@@ -320,8 +336,8 @@ def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
 
 def _other(config: Config, splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset | None:
     given = getattr(config.data, name)
-    if given is None:
-        return None
+    if not isinstance(given, str):
+        return None  # not there, or a share of train
     field = f"data.{name}"
     if given in splits:
         return _shape(config, splits[given], field)

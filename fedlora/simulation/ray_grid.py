@@ -103,9 +103,12 @@ class RayGrid(Grid):
         self._ids = itertools.count()
         self._pushed: dict[str, Message] = {}
         self._actors: list[Any] = []
-        self._started_ray = _start_ray(address)
+        self._start(address, workers)
+
+    def _start(self, address: str | None, workers: int | None) -> None:
+        self._started_ray = start_ray(address)
         try:
-            self.num_workers = _count_workers(workers, cpus_per_worker, gpus_per_worker)
+            self.num_workers = _count_workers(workers, self._cpus, self._gpus)
         except InputError:
             self.close()
             raise
@@ -280,7 +283,14 @@ class RayGrid(Grid):
         return actor.remote(self._app, self._cpus)
 
 
-def _start_ray(address: str | None) -> bool:
+def start_ray(address: str | None) -> bool:
+    """Start Ray on this machine, or connect to a cluster; say whether this call did it.
+
+    Raises
+    ------
+    InputError
+        If Ray cannot be started or reached.
+    """
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

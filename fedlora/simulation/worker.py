@@ -67,18 +67,26 @@ class Worker:
             The replies and the clients' states, in the same order, and the most clients that memory allows in a pass.
         """
         self._receive(references)
-        messages = [unpack(envelope, self.shared) for envelope in envelopes]
+        replies = self.run([unpack(envelope, self.shared) for envelope in envelopes], contexts)
+        return [pack(reply) for reply in replies], [context.state for context in contexts], self.limit
+
+    def run(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
+        """Do as :meth:`handle` in the caller's own process; the contexts' states are changed in place."""
         replies: list[Message] = []
         while len(replies) < len(messages):
             part = slice(len(replies), len(replies) + self.limit)
             replies += self._run(messages[part], contexts[part])
-        return [pack(reply) for reply in replies], [context.state for context in contexts], self.limit
+        return replies
 
     def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
         """Measure how many clients fit into one pass; 1 where the app cannot say."""
         self._receive(references)
-        measure = self.app.capacity_function if isinstance(self.app, CohortClientApp) else None
-        return 1 if measure is None else measure(unpack(envelope, self.shared), context)
+        return self.measure(unpack(envelope, self.shared), context)
+
+    def measure(self, message: Message, context: Context) -> int:
+        """Do as :meth:`capacity` in the caller's own process."""
+        function = self.app.capacity_function if isinstance(self.app, CohortClientApp) else None
+        return 1 if function is None else function(message, context)
 
     def _receive(self, references: dict[int, list[Any]]) -> None:
         self.shared = {

@@ -14,12 +14,12 @@ TEXTS = [f"text number {row}" for row in range(40)]
 WORDS = ["good" if row % 3 else "bad" for row in range(40)]
 
 
-def config(name, *, seed=0, task="sequence-classification", partition=None, **data):
+def config(name, *, seed=0, task="sequence-classification", partition=None, data_seed=None, **data):
     return load_config(
         {
             "run": {"seed": seed},
             "model": {"name": "x", "task": task},
-            "data": {"name": str(name), "partition": {"clients": 2, **(partition or {})}, **data},
+            "data": {"name": str(name), "partition": {"clients": 2, **(partition or {})}, "seed": data_seed, **data},
             "method": {"name": "fedit"},
         }
     )
@@ -67,6 +67,24 @@ def test_the_hold_out_and_the_subset_follow_the_seed(tmp_path):
     # The subset leaves the test set as it is, and the rows in their order.
     assert first.test["text"][:] == load_examples(config(path)).test["text"][:]
     assert first.train["text"][:] == sorted(first.train["text"], key=TEXTS.index)
+
+
+def test_a_share_of_train_validates_and_the_datas_own_seed_holds_out_alike(tmp_path):
+    path = write(table(), tmp_path / "a.csv")
+    first, other = (load_examples(config(path, seed=seed, validation=0.25, data_seed=3)) for seed in (0, 1))
+    assert (len(first.train), len(first.validation), len(first.test)) == (27, 9, 4)
+    parts = [set(split["text"]) for split in (first.train, first.validation, first.test)]
+    assert set().union(*parts) == set(TEXTS)
+    for split in ("train", "validation", "test"):
+        assert getattr(first, split)["text"][:] == getattr(other, split)["text"][:]
+    # The test set is what it is without validation; another seed of the data gives another.
+    assert load_examples(config(path, seed=3)).test["text"][:] == first.test["text"][:]
+    assert load_examples(config(path, validation=0.25)).validation["text"][:] != first.validation["text"][:]
+
+
+def test_a_share_that_leaves_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data.validation = 0.001: leaves 36 of 36 training examples"):
+        load_examples(config(write(table(), tmp_path / "a.csv"), validation=0.001))
 
 
 def test_numbers_are_sorted_by_value_and_class_labels_by_their_order(tmp_path):

@@ -1,0 +1,183 @@
+"""What a study shows on a terminal: its plan, and all of its runs as they go. Without a terminal, a line a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedlora.cli.display import format_bytes
+from fedlora.errors import InputError
+from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
+from fedlora.study.plan import Plan, Run
+from fedlora.study.processes import capacity
+from fedlora.study.runner import StudyProgress
+from fedlora.study.state import all_entries, check_output, read_state
+
+
+class StudyDisplay:
+    """Shows a study as it goes.
+
+    Attributes
+    ----------
+    progress : StudyProgress
+        Hooks for :func:`fedlora.study.run_study`.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = StudyProgress(self._plan, self._start, self._round, self._end, self._choice)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._width = 0
+
+    def __enter__(self) -> StudyDisplay:
+        self._bar.start()
+        self._runs = self._bar.add_task("planning", total=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def summary(self, state: dict[str, Any], folder: Path) -> None:
+        """Print what tuning chose and cost, and where the study is."""
+        tuning = state["tuning"]
+        if tuning:
+            spent = tuning["cost"]
+            self._print(
+                f"tuning      {spent['runs']} runs, {spent['seconds']:.0f} s, {format_bytes(spent['bytes'])}, on "
+                f"validation data at seed {tuning['seed']}"
+            )
+            if any(group["covered_by_privacy"] is False for group in tuning["groups"]):
+                self._print("            epsilon does not cover the tuning runs on private data")
+        self._print(f"runs        {sum(point['status'] == 'done' for point in state['points'])}")
+        self._print(f"seconds     {state['seconds']:.1f}")
+        self._print(f"folder      {folder}")
+
+    def _plan(self, total: int, done: int) -> None:
+        self._bar.update(self._runs, description="runs", total=total, completed=done)
+        if done:
+            self._print(f"{done} of {total} runs are done already")
+
+    def _start(self, run: Run) -> None:
+        self._tasks[run.folder] = self._bar.add_task(f"  {run.folder}", total=run.config.run.rounds)
+
+    def _round(self, run: Run, rounds: int) -> None:
+        self._bar.update(self._tasks[run.folder], completed=rounds)
+
+    def _end(self, run: Run, summary: dict[str, Any] | None, error: str | None) -> None:
+        task = self._tasks.pop(run.folder, None)
+        if task is not None:
+            self._bar.remove_task(task)
+        self._bar.advance(self._runs)
+        if summary is None:
+            self._print(f"{run.folder}  failed: {error}")
+            return
+        final, traffic = summary["final"], summary["communication"]
+        facts = []
+        if run.folder.startswith("runs/"):  # nobody looks at a tuning run's test examples
+            for name, shown in (("accuracy", "{:.1%}"), ("perplexity", "{:.2f}")):
+                if name in final:
+                    facts.append(f"{name} {shown.format(final[name])}")
+        if summary["epsilon"]:
+            facts.append(f"epsilon {summary['epsilon']['max']:.3f}")
+        sent = sum(traffic[f"{way}_bytes"] for way in ("initial", "downlink", "uplink"))
+        facts += [f"sent {format_bytes(sent)}", f"{summary['seconds']['total']:.1f} s"]
+        self._print(f"{run.folder}  {'  '.join(facts)}")
+
+    def _choice(self, group: dict[str, Any]) -> None:
+        if group["chosen"] is None:
+            return
+        edge = " (at the edge of its candidates)" if group["at_edge"] else ""
+        self._print(f"chosen for {_shown(group['values'])}: {group['chosen']}{edge}")
+
+    def _print(self, line: str) -> None:
+        _say(self.console, line)
+
+
+def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
+    """Print the planned runs: payload bytes by direction, steps, noise multipliers, what is there; and the time.
+
+    Parameters
+    ----------
+    console : Console
+    plan : Plan
+    folder : Path
+        The study's; nothing is written.
+
+    Raises
+    ------
+    InputError
+        If no run can be.
+    """
+    check_output(folder)
+    runs = [*(run for group in plan.groups for _, run in group.candidates), *plan.runs]
+    forecasts = forecast_all(runs)
+    there = {entry["run"]: entry for entry in all_entries(read_state(folder))}
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "status"):
+        table.add_column(name, justify="left" if name in ("run", "status") else "right", no_wrap=True)
+    missing = []
+    for run in runs:
+        status = there.get(run.folder, {}).get("status", "planned")
+        if status != "done":
+            missing.append(run)
+        table.add_row(run.folder, *_cells(forecasts[run.folder], status))
+    # As wide as it has to be: a narrow terminal would cut the names.
+    wide = Console(file=console.file, width=max(console.width, 250), color_system=None)
+    wide.print(table)
+    if any(group.private for group in plan.groups):
+        _say(console, "epsilon will not cover the tuning runs: they look at private data to choose")
+    expected = [forecasts[run.folder] for run in runs]
+    sent = sum(one.payload_bytes for one in expected if isinstance(one, Forecast))
+    tuning = len(runs) - len(plan.runs)
+    added = f" and {tuning} tuning runs" if tuning else ""
+    _say(console, f"{len(plan.runs)} runs{added}, {format_bytes(sent)} of payload, {len(missing)} to go")
+    try:
+        at_once, gpus = capacity(plan)
+    except InputError as error:
+        # A plan may be looked at on another machine than it will run on.
+        _say(console, f"here they cannot run, so that there is no estimate of the time: {error}")
+        return
+    seconds = estimate_seconds(missing, forecasts, at_once, gpus)
+    shown = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    _say(console, f"about {shown} on this machine, {at_once} side by side, by one measured step of each kind")
+
+
+def _cells(expected: Forecast | InputError, status: str) -> list[str]:
+    if isinstance(expected, InputError):
+        return [*["-"] * 6, f"impossible: {expected}"]
+    noise = sorted({f"{sigma:.4g}" for sigma in expected.noise_multipliers}, key=float)
+    return [
+        f"{expected.trainable_parameters:,}",
+        f"{expected.initial_bytes:,}",
+        f"{expected.downlink_bytes:,}",
+        f"{expected.uplink_bytes:,}",
+        f"{expected.steps:,}",
+        " - ".join(dict.fromkeys((noise[0], noise[-1]))) if noise else "-",
+        status,
+    ]
+
+
+def _say(console: Console, line: str) -> None:
+    # As it is: a path may be longer than the terminal is wide, and hold brackets.
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "all runs"

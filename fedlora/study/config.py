@@ -1,0 +1,261 @@
+"""The typed model of a study file; every mistake becomes an InputError that names its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from fedlora.config import Config, Name, Positive, Section, input_error, override, read_toml
+from fedlora.errors import InputError
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Values = dict[str, Any]
+"""``section.key`` to value; an empty string removes the key."""
+
+LABEL = "label"
+"""Key of a listed table that names it in the names of its runs."""
+
+
+class StudySection(Section):
+    """``[study]``: the name of the study; its folder is runs/NAME."""
+
+    name: Name = "study"
+
+
+class DistributionSection(Section):
+    """``[draw.distributions]``: where a key's values are drawn from."""
+
+    kind: Literal["uniform", "log-uniform", "integer", "choice"]
+    low: float | None = None
+    high: float | None = None
+    values: Annotated[list[Any], Field(min_length=1)] | None = None
+
+
+class DrawSection(Section):
+    """``[draw]``: random points."""
+
+    number: Positive
+    seed: Seed = 0
+    distributions: Annotated[dict[str, DistributionSection], Field(min_length=1)]
+
+
+class TuningSection(Section):
+    """``[tuning]``: picks the value of a key on validation data, for each group of runs, before they start.
+
+    Attributes
+    ----------
+    over : str
+        The key to tune.
+    values : list, or dict of str to list
+        Its candidates; or the candidates of each ``method.name``.
+    by : list of str, optional
+        Runs that agree in these keys share a choice, made on the first of them; by default all keys that the study
+        varies, but run.seed.
+    seed : int
+        ``run.seed`` of the tuning runs.
+    validation : float
+        Share of the training examples to validate on, for a base config without ``data.validation``.
+    """
+
+    over: str = "client.learning_rate"
+    values: Annotated[list[Any], Field(min_length=1)] | Annotated[dict[str, list[Any]], Field(min_length=1)]
+    by: list[str] | None = None
+    seed: Seed = 0
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class BudgetSection(Section):
+    """``[budget]``: how many runs go side by side.
+
+    Attributes
+    ----------
+    runs : int, optional
+        At most so many; by default as many as there is room for.
+    memory_per_run : float
+        Host memory of a run, in GiB.
+
+    Notes
+    -----
+    A run takes ``simulation.cpus_per_worker`` cores and ``simulation.gpus_per_worker`` of a GPU and of its memory.
+    """
+
+    runs: Positive | None = None
+    memory_per_run: Annotated[float, Field(gt=0)] = 3.0
+
+
+class Study(Section):
+    """A study: a base config, what varies, how it is tuned, and how much may run at once.
+
+    Attributes
+    ----------
+    base : dict
+        Sections of the base config.
+    axes : dict
+        ``section.key`` to a list of its values, or any name to a list of tables of keys that vary together.
+    points : list of dict
+        Listed points, each crossed with the axes.
+    draw : DrawSection, optional
+        Random points, each crossed with the axes.
+    """
+
+    study: StudySection = StudySection()
+    base: dict[str, Any]
+    axes: dict[str, Any] = Field(default_factory=dict)
+    points: list[dict[str, Any]] = Field(default_factory=list)
+    draw: DrawSection | None = None
+    tuning: TuningSection | None = None
+    budget: BudgetSection = BudgetSection()
+
+    def to_toml(self) -> str:
+        """Return the study as TOML, with its base config in it; it runs again as it is."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
+
+
+def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Study:
+    """Read a study file.
+
+    Parameters
+    ----------
+    source : str, Path or Mapping
+        A TOML file, TOML text, or its parsed content. ``base`` is a table of sections, the path of a TOML file (from
+        the study's folder, else the working directory), or a table with that path under ``config`` and sections that
+        change it.
+    overrides : Mapping, optional
+        ``section.key`` to value, for the base config; keys of the study's own sections for these.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or a key or value is wrong.
+    """
+    content = read_toml(source, "STUDY")
+    beside = Path(source).parent if isinstance(source, str | Path) and "\n" not in str(source) else Path()
+    if "base" not in content:
+        raise InputError("base", None, "is required; give the path of a config, or its sections as [base.SECTION]")
+    content["base"] = _base(content["base"], beside)
+    if isinstance(content.get("axes"), dict):
+        content["axes"] = flatten(content["axes"])
+    if isinstance(content.get("points"), list):
+        content["points"] = [flatten(p) if isinstance(p, dict) else p for p in content["points"]]
+    draw = content.get("draw")
+    if isinstance(draw, dict) and isinstance(draw.get("distributions"), dict):
+        draw["distributions"] = flatten(draw["distributions"], leaf="kind")
+    for key, value in (overrides or {}).items():
+        section = key.split(".")[0]
+        own = section in Study.model_fields and section not in Config.model_fields
+        override(content if own else content["base"], key, value)
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise input_error(error, Study, "STUDY") from None
+    _check(study, set(overrides or {}))
+    return study
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "", leaf: str | None = None) -> Values:
+    """Turn nested tables into one of dotted keys; a table that holds the key ``leaf`` is a value."""
+    flat: Values = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and (leaf is None or leaf not in value):
+            flat |= flatten(value, f"{prefix}{key}.", leaf)
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _base(given: Any, beside: Path) -> dict[str, Any]:
+    if isinstance(given, str):
+        given = {"config": given}
+    if not isinstance(given, dict):
+        raise InputError("base", given, "give the path of a config, or its sections as [base.SECTION]")
+    sections = dict(given)
+    path = sections.pop("config", None)
+    if path is None:
+        return sections
+    if not isinstance(path, str):
+        raise InputError("base.config", path, "give the path of a TOML file")
+    content = read_toml(beside / path if (beside / path).is_file() else Path(path), "base.config")
+    for key, value in flatten(sections).items():
+        override(content, key, value)
+    return content
+
+
+def _check(study: Study, overrides: set[str]) -> None:
+    for name, values in study.axes.items():
+        _check_axis(name, values)
+    varied: dict[str, str] = {}
+    for place, keys in _keys(study):
+        for key in keys:
+            if key == "run.name" or key.startswith(("simulation.", "tracking.")):
+                raise InputError(place, key, "cannot be varied: it says how runs are named, placed or logged")
+            if varied.setdefault(key, place) != place:
+                raise InputError(place, key, f"is varied by {varied[key]} too; vary it once")
+            if key in overrides:
+                raise InputError("--set", key, f"is varied by {place}; change the study file")
+    if study.draw:
+        for key, distribution in study.draw.distributions.items():
+            _check_distribution(f"draw.distributions.{key}", distribution)
+    tuning = study.tuning
+    if tuning is None:
+        return
+    if tuning.over in varied:
+        raise InputError("tuning.over", tuning.over, f"is varied by {varied[tuning.over]}; tune it or vary it")
+    for key in tuning.by or ():
+        if key not in varied or key == "run.seed":
+            remedy = f"is not varied by the study; choose among {', '.join(k for k in varied if k != 'run.seed')}"
+            raise InputError("tuning.by", key, remedy)
+    if isinstance(tuning.values, dict):
+        for method, values in tuning.values.items():
+            if not values:
+                raise InputError(f"tuning.values.{method}", values, "is empty; list the candidates")
+
+
+def _check_axis(name: str, values: Any) -> None:
+    place = f"axes.{name}"
+    if not isinstance(values, list) or not values:
+        raise InputError(place, values, "give a list of values, or of tables of keys that vary together")
+    tables = [isinstance(value, dict) for value in values]
+    if "." in name and not any(tables):
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise InputError(place, values, "holds a value twice; remove one")
+        return
+    if not all(tables):
+        remedy = "is no section.key; write one, or a list of tables of keys that vary together"
+        raise InputError(place, values, remedy)
+
+
+def _keys(study: Study) -> list[tuple[str, set[str]]]:
+    """Name every place of the file that varies something, and its keys."""
+    found = []
+    for name, values in study.axes.items():
+        tables = [flatten(value) if isinstance(value, dict) else {name: value} for value in values]
+        found.append((f"axes.{name}", {key for table in tables for key in table} - {LABEL}))
+    for place, keys in (
+        ("points", {key for point in study.points for key in point} - {LABEL}),
+        ("draw", set(study.draw.distributions) if study.draw else set()),
+    ):
+        found.append((place, keys))
+    return found
+
+
+def _check_distribution(place: str, given: DistributionSection) -> None:
+    if given.kind == "choice":
+        if given.values is None:
+            raise InputError(f"{place}.values", None, "is required with kind choice")
+        return
+    if given.low is None or given.high is None or not given.low < given.high:
+        raise InputError(f"{place}.low", given.low, f"give low < high with kind {given.kind}")
+    if given.kind == "log-uniform" and given.low <= 0:
+        raise InputError(f"{place}.low", given.low, "must be above 0 with kind log-uniform")
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value

@@ -1,0 +1,200 @@
+"""What a run will cost, before it starts: bytes, steps and noise exactly, seconds as an estimate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from clients.resources import client_data
+from fedlora.adapters import adapt
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import InputError
+from fedlora.models import load_base
+from fedlora.privacy import plan_privacy
+from fedlora.privacy.calibration import local_steps
+from fedlora.study.plan import Run
+from fedlora.training import ClientJob, train_cohort
+from strategies import get_strategy
+
+_START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
+"""What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""
+
+_PROBED_CLIENTS = 8
+_EVALUATION = 0.4
+"""Time of a batch without gradients, in that of a training step."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do.
+
+    Attributes
+    ----------
+    clients : int
+    trainable_parameters : int
+    initial_bytes, downlink_bytes, uplink_bytes : int
+        Payload of all clients and rounds: what communication.csv will hold.
+    steps : int
+        Local steps of all clients and rounds.
+    evaluated_examples : int
+        Test and validation examples, each time that they are looked at.
+    noise_multipliers : list of float
+        Of each client, in order; empty without privacy.
+    """
+
+    clients: int
+    trainable_parameters: int
+    initial_bytes: int
+    downlink_bytes: int
+    uplink_bytes: int
+    steps: int
+    evaluated_examples: int
+    noise_multipliers: list[float]
+
+    @property
+    def payload_bytes(self) -> int:
+        """All directions together."""
+        return self.initial_bytes + self.downlink_bytes + self.uplink_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, as JSON can hold them."""
+        return asdict(self)
+
+
+def forecast(config: Config) -> Forecast:
+    """Say what a run will send and add, from its data's partition, the model's skeleton and the method's formula.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+
+    Raises
+    ------
+    InputError
+        If the run cannot be: its data, partition, rank or privacy budget are impossible.
+    """
+    data = client_data(config)
+    method = get_strategy(config.method.name)
+    adapted = adapt(load_base(config, data.label_names, "meta"), config, method.parameterisation)
+    strategy = method(config)
+    strategy.nodes = {client: client for client in range(len(data.partition))}
+    sampled = [strategy.sample(server_round) for server_round in range(1, config.run.rounds + 1)]
+    messages, seen = sum(map(len, sampled)), set().union(*sampled)
+    formula = strategy.formula_bytes(adapted)
+    sizes = [int(size) for size in data.partition.sizes]
+    steps = [local_steps(config, size) for size in sizes]
+    private = config.privacy.mode == "example"
+    rounds, every = config.run.rounds, config.server.evaluate_every
+    evaluations = 1 + sum(r % every == 0 or r == rounds for r in range(1, rounds + 1))
+    held_out = len(data.test) + (len(data.validation) if data.validation is not None else 0)
+    return Forecast(
+        clients=len(sizes),
+        trainable_parameters=sum(adapted.parameter(n)[0].numel() for n in adapted.names(strategy.trained)),
+        initial_bytes=len(seen) * formula["initial"],
+        downlink_bytes=messages * formula["down"],
+        uplink_bytes=messages * formula["up"],
+        steps=sum(steps[client] for clients in sampled for client in clients),
+        evaluated_examples=evaluations * held_out,
+        noise_multipliers=[plan_privacy(config, size).noise_multiplier for size in sizes] if private else [],
+    )
+
+
+def forecast_all(runs: Iterable[Run]) -> dict[str, Forecast | InputError]:
+    """Forecast runs by their folders; a run that cannot be has its error instead.
+
+    Raises
+    ------
+    InputError
+        If no run can be.
+    """
+    found: dict[str, Forecast | InputError] = {}
+    known: dict[str, Forecast | InputError] = {}
+    # Runs that read the same examples follow each other, so that these are opened once.
+    for run in sorted(runs, key=lambda r: (r.config.run.seed, r.config.data.model_dump_json())):
+        key = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": "run"})})
+        text = key.model_dump_json(exclude={"client": {"learning_rate"}, "server": {"evaluate_every"}})
+        if text not in known:
+            try:
+                known[text] = forecast(run.config)
+            except InputError as error:
+                known[text] = error
+        found[run.folder] = known[text]
+    errors = [error for error in found.values() if isinstance(error, InputError)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
+def seconds_a_step(config: Config) -> float:
+    """Measure how long a client's local step takes here, on the run's own model and examples.
+
+    On a GPU the clients of a cohort train together, as they do in the run.
+    """
+    data = client_data(config)
+    device = "cuda" if config.simulation.gpus_per_worker and torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.simulation.cpus_per_worker)
+    try:
+        method = get_strategy(config.method.name)
+        adapted = adapt(load_base(config, data.label_names, device), config, method.parameterisation)
+        strategy = method(config)
+        arrays = strategy.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        names = set(adapted.names(strategy.trained))
+        adapted.set_shared(arrays)
+        trained = {name: array for name, array in arrays.items() if name in names}
+        jobs = _jobs(config, data, trained, 1 if device == "cpu" else _PROBED_CLIENTS)
+        one_step = config.model_copy(
+            update={"client": config.client.model_copy(update={"local_steps": 1, "local_epochs": None})}
+        )
+        train_cohort(adapted, data.train, jobs, one_step)  # the first step allocates
+        began = time.perf_counter()
+        train_cohort(adapted, data.train, jobs, one_step)
+        return (time.perf_counter() - began) / len(jobs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def estimate_seconds(
+    runs: Iterable[Run], forecasts: dict[str, Forecast | InputError], at_once: int, gpus: int
+) -> float:
+    """Estimate the time of runs side by side, from one measured step for each model, batch size and length.
+
+    Parameters
+    ----------
+    runs : iterable of Run
+    forecasts : dict
+        From :func:`forecast_all`.
+    at_once : int
+        Runs side by side.
+    gpus : int
+        Runs that share a GPU share its time; 0 where each has cores of its own.
+    """
+    measured: dict[str, float] = {}
+    training = overhead = 0.0
+    for run in runs:
+        expected = forecasts[run.folder]
+        if isinstance(expected, InputError):
+            continue
+        key = f"{run.config.model!r} {run.config.client.batch_size} {run.config.privacy.mode}"
+        if key not in measured:
+            measured[key] = seconds_a_step(run.config)
+        batches = expected.evaluated_examples / run.config.client.batch_size
+        training += (expected.steps + _EVALUATION * batches) * measured[key]
+        overhead += _LOAD_SECONDS
+    return _START_SECONDS + training / (gpus or at_once) + overhead / at_once
+
+
+def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[ClientJob]:
+    jobs = []
+    for client in range(min(most, len(data.partition))):
+        rows = data.partition[client]
+        plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
+        assert config.client.learning_rate is not None
+        jobs.append(ClientJob(client, 1, rows, arrays, config.client.learning_rate, plan))
+    return jobs

@@ -1,0 +1,248 @@
+"""From a study file to its runs: the grid, the listed and the drawn points, and the groups that share a tuned value."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.config import Config, load_config
+from fedlora.errors import InputError
+from fedlora.study.config import LABEL, DistributionSection, Study, TuningSection, Values, flatten
+from strategies.server_app import resolve
+
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned run.
+
+    Attributes
+    ----------
+    name : str
+        Of the run and its folder; unique in its kind.
+    folder : str
+        From the study's folder: runs/NAME or tuning/NAME.
+    values : dict
+        What the study sets: ``section.key`` to value.
+    config : Config
+        Resolved.
+    """
+
+    name: str
+    folder: str
+    values: Values
+    config: Config
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the result: the resolved config without where it runs and who is told."""
+        return config_digest(self.config)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that share a tuned value.
+
+    Attributes
+    ----------
+    values : dict
+        What they have in common, by ``tuning.by``.
+    candidates : list of (object, Run)
+        Each candidate value and the tuning run that tries it.
+    points : list of int
+        Places of its runs in the plan.
+    private : bool
+        Whether runs are under DP: then tuning, private or not, spends privacy which their epsilon does not count.
+    """
+
+    values: Values
+    candidates: list[tuple[Any, Run]]
+    points: list[int]
+    private: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study.
+
+    Attributes
+    ----------
+    study : Study
+    keys : list of str
+        The keys that vary, in the order of the file.
+    runs : list of Run
+        With tuning, their tuned key has the first candidate until the choice is made.
+    groups : list of Group
+        Empty without tuning.
+    """
+
+    study: Study
+    keys: list[str]
+    runs: list[Run]
+    groups: list[Group] = field(default_factory=list)
+
+    def chosen(self, place: int, value: Any) -> Run:
+        """Return a run with the tuned value that its group chose."""
+        assert self.study.tuning is not None
+        run = self.runs[place]
+        return _run(self.study, run.values | {self.study.tuning.over: value}, run.name, "runs")
+
+
+def make_plan(study: Study) -> Plan:
+    """Expand a study into its runs and check the config of each.
+
+    Raises
+    ------
+    InputError
+        If a run's config is wrong.
+    """
+    parts = _parts(study)
+    points: list[tuple[str, Values]] = []
+    for combination in itertools.product(*parts):
+        values: Values = {}
+        for _, table in combination:
+            values |= table
+        if all(values != other for _, other in points):
+            points.append(("_".join(name for name, _ in combination if name), values))
+    keys = list(dict.fromkeys(key for _, values in points for key in values))
+    names = _unique(points)
+    if study.tuning is None:
+        return Plan(study, keys, [_run(study, v, n, "runs") for n, (_, v) in zip(names, points, strict=True)])
+    tuning = study.tuning
+    runs: list[Run] = []
+    groups: dict[str, tuple[Values, list[int]]] = {}
+    by = [key for key in keys if key != "run.seed"] if tuning.by is None else tuning.by
+    for place, (name, (_, values)) in enumerate(zip(names, points, strict=True)):
+        first = _candidates(study, tuning, values)[0]
+        runs.append(_run(study, values | {tuning.over: first}, name, "runs", values))
+        shared = {key: values[key] for key in by if key in values}
+        groups.setdefault(json.dumps(shared, sort_keys=True, default=str), (shared, []))[1].append(place)
+    taken: set[str] = set()
+    return Plan(study, keys, runs, [_group(study, tuning, runs, *group, taken) for group in groups.values()])
+
+
+def config_digest(config: Config) -> str:
+    """SHA-256 of a resolved config without ``[simulation]`` and ``[tracking]``, which change no result."""
+    content = config.model_dump(exclude={"simulation", "tracking"}, mode="json")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def folder_digest(folder: Path) -> str | None:
+    """Return the digest of the config in a run folder, or None where there is none that can be read."""
+    try:
+        return config_digest(Config.model_validate(tomllib.loads((folder / "config.toml").read_text("utf-8"))))
+    except (OSError, ValueError):
+        return None
+
+
+def value_name(key: str, value: Any) -> str:
+    """Say a key's value in a name: a word says itself, a number with its key's last part."""
+    if value in ("", None):
+        return f"no-{_slug(key.rpartition('.')[2])}"
+    if isinstance(value, str):
+        return _slug(Path(value).name)
+    shown = f"{value:g}" if isinstance(value, float) else json.dumps(value, default=str)
+    return _slug(f"{key.rpartition('.')[2]}-{shown}".replace("_", "-"))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text.lower()).strip("-.") or "x"
+
+
+def _parts(study: Study) -> list[list[tuple[str, Values]]]:
+    """Return what is crossed: the listed and drawn points, and the axes; each value with its part of the name."""
+    listed = [_named(point) for point in study.points] + [_named(point) for point in _draw(study)]
+    parts = [listed] if listed else []
+    for name, values in study.axes.items():
+        parts.append([_named(value if isinstance(value, dict) else {name: value}) for value in values])
+    return parts
+
+
+def _named(table: Mapping[str, Any]) -> tuple[str, Values]:
+    values = flatten(table)
+    label = values.pop(LABEL, None)
+    return (_slug(str(label)) if label else "_".join(value_name(*item) for item in values.items())), values
+
+
+def _draw(study: Study) -> Iterable[Values]:
+    if study.draw is None:
+        return
+    rng = np.random.default_rng(study.draw.seed)
+    for _ in range(study.draw.number):
+        yield {key: _sample(rng, distribution) for key, distribution in study.draw.distributions.items()}
+
+
+def _sample(rng: np.random.Generator, distribution: DistributionSection) -> Any:
+    if distribution.kind == "choice":
+        assert distribution.values is not None
+        return distribution.values[int(rng.integers(len(distribution.values)))]
+    low, high = distribution.low, distribution.high
+    assert low is not None
+    assert high is not None
+    if distribution.kind == "integer":
+        return int(rng.integers(int(np.ceil(low)), int(np.floor(high)) + 1))
+    if distribution.kind == "uniform":
+        return float(rng.uniform(low, high))
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _unique(points: list[tuple[str, Values]]) -> list[str]:
+    """Name every point: short enough for a file system, and unlike the others."""
+    names: list[str] = []
+    for name, values in points:
+        short = name or "run"
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        if len(short) > _LONGEST_NAME:
+            short = f"{short[:_LONGEST_NAME]}-{digest}"
+        names.append(f"{short}-{digest}" if short in names else short)
+    return names
+
+
+def _run(study: Study, values: Values, name: str, kind: str, shown: Values | None = None) -> Run:
+    added: Values = {"run.name": name, "simulation.workers": 0, "simulation.address": None}
+    if study.tuning is not None and "validation" not in study.base.get("data", {}):
+        added["data.validation"] = study.tuning.validation
+    config = resolve(load_config(study.base, {**added, **values}))
+    return Run(name, f"{kind}/{name}", values if shown is None else shown, config)
+
+
+def _group(
+    study: Study, tuning: TuningSection, runs: list[Run], shared: Values, places: list[int], taken: set[str]
+) -> Group:
+    """Make a group's tuning runs, after the first of its runs; ``taken`` are the names that others have."""
+    first = runs[places[0]]
+    name = "_".join(value_name(*item) for item in shared.items())
+    candidates = []
+    for value in _candidates(study, tuning, first.values):
+        own = f"{name}_{value_name(tuning.over, value)}".strip("_")[-_LONGEST_NAME:].lstrip("_-.")
+        own = next(n for n in itertools.chain([own], (f"{own}-{i}" for i in itertools.count(2))) if n not in taken)
+        taken.add(own)
+        # The last round alone is looked at, so the others need not be evaluated.
+        values = first.values | {
+            "run.seed": tuning.seed,
+            tuning.over: value,
+            "server.evaluate_every": first.config.run.rounds,
+        }
+        candidates.append((value, _run(study, values, own, "tuning", {**shared, tuning.over: value})))
+    private = any(runs[place].config.privacy.mode != "none" for place in places)
+    return Group(shared, candidates, places, private)
+
+
+def _candidates(study: Study, tuning: TuningSection, values: Values) -> list[Any]:
+    if isinstance(tuning.values, list):
+        return tuning.values
+    method = values.get("method.name", study.base.get("method", {}).get("name"))
+    if method not in tuning.values:
+        remedy = f"has no candidates for {method}; known: {', '.join(tuning.values)}"
+        raise InputError("tuning.values", list(tuning.values), remedy)
+    return tuning.values[method]

@@ -1,0 +1,171 @@
+"""The processes that execute a study's runs, on one Ray cluster; each executes one run after the other.
+
+A process keeps its libraries, its base model and its data loaded, and its run's clients train in it, so that a run
+costs little more than its training.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from fedlora.config import Config, load_config
+from fedlora.errors import InputError, RunError
+from fedlora.results.folder import RunFolder
+from fedlora.simulation.ray_grid import start_ray
+from fedlora.simulator import simulate
+from fedlora.study.config import Study
+from fedlora.study.plan import Plan
+from fedlora.study.state import set_aside
+
+_LOCK_SECONDS = 60.0
+"""How long a killed study's processes may take to end: until then they hold their run's checkpoint."""
+
+
+class Runner:
+    """The process that executes runs; a Ray actor.
+
+    Parameters
+    ----------
+    cpus : int
+        Threads.
+    gpus : float
+        Share of a GPU, and of its memory; 0 for none.
+    command : list of str
+        The user's, for the runs' summaries.
+    """
+
+    def __init__(self, cpus: int, gpus: float, command: list[str]) -> None:
+        sys.argv = command
+        torch.set_num_threads(cpus)
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        elif gpus < 1:
+            torch.cuda.set_per_process_memory_fraction(gpus)
+
+    def ready(self) -> bool:
+        """Answer, once everything is imported."""
+        return True
+
+    def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
+        """Execute a run, or go on with it; return its ``summary``, or its ``error`` in a line and ``traceback``."""
+        try:
+            place = Path(study) / folder
+            resume = place.exists() and _can_go_on(load_config(config), Path(study), place)
+            return {"summary": simulate(config, output=place, resume=resume).summary}
+        except (InputError, RunError) as error:
+            return {"error": str(error).strip(), "traceback": traceback.format_exc()}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}".strip(), "traceback": traceback.format_exc()}
+        finally:
+            gc.collect()  # models have reference cycles, which would hold their memory
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+
+def _can_go_on(config: Config, study: Path, place: Path) -> bool:
+    """Say whether an unfinished run can be resumed; one that cannot is set aside."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            RunFolder.resume(place, config).close()
+            return True
+        except InputError as error:
+            if "another process" in error.remedy and time.monotonic() < deadline:
+                time.sleep(1)
+                continue
+            set_aside(study, place)
+            return False
+
+
+def start_process(study: Study, config: Config) -> Any:
+    """Start a :class:`Runner` as a Ray actor; it begins when the cluster has room."""
+    section = config.simulation
+    memory = int(study.budget.memory_per_run * 2**30)
+    actor = ray.remote(num_cpus=section.cpus_per_worker, num_gpus=section.gpus_per_worker, memory=memory)(Runner)
+    return actor.remote(section.cpus_per_worker, section.gpus_per_worker, sys.argv)
+
+
+def count_runs(study: Study, config: Config) -> int:
+    """Say how many runs fit side by side into the running Ray cluster, by cores, GPUs and memory.
+
+    Raises
+    ------
+    InputError
+        If not even one fits.
+    """
+    section = config.simulation
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = {
+        "CPU": (float(section.cpus_per_worker), "simulation.cpus_per_worker", section.cpus_per_worker),
+        "GPU": (section.gpus_per_worker, "simulation.gpus_per_worker", section.gpus_per_worker),
+        "memory": (study.budget.memory_per_run * 2**30, "budget.memory_per_run", study.budget.memory_per_run),
+    }
+
+    def fit(resources: dict[str, float], names: tuple[str, ...]) -> int:
+        room = {name: resources.get(name, 0) / needs[name][0] for name in names if needs[name][0]}
+        if 0 < section.gpus_per_worker < 1 and "GPU" in room:
+            # A run's share is of one GPU.
+            room["GPU"] = int(resources.get("GPU", 0)) * int(1 / section.gpus_per_worker + 1e-9)
+        return int(min(room.values()) + 1e-9)
+
+    for name, (_, key, value) in needs.items():
+        if needs[name][0] and not any(fit(resources, (name,)) for resources in nodes):
+            most = max((resources.get(name, 0) for resources in nodes), default=0)
+            there = f"{most / 2**30:.1f} GiB" if name == "memory" else f"{most:g}"
+            if name == "GPU" and not most:
+                raise InputError(key, value, "Ray sees no GPU; set it to 0 to run on the CPU")
+            raise InputError(key, value, f"no machine has room for one run (the most there is: {there}); lower it")
+    room = sum(fit(resources, tuple(needs)) for resources in nodes)
+    if not room:
+        raise InputError("budget.memory_per_run", study.budget.memory_per_run, "no machine has room for one run")
+    return min(room, study.budget.runs or room)
+
+
+def capacity(plan: Plan) -> tuple[int, int]:
+    """Say how many runs go side by side here, and on how many GPUs (0: on cores), as a study would.
+
+    Raises
+    ------
+    InputError
+        If not even one fits.
+    """
+    started = start_ray(address_of(plan.study))
+    try:
+        config = plan.runs[0].config
+        there = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+        gpus = max(1, int(there)) if config.simulation.gpus_per_worker else 0
+        return count_runs(plan.study, config), gpus
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def address_of(study: Study) -> str | None:
+    """Return the Ray cluster that the study's base config names."""
+    address: str | None = study.base.get("simulation", {}).get("address")
+    return address
+
+
+def begun(reference: Any, runner: Any) -> Any:
+    """Return a runner that has answered ``ready``.
+
+    Raises
+    ------
+    RunError
+        If it could not begin.
+    """
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise RunError(f"a process for runs cannot be started: {reason}") from None
+    return runner

@@ -1,0 +1,311 @@
+"""Runs a plan: finds what is done, executes what is not, and chooses where tuning is complete."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from fedlora.errors import InputError, RunError
+from fedlora.results.folder import write_atomically
+from fedlora.simulation.ray_grid import start_ray
+from fedlora.study.forecast import Forecast, forecast_all
+from fedlora.study.plan import Group, Plan, Run
+from fedlora.study.processes import address_of, begun, count_runs, start_process
+from fedlora.study.state import StudyFolder, all_entries, check_output
+from fedlora.study.tuning import choose, cost, validation_score
+
+_LOOK_SECONDS = 0.5
+
+
+@dataclass
+class StudyProgress:
+    """What a display may show; every hook does nothing by default.
+
+    Attributes
+    ----------
+    on_plan : callable (runs in all, runs done before)
+    on_start : callable (run)
+    on_round : callable (run, rounds done)
+    on_end : callable (run, summary or None, error or None)
+    on_choice : callable (what study.json says of a group)
+    """
+
+    on_plan: Callable[[int, int], None] = lambda total, done: None
+    on_start: Callable[[Run], None] = lambda run: None
+    on_round: Callable[[Run, int], None] = lambda run, rounds: None
+    on_end: Callable[[Run, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
+    on_choice: Callable[[dict[str, Any]], None] = lambda group: None
+
+
+@dataclass
+class _Job:
+    """A run to execute, for a point of the plan or for a candidate of a group."""
+
+    run: Run
+    entry: dict[str, Any]
+    group: int | None = None
+    rounds: int = 0
+
+
+@dataclass
+class _Execution:
+    plan: Plan
+    folder: StudyFolder
+    forecasts: dict[str, Forecast | InputError]
+    progress: StudyProgress
+    queue: deque[_Job] = field(default_factory=deque)
+    state: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def prepare(self) -> None:
+        """Find what is done, and queue what is not."""
+        earlier = float(self.folder.read().get("seconds", 0.0))
+        self.state = {
+            "name": self.plan.study.study.name,
+            "keys": self.plan.keys,
+            "seconds": earlier,
+            "points": [_entry(run, self.forecasts[run.folder]) for run in self.plan.runs],
+            "tuning": _tuning_entry(self.plan, self.forecasts),
+        }
+        self._earlier = earlier
+        candidates = [run for group in self.plan.groups for _, run in group.candidates]
+        self.folder.begin(self.plan.study, [*self.plan.runs, *candidates])
+        self.total = len(self.plan.runs) + len(candidates)
+        if not self.plan.groups:
+            for place, run in enumerate(self.plan.runs):
+                self._add(_Job(run, self.state["points"][place]))
+        for number, group in enumerate(self.plan.groups):
+            entries = self.state["tuning"]["groups"][number]["candidates"]
+            for (_, run), entry in zip(group.candidates, entries, strict=True):
+                self._add(_Job(run, entry, number))
+        for number in range(len(self.plan.groups)):
+            self._choose(number)
+        self.progress.on_plan(self.total, sum(entry["status"] == "done" for entry in all_entries(self.state)))
+        self.save()
+
+    def finish(self, job: _Job, result: dict[str, Any]) -> None:
+        """Keep what came of a run, and choose where its group is complete."""
+        error = result.get("error")
+        job.entry["status"], job.entry["error"] = ("failed", error) if error else ("done", None)
+        if error:
+            errors = self.folder.path / "errors"
+            errors.mkdir(exist_ok=True)
+            write_atomically(errors / f"{job.run.folder.replace('/', '-')}.txt", result.get("traceback") or error)
+        self.progress.on_end(job.run, result.get("summary"), error)
+        if job.group is not None:
+            self._choose(job.group)
+        self.save()
+
+    def save(self) -> None:
+        """Write study.json."""
+        self.state["seconds"] = self._earlier + time.perf_counter() - self.started
+        self.folder.write(self.state)
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Return what study.json says of every run that failed."""
+        return [entry for entry in all_entries(self.state) if entry["status"] == "failed"]
+
+    def _add(self, job: _Job) -> None:
+        if job.entry["status"] == "failed":  # by its forecast
+            self.progress.on_end(job.run, None, job.entry["error"])
+        elif self.folder.find(job.run) == "done":
+            job.entry["status"] = "done"
+        else:
+            self.queue.append(job)
+
+    def _choose(self, number: int) -> None:
+        """Choose for a group whose candidates are all there, and queue its runs."""
+        assert self.plan.study.tuning is not None
+        group, entry = self.plan.groups[number], self.state["tuning"]["groups"][number]
+        if entry["complete"] or any(c["status"] not in ("done", "failed") for c in entry["candidates"]):
+            return
+        scores = []
+        for candidate in entry["candidates"]:
+            done = candidate["status"] == "done"
+            candidate["validation"] = validation_score(self.folder.path / candidate["run"]) if done else None
+            scores.append(candidate["validation"])
+        folders = [self.folder.path / c["run"] for c in entry["candidates"] if c["status"] == "done"]
+        entry["cost"] = cost([_summary(folder) for folder in folders])
+        best = choose(scores)
+        entry["complete"] = True
+        if best is not None:
+            entry["chosen"] = group.candidates[best][0]
+            # The best may lie beyond the candidates.
+            values = [value for value, _ in group.candidates]
+            if len(values) > 2 and all(isinstance(value, int | float) for value in values):
+                entry["at_edge"] = entry["chosen"] in (min(values), max(values))
+        self.state["tuning"]["cost"] = _sum([g["cost"] for g in self.state["tuning"]["groups"]])
+        self.progress.on_choice(entry)
+        for place in group.points:
+            point = self.state["points"][place]
+            if best is None and point["status"] != "failed":
+                point["status"] = "failed"
+                point["error"] = f"no {self.plan.study.tuning.over} was chosen: every tuning run of its group failed"
+                self.progress.on_end(self.plan.runs[place], None, point["error"])
+            elif point["status"] != "failed":
+                run = self.plan.chosen(place, entry["chosen"])
+                point["values"] = run.values
+                self._add(_Job(run, point))
+            else:
+                self._add(_Job(self.plan.runs[place], point))
+
+
+def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = None) -> dict[str, Any]:
+    """Execute a plan, or go on with it: what is done and unchanged stays.
+
+    Parameters
+    ----------
+    plan : Plan
+    path : str or Path
+        The study's folder.
+    progress : StudyProgress, optional
+
+    Returns
+    -------
+    dict
+        The content of study.json.
+
+    Raises
+    ------
+    InputError
+        If no run can be, or there is no room for one.
+    RunError
+        If runs failed; the others are done.
+    """
+    progress = progress or StudyProgress()
+    check_output(Path(path))
+    candidates = [run for group in plan.groups for _, run in group.candidates]
+    forecasts = forecast_all([*plan.runs, *candidates])
+    folder = StudyFolder(path)
+    try:
+        execution = _Execution(plan, folder, forecasts, progress)
+        execution.prepare()
+        if execution.queue:
+            _execute(execution)
+        execution.save()
+    finally:
+        folder.close()
+    failed = execution.failed()
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {execution.total} runs failed; the first, {failed[0]['name']}: {failed[0]['error']} "
+            "(the same command runs them again)"
+        )
+    return execution.state
+
+
+def _execute(execution: _Execution) -> None:
+    study, config = execution.plan.study, execution.plan.runs[0].config
+    started = start_ray(address_of(study))
+    runners: set[Any] = set()
+    starting: dict[Any, Any] = {}  # reference -> runner
+    running: dict[Any, tuple[_Job, Any]] = {}
+    idle: list[Any] = []
+
+    def start() -> None:
+        runner = start_process(study, config)
+        runners.add(runner)
+        starting[runner.ready.remote()] = runner
+
+    try:
+        left = sum(entry["status"] == "planned" for entry in all_entries(execution.state))
+        for _ in range(min(left, count_runs(study, config))):
+            start()
+        while execution.queue or running:
+            while execution.queue and idle:
+                job, runner = execution.queue.popleft(), idle.pop()
+                job.entry["status"] = "running"
+                folder = str(execution.folder.path.resolve())
+                running[runner.run.remote(job.run.config.to_toml(), folder, job.run.folder)] = (job, runner)
+                execution.progress.on_start(job.run)
+                execution.save()
+            ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=_LOOK_SECONDS)
+            for reference in ready:
+                if reference in starting:
+                    # Only a process that has begun gets a run: one that the cluster has no room for would keep it.
+                    idle.append(begun(reference, starting.pop(reference)))
+                    continue
+                job, runner = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                    idle.append(runner)
+                except ray.exceptions.RayError as error:
+                    result = {"error": f"its process ended: {type(error).__name__}", "traceback": str(error)}
+                    runners.remove(runner)
+                    start()
+                execution.finish(job, result)
+            for job, _ in running.values():
+                rounds = _rounds(execution.folder.path / job.run.folder)
+                if rounds != job.rounds:
+                    job.rounds = rounds
+                    execution.progress.on_round(job.run, rounds)
+    finally:
+        for job, _ in running.values():
+            job.entry["status"] = "planned"
+        execution.save()
+        for runner in runners:
+            ray.kill(runner)
+        if started:
+            ray.shutdown()
+
+
+def _rounds(folder: Path) -> int:
+    try:
+        return (folder / "rounds.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _entry(run: Run, expected: Forecast | InputError) -> dict[str, Any]:
+    impossible = isinstance(expected, InputError)
+    return {
+        "name": run.name,
+        "run": run.folder,
+        "values": run.values,
+        "status": "failed" if impossible else "planned",
+        "error": str(expected) if impossible else None,
+        "forecast": None if isinstance(expected, InputError) else expected.to_dict(),
+    }
+
+
+def _tuning_entry(plan: Plan, forecasts: dict[str, Forecast | InputError]) -> dict[str, Any] | None:
+    tuning = plan.study.tuning
+    if tuning is None:
+        return None
+    return {
+        "over": tuning.over,
+        "seed": tuning.seed,
+        "validation": plan.runs[0].config.data.validation,
+        "cost": cost([]),
+        "groups": [_group_entry(group, plan, forecasts) for group in plan.groups],
+    }
+
+
+def _group_entry(group: Group, plan: Plan, forecasts: dict[str, Forecast | InputError]) -> dict[str, Any]:
+    return {
+        "values": group.values,
+        "chosen": None,
+        "at_edge": False,
+        "complete": False,
+        # Looking at private validation data costs privacy that no run's epsilon counts.
+        "covered_by_privacy": False if group.private else None,
+        "cost": cost([]),
+        "points": [plan.runs[place].name for place in group.points],
+        "candidates": [{"value": value, **_entry(run, forecasts[run.folder])} for value, run in group.candidates],
+    }
+
+
+def _sum(costs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(entry[name] for entry in costs) for name in costs[0]}

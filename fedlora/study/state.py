@@ -1,0 +1,138 @@
+"""The study's folder: its file, its runs, and study.json, which says how far it is.
+
+::
+
+    study.toml       the study with its base config; runs again as it is
+    study.json       every planned run with what it varies, its status and its forecast; what tuning chose and cost
+    runs/NAME        run folders
+    tuning/NAME      run folders of the tuning stage
+    replaced/NAME    run folders of an earlier form of the study; a run that is planned again is taken from here
+    errors/NAME.txt  traceback of a run that failed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from fedlora.errors import InputError
+from fedlora.results.folder import write_atomically
+from fedlora.study.config import Study
+from fedlora.study.plan import Run, folder_digest
+
+Found = Literal["done", "started", "missing"]
+
+
+class StudyFolder:
+    """Where a study lies; one process at a time works in it.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    InputError
+        If something else is there, it cannot be written, or another process works in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        check_output(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError("--output", str(path), "another process is at this study; wait for it") from None
+        except (OSError, ValueError) as error:
+            remedy = f"cannot be made ({getattr(error, 'strerror', error)}); choose another folder"
+            raise InputError("--output", str(path), remedy) from None
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    def begin(self, study: Study, planned: Iterable[Run]) -> None:
+        """Write the study's file, and bring the run folders in line with the plan; nothing is deleted."""
+        write_atomically(self.path / "study.toml", study.to_toml())
+        wanted = {run.folder: run for run in planned}
+        for kind in ("runs", "tuning"):
+            for place in sorted((self.path / kind).glob("*/")):
+                run = wanted.get(f"{kind}/{place.name}")
+                # A run whose value is still to be tuned is looked at when it is known.
+                if run is None:
+                    self._set_aside(place)
+
+    def find(self, run: Run) -> Found:
+        """Say whether a run is done or started; a folder of another config is set aside, an earlier one taken back."""
+        place = self.path / run.folder
+        if place.exists() and folder_digest(place) != run.digest:
+            self._set_aside(place)
+        if not place.exists():
+            for old in sorted((self.path / "replaced").glob("*/")):
+                if folder_digest(old) == run.digest:
+                    place.parent.mkdir(exist_ok=True)
+                    os.replace(old, place)
+                    break
+        if not place.exists():
+            return "missing"
+        return "done" if (place / "summary.json").exists() else "started"
+
+    def read(self) -> dict[str, Any]:
+        """Return study.json, or an empty dict."""
+        return read_state(self.path)
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Write study.json."""
+        write_atomically(self.path / "study.json", json.dumps(state, indent=1) + "\n")
+
+    def _set_aside(self, place: Path) -> None:
+        set_aside(self.path, place)
+
+
+def set_aside(study: Path, place: Path) -> None:
+    """Move a run folder to replaced/."""
+    (study / "replaced").mkdir(exist_ok=True)
+    target, number = study / "replaced" / place.name, 2
+    while target.exists():
+        target, number = target.with_name(f"{place.name}-{number}"), number + 1
+    shutil.move(place, target)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises
+    ------
+    InputError
+    """
+    try:
+        ours = path.is_dir() and ((path / "study.toml").exists() or {p.name for p in path.iterdir()} <= {".lock"})
+        foreign = path.exists() and not ours
+    except (OSError, ValueError) as error:
+        remedy = f"cannot be read ({getattr(error, 'strerror', error)}); choose another folder"
+        raise InputError("--output", str(path), remedy) from None
+    if foreign:
+        raise InputError("--output", str(path), "exists already and is no study's folder; choose another")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a study folder's study.json, or an empty dict where there is none."""
+    try:
+        state: dict[str, Any] = json.loads((path / "study.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return state
+
+
+def all_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what study.json says of every run: those of the comparison, then those of the tuning stage."""
+    groups = (state.get("tuning") or {}).get("groups", [])
+    return [*state.get("points", []), *(candidate for group in groups for candidate in group["candidates"])]

@@ -1,0 +1,45 @@
+"""The choice of a tuned value from tuning runs: by the validation examples in their last round, never by test."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def validation_score(folder: Path) -> dict[str, float]:
+    """Return the validation metrics of a tuning run's last round: loss, and accuracy or perplexity."""
+    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics: dict[str, float] = json.loads(lines[-1])["metrics"]["validation"]
+    return metrics
+
+
+def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
+    """Return the place of the best candidate: the highest accuracy, then the lowest loss, then the first.
+
+    Parameters
+    ----------
+    scores : sequence of mapping or None
+        Validation metrics; None for a run that failed.
+    """
+
+    def rank(place: int) -> tuple[float, float]:
+        metrics = scores[place]
+        assert metrics is not None
+        loss = metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
+        return metrics.get("accuracy", 0.0), -loss
+
+    there = [place for place, metrics in enumerate(scores) if metrics is not None]
+    return max(there, key=rank, default=None)
+
+
+def cost(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Add up what tuning runs took: runs, seconds, and bytes of all messages."""
+    ways = ("initial_bytes", "downlink_bytes", "uplink_bytes")
+    return {
+        "runs": len(summaries),
+        "seconds": sum(summary["seconds"]["total"] for summary in summaries),
+        "bytes": sum(summary["communication"][way] for summary in summaries for way in ways),
+    }

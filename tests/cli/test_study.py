@@ -1,0 +1,99 @@
+"""What ``fedlora study`` prints, and how it ends when the file is wrong."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedlora.cli.study import StudyDisplay
+from fedlora.study.config import load_study
+from fedlora.study.plan import Run, make_plan
+from tests.command import fedlora
+from tests.study.studies import planned
+
+SUMMARY: dict[str, Any] = {
+    "final": {"accuracy": 0.7512},
+    "epsilon": {"max": 2.9954},
+    "communication": {"initial_bytes": 1000, "downlink_bytes": 2000, "uplink_bytes": 3000},
+    "seconds": {"total": 12.34},
+}
+
+
+@pytest.fixture
+def run() -> Run:
+    return make_plan(load_study(planned(axes={"method.rank": [3]}))).runs[0]
+
+
+def shown(run: Run, **options: Any) -> tuple[str, StudyDisplay]:
+    """Let a study of five runs, two of them done, begin a run and end it."""
+    out = io.StringIO()
+    display = StudyDisplay(Console(file=out, width=100, **options))
+    with display:
+        display.progress.on_plan(5, 2)
+        display.progress.on_start(run)
+        display.progress.on_round(run, 4)
+        display._bar.refresh()
+        display.progress.on_end(run, SUMMARY, None)
+        display._bar.refresh()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()), display
+
+
+def test_on_a_terminal_every_run_has_a_bar(run: Run) -> None:
+    text, _ = shown(run, force_terminal=True)
+    assert re.search(r"runs +\S* +2/5", text)
+    assert re.search(r"runs/rank-3 +\S* +4/10", text)
+    assert re.search(r"runs +\S* +3/5", text)
+
+
+def test_without_one_every_run_has_a_line(run: Run) -> None:
+    text, display = shown(run)
+    assert text.splitlines() == [
+        "2 of 5 runs are done already",
+        "runs/rank-3  accuracy 75.1%  epsilon 2.995  sent 6.0 kB  12.3 s",
+    ]
+    display.progress.on_end(run, None, "out of luck")
+    assert isinstance(display.console.file, io.StringIO)
+    assert display.console.file.getvalue().splitlines()[-1] == "runs/rank-3  failed: out of luck"
+
+
+def test_the_choice_of_a_rate_and_what_it_cost_are_told() -> None:
+    out = io.StringIO()
+    display = StudyDisplay(Console(file=out, width=100))
+    group = {"values": {"method.name": "fedit"}, "chosen": 0.1, "at_edge": True, "covered_by_privacy": False}
+    display.progress.on_choice(group)
+    cost = {"runs": 4, "seconds": 61.0, "bytes": 1234567}
+    tuning = {"seed": 7, "cost": cost, "groups": [group]}
+    display.summary({"tuning": tuning, "points": [{"status": "done"}], "seconds": 99.0}, Path("runs/x"))
+    assert out.getvalue().splitlines() == [
+        "chosen for method.name fedit: 0.1 (at the edge of its candidates)",
+        "tuning      4 runs, 61 s, 1.2 MB, on validation data at seed 7",
+        "            epsilon does not cover the tuning runs on private data",
+        "runs        1",
+        "seconds     99.0",
+        "folder      runs/x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "STUDY = "),
+        ("[study", "STUDY = "),
+        ("[study]\nname = 3\n[base]\n", "study.name = 3: "),
+        ("[base.model]\nname = 'x'\n", "data = None: is required"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_2(text: str | None, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    if text is not None:
+        path.write_text(text)
+    done = fedlora("study", path, "--output", tmp_path / "out")
+    assert done.code == 2
+    assert done.err.startswith(f"fedlora: {told}")
+    assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,93 @@
+"""LocalGrid: what RayGrid does, in this process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedlora.errors import ClientErrorCode
+from fedlora.simulation import LocalGrid
+from fedlora.simulation.ray_grid import FIRST_NODE_ID
+from tests.simulation import apps
+
+CLIENTS = 5
+
+
+def messages(do: dict[str, Any] | None = None, arrays: ArrayRecord | None = None) -> list[Message]:
+    content = RecordDict({"do": ConfigRecord(do or {})})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return [Message(content, FIRST_NODE_ID + i, "train", group_id="1") for i in range(CLIENTS)]
+
+
+def metric(replies: list[Message], name: str) -> list[Any]:
+    return [reply.content["metrics"][name] for reply in replies]
+
+
+def test_clients_run_here_in_order_and_keep_their_states() -> None:
+    threads = torch.get_num_threads()
+    with LocalGrid(apps.plain, CLIENTS, cpus_per_worker=threads + 1, run_config={"config": "x = 1"}) as grid:
+        for call in (1, 2):
+            replies = list(grid.send_and_receive(messages()))
+            assert metric(replies, "client") == list(range(CLIENTS))
+            assert set(metric(replies, "pid")) == {os.getpid()}
+            assert set(metric(replies, "calls")) == {call}
+            assert set(metric(replies, "threads")) == {threads + 1}
+            assert {reply.content["seen"]["simulated"] for reply in replies} == {True}
+            assert {reply.content["seen"]["run-config"] for reply in replies} == {"x = 1"}
+    assert torch.get_num_threads() == threads
+
+
+def test_cohorts_go_by_work_and_replies_by_message() -> None:
+    work = [1.0, 5.0, 2.0, 4.0, 3.0]
+    with LocalGrid("tests.simulation.apps:cohort", CLIENTS, cohort_size=2, work=lambda client: work[client]) as grid:
+        replies = list(grid.send_and_receive(messages()))
+    assert metric(replies, "client") == list(range(CLIENTS))
+    assert metric(replies, "cohort") == [1, 2, 2, 2, 2]  # the least work is left alone
+
+
+def test_a_client_that_fails_keeps_its_state_and_touches_no_other() -> None:
+    with LocalGrid("tests.simulation.apps:cohort", CLIENTS, cohort_size=CLIENTS) as grid:
+        list(grid.send_and_receive(messages()))
+        replies = list(grid.send_and_receive(messages({"raise-3": True})))
+        assert [reply.has_error() for reply in replies] == [False, False, False, True, False]
+        assert replies[3].error.code == ClientErrorCode.FAILED
+        assert "out of luck" in str(replies[3].error.reason)
+        assert metric(list(grid.send_and_receive(messages())), "calls") == [3, 3, 3, 2, 3]
+
+
+def test_auto_asks_the_app() -> None:
+    told: list[int] = []
+    with LocalGrid(apps.small_memory, CLIENTS, cohort_size="auto", on_cohort_size=told.append) as grid:
+        list(grid.send_and_receive(messages()))
+    assert told == [apps.ROOM]
+
+
+def test_a_cohort_that_does_not_fit_is_halved_from_where_it_was() -> None:
+    told: list[int] = []
+    with LocalGrid(apps.small_memory, CLIENTS, cohort_size=CLIENTS, on_cohort_size=told.append) as grid:
+        replies = list(grid.send_and_receive(messages()))
+    assert told == [2]
+    assert metric(replies, "calls") == [1] * CLIENTS
+
+
+def test_arrays_pass_unchanged() -> None:
+    record = ArrayRecord({"w": Array(torch.arange(6.0).numpy())})
+    with LocalGrid(apps.plain, CLIENTS) as grid:
+        replies = list(grid.send_and_receive(messages(arrays=record)))
+    assert {reply.content["seen"]["sha-arrays"] for reply in replies} == {apps.sha(record)}
+
+
+def test_a_timeout_gives_up_what_is_left() -> None:
+    with LocalGrid(apps.plain, CLIENTS) as grid:
+        replies = list(grid.send_and_receive(messages({"sleep-1": 0.3}), timeout=0.2))
+    assert metric(replies, "client") == [0, 1]
+
+
+def test_pushed_messages_are_pulled() -> None:
+    with LocalGrid(apps.plain, CLIENTS) as grid:
+        pushed = list(grid.push_messages(messages()))
+        assert metric(list(grid.pull_messages(pushed[1:3])), "client") == [1, 2]
