@@ -109,7 +109,9 @@ def simulate(
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
         adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
         if not (path / "partition.png").exists():
-            plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
+            counts = tokens.label_counts()
+            folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
+            plot_partition(path / "partition.png", counts, tokens.label_names)
         section = resolved.simulation
 
         def keep_cohort_size(size: int) -> None:
@@ -131,7 +133,15 @@ def simulate(
         ) as grid:
             rounds = strategy(resolved) if callable(strategy) else strategy
             return run_federation(
-                resolved, grid, folder, tokens, method(resolved), training=rounds, progress=progress, started=started
+                resolved,
+                grid,
+                folder,
+                tokens,
+                method(resolved),
+                training=rounds,
+                progress=progress,
+                started=started,
+                simulated=True,
             )
     except InputError:
         if not resume:
