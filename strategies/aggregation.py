@@ -55,8 +55,8 @@ class Drift:
     """How far clients move apart: sum p_i |d_i - d|^2 / |d|^2.
 
     d_i = X_i - X is the move of client i and d = sum p_i d_i; X is what all clients start from, and the norm runs over
-    all arrays together. Streaming: it keeps sum p_i |d_i|^2, since sum p_i |d_i - d|^2 = sum p_i |d_i|^2 - |d|^2. 0 where
-    all clients agree. Under DP the noise is part of it; it reads only what clients release.
+    all arrays together. It is 0 where all clients agree. Streaming: it keeps sum p_i |d_i|^2, since
+    sum p_i |d_i - d|^2 = sum p_i |d_i|^2 - |d|^2. Under DP the noise is part of it; it reads only what clients release.
 
     Parameters
     ----------
