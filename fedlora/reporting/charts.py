@@ -49,6 +49,8 @@ class Series:
         Which points stand out; all, unless told.
     sizes : list of float, optional
         Of the markers, in points.
+    flat : bool
+        Markers are horizontal strokes: what a formula says.
     """
 
     method: str | None
@@ -65,6 +67,7 @@ class Series:
     band: bool = False
     strong: list[bool] | None = None
     sizes: list[float] | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,63 @@ class Panel:
     y_log: bool = False
     x_ticks: dict[float, str] | None = None
     bars: bool = False
+
+    @property
+    def x_axis(self) -> Axis:
+        """How the axis of x looks."""
+        return Axis.of([x for s in self.series for x in s.x], self.x_form, self.x_log, self.x_ticks)
+
+    @property
+    def y_axis(self) -> Axis:
+        """How the axis of y looks; it shows all intervals, as far as shares can go."""
+        if self.bars:
+            return Axis(False)
+        values = [y for s in self.series for part in (s.y, s.low, s.high) for y in part or [] if y is not None]
+        return Axis.of(values, self.y_form, self.y_log, None)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Scale, ticks and range of an axis; None leaves them to whoever draws.
+
+    Attributes
+    ----------
+    log : bool
+    ticks : dict of float to str, optional
+    range : (float, float), optional
+        Ends, where values may leave what the axis can show.
+    """
+
+    log: bool
+    ticks: dict[float, str] | None = None
+    range: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float], form: str, log: bool, ticks: dict[float, str] | None) -> Axis:
+        """Choose ticks for values of a form (see :class:`Panel`)."""
+        known = sorted({value for value in values if math.isfinite(value)})
+        if ticks is not None or not known:
+            return cls(log, ticks)
+        if form == "percent" and (known[0] < 0 or known[-1] > 1):
+            return cls(False, None, (max(0.0, known[0]) - 0.02, min(1.0, known[-1]) + 0.02))
+        if form == "integer" and all(value.is_integer() for value in known):
+            step = -(-int(known[-1] - known[0] + 1) // 6)
+            marks = [value for value in known if (value - known[0]) % step == 0]
+            return cls(False, {value: f"{value:,.0f}" for value in marks})
+        if not log:
+            return cls(False)
+        low, high = known[0], known[-1]
+        if low <= 0:
+            return cls(False)
+        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+            decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+            marks = [step * 10.0**power for power in decades for step in steps]
+            marks = [mark for mark in marks if low * 0.8 <= mark <= high * 1.25]
+            if len(marks) >= 3:
+                thin = -(-len(marks) // 6)
+                return cls(True, {mark: format_value(mark, form) for mark in marks[::thin]})
+        # Too narrow for powers of ten to help.
+        return cls(False)
 
 
 @dataclass(frozen=True)
@@ -219,8 +279,8 @@ def drift_by_round(comparison: Comparison) -> Chart:
         for level, of_level in series.items()
     ]
     caption = (
-        "Sum over clients of p |d_i − d|² / |d|²: d_i is what client i changed in the arrays that are trained, d the mean "
-        "of the clients and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
+        "Sum over clients of p |dᵢ − d|² / |d|²: dᵢ is what client i changed in the arrays that are trained, d the "
+        "clients' mean and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
         f"{_intervals(comparison)}"
     )
     return Chart("drift", "Client drift", caption, [panel for panel in panels if panel.series])
@@ -252,15 +312,26 @@ def bytes_by_round(comparison: Comparison) -> Chart:
                         [of] * len(values),
                         variant=groups[0].variant,
                         line=line,
-                        markers=not line,
+                        flat=line,
                     )
                 )
         if series:
-            form = {"x_form": "integer", "y_form": "bytes", "y_log": True}
-            panels.append(Panel(title, "round", "bytes, all clients", series, "round", f"{way}_bytes", **form))  # type: ignore[arg-type]
+            panels.append(
+                Panel(
+                    title,
+                    "round",
+                    "bytes, all clients",
+                    series,
+                    "round",
+                    f"{way}_bytes",
+                    "integer",
+                    "bytes",
+                    y_log=True,
+                )
+            )
     caption = (
-        "Markers: whole messages as measured. Lines: the payload that the method's formula gives. The difference is names, "
-        "array headers, metrics and metadata. Mean over seeds and levels of privacy."
+        "Markers: whole messages as measured. Strokes and lines: the payload that the method's formula gives. The "
+        "difference is names, array headers, metrics and metadata. Mean over seeds and levels of privacy."
     )
     return Chart("bytes-rounds", "Bytes a round beside the formula", caption, panels)
 

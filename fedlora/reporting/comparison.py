@@ -215,8 +215,8 @@ def quantities(run: Run) -> dict[str, float]:
     -------
     dict of str to float
         Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``drift`` is the
-        mean over the rounds that have one; ``seconds_NAME`` is what all rounds' messages take on the links of a profile,
-        ``client_...`` describes the spread over clients.
+        mean over the rounds that have one; ``seconds_NAME`` is what all rounds' messages take on the links of a
+        profile; ``client_...`` describes the spread over clients.
     """
     summary, sent = run.summary, run.summary.communication
     row: dict[str, float | None] = {

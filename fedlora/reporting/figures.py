@@ -13,11 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from fedlora.reporting.charts import Chart, Panel, Series
+from fedlora.reporting.charts import Axis, Chart, Panel, Series
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 # Without a date and with fixed ids, the same runs give the same bytes.
-_RC = {"svg.hashsalt": "fedlora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_RC: Any = {"svg.hashsalt": "fedlora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _COLUMNS = 2
 
 
@@ -38,15 +38,15 @@ def draw(chart: Chart) -> dict[str, bytes]:
         files = {}
         for ending, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
             stream = io.BytesIO()
-            figure.savefig(stream, format=ending, **options)  # type: ignore[arg-type]
+            figure.savefig(stream, format=ending, **options)
             files[ending] = stream.getvalue()
         return files
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    if panel.x_log:
+    if panel.x_axis.log:
         axes.set_xscale("log")
-    if panel.y_log:
+    if panel.y_axis.log:
         axes.set_yscale("log")
     below = [0.0] * max(len(series.x) for series in panel.series)
     for series in panel.series:
@@ -57,11 +57,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             below = [a + b for a, b in zip(below, series.y, strict=True)]
         else:
             _draw_series(axes, series)
-    _format(axes.xaxis, panel.x_form, panel.x_log)
-    _format(axes.yaxis, panel.y_form, panel.y_log)
-    if panel.x_ticks is not None:
-        axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    _format(axes.xaxis, panel.x_form, panel.x_axis)
+    _format(axes.yaxis, panel.y_form, panel.y_axis)
+    if panel.y_axis.range is not None:
+        axes.set_ylim(*panel.y_axis.range)
     axes.set(title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
@@ -95,22 +94,23 @@ def _draw_series(axes: Axes, series: Series) -> None:
                 [x],
                 [y],
                 linestyle="none",
-                marker=style.marker.matplotlib,
-                markersize=size,
-                markeredgecolor=style.colour,
+                marker="_" if series.flat else style.marker.matplotlib,
+                markersize=12 if series.flat else size,
+                markeredgecolor="white" if not series.flat and series.variant % 2 == 0 else style.colour,
+                markeredgewidth=1.6 if series.flat else 0.6 if series.variant % 2 == 0 else 1.4,
                 markerfacecolor="white" if series.variant % 2 else style.colour,
                 alpha=1.0 if stands_out else 0.3,
             )
 
 
-def _format(axis: Any, form: str, log: bool) -> None:
-    if form == "percent":
+def _format(axis: Any, form: str, look: Axis) -> None:
+    if look.ticks is not None:
+        axis.set_ticks(list(look.ticks), list(look.ticks.values()))
+        axis.set_minor_formatter(NullFormatter())
+    elif form == "percent":
         axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
     elif form in ("bytes", "seconds"):
-        formatter = EngFormatter("B" if form == "bytes" else "s")
-        axis.set_major_formatter(formatter)
-        if log:
-            axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(EngFormatter("B" if form == "bytes" else "s"))
     elif form == "integer":
         axis.set_major_locator(MaxNLocator(integer=True))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -134,8 +134,8 @@ def _legend(chart: Chart) -> list[Line2D | Patch]:
                     [],
                     color=style.colour,
                     label=series.label,
-                    linestyle=DASHES[series.variant % len(DASHES)][0] if series.line else "none",
-                    marker=style.marker.matplotlib if series.markers else "none",
+                    linestyle=DASHES[series.variant % len(DASHES)][0] if series.line else "none",  # type: ignore[arg-type]
+                    marker="_" if series.flat else style.marker.matplotlib if series.markers else "none",
                     markerfacecolor="white" if series.variant % 2 else style.colour,
                 ),
             )

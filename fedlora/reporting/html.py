@@ -17,12 +17,13 @@ from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import Run
+from fedlora.reporting.study import Study
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 _FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent"}
 
 
-def page(comparison: Comparison, charts: Sequence[Chart], command: str, tuning: Sequence[dict[str, Any]] = ()) -> str:
+def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[Study] = ()) -> str:
     """Return the content of report.html.
 
     Parameters
@@ -32,8 +33,8 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, tuning: 
         The first is the main one.
     command : str
         What wrote the report.
-    tuning : sequence of dict
-        Learning rates that a study chose before: method, learning_rate, runs and covered.
+    studies : sequence of Study
+        Those among the folders: what they tuned, and what failed.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
@@ -42,6 +43,7 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, tuning: 
         title=_title(comparison),
         setting=_setting(comparison),
         answer=answer(comparison),
+        fewest=fewest_bytes(comparison),
         caveat=caveat(comparison),
         methods=[{"name": name, "style": style_of(name)} for name in comparison.methods],
         variants=_variants(comparison),
@@ -60,7 +62,8 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, tuning: 
         style_of=style_of,
         profiles=PROFILES,
         machines=_machines(comparison.runs),
-        tuning=tuning,
+        studies=studies,
+        value=format_value,
         command=command,
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup((folder / "report.js").read_text(encoding="utf-8")),
@@ -90,20 +93,46 @@ def mean_number(group: Group, quantity: str) -> Markup:
 
 
 def answer(comparison: Comparison) -> Markup:
-    """Say in one sentence which group is best at each level of privacy, and what it sent."""
-    better = "Lowest" if comparison.score == "perplexity" else "Highest"
-    parts = []
+    """Say in one sentence which configuration is best at each level of privacy, and what it sent."""
+    best: dict[str, list[Markup]] = {}
     for level in comparison.privacy_levels:
         first = _ranked(comparison, level)[0]
-        parts.append(
-            Markup('<span class="nowrap">{}</span>: <strong>{}</strong> with {} for {} sent').format(
-                _at(level),
-                first.label,
-                mean_number(first, comparison.score),
-                number(first.name, "total_bytes.mean", first.means["total_bytes"].mean, "bytes"),
+        best.setdefault(first.label, []).append(
+            Markup('<span class="nowrap">{} {}</span> ({}, {} sent)').format(
+                mean_number(first, comparison.score), _at(level), *_seeds_and_bytes(first)
             )
         )
-    return Markup("{} {} ").format(better, comparison.score) + Markup("; ").join(parts) + Markup(".")
+    better = "Lowest" if comparison.score == "perplexity" else "Highest"
+    clauses = [Markup("<strong>{}</strong> with {}").format(label, _listed(parts)) for label, parts in best.items()]
+    return Markup("{} {}: {}.").format(better, comparison.score, Markup("; ").join(clauses))
+
+
+def fewest_bytes(comparison: Comparison) -> Markup:
+    """Say who sends least, where that is not who is best."""
+    cheapest: dict[str, list[Markup]] = {}
+    for level in comparison.privacy_levels:
+        ranked = _ranked(comparison, level)
+        least = min(ranked, key=lambda group: group.means["total_bytes"].mean)
+        if least is not ranked[0]:
+            cheapest.setdefault(least.label, []).append(
+                Markup('<span class="nowrap">{} {}</span> ({} sent)').format(
+                    mean_number(least, comparison.score), _at(level), _seeds_and_bytes(least)[1]
+                )
+            )
+    clauses = [Markup("<strong>{}</strong> with {}").format(name, _listed(parts)) for name, parts in cheapest.items()]
+    return Markup("Fewest bytes: {}.").format(Markup("; ").join(clauses)) if clauses else Markup("")
+
+
+def _seeds_and_bytes(group: Group) -> tuple[Markup, Markup]:
+    count = len(group.runs)
+    seeds = number(group.name, "n", count, "integer") + (" seed" if count == 1 else " seeds")
+    return seeds, number(group.name, "total_bytes.mean", group.means["total_bytes"].mean, "bytes")
+
+
+def _listed(parts: Sequence[Markup | str]) -> Markup:
+    """Join with commas and a last and."""
+    *most, last = parts
+    return Markup(", ").join(most) + " and " + last if most else Markup("{}").format(last)
 
 
 def caveat(comparison: Comparison) -> Markup:
@@ -118,11 +147,9 @@ def caveat(comparison: Comparison) -> Markup:
     if single:
         parts.append(Markup("One seed ranks nothing: some configurations have no interval."))
     if open_levels:
-        parts.append(
-            Markup("{} the intervals of the best two overlap, so that these seeds do not settle the order.").format(
-                " and ".join(filter(None, [", ".join(open_levels[:-1]), open_levels[-1]])).capitalize()
-            )
-        )
+        levels = str(_listed(open_levels))
+        text = "{} the intervals of the best two overlap: these seeds do not settle the order."
+        parts.append(Markup(text).format(levels[0].upper() + levels[1:]))
     majority = [group for group in comparison.groups if "majority" in group.means]
     if majority:
         values = {round(group.means["majority"].mean, 6) for group in majority}
@@ -138,7 +165,7 @@ def caveat(comparison: Comparison) -> Markup:
 
 def _ranked(comparison: Comparison, level: str) -> list[Group]:
     groups = [group for group in comparison.groups if group.privacy == level]
-    return sorted(groups, key=lambda group: comparison.costs(group)[0])
+    return sorted(groups, key=lambda group: (comparison.costs(group)[0], comparison.costs(group)[2]))
 
 
 def _overlap(a: Mean, b: Mean) -> bool:
@@ -194,9 +221,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
         ("uplink_bytes", "up"),
         ("downlink_bytes", "down"),
         ("initial_bytes", "once"),
-        ("trainable_parameters", "trained numbers"),
+        ("trainable_parameters", "trained"),
         ("seconds_lte", "on LTE"),
-        ("seconds_broadband", "on broadband"),
         ("drift", "drift"),
     ]
     if comparison.score == "accuracy":

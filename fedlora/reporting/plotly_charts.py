@@ -6,7 +6,7 @@ import html
 import math
 from typing import Any
 
-from fedlora.reporting.charts import Panel, Series
+from fedlora.reporting.charts import Axis, Panel, Series
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 _TICKS = {
@@ -26,8 +26,8 @@ def plot(panel: Panel) -> dict[str, Any]:
     """
     data = [trace for series in panel.series for trace in (_bars if panel.bars else _traces)(series)]
     layout: dict[str, Any] = {
-        "xaxis": _axis(panel.x_title, panel.x_form, panel.x_log, panel.x_ticks),
-        "yaxis": _axis(panel.y_title, panel.y_form, panel.y_log, None),
+        "xaxis": _axis(panel.x_title, panel.x_form, panel.x_axis),
+        "yaxis": _axis(panel.y_title, panel.y_form, panel.y_axis),
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
         "showlegend": False,
         "hovermode": "closest",
@@ -57,10 +57,10 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "line": {"color": style.colour, "dash": DASHES[series.variant % len(DASHES)][1], "width": 2},
         "marker": {
             "color": style.colour,
-            "symbol": style.marker.plotly + ("-open" if series.variant % 2 else ""),
-            "size": [size * 1.5 for size in series.sizes] if series.sizes else 9,
-            "line": {"width": 1.5 if series.variant % 2 else 0},
-            "opacity": [1 if strong else 0.28 for strong in series.strong] if series.strong else 1,
+            "symbol": "line-ew-open" if series.flat else style.marker.plotly + ("-open" if series.variant % 2 else ""),
+            "size": [size * 1.4 for size in series.sizes] if series.sizes else 16 if series.flat else 9,
+            "line": {"width": 2},
+            "opacity": [0.9 if strong else 0.28 for strong in series.strong] if series.strong else 0.9,
         },
         "meta": meta,
     }
@@ -77,12 +77,12 @@ def _traces(series: Series) -> list[dict[str, Any]]:
             "symmetric": False,
             "array": [None if t is None else t - y for t, y in zip(series.high, series.y, strict=True)],
             "arrayminus": [None if b is None else y - b for b, y in zip(series.low, series.y, strict=True)],
-            "color": style.colour,
+            "color": _rgba(style.colour, 0.65),
             "thickness": 1.2,
             "width": 4,
         }
         return [points]
-    edge = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    edge: dict[str, Any] = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     fill = {"fill": "tonexty", "fillcolor": _rgba(style.colour, 0.16)}
     at, of = [series.x[i] for i in known], [series.of[i] for i in known]
     low = {**edge, "x": at, "y": _finite([series.low[i] for i in known]), "meta": {**meta, "of": of, "role": "low"}}
@@ -103,19 +103,22 @@ def _bars(series: Series) -> list[dict[str, Any]]:
     return [bars]
 
 
-def _axis(title: str, form: str, log: bool, ticks: dict[float, str] | None) -> dict[str, Any]:
+def _axis(title: str, form: str, look: Axis) -> dict[str, Any]:
     shape, suffix = _TICKS[form]
     axis: dict[str, Any] = {
         "title": {"text": title, "standoff": 8},
-        "type": "log" if log else "linear",
+        "type": "log" if look.log else "linear",
         "tickformat": shape,
         "ticksuffix": suffix,
         "automargin": True,
         "zeroline": False,
         "nticks": 6,
     }
-    if ticks is not None:
-        axis |= {"tickmode": "array", "tickvals": list(ticks), "ticktext": list(ticks.values())}
+    if look.ticks is not None:
+        axis |= {"tickmode": "array", "tickvals": list(look.ticks), "ticktext": list(look.ticks.values())}
+        axis["ticksuffix"] = ""
+    if look.range is not None:
+        axis["range"] = list(look.range)
     return axis
 
 

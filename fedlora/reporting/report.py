@@ -11,8 +11,8 @@ from fedlora.reporting.figures import draw_all
 from fedlora.reporting.files import write_files
 from fedlora.reporting.html import page
 from fedlora.reporting.runs import read_runs
-from fedlora.reporting.study import tuning
-from fedlora.reporting.tables import groups_table, runs_table, table_files
+from fedlora.reporting.study import read_studies
+from fedlora.reporting.tables import groups_shown, groups_table, runs_table, table_files
 
 
 def write_report(
@@ -43,9 +43,10 @@ def write_report(
     found = read_runs(folders)
     comparison = compare(found)
     made = charts(comparison)
-    files = {"report.html": page(comparison, made, command, tuning(folders)).encode()}
-    for name, table in (("runs", runs_table(comparison)), ("groups", groups_table(comparison))):
-        files |= {f"report/{file}": content for file, content in table_files(name, table).items()}
+    files = {"report.html": page(comparison, made, command, read_studies(folders)).encode()}
+    tables = table_files("runs", runs_table(comparison))
+    tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
+    files |= {f"report/{file}": content for file, content in tables.items()}
     files |= {f"report/figures/{file}": content for file, content in draw_all(made).items()}
     target = Path(output) if output is not None else Path(folders[0])
     write_files(target, files)

@@ -226,7 +226,10 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
-    if depth == 0:
+    if (folder / "study.toml").is_file():
+        # Beside its runs lie those of the tuning stage, which are no part of the comparison.
+        folder = folder / "runs"
+    if depth == 0 or not folder.is_dir():
         return
     for below in sorted(path for path in folder.iterdir() if path.is_dir()):
         if is_run(below) or (below.name not in _SKIPPED and not below.name.startswith(".")):

@@ -57,14 +57,27 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table_files(name: str, table: pd.DataFrame) -> dict[str, bytes]:
-    """Return a table as CSV, Parquet and Markdown, by file name."""
+def groups_shown(comparison: Comparison) -> pd.DataFrame:
+    """One line a group for people: every number as its mean and half its interval."""
+    table = groups_table(comparison)
+    columns: dict[str, list[str]] = {}
+    for name in table.columns:
+        if not name.endswith(("_low", "_high")):
+            columns[name] = [_shown(value) for value in table[name]]
+        if f"{name}_high" in table.columns:
+            halves = [_shown(half) for half in table[f"{name}_high"].astype(float) - table[name]]
+            columns[name] = [f"{m} ± {h}" if h else m for m, h in zip(columns[name], halves, strict=True)]
+    return pd.DataFrame(columns)
+
+
+def table_files(name: str, table: pd.DataFrame, shown: pd.DataFrame | None = None) -> dict[str, bytes]:
+    """Return a table as CSV, Parquet and Markdown (of ``shown``, if given), by file name."""
     parquet = io.BytesIO()
     table.to_parquet(parquet, index=False)
     return {
         f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode(),
         f"{name}.parquet": parquet.getvalue(),
-        f"{name}.md": markdown(table).encode(),
+        f"{name}.md": markdown(table if shown is None else shown).encode(),
     }
 
 

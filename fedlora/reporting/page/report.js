@@ -12,7 +12,7 @@
   const theme = () => {
     const css = getComputedStyle(document.documentElement);
     const [paper, ink, soft, grid, line] = ["paper", "ink", "soft", "grid", "line"].map((name) => css.getPropertyValue("--" + name).trim());
-    const look = { "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font.color": ink, "font.family": css.getPropertyValue("font-family") || "system-ui, sans-serif" };
+    const look = { "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font.color": ink, "font.family": getComputedStyle(document.body).fontFamily };
     for (const axis of ["xaxis", "yaxis"]) {
       look[axis + ".gridcolor"] = grid;
       look[axis + ".linecolor"] = line;
@@ -45,6 +45,7 @@
   for (const place of places) {
     const { data, layout } = plots[place.dataset.plot];
     const whole = merged(merged(layout, look), { autosize: true, dragmode: touch ? false : "zoom" });
+    for (const trace of data) if (trace.marker && !/open/.test(trace.marker.symbol ?? "")) trace.marker.line = { width: 1, color: look.hoverlabel.bgcolor };
     Plotly.newPlot(place, data, whole, { displayModeBar: false, responsive: true });
     place.on("plotly_click", (event) => choose(event.points[0].data.meta.method));
   }
