@@ -196,7 +196,8 @@ def compare(found: Found) -> Comparison:
     beside = [axis for axis in axes if axis not in ("method.name", PRIVACY)]
     groups: list[Group] = []
     variants: dict[str, list[str]] = defaultdict(list)
-    for of_seed in by_axes.values():
+    # Variants are numbered in the order of their values.
+    for of_seed in sorted(by_axes.values(), key=lambda of: _order(flat[id(next(iter(of.values())))], beside)):
         runs = [run for _, run in sorted(of_seed.items())]
         own = flat[id(runs[0])]
         label = " · ".join([runs[0].config.method.name, *(axis_label(axis, own.get(axis)) for axis in beside)])
@@ -204,7 +205,7 @@ def compare(found: Found) -> Comparison:
         if label not in known:
             known.append(label)
         groups.append(Group(runs, {axis: own.get(axis) for axis in axes}, label, known.index(label)))
-    groups.sort(key=lambda g: (g.method, g.variant, _strictness(g)))
+    groups.sort(key=lambda group: (group.method, group.variant, _strictness(group)))
     return Comparison(groups, found.unfinished, duplicates, axes, varied)
 
 
@@ -344,6 +345,12 @@ def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
 
 def _hashable(value: Value) -> Value:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _order(flat: dict[str, Value], axes: Sequence[str]) -> list[tuple[bool, float, str]]:
+    """Sort key of axes' values: numbers by size, then words."""
+    values = [flat.get(axis) for axis in axes]
+    return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in values]
 
 
 def _strictness(group: Group) -> tuple[float, str]:

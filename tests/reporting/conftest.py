@@ -18,3 +18,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = fedlora("report", runs, "--output", output)
     assert (done.code, done.err) == (0, "")
     return runs, output
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without the static figures, which take seconds to draw."""
+    monkeypatch.setattr("fedlora.reporting.report.draw_all", lambda charts: {"one.png": b"drawn"})

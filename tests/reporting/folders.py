@@ -53,7 +53,7 @@ def make_run(path: Path, number: int, overrides: dict[str, Any], *, task: str = 
                 "failed": [],
             }
         )
-    epsilon = (config.privacy.target_epsilon or 0) - float(rng.uniform(0, 0.01))
+    epsilon = (config.privacy.target_epsilon or 5.0) - float(rng.uniform(0, 0.01))
     summary = {
         "method": config.method.name,
         "seed": config.run.seed,

@@ -66,8 +66,8 @@
   all.addEventListener("click", () => { chosen.clear(); apply(); });
 
   const repaint = () => { for (const place of places) Plotly.relayout(place, theme()); };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  addEventListener("beforeprint", () => { for (const place of places) { Plotly.relayout(place, theme()); Plotly.Plots.resize(place); } });
-  addEventListener("afterprint", () => { for (const place of places) { Plotly.relayout(place, theme()); Plotly.Plots.resize(place); } });
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", repaint);
+  const fit = () => { for (const place of places) Plotly.Plots.resize(place); };
+  for (const event of ["beforeprint", "afterprint"]) addEventListener(event, fit);
   document.documentElement.dataset.ready = "true";
 })();
