@@ -23,6 +23,7 @@ from fedlora.reporting.runs import Run
 
 _SHARES = np.linspace(0, 1, 21)
 _PARTITIONS, _CLIENTS = 4, 60
+_DODGE = 1.03
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Panel:
     x_ticks : dict of float to str, optional
     bars : bool
         Series are stacked bars: x is a client, y its examples of a class.
+    dodge : bool
+        Series of equal x are drawn side by side, so that their intervals can be seen.
     """
 
     title: str
@@ -97,6 +100,13 @@ class Panel:
     y_log: bool = False
     x_ticks: dict[float, str] | None = None
     bars: bool = False
+    dodge: bool = False
+
+    def shifted(self, place: int) -> list[float]:
+        """Return x of a series as it is drawn: beside the others' where the panel says so."""
+        series = self.series[place]
+        factor = _DODGE ** (place - (len(self.series) - 1) / 2) if self.dodge else 1.0
+        return [x * factor for x in series.x]
 
     @property
     def x_axis(self) -> Axis:
@@ -203,8 +213,11 @@ def score_by_epsilon(comparison: Comparison) -> Chart | None:
         ],
         x_log=True,
         x_ticks=ticks,
+        dodge=True,
     )
-    caption = "The stricter the privacy, the further left. " + _intervals(comparison)
+    caption = "The stricter the privacy, the further left; points of one epsilon are drawn side by side. " + _intervals(
+        comparison
+    )
     return Chart("score-epsilon", f"{_title(comparison)} against epsilon", caption, [panel])
 
 

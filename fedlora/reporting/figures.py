@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib import rc_context
@@ -18,15 +19,16 @@ from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 # Without a date and with fixed ids, the same runs give the same bytes.
 _RC: Any = {"svg.hashsalt": "fedlora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-_COLUMNS = 2
 
 
 def draw(chart: Chart) -> dict[str, bytes]:
     """Draw a chart; return the content of its files by their ending, png and svg."""
     with rc_context(_RC):
-        columns = min(_COLUMNS, len(chart.panels))
+        columns = 3 if len(chart.panels) in (3, 5, 6) else min(2, len(chart.panels))
         rows = -(-len(chart.panels) // columns)
-        figure = Figure(figsize=(6.4 if columns == 1 else 4.4 * columns, 3.4 * rows + 0.8), layout="constrained")
+        figure = Figure(
+            figsize=(6.4 if columns == 1 else 8.8 if columns == 2 else 11, 3.4 * rows + 0.8), layout="constrained"
+        )
         grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for axes, panel in zip(grid, chart.panels, strict=False):
             _draw_panel(axes, panel)
@@ -49,14 +51,14 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.y_axis.log:
         axes.set_yscale("log")
     below = [0.0] * max(len(series.x) for series in panel.series)
-    for series in panel.series:
+    for place, series in enumerate(panel.series):
         if panel.bars:
             axes.bar(
                 series.x, series.y, bottom=below, color=LABEL_COLOURS[series.variant % len(LABEL_COLOURS)], width=0.85
             )
             below = [a + b for a, b in zip(below, series.y, strict=True)]
         else:
-            _draw_series(axes, series)
+            _draw_series(axes, replace(series, x=panel.shifted(place)))
     _format(axes.xaxis, panel.x_form, panel.x_axis)
     _format(axes.yaxis, panel.y_form, panel.y_axis)
     if panel.y_axis.range is not None:

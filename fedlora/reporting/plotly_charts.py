@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import replace
 from typing import Any
 
 from fedlora.reporting.charts import Axis, Panel, Series
@@ -24,7 +25,8 @@ def plot(panel: Panel) -> dict[str, Any]:
     Every trace has a ``meta``: ``method``, by which the page filters, ``of``, the groups or runs that its points stand
     for, and ``role``: points, low, high or bars.
     """
-    data = [trace for series in panel.series for trace in (_bars if panel.bars else _traces)(series)]
+    draw = _bars if panel.bars else _traces
+    data = [t for place, series in enumerate(panel.series) for t in draw(replace(series, x=panel.shifted(place)))]
     layout: dict[str, Any] = {
         "xaxis": _axis(panel.x_title, panel.x_form, panel.x_axis),
         "yaxis": _axis(panel.y_title, panel.y_form, panel.y_axis),

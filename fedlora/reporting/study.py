@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedlora.errors import InputError
+from fedlora.reporting.comparison import axis_label
 
 
 class _Content(BaseModel):
@@ -51,7 +52,7 @@ class TunedGroup(_Content):
     @property
     def label(self) -> str:
         """Values that the runs of the group have in common."""
-        return " · ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in self.values.items())
+        return " · ".join(axis_label(key, value) for key, value in self.values.items())
 
 
 class Tuning(_Content):
