@@ -15,6 +15,7 @@ from fedlora.adapters import AdaptedModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError
 from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
 from fedlora.privacy.calibration import local_steps
@@ -48,6 +49,7 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
     """
     started = time.perf_counter()
     config = run_config(contexts[0].run_config)
+    data = client_data(config)
     replies: dict[int, Message] = {}
     jobs: dict[int, ClientJob] = {}
     adapted: AdaptedModel | None = None
@@ -56,12 +58,12 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
             adapted = _model_with_initial(config, message, adapted)
             if adapted is None:
                 raise _NeedsInitialError
-            jobs[i] = _job(config, message, context)
+            jobs[i] = _job(config, data, message, context)
         except Exception as error:
             replies[i] = _error_reply(error, message)
     if jobs and adapted is not None:
         try:
-            results = train_cohort(adapted, client_data(config).train, list(jobs.values()), config)
+            results = train_cohort(adapted, data.train, list(jobs.values()), config)
         except (GuardError, BudgetError, InputError) as error:
             return [_error_reply(error, message) for message in messages]
         seconds = (time.perf_counter() - started) / len(jobs)
@@ -96,10 +98,10 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
     return adapted
 
 
-def _job(config: Config, message: Message, context: Context) -> ClientJob:
+def _job(config: Config, data: FederatedData, message: Message, context: Context) -> ClientJob:
     settings: Any = message.content["config"]
     client = int(context.node_config["partition-id"])
-    rows = client_data(config).partition[client]
+    rows = data.partition[client]
     plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
     if plan is not None:
         _ledger(context, plan).check(plan, local_steps(config, len(rows)))
@@ -181,4 +183,5 @@ def capacity(message: Message, context: Context) -> int:
     adapted = _model_with_initial(config, message, None)
     if adapted is None or adapted.device.type == "cpu":
         return 1
-    return cohort_capacity(adapted, client_data(config).train, _job(config, message, context), config)
+    data = client_data(config)
+    return cohort_capacity(adapted, data.train, _job(config, data, message, context), config)
