@@ -81,7 +81,7 @@ class Drift:
         return max(0.0, self._squares / self.total_weight / moved - 1) if moved else None
 
     def _square(self, arrays: Mapping[str, torch.Tensor]) -> float:
-        # torch.dist makes no copy of the difference: half of what averaging costs for small arrays, less for large ones.
+        # torch.dist makes no copy of the difference: less than averaging costs, for small arrays and large ones.
         return sum(float(torch.dist(array, self.start[name])) ** 2 for name, array in arrays.items())
 
 

@@ -118,7 +118,11 @@ def test_hover_shows_the_config(desktop: Visit) -> None:
 
 def test_a_click_filters_by_method(desktop: Visit) -> None:
     page = desktop.page
+    ranges = "[...document.querySelectorAll('[data-plot]')].map(p => [p.layout.xaxis.range, p.layout.yaxis.range])"
+    before = page.evaluate(ranges)
     page.click("nav button[data-method=fedit]")
+    # What is left is read on the same scale.
+    assert page.evaluate(ranges) == before
     assert {tuple(methods) for methods in shown(desktop).values()} <= {("fedit",), ()}
     assert shown(desktop)["plot-score-epsilon-0"] == ["fedit"]
     rows = page.eval_on_selector_all(

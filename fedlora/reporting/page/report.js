@@ -47,6 +47,8 @@
     const whole = merged(merged(layout, look), { autosize: true, dragmode: touch ? false : "zoom" });
     for (const trace of data) if (trace.marker && !/open/.test(trace.marker.symbol ?? "")) trace.marker.line = { width: 1, color: look.hoverlabel.bgcolor };
     Plotly.newPlot(place, data, whole, { displayModeBar: false, responsive: true });
+    // The axes stay where they are when methods go: what is left is read on the same scale.
+    Plotly.relayout(place, { "xaxis.autorange": false, "yaxis.autorange": false });
     place.on("plotly_click", (event) => choose(event.points[0].data.meta.method));
   }
 
