@@ -130,13 +130,18 @@ class PrivacySection(Section):
 
 
 class ServerSection(Section):
-    """``[server]``: sampling of clients, evaluation and patience."""
+    """``[server]``: sampling of clients, evaluation and patience.
+
+    ``evaluate_clients`` evaluates the final model on every client's own examples, in simulation only: one pass over all
+    training examples, which no epsilon covers.
+    """
 
     fraction_train: Fraction = 1.0
     min_replies: Positive = 1
     evaluate_every: Positive = 1
     batch_size: Positive = 64
     timeout: Annotated[float, Field(gt=0)] = 3600.0
+    evaluate_clients: bool = False
 
 
 class SimulationSection(Section):
@@ -148,6 +153,20 @@ class SimulationSection(Section):
     cohort_size: Positive | Literal["auto"] = "auto"
     compile: bool = False
     address: str | None = None
+
+
+class NetworkSection(Section):
+    """``[network]``: simulated links that turn the measured bytes into seconds (:mod:`fedlora.communication.links`).
+
+    Rates (10^6 bit/s) and latency (milliseconds, there and back) are medians and replace the profile's; the clients'
+    links are drawn by ``seed``, or by ``run.seed`` without it.
+    """
+
+    profile: Literal["none", "lte", "broadband", "datacenter"] = "none"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    download_mbps: Annotated[float, Field(gt=0)] | None = None
+    upload_mbps: Annotated[float, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(ge=0)] | None = None
 
 
 class TrackingSection(Section):
@@ -169,6 +188,7 @@ class Config(Section):
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
     simulation: SimulationSection = SimulationSection()
+    network: NetworkSection = NetworkSection()
     tracking: TrackingSection = TrackingSection()
 
     def to_toml(self) -> str:
@@ -242,6 +262,11 @@ def unused_keys(config: Config) -> list[str]:
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
     note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
+    note(
+        config.network.profile == "none",
+        "network.seed network.download_mbps network.upload_mbps network.latency_ms",
+        "network.profile is none",
+    )
     note(kind != "dirichlet", "data.partition.alpha", f"the partition is {kind}")
     note(kind != "pathological", "data.partition.classes_per_client", f"the partition is {kind}")
     note(kind != "shard", "data.partition.shards_per_client", f"the partition is {kind}")

@@ -113,7 +113,9 @@ def simulate(
             names = skeleton.names(method.trained)
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
         if not (path / "partition.png").exists():
-            plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
+            counts = tokens.label_counts()
+            folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
+            plot_partition(path / "partition.png", counts, tokens.label_names)
         section = resolved.simulation
 
         def keep_cohort_size(size: int) -> None:
@@ -136,7 +138,15 @@ def simulate(
         ) as grid:
             rounds = strategy(resolved) if callable(strategy) else strategy
             return run_federation(
-                resolved, grid, folder, tokens, method(resolved), training=rounds, progress=progress, started=started
+                resolved,
+                grid,
+                folder,
+                tokens,
+                method(resolved),
+                training=rounds,
+                progress=progress,
+                started=started,
+                simulated=True,
             )
     except InputError:
         if not resume:

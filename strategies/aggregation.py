@@ -51,6 +51,40 @@ class WeightedMean:
         return {name: (s / self.total_weight).to(self._dtypes[name]) for name, s in self._sums.items()}
 
 
+class Drift:
+    """How far clients move apart: sum p_i |d_i - d|^2 / |d|^2.
+
+    d_i = X_i - X is the move of client i and d = sum p_i d_i; X is what all clients start from, and the norm runs over
+    all arrays together. It is 0 where all clients agree. Streaming: it keeps sum p_i |d_i|^2, since
+    sum p_i |d_i - d|^2 = sum p_i |d_i|^2 - |d|^2. Under DP the noise is part of it; it reads only what clients release.
+
+    Parameters
+    ----------
+    start : mapping of str to torch.Tensor
+        X.
+    """
+
+    def __init__(self, start: Mapping[str, torch.Tensor]) -> None:
+        self.start = start
+        self.total_weight = self._squares = 0.0
+
+    def add(self, arrays: Mapping[str, torch.Tensor], weight: float) -> None:
+        """Add one client's arrays."""
+        self._squares += weight * self._square(arrays)
+        self.total_weight += weight
+
+    def result(self, mean: Mapping[str, torch.Tensor] | None) -> float | None:
+        """Return the drift, given the mean of the clients' arrays; None if the mean did not move."""
+        if mean is None or not self.total_weight:
+            return None
+        moved = self._square(mean)
+        return max(0.0, self._squares / self.total_weight / moved - 1) if moved else None
+
+    def _square(self, arrays: Mapping[str, torch.Tensor]) -> float:
+        # torch.dist makes no copy of the difference: less than averaging costs, for small arrays and large ones.
+        return sum(float(torch.dist(array, self.start[name])) ** 2 for name, array in arrays.items())
+
+
 def weighted_mean(clients: Iterable[tuple[Mapping[str, torch.Tensor], float]]) -> Arrays | None:
     """Weighted mean of clients' arrays, given with their weights."""
     mean = WeightedMean()

@@ -23,7 +23,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, GuardError, RunError
 from fedlora.training.cohort import learning_rate
-from strategies.aggregation import WeightedMean, in_client_order
+from strategies.aggregation import Drift, WeightedMean, in_client_order
 
 log = logging.getLogger("fedlora")
 
@@ -41,12 +41,15 @@ class RoundReport:
     metrics : dict of int to MetricRecord
         By client.
     aggregate_seconds : float
+    drift : float or None
+        See :class:`~strategies.aggregation.Drift`.
     """
 
     clients: list[int] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[int, MetricRecord] = field(default_factory=dict)
     aggregate_seconds: float = 0.0
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class FederatedStrategy(Strategy):
         self.nodes: dict[int, int] = {}
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
+        self._sent = ArrayRecord()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     @abstractmethod
@@ -158,6 +162,7 @@ class FederatedStrategy(Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
+        self._sent = arrays
         self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         config = ConfigRecord(dict(config))
         config["server-round"] = server_round
@@ -172,18 +177,21 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the clients' arrays by their numbers of examples, as the replies come."""
-        mean = WeightedMean()
+        mean, drift = WeightedMean(), Drift(decode(self._sent))
         for client, message in self.valid_replies(replies):
             started = time.perf_counter()
             try:
                 arrays, metrics = self.read(message)
-                mean.add(arrays, self.weight(metrics))
+                weight = self.weight(metrics)
+                mean.add(arrays, weight)
+                drift.add(arrays, weight)
                 self.report.metrics[client] = metrics
             except ValueError as error:
                 self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
             self.report.aggregate_seconds += time.perf_counter() - started
         started = time.perf_counter()
         result = mean.result() if len(self.report.metrics) >= self.config.server.min_replies else None
+        self.report.drift = drift.result(result)
         record = None if result is None else encode(result, wire_dtype(self.config.model.dtype))
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()

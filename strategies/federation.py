@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -21,6 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.broadcast import InitialBroadcast
+from fedlora.communication.links import link_seed, network_profile, round_network
 from fedlora.communication.meter import MeteredGrid, row_dict
 from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.config import Config
@@ -30,7 +33,7 @@ from fedlora.models import load_base
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
-from fedlora.training import evaluate
+from fedlora.training import evaluate, evaluate_clients
 from strategies.base import FederatedStrategy, RoundReport
 
 log = logging.getLogger("fedlora")
@@ -85,6 +88,7 @@ def run_federation(
     training: Strategy | None = None,
     progress: Progress | None = None,
     started: float | None = None,
+    simulated: bool = False,
 ) -> RunResult:
     """Run, or go on with, a federation.
 
@@ -105,6 +109,8 @@ def run_federation(
     progress : Progress, optional
     started : float, optional
         ``time.perf_counter()`` when the run began, if that was before this call.
+    simulated : bool
+        Whether ``data`` holds the examples that the clients train on.
 
     Returns
     -------
@@ -160,6 +166,7 @@ def run_federation(
 
     # 4. Rounds.
     trackers = open_trackers(config, folder.path)
+    network, seed = network_profile(config.network), link_seed(config)
     rounds.summary()
     progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
     for server_round in range(done + 1, config.run.rounds + 1):
@@ -200,15 +207,28 @@ def run_federation(
         checkpoint["communication"] = meter.totals
         checkpoint["strategy"] = rounds.state_dict() if isinstance(rounds, FederatedStrategy) else {}
         checkpoint.set_arrays("trained", decode(arrays))
-        folder.add_round(line, map(row_dict, meter.take_rows()), _privacy_rows(server_round, report))
+        rows = meter.take_rows()
+        line["network"] = round_network(rows, network, seed) if network is not None else None
+        folder.add_round(line, map(row_dict, rows), _privacy_rows(server_round, report))
         for show in (*trackers, progress.on_round):
             show(line)
 
     # 6. The result.
     export_peft(adapted, config, folder.path / "adapter", data.label_names)
     plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}")
+    fairness = None
+    if config.server.evaluate_clients and simulated:
+        began = time.perf_counter()
+        clients = evaluate_clients(adapted, data.train, data.partition, config.server.batch_size)
+        folder.write_clients(clients)
+        fairness = _fairness(clients, covered=config.privacy.mode == "none")
+        totals.seconds["evaluate"] += time.perf_counter() - began
+    elif config.server.evaluate_clients:
+        log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")
     totals.seconds["total"] += time.perf_counter() - clock
-    return folder.finish(summarise(config, folder, strategy, adapted, nodes, meter.totals, totals))
+    return folder.finish(
+        summarise(config, folder, strategy, adapted, nodes, meter.totals, totals) | {"fairness": fairness}
+    )
 
 
 def server_model(config: Config, data: FederatedData, strategy: FederatedStrategy) -> AdaptedModel:
@@ -264,8 +284,32 @@ def summarise(
         "trainable_parameters": sum(adapted.parameter(name)[0].numel() for name in names),
         "epsilon": epsilon,
         "communication": communication,
+        "network": _network(config, lines),
         "seconds": {name: totals.seconds[name] for name in order},
         "environment": environment(config),
+    }
+
+
+def _network(config: Config, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Add up what the rounds' messages take on the simulated links."""
+    if config.network.profile == "none":
+        return None
+    of_rounds = [line["network"]["seconds"] for line in lines]
+    return {"profile": config.network.profile, "seed": link_seed(config), "seconds": sum(of_rounds)}
+
+
+def _fairness(clients: list[dict[str, Any]], covered: bool) -> dict[str, Any]:
+    """Describe how the final model's accuracy (loss, for language models) spreads; each client counts once."""
+    name = "accuracy" if "accuracy" in clients[0] else "loss"
+    values = np.array([row[name] for row in clients])
+    return {
+        "metric": name,
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        # It is computed from the clients' examples without noise.
+        "covered": covered,
     }
 
 
@@ -279,6 +323,7 @@ def environment(config: Config) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "gpu": gpu,
         "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -288,6 +333,19 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from a source tree
         return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it; None outside of one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -363,6 +421,7 @@ def _line(
         "clients": report.clients,
         "failed": report.failed,
         "counted": counted,
+        "drift": report.drift,
         "seconds": seconds,
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -50,6 +51,8 @@ CONFIG: dict[str, Any] = {
     "method": {"name": "fed-sb", "rank": RANK},
     "client": {"batch_size": 8, "local_steps": 2},
     "privacy": {"mode": "example", "target_epsilon": TARGET, "target_delta": DELTA},
+    "server": {"evaluate_clients": True},
+    "network": {"profile": "lte", "seed": 4},
     "simulation": {"workers": 1},
 }
 
@@ -258,6 +261,58 @@ def test_the_same_seed_gives_the_same_bits(folder: Path, commanded: tuple[Path, 
     assert [without_time(line) for line in lines(first)] == [without_time(line) for line in lines(again)]
     for name in ("communication.csv", "privacy.csv", "config.toml"):
         assert (first / name).read_text() == (again / name).read_text()
+
+
+def test_rounds_say_how_far_clients_drift_and_how_long_their_messages_take(run: RunResult) -> None:
+    rows, total = table(run.folder / "communication.csv"), 0.0
+    for line in lines(run.folder):
+        assert line["drift"] > 0
+        seconds: dict[int, float] = defaultdict(float)
+        for row in rows:
+            if row["round"] == line["round"]:
+                down, up, latency = np.random.default_rng([4, row["client"], 0x4C]).standard_normal(3)
+                rate = 1e6 / 8 * (6.8 * np.exp(up) if row["direction"] == "up" else 29.0 * np.exp(down))
+                once = row["direction"] == "initial"
+                seconds[row["client"]] += row["message_bytes"] / rate
+                seconds[row["client"]] += 0 if once else 0.029 / 2 * np.exp(0.5 * latency)
+        assert len(seconds) == CLIENTS
+        network = line["network"]
+        assert network["seconds"] == pytest.approx(max(seconds.values()))
+        assert network["slowest"] == max(seconds, key=lambda client: seconds[client])
+        total += network["seconds"]
+    assert run.summary["network"] == {"profile": "lte", "seed": 4, "seconds": pytest.approx(total)}
+
+
+def test_the_final_model_is_evaluated_on_every_clients_examples(run: RunResult) -> None:
+    clients, examples = table(run.folder / "clients.csv"), defaultdict(int)
+    with (run.folder / "partition.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            examples[int(row["client"])] += int(row["examples"])
+            assert row["label"] in ("fresh", "rotten")
+    assert {row["client"]: row["examples"] for row in clients} == examples
+    assert sum(examples.values()) == 200
+    accuracies = [row["accuracy"] for row in clients]
+    for row in clients:
+        right = row["accuracy"] * row["examples"]
+        assert right == pytest.approx(round(right), abs=1e-9)
+    fairness = run.summary["fairness"]
+    assert (fairness["min"], fairness["max"]) == (min(accuracies), max(accuracies))
+    assert fairness["std"] == pytest.approx(np.std(accuracies))
+    assert fairness["covered"] is False
+
+
+def test_a_report_compares_the_runs(folder: Path, tmp_path: Path) -> None:
+    runs = [simulated(folder, method) for method in METHODS]
+    done = fedlora("report", *(run.folder for run in runs), "--output", tmp_path / "report")
+    assert (done.code, done.err) == (0, "")
+    with (tmp_path / "report" / "report" / "runs.csv").open() as stream:
+        rows = {row["method"]: row for row in csv.DictReader(stream)}
+    for run in runs:
+        row = rows[run.summary["method"]]
+        assert float(row["accuracy"]) == pytest.approx(run.summary["final"]["accuracy"])
+        assert float(row["seconds_lte"]) > 0
+        assert float(row["uplink_bytes"]) == run.summary["communication"]["uplink_bytes"]
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10**6
 
 
 def test_the_command_and_the_function_give_the_same_summary(folder: Path, commanded: tuple[Path, str]) -> None:

@@ -1,9 +1,10 @@
-"""The command line: ``fedlora run | study | export | methods | assets``."""
+"""The command line: ``fedlora run | study | report | export | methods | assets``."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,6 +104,24 @@ def study(
     except KeyboardInterrupt:
         raise RunError("stopped; the same command goes on") from None
     display.summary(state, folder)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, studies, or folders of runs.")],
+    output: Annotated[Path | None, typer.Option(help="Where to; the first DIR unless told.")] = None,
+) -> None:
+    """Compare runs: tables, figures, and a page that works without a network."""
+    from fedlora.reporting import write_report
+
+    command = shlex.join(["fedlora", *sys.argv[1:]])
+    page, comparison = write_report(folders, output, command)
+    for run in comparison.unfinished:
+        typer.echo(f"left out, not finished: {run.folder}")
+    for duplicate in comparison.duplicates:
+        typer.echo(f"left out, the same run again: {duplicate.folder}")
+    typer.echo(f"{len(comparison.runs)} runs, {len(comparison.groups)} configurations")
+    typer.echo(page)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from fedlora.errors import InputError
 from fedlora.results.checkpoint import Checkpoint
 
 COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
+CLIENTS = ("client", "examples", "loss", "accuracy")
+PARTITION = ("client", "name", "label", "examples")
 PRIVACY = ("round", "client", "steps", "sample_rate", "noise_multiplier", "epsilon", "delta")
 
 
@@ -162,6 +164,25 @@ class RunFolder:
         for file, lines in new.items():
             self._append(file, lines)
 
+    def write_partition(
+        self, clients: Sequence[str], labels: Sequence[str] | None, counts: Sequence[Sequence[int]]
+    ) -> None:
+        """Write partition.csv: how many examples of each class each client has; one class without a name, if none."""
+        rows = (
+            {"client": client, "name": name, "label": labels[i] if labels else "", "examples": count}
+            for client, (name, of_client) in enumerate(zip(clients, counts, strict=True))
+            for i, count in enumerate(of_client)
+        )
+        self._write_csv("partition.csv", PARTITION, rows)
+
+    def write_clients(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write clients.csv: how good the final model is on each client's own examples."""
+        self._write_csv("clients.csv", CLIENTS, rows)
+
+    def _write_csv(self, file: str, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(f"{line}\n" for line in [",".join(columns), *_csv_lines(columns, rows)])
+        write_atomically(self.path / file, text)
+
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and mark the run as done."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -220,7 +241,7 @@ def _csv_lines(columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> l
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writerows(rows)
-    return stream.getvalue().splitlines()
+    return stream.getvalue().split("\n")[:-1]
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

@@ -1,6 +1,6 @@
 """Local training of a cohort of clients in one pass, under DP-SGD or not, and evaluation."""
 
 from fedlora.training.cohort import ClientJob, ClientResult, train_cohort
-from fedlora.training.evaluation import evaluate
+from fedlora.training.evaluation import evaluate, evaluate_clients
 
-__all__ = ["ClientJob", "ClientResult", "evaluate", "train_cohort"]
+__all__ = ["ClientJob", "ClientResult", "evaluate", "evaluate_clients", "train_cohort"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapters import lora, sb
-from strategies.aggregation import WeightedMean, weighted_mean
+from strategies.aggregation import Drift, WeightedMean, weighted_mean
 
 cases = st.fixed_dictionaries(
     {
@@ -111,3 +112,28 @@ def test_a_client_of_weight_nothing_does_not_count(case):
     # Only the ratios of weights matter.
     scaled = weighted_mean(zip(clients, [w / 7 for w in f.weights], strict=True))
     torch.testing.assert_close(scaled["x"], mean["x"], rtol=0, atol=1e-13)
+
+
+@given(cases)
+def test_streamed_drift_is_its_definition(case):
+    f = Federation(case)
+    start = {name: f.draw(f.m, f.n) for name in "xy"}
+    clients = [{name: a + f.draw(f.m, f.n) for name, a in start.items()} for _ in f.p]
+    drift, flat = Drift(start), lambda arrays: torch.cat([arrays[name].flatten() for name in start])
+    for client, weight in zip(clients, f.weights, strict=True):
+        drift.add(client, weight)
+    moves = [flat(client) - flat(start) for client in clients]
+    mean = sum(p * move for p, move in zip(f.p, moves, strict=True))
+    spread = sum(p * (move - mean).square().sum() for p, move in zip(f.p, moves, strict=True))
+    found = drift.result(weighted_mean(zip(clients, f.weights, strict=True)))
+    assert found == pytest.approx(float(spread / mean.square().sum()), rel=1e-9, abs=1e-9)
+
+
+def test_clients_that_agree_do_not_drift_and_a_mean_at_rest_has_no_drift():
+    start = {"x": torch.zeros(3)}
+    drift = Drift(start)
+    assert drift.result(None) is None
+    for weight in (1, 5):
+        drift.add({"x": torch.ones(3)}, weight)
+    assert drift.result({"x": torch.ones(3)}) < 1e-12
+    assert drift.result(start) is None

@@ -1,0 +1,371 @@
+"""What runs differ in, which of them only repeat each other with another seed, and the numbers of both."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from fedlora.communication.links import PROFILES, link_seed, network_profile, round_network
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.reporting.runs import Found, Run, Unfinished, score_name
+
+# Where a run ran and what it is called do not change what it is.
+_NOT_AXES = (
+    "run.name",
+    "run.seed",
+    "simulation.",
+    "tracking.",
+    "network.",
+    "server.timeout",
+    "server.evaluate_clients",
+)
+_PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
+PRIVACY = "privacy"
+"""The axis that stands for the mode and its target."""
+
+Value = Any
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95 % interval.
+
+    Attributes
+    ----------
+    mean : float
+    half : float or None
+        Half the width of the interval by Student's t distribution; None for a single value.
+    n : int
+    """
+
+    mean: float
+    half: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Average one or more values."""
+        n = len(values)
+        mean = math.fsum(values) / n
+        if n == 1:
+            return cls(mean, None, 1)
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        return cls(mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return None if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return None if self.half is None else self.mean + self.half
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone.
+
+    Attributes
+    ----------
+    runs : list of Run
+        In the order of their seeds.
+    axes : dict of str to object
+        Values of the axes.
+    label : str
+        Method and the axes' values, privacy apart.
+    variant : int
+        0, 1, ... among the method's groups that differ beside privacy.
+    """
+
+    runs: list[Run]
+    axes: dict[str, Value]
+    label: str
+    variant: int
+
+    @property
+    def method(self) -> str:
+        """Method of all its runs."""
+        return self.runs[0].config.method.name
+
+    @property
+    def privacy(self) -> str:
+        """Privacy of all its runs: epsilon and a number, sigma and a number, or no privacy."""
+        return privacy_label(self.runs[0].config)
+
+    @property
+    def name(self) -> str:
+        """Label and privacy."""
+        return f"{self.label} · {self.privacy}"
+
+    @cached_property
+    def means(self) -> dict[str, Mean]:
+        """Mean of every quantity that all its runs have."""
+        rows = [quantities(run) for run in self.runs]
+        return {name: Mean.of([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report says.
+
+    Attributes
+    ----------
+    groups : list of Group
+    unfinished : list of Unfinished
+    duplicates : list of Run
+        Left out: their config, seed included, is that of another run.
+    axes : list of str
+        Config keys that tell groups apart; ``privacy`` stands for its mode and target.
+    varied : list of str
+        All config keys in which runs differ.
+    front : list of Group
+        Those that no other beats in score, epsilon and bytes at once.
+    """
+
+    groups: list[Group]
+    unfinished: list[Unfinished]
+    duplicates: list[Run]
+    axes: list[str]
+    varied: list[str]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, group by group."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def score(self) -> str:
+        """Return what groups are judged by: accuracy (higher is better) or perplexity (lower is better)."""
+        return score_name(self.groups[0].runs[0].config)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods in the order of the groups."""
+        return list(dict.fromkeys(group.method for group in self.groups))
+
+    @property
+    def privacy_levels(self) -> list[str]:
+        """Labels of privacy, from the strictest to none."""
+        levels = {group.privacy: _strictness(group) for group in self.groups}
+        return sorted(levels, key=lambda label: levels[label])
+
+    @cached_property
+    def front(self) -> list[Group]:
+        """Groups that no other is at least as good as in score, epsilon and bytes, and better in one."""
+        return [self.groups[i] for i in pareto([self.costs(group) for group in self.groups])]
+
+    def costs(self, group: Group) -> tuple[float, float, float]:
+        """Return score (negated where higher is better), epsilon and bytes: lower is better."""
+        score = group.means[self.score].mean
+        return (-score if self.score == "accuracy" else score, group_epsilon(group), group.means["total_bytes"].mean)
+
+
+def compare(found: Found) -> Comparison:
+    """Sort runs into groups.
+
+    Raises
+    ------
+    InputError
+        If they are of different tasks.
+    """
+    tasks = {run.config.model.task: run for run in found.runs}
+    if len(tasks) > 1:
+        shown = " and ".join(f"{run.name} ({task})" for task, run in tasks.items())
+        raise InputError("DIR", shown, "runs of different tasks cannot be compared; report on each task alone")
+    flat = {id(run): flatten(run.config) for run in found.runs}
+    varied = _varied([flat[id(run)] for run in found.runs])
+    axes = _independent([flat[id(run)] for run in found.runs], varied)
+    by_axes: dict[tuple[Value, ...], dict[int, Run]] = defaultdict(dict)
+    duplicates = []
+    for run in found.runs:
+        same = by_axes[tuple(_hashable(flat[id(run)].get(axis)) for axis in axes)]
+        if run.config.run.seed in same:
+            duplicates.append(run)
+        else:
+            same[run.config.run.seed] = run
+    beside = [axis for axis in axes if axis not in ("method.name", PRIVACY)]
+    groups: list[Group] = []
+    variants: dict[str, list[str]] = defaultdict(list)
+    # Variants are numbered in the order of their values.
+    for of_seed in sorted(by_axes.values(), key=lambda of: _order(flat[id(next(iter(of.values())))], beside)):
+        runs = [run for _, run in sorted(of_seed.items())]
+        own = flat[id(runs[0])]
+        label = " · ".join([runs[0].config.method.name, *(axis_label(axis, own.get(axis)) for axis in beside)])
+        known = variants[runs[0].config.method.name]
+        if label not in known:
+            known.append(label)
+        groups.append(Group(runs, {axis: own.get(axis) for axis in axes}, label, known.index(label)))
+    groups.sort(key=lambda group: (group.method, group.variant, _strictness(group)))
+    return Comparison(groups, found.unfinished, duplicates, axes, varied)
+
+
+def quantities(run: Run) -> dict[str, float]:
+    """Return every number of a run, by the name that tables and figures use.
+
+    Returns
+    -------
+    dict of str to float
+        Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``drift`` is the
+        mean over the rounds that have one; ``seconds_NAME`` is what all rounds' messages take on the links of a
+        profile; ``client_...`` describes the spread over clients.
+    """
+    summary, sent = run.summary, run.summary.communication
+    row: dict[str, float | None] = {
+        "accuracy": summary.final.accuracy,
+        "macro_f1": summary.final.macro_f1,
+        "majority": summary.final.majority,
+        "perplexity": summary.final.perplexity,
+        "loss": summary.final.loss,
+        "epsilon_max": summary.epsilon.max if summary.epsilon else None,
+        "epsilon_mean": summary.epsilon.mean if summary.epsilon else None,
+        "total_bytes": sent.initial_bytes + sent.downlink_bytes + sent.uplink_bytes,
+        "uplink_bytes": sent.uplink_bytes,
+        "downlink_bytes": sent.downlink_bytes,
+        "initial_bytes": sent.initial_bytes,
+        "payload_bytes": sent.payload_bytes,
+        "formula_bytes": sent.formula_bytes,
+        "trainable_parameters": summary.trainable_parameters,
+        "drift": _mean_or_none(line.drift for line in run.rounds),
+        "wall_seconds": summary.seconds.get("total"),
+    }
+    for name in network_names(run):
+        row[f"seconds_{name}"] = math.fsum(network_seconds(run, name))
+    values = client_scores(run)
+    if values:
+        row |= {
+            "client_mean": float(np.mean(values)),
+            "client_std": float(np.std(values)),
+            "client_min": min(values),
+            "client_max": max(values),
+        }
+    return {name: float(value) for name, value in row.items() if value is not None}
+
+
+def client_scores(run: Run) -> list[float]:
+    """Accuracy of the final model on each client's own examples (loss, for language models); empty if not measured."""
+    return [line.loss if line.accuracy is None else line.accuracy for line in run.clients]
+
+
+def network_names(run: Run) -> list[str]:
+    """Return the link profiles of which a report speaks: all, and ``config`` where the run changed one of them."""
+    section = run.config.network
+    own = section.profile != "none" and network_profile(section) != PROFILES[section.profile]
+    return [*PROFILES, *(["config"] if own else [])]
+
+
+def network_seconds(run: Run, name: str) -> list[float]:
+    """Seconds of each round's messages on the links of a profile, drawn by the run's seed."""
+    profile = network_profile(run.config.network) if name == "config" else PROFILES[name]
+    assert profile is not None
+    by_round: dict[int, list[Any]] = defaultdict(list)
+    for row in run.messages:
+        by_round[row.round].append(row)
+    return [round_network(rows, profile, link_seed(run.config))["seconds"] for _, rows in sorted(by_round.items())]
+
+
+def group_epsilon(group: Group) -> float:
+    """Mean of the largest epsilon of a client; infinite without privacy."""
+    return group.means["epsilon_max"].mean if "epsilon_max" in group.means else math.inf
+
+
+def privacy_label(config: Config) -> str:
+    """Name a run's privacy."""
+    privacy = config.privacy
+    if privacy.mode == "none":
+        return "no privacy"
+    if privacy.target_epsilon is not None:
+        return f"ε {privacy.target_epsilon:g}"
+    return f"σ {privacy.noise_multiplier:g}"
+
+
+def axis_label(axis: str, value: Value) -> str:
+    """Name an axis' value in a few characters: rank 8, α 0.5, 10 clients."""
+    if axis == "method.name" or (axis, value) == ("privacy.mode", "example"):
+        return str(value)
+    if (axis, value) == ("privacy.mode", "none"):
+        return "no privacy"
+    if axis == "privacy.target_epsilon":
+        return f"ε {value:g}" if isinstance(value, int | float) else f"ε {value}"
+    if axis == "data.partition.clients":
+        return f"{value} clients"
+    if axis == "data.partition.alpha":
+        return f"α {value}"
+    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(value)
+    return f"{axis.rpartition('.')[2].replace('_', ' ')} {shown}"
+
+
+def flatten(config: Config) -> dict[str, Value]:
+    """Return a config's values by ``section.key``, with ``privacy`` for its mode and target."""
+    flat: dict[str, Value] = {}
+
+    def visit(content: dict[str, Any], prefix: str) -> None:
+        for key, value in content.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    visit(config.model_dump(), "")
+    return flat | {PRIVACY: privacy_label(config)}
+
+
+def pareto(costs: Sequence[tuple[float, ...]]) -> list[int]:
+    """Return the places of those that no other dominates: as low in all costs, and lower in one."""
+
+    def dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return [i for i, own in enumerate(costs) if not any(dominates(other, own) for other in costs)]
+
+
+def _varied(flat: list[dict[str, Value]]) -> list[str]:
+    keys = [key for key in flat[0] if not key.startswith(_NOT_AXES) and key not in _PRIVACY]
+    # What decides most comes first; a tuned rate follows from the rest.
+    order = ["method.name", PRIVACY, *keys, "client.learning_rate"]
+    keys = [key for key in dict.fromkeys(order) if key != "client.learning_rate"] + ["client.learning_rate"]
+    return [key for key in keys if len({_hashable(row.get(key)) for row in flat}) > 1]
+
+
+def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
+    """Drop keys whose value follows from the others', as a learning rate that is tuned for each method does."""
+    kept = list(varied)
+    for key in reversed(varied):
+        rest = [other for other in kept if other != key]
+        values: dict[tuple[Value, ...], set[Value]] = defaultdict(set)
+        for row in flat:
+            values[tuple(_hashable(row.get(other)) for other in rest)].add(_hashable(row.get(key)))
+        if key != "method.name" and rest and all(len(found) == 1 for found in values.values()):
+            kept = rest
+    return kept
+
+
+def _hashable(value: Value) -> Value:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _order(flat: dict[str, Value], axes: Sequence[str]) -> list[tuple[bool, float, str]]:
+    """Sort key of axes' values: numbers by size, then words."""
+    values = [flat.get(axis) for axis in axes]
+    return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in values]
+
+
+def _strictness(group: Group) -> tuple[float, str]:
+    """Sort privacy: by epsilon as asked for or measured, none last."""
+    target = group.runs[0].config.privacy.target_epsilon
+    private = group.runs[0].config.privacy.mode != "none"
+    return (target if private and target is not None else group_epsilon(group), group.privacy)
+
+
+def _mean_or_none(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -1,0 +1,84 @@
+"""Writing a report without touching anything of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.errors import InputError
+
+MANIFEST = "report/files.json"
+"""Names what an earlier report wrote here, with SHA-256, so that it may be replaced; nothing else is."""
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files below a folder, in place of an earlier report's.
+
+    Parameters
+    ----------
+    folder : Path
+    files : mapping of str to bytes
+        By path below the folder.
+
+    Raises
+    ------
+    InputError
+        If a file is there that no earlier report wrote, or that was changed since; nothing is written then.
+    """
+    try:
+        earlier = _earlier(folder)
+        for name in files:
+            path = folder / name
+            if path.is_symlink() or (path.exists() and _sha256(path) not in earlier.get(name, [])):
+                remedy = f"{name} is there and is not what an earlier report wrote; move it, or choose another --output"
+                raise InputError("--output", str(folder), remedy)
+        new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+        # Until all is written the list knows old and new: a report that was interrupted can be written again.
+        both = {name: earlier.get(name, []) + new.get(name, []) for name in earlier | new}
+        _replace(folder / MANIFEST, json.dumps(both).encode())
+        for name, content in files.items():
+            _replace(folder / name, content)
+        for name in earlier.keys() - files.keys():
+            path = folder / name
+            if path.is_file() and not path.is_symlink() and _sha256(path) in earlier[name]:
+                path.unlink()
+        _replace(folder / MANIFEST, json.dumps(new, indent=1).encode())
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another --output"
+        raise InputError("--output", str(folder), remedy) from None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _earlier(folder: Path) -> dict[str, list[str]]:
+    """Return what an earlier report wrote: path to the digests that it may have."""
+    if (folder / "report" / "config.toml").exists():
+        raise InputError(
+            "--output", str(folder), "has a run named report, where tables would go; choose another --output"
+        )
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        content = TypeAdapter(dict[str, list[str]]).validate_json(path.read_bytes())
+    except ValidationError:
+        remedy = f"{MANIFEST} is not what an earlier report wrote; move it, or choose another --output"
+        raise InputError("--output", str(folder), remedy) from None
+    # A name that leads out of the folder is nobody's report.
+    return {name: known for name, known in content.items() if not {"..", "/"} & set(Path(name).parts)}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,258 @@
+"""The page: one file that needs no network, with every number marked with what it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from fedlora.communication.links import PROFILES
+from fedlora.reporting.charts import Chart, format_value
+from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities
+from fedlora.reporting.plotly_charts import plot
+from fedlora.reporting.runs import Run
+from fedlora.reporting.study import Study
+from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
+
+_FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent"}
+
+
+def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[Study] = ()) -> str:
+    """Return the content of report.html.
+
+    Parameters
+    ----------
+    comparison : Comparison
+    charts : sequence of Chart
+        The first is the main one.
+    command : str
+        What wrote the report.
+    studies : sequence of Study
+        Those among the folders: what they tuned, and what failed.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = files("fedlora.reporting") / "page"
+    plots = {f"{chart.name}-{i}": plot(panel) for chart in charts for i, panel in enumerate(chart.panels)}
+    return environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8")).render(
+        title=_title(comparison),
+        setting=_setting(comparison),
+        answer=answer(comparison),
+        fewest=fewest_bytes(comparison),
+        caveat=caveat(comparison),
+        methods=[{"name": name, "style": style_of(name)} for name in comparison.methods],
+        variants=_variants(comparison),
+        charts=charts,
+        comparison=comparison,
+        columns=_columns(comparison),
+        front={group.name for group in comparison.front},
+        cell=_cell,
+        number=number,
+        quantities=quantities,
+        flatten=flatten,
+        form=_form,
+        beside=[key for key in comparison.varied if key not in ("method.name", "privacy")],
+        shown=lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
+        label_colours=LABEL_COLOURS,
+        style_of=style_of,
+        profiles=PROFILES,
+        machines=_machines(comparison.runs),
+        studies=studies,
+        value=format_value,
+        command=command,
+        css=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        script=Markup((folder / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        plots=Markup(json.dumps(plots, allow_nan=False).replace("<", "\\u003c")),
+    )
+
+
+def number(of: str, quantity: str, value: float, form: str = "number") -> Markup:
+    """Mark a number with whose it is (``data-of``) and what (``data-q``); ``value`` has all its digits."""
+    mark = Markup('<data value="{}" data-of="{}" data-q="{}" data-form="{}">{}</data>')
+    return mark.format(repr(float(value)), of, quantity, form, format_value(value, form))
+
+
+def mean_number(group: Group, quantity: str) -> Markup:
+    """Return a group's mean with its interval."""
+    mean, form = group.means[quantity], _form(quantity)
+    shown = number(group.name, f"{quantity}.mean", mean.mean, form)
+    if mean.half is None:
+        return shown
+    return (
+        shown
+        + Markup(' <span class="half">± ')
+        + number(group.name, f"{quantity}.half", mean.half, form)
+        + Markup("</span>")
+    )
+
+
+def answer(comparison: Comparison) -> Markup:
+    """Say in one sentence which configuration is best at each level of privacy, and what it sent."""
+    best: dict[str, list[Markup]] = {}
+    for level in comparison.privacy_levels:
+        first = _ranked(comparison, level)[0]
+        best.setdefault(first.label, []).append(
+            Markup('<span class="nowrap">{} {}</span> ({}, {} sent)').format(
+                mean_number(first, comparison.score), _at(level), *_seeds_and_bytes(first)
+            )
+        )
+    better = "Lowest" if comparison.score == "perplexity" else "Highest"
+    clauses = [Markup("<strong>{}</strong> with {}").format(label, _listed(parts)) for label, parts in best.items()]
+    return Markup("{} {}: {}.").format(better, comparison.score, Markup("; ").join(clauses))
+
+
+def fewest_bytes(comparison: Comparison) -> Markup:
+    """Say who sends least, where that is not who is best."""
+    cheapest: dict[str, list[Markup]] = {}
+    for level in comparison.privacy_levels:
+        ranked = _ranked(comparison, level)
+        least = min(ranked, key=lambda group: group.means["total_bytes"].mean)
+        if least is not ranked[0]:
+            cheapest.setdefault(least.label, []).append(
+                Markup('<span class="nowrap">{} {}</span> ({} sent)').format(
+                    mean_number(least, comparison.score), _at(level), _seeds_and_bytes(least)[1]
+                )
+            )
+    clauses = [Markup("<strong>{}</strong> with {}").format(name, _listed(parts)) for name, parts in cheapest.items()]
+    return Markup("Fewest bytes: {}.").format(Markup("; ").join(clauses)) if clauses else Markup("")
+
+
+def _seeds_and_bytes(group: Group) -> tuple[Markup, Markup]:
+    count = len(group.runs)
+    seeds = number(group.name, "n", count, "integer") + (" seed" if count == 1 else " seeds")
+    return seeds, number(group.name, "total_bytes.mean", group.means["total_bytes"].mean, "bytes")
+
+
+def _listed(parts: Sequence[Markup | str]) -> Markup:
+    """Join with commas and a last and."""
+    *most, last = parts
+    return Markup(", ").join(most) + " and " + last if most else Markup("{}").format(last)
+
+
+def caveat(comparison: Comparison) -> Markup:
+    """Say how far the order can be trusted: where intervals overlap, and what guessing gives."""
+    parts: list[Markup] = []
+    single = [group for group in comparison.groups if len(group.runs) == 1]
+    open_levels = []
+    for level in comparison.privacy_levels:
+        ranked = _ranked(comparison, level)
+        if len(ranked) > 1 and _overlap(*(group.means[comparison.score] for group in ranked[:2])):
+            open_levels.append(_at(level))
+    if single:
+        parts.append(Markup("One seed ranks nothing: some configurations have no interval."))
+    if open_levels:
+        levels = str(_listed(open_levels))
+        text = "{} the intervals of the best two overlap: these seeds do not settle the order."
+        parts.append(Markup(text).format(levels[0].upper() + levels[1:]))
+    majority = [group for group in comparison.groups if "majority" in group.means]
+    if majority:
+        values = {round(group.means["majority"].mean, 6) for group in majority}
+        if len(values) == 1:
+            group = majority[0]
+            parts.append(
+                Markup("Always naming the largest class gives {}.").format(
+                    number(group.name, "majority.mean", group.means["majority"].mean, "percent")
+                )
+            )
+    return Markup(" ").join(parts)
+
+
+def _ranked(comparison: Comparison, level: str) -> list[Group]:
+    groups = [group for group in comparison.groups if group.privacy == level]
+    return sorted(groups, key=lambda group: (comparison.costs(group)[0], comparison.costs(group)[2]))
+
+
+def _overlap(a: Mean, b: Mean) -> bool:
+    return a.half is not None and b.half is not None and abs(a.mean - b.mean) <= a.half + b.half
+
+
+def _at(level: str) -> str:
+    return "without privacy" if level == "no privacy" else f"at {level}"
+
+
+def _title(comparison: Comparison) -> str:
+    *most, last = comparison.methods
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _setting(comparison: Comparison) -> list[str]:
+    """What all runs have in common, in a few words."""
+    flat = [flatten(run.config) for run in comparison.runs]
+
+    def common(key: str) -> Any:
+        values = {str(row[key]) for row in flat}
+        return flat[0][key] if len(values) == 1 else None
+
+    words = [common("model.name"), common("data.name"), common("data.partition.kind")]
+    clients, rounds = {run.summary.clients for run in comparison.runs}, common("run.rounds")
+    words += [f"{min(clients)} clients" if len(clients) == 1 else None, f"{rounds} rounds" if rounds else None]
+    return [str(word) for word in words if word]
+
+
+def _variants(comparison: Comparison) -> list[dict[str, Any]]:
+    """Lines and markers of methods with several variants, for the legend."""
+    counts = Counter({method: 0 for method in comparison.methods})
+    seen: dict[str, dict[str, Any]] = {}
+    for group in comparison.groups:
+        if group.label not in seen:
+            counts[group.method] += 1
+            dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
+            seen[group.label] = {
+                "label": group.label,
+                "method": group.method,
+                "colour": style_of(group.method).colour,
+                "dash": dash,
+            }
+    return list(seen.values()) if max(counts.values()) > 1 else []
+
+
+def _columns(comparison: Comparison) -> list[tuple[str, str]]:
+    """Quantities of the table of groups, with their titles."""
+    wanted = [
+        (comparison.score, f"test {comparison.score}"),
+        ("epsilon_max", "epsilon"),
+        ("total_bytes", "sent"),
+        ("uplink_bytes", "up"),
+        ("downlink_bytes", "down"),
+        ("initial_bytes", "once"),
+        ("trainable_parameters", "trained"),
+        ("seconds_lte", "on LTE"),
+        ("drift", "drift"),
+    ]
+    if comparison.score == "accuracy":
+        wanted.append(("client_min", "lowest client"))
+    return [(name, title) for name, title in wanted if any(name in group.means for group in comparison.groups)]
+
+
+def _cell(group: Group, quantity: str) -> Markup:
+    if quantity not in group.means:
+        return Markup("–")
+    if quantity in ("accuracy", "perplexity", "client_min"):
+        return mean_number(group, quantity)
+    return number(group.name, f"{quantity}.mean", group.means[quantity].mean, _form(quantity))
+
+
+def _form(quantity: str) -> str:
+    if quantity in _FORMS or quantity.startswith("client_"):
+        return "percent"
+    if quantity.endswith("_bytes"):
+        return "bytes"
+    if "seconds" in quantity:
+        return "seconds"
+    return "integer" if quantity == "trainable_parameters" else "number"
+
+
+def _machines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Environments without their commands, each with its runs."""
+    machines: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        content = run.summary.environment.model_dump(exclude={"command"})
+        machine = machines.setdefault(json.dumps(content, sort_keys=True), {**content, "runs": []})
+        machine["runs"].append(run.name)
+    return list(machines.values())

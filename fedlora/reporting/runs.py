@@ -1,0 +1,316 @@
+"""Finding run folders, and reading what they say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedlora.config import Config, load_config
+from fedlora.errors import InputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+_SKIPPED = ("tuning", "report", "checkpoint", "adapter")
+_DEPTH = 4
+
+
+class _Content(BaseModel):
+    """What is read of a file; more may be in it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Metrics(_Content):
+    """How good a model is; which fields there are depends on the task."""
+
+    loss: float
+    accuracy: Share | None = None
+    macro_f1: Share | None = None
+    majority: Share | None = None
+    perplexity: float | None = None
+
+
+class Epsilon(_Content):
+    """Privacy spent by the clients."""
+
+    max: Annotated[float, Field(ge=0)]
+    mean: Annotated[float, Field(ge=0)]
+    delta: float
+    accountant: str
+    covers_init: bool
+
+
+class Communication(_Content):
+    """Bytes of all messages so far."""
+
+    initial_bytes: Count
+    downlink_bytes: Count
+    uplink_bytes: Count
+    payload_bytes: Count
+    formula_bytes: Count
+
+
+class Environment(_Content):
+    """Where a run ran."""
+
+    python: str = ""
+    platform: str = ""
+    processor: str = ""
+    gpu: str | None = None
+    versions: dict[str, str | None] = {}
+    command: str = ""
+    commit: str | None = None
+
+
+class Summary(_Content):
+    """summary.json."""
+
+    method: str
+    seed: int
+    rounds: Count
+    clients: Count
+    final: Metrics
+    trainable_parameters: Count
+    epsilon: Epsilon | None
+    communication: Communication
+    seconds: dict[str, float]
+    environment: Environment
+
+
+class RoundLine(_Content):
+    """A line of rounds.jsonl; ``metrics`` is empty in rounds without evaluation."""
+
+    round: Count
+    metrics: dict[str, Any]
+    drift: float | None = None
+
+    def score(self, name: str) -> float | None:
+        """Return a metric, where this round has it as a number."""
+        value = self.metrics.get(name)
+        return float(value) if isinstance(value, int | float) else None
+
+
+class MessageLine(_Content):
+    """A line of communication.csv."""
+
+    round: Count
+    client: int
+    direction: Annotated[str, Field(pattern="^(initial|down|up)$")]
+    payload_bytes: Count
+    message_bytes: Count
+    formula_bytes: Count
+
+
+class ClientLine(_Content):
+    """A line of clients.csv."""
+
+    client: Count
+    examples: Count
+    loss: float
+    accuracy: Share | None = None
+
+
+class PartitionLine(_Content):
+    """A line of partition.csv."""
+
+    client: Count
+    name: str
+    label: str
+    examples: Count
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes
+    ----------
+    name : str
+        Its folder's name; with the folders above, where two have one name.
+    folder : Path
+    config : Config
+    summary : Summary
+    rounds : list of RoundLine
+    messages : list of MessageLine
+    clients, partition : list
+        Empty where the run did not write them.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    summary: Summary
+    rounds: list[RoundLine]
+    messages: list[MessageLine]
+    clients: list[ClientLine]
+    partition: list[PartitionLine]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that has no summary yet."""
+
+    name: str
+    folder: Path
+    rounds_done: int
+    rounds: int | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in the folders that were given."""
+
+    runs: list[Run]
+    unfinished: list[Unfinished]
+
+
+def read_runs(folders: Sequence[str | Path]) -> Found:
+    """Read every run in folders, each a run, a study or a folder of them.
+
+    Folders named tuning, report, checkpoint and adapter, and hidden ones, are not searched.
+
+    Raises
+    ------
+    InputError
+        If a folder is missing or holds no run, a run's files are damaged, or no run is finished.
+    """
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        path = Path(folder)
+        try:
+            there = path.is_dir()
+        except (OSError, ValueError):
+            there = False
+        if not there:
+            raise InputError(
+                "DIR", str(folder), "there is no such folder; give a run folder, a study, or a folder of runs"
+            )
+        found = dict.fromkeys(each.resolve() for each in _run_folders(path, _DEPTH))
+        if not found:
+            raise InputError("DIR", str(folder), "holds no run; give a run folder, a study, or a folder of runs")
+        paths |= found
+    names = _names(list(paths))
+    runs: list[Run] = []
+    unfinished: list[Unfinished] = []
+    for path, name in names.items():
+        if (path / "summary.json").is_file():
+            runs.append(_read(path, name))
+        else:
+            unfinished.append(_unfinished(path, name))
+    if not runs:
+        first = unfinished[0]
+        remedy = f"no run is finished; finish them first, for example {first.name} with fedlora run --resume"
+        raise InputError("DIR", ", ".join(map(str, folders)), remedy)
+    return Found(runs, unfinished)
+
+
+def score_name(config: Config) -> str:
+    """Return what a run is judged by: accuracy, or perplexity for language models."""
+    return "perplexity" if config.model.task == "causal-lm" else "accuracy"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, finished or not."""
+    return (folder / "config.toml").is_file() and not (folder / "study.toml").is_file()
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    if (folder / "study.toml").is_file():
+        # Beside its runs lie those of the tuning stage, which are no part of the comparison.
+        folder = folder / "runs"
+    if depth == 0 or not folder.is_dir():
+        return
+    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if is_run(below) or (below.name not in _SKIPPED and not below.name.startswith(".")):
+            yield from _run_folders(below, depth - 1)
+
+
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """Name folders by as many of their last parts as it takes to tell them apart."""
+    names = {}
+    for path in paths:
+        length = 1
+        while length < len(path.parts) and any(
+            other != path and other.parts[-length:] == path.parts[-length:] for other in paths
+        ):
+            length += 1
+        names[path] = "/".join(path.parts[-length:])
+    return names
+
+
+def _unfinished(path: Path, name: str) -> Unfinished:
+    lines = path / "rounds.jsonl"
+    done = len(lines.read_bytes().splitlines()) if lines.is_file() else 0
+    try:
+        rounds = load_config(path / "config.toml").run.rounds
+    except InputError:
+        rounds = None
+    return Unfinished(name, path, done, rounds)
+
+
+def _read(path: Path, name: str) -> Run:
+    try:
+        config = load_config(path / "config.toml")
+    except InputError as error:
+        raise InputError("DIR", str(path), f"its config.toml cannot be used ({error})") from None
+    summary = _parse(path, "summary.json", Summary.model_validate_json)
+    lines = _parse(path, "rounds.jsonl", _json_lines)
+    if summary.method != config.method.name or summary.seed != config.run.seed:
+        raise _damaged(path, "summary.json", "its method or seed is not that of config.toml")
+    if getattr(summary.final, score_name(config)) is None:
+        raise _damaged(path, "summary.json", f"final.{score_name(config)} is missing")
+    optional: dict[str, Any] = {
+        field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []
+        for field, line in (("clients", ClientLine), ("partition", PartitionLine))
+    }
+    messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
+    return Run(name, path, config, summary, lines, messages, **optional)
+
+
+_T = TypeVar("_T")
+
+
+def _parse(path: Path, file: str, parse: Callable[[str], _T]) -> _T:
+    try:
+        return parse((path / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _damaged(path, file, "it is missing") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(path, file, f"{where}: {first['msg']}" if where else first["msg"]) from None
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise _damaged(path, file, str(error)) from None
+
+
+def _damaged(path: Path, file: str, why: str) -> InputError:
+    remedy = f"its {file} cannot be used ({why}); delete the folder and run again, or leave it out of the report"
+    return InputError("DIR", str(path), remedy)
+
+
+def _json_lines(text: str) -> list[RoundLine]:
+    return [RoundLine.model_validate(json.loads(line)) for line in text.splitlines()]
+
+
+def _csv_reader(line: type[_Content]) -> Callable[[str], Any]:
+    adapter: TypeAdapter[Any] = TypeAdapter(list[line])  # type: ignore[valid-type]
+
+    def read(text: str) -> Any:
+        rows: Iterable[dict[str, Any]] = csv.DictReader(io.StringIO(text, newline=""))
+        # An empty cell is a value that is not there, but for the names.
+        return adapter.validate_python(
+            [{k: v for k, v in row.items() if v != "" or k in ("name", "label")} for row in rows]
+        )
+
+    return read

@@ -1,0 +1,108 @@
+"""What a study's plan adds to its runs: how values were tuned, what that cost, and which runs failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedlora.errors import InputError
+from fedlora.reporting.comparison import axis_label
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Point(_Content):
+    """A planned run."""
+
+    name: str
+    status: str
+    error: str | None = None
+
+
+class Cost(_Content):
+    """What tuning runs took; bytes are of all messages."""
+
+    runs: int
+    seconds: float
+    bytes: int
+
+
+class Candidate(_Content):
+    """A value that was tried."""
+
+    value: Any
+
+
+class TunedGroup(_Content):
+    """Runs that share a tuned value."""
+
+    values: dict[str, Any]
+    chosen: Any = None
+    at_edge: bool = False
+    covered_by_privacy: bool | None = None
+    cost: Cost
+    candidates: list[Candidate]
+
+    @property
+    def label(self) -> str:
+        """Values that the runs of the group have in common."""
+        return " · ".join(axis_label(key, value) for key, value in self.values.items())
+
+
+class Tuning(_Content):
+    """The tuning stage."""
+
+    over: str
+    seed: int
+    validation: str | None = None
+    cost: Cost
+    groups: list[TunedGroup]
+
+
+class StudyState(_Content):
+    """study.json."""
+
+    name: str
+    points: list[Point]
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder and what its study.json says."""
+
+    folder: Path
+    state: StudyState
+
+    @property
+    def failed(self) -> list[Point]:
+        """Runs that failed."""
+        return [point for point in self.state.points if point.status == "failed"]
+
+
+def read_studies(folders: Sequence[str | Path]) -> list[Study]:
+    """Return the studies among folders.
+
+    Raises
+    ------
+    InputError
+        If a study.json cannot be read.
+    """
+    studies = []
+    for folder in dict.fromkeys(Path(folder) for folder in folders):
+        path = folder / "study.json"
+        if not (folder / "study.toml").is_file() or not path.is_file():
+            continue
+        try:
+            studies.append(Study(folder, StudyState.model_validate_json(path.read_bytes())))
+        except (OSError, ValidationError) as error:
+            why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+            remedy = f"its study.json cannot be used ({why}); run fedlora study again, which writes it anew"
+            raise InputError("DIR", str(folder), remedy) from None
+    return studies

@@ -1,0 +1,100 @@
+"""The tidy tables: one line a run, and one a group of runs that differ in their seeds alone."""
+
+from __future__ import annotations
+
+import io
+
+import pandas as pd
+
+from fedlora.reporting.comparison import Comparison, flatten, quantities
+
+
+def runs_table(comparison: Comparison) -> pd.DataFrame:
+    """One line a run: who it is, every config key in which runs differ, and every number.
+
+    Shares are in [0, 1]; a cell without a value is empty. ``seed`` is the run's; ``commit`` that of the source tree.
+    """
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            flat = flatten(run.config)
+            rows.append(
+                {
+                    "run": run.name,
+                    "method": group.method,
+                    "privacy": group.privacy,
+                    **{key: _cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+                    "seed": run.config.run.seed,
+                    "rounds": run.summary.rounds,
+                    "clients": run.summary.clients,
+                    **quantities(run),
+                    "delta": run.summary.epsilon.delta if run.summary.epsilon else None,
+                    "covers_init": run.summary.epsilon.covers_init if run.summary.epsilon else None,
+                    "commit": run.summary.environment.commit,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def groups_table(comparison: Comparison) -> pd.DataFrame:
+    """One line a group: n seeds, and of every number the mean and the ends of its 95 % interval (empty for n = 1)."""
+    front = {group.name for group in comparison.front}
+    rows = []
+    for group in comparison.groups:
+        flat = flatten(group.runs[0].config)
+        row: dict[str, object] = {
+            "group": group.name,
+            "method": group.method,
+            "privacy": group.privacy,
+            **{key: _cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+            "n": len(group.runs),
+            "seeds": " ".join(str(run.config.run.seed) for run in group.runs),
+            "pareto": group.name in front,
+        }
+        for name, mean in group.means.items():
+            row |= {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def groups_shown(comparison: Comparison) -> pd.DataFrame:
+    """One line a group for people: every number as its mean and half its interval."""
+    table = groups_table(comparison)
+    columns: dict[str, list[str]] = {}
+    for name in table.columns:
+        if not name.endswith(("_low", "_high")):
+            columns[name] = [_shown(value) for value in table[name]]
+        if f"{name}_high" in table.columns:
+            halves = [_shown(half) for half in table[f"{name}_high"].astype(float) - table[name]]
+            columns[name] = [f"{m} ± {h}" if h else m for m, h in zip(columns[name], halves, strict=True)]
+    return pd.DataFrame(columns)
+
+
+def table_files(name: str, table: pd.DataFrame, shown: pd.DataFrame | None = None) -> dict[str, bytes]:
+    """Return a table as CSV, Parquet and Markdown (of ``shown``, if given), by file name."""
+    parquet = io.BytesIO()
+    table.to_parquet(parquet, index=False)
+    return {
+        f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode(),
+        f"{name}.parquet": parquet.getvalue(),
+        f"{name}.md": markdown(table if shown is None else shown).encode(),
+    }
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table as GitHub's Markdown; numbers with four significant digits, as many as it takes for whole ones."""
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    lines += [[_shown(value) for value in row] for row in table.itertuples(index=False)]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _shown(value: object) -> str:
+    if value is None or value is pd.NA or value != value:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
+    return " ".join(str(value).split())
+
+
+def _cell(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
