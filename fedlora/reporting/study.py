@@ -60,7 +60,7 @@ class Tuning(_Content):
 
     over: str
     seed: int
-    validation: str | None = None
+    validation: str | float | None = None
     cost: Cost
     groups: list[TunedGroup]
 
