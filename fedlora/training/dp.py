@@ -161,13 +161,15 @@ class StackedDPOptimizer(DPOptimizer):
         if not params:
             return
         norms = torch.stack([_norms(p.grad_sample) for p in params]).norm(dim=0)
-        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        # A gradient that overflowed is left out: the NaN that it would make of the sum tells that its example is there.
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
         for p in params:
             sample, weights = p.grad_sample, factors.to(p.dtype)
             if isinstance(sample, RowProducts):
+                sample = RowProducts(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (sample.g, sample.x)))
                 summed = sample.sum_rows(self.layout, weights)
             else:
-                summed = self.layout.sum_rows(sample, weights)
+                summed = self.layout.sum_rows(sample.nan_to_num_(0.0, 0.0, 0.0), weights)
             p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
 
     def add_noise(self) -> None:

@@ -140,6 +140,31 @@ def test_products_that_are_not_multiplied_out_have_the_same_norms_and_sums(seed,
     assert torch.allclose(both.norms(), 3 * products.norms(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("ghost", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_a_gradient_that_overflowed_is_left_out(ghost, value):
+    """A NaN in the sum would tell that its example is in the batch."""
+    g, x = torch.ones(3, 2, 4, dtype=torch.float64), torch.ones(3, 2, 5, dtype=torch.float64)
+    g[1, 0, 0] = value
+    sample = RowProducts(g, x) if ghost else torch.einsum("nto,nti->noi", g, x)
+    weight = nn.Parameter(torch.zeros(1, 4, 5, dtype=torch.float64))
+    layout = RowLayout()
+    layout.set_rows([3])
+    optimizer = StackedDPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        noise_multipliers=[0.0],
+        max_grad_norm=1.0,
+        expected_batch_sizes=[1.0],
+        generators=[None],
+        layout=layout,
+    )
+    weight.grad_sample = sample
+    optimizer.step()
+    # The two others, of norm 2 sqrt(20), are clipped to 1.
+    others = torch.full((1, 4, 5), -2 / math.sqrt(20), dtype=torch.float64)
+    assert torch.allclose(weight.detach(), others, rtol=1e-5)
+
+
 def test_ghost_norms_are_chosen_by_size():
     assert not ghost_norms_pay(64, 384, 8)  # LoRA's B: the rank is far below the length
     assert ghost_norms_pay(64, 256, 256)  # a large Fed-SB matrix
