@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
@@ -110,6 +111,18 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
         if isinstance(module, nn.Module):
             return name, module
     return None
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a Linear or Conv1D layer."""
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed)."""
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def pretrained_source(config: Config) -> str:
