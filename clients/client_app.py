@@ -182,7 +182,7 @@ def _reply(
     if job.plan is not None:
         ledger = _ledger(context, job.plan)
         started = message.content["arrays"]
-        ledger.charge(job.plan, result.steps, start=not len(started))  # type: ignore[arg-type]
+        ledger.charge(job.plan, result.steps, start=not len(started))
         context.state["ledger"] = ConfigRecord(ledger.to_record())
         metrics["noise-multiplier"] = job.plan.noise_multiplier
         metrics["sample-rate"] = job.plan.sample_rate

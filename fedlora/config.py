@@ -426,7 +426,10 @@ def _check_experts(config: Config) -> None:
             raise InputError("method.device_profile", rank, remedy)
     if method.device_profile is not None and abs(sum(method.device_profile.values()) - 1) > 1e-6:
         raise InputError("method.device_profile", method.device_profile, "its shares must sum to 1")
-    reads_public = {"router_init": method.router_init == "public", "router_tuning_steps": method.router_tuning_steps > 0}
+    reads_public = {
+        "router_init": method.router_init == "public",
+        "router_tuning_steps": method.router_tuning_steps > 0,
+    }
     for key, reads in reads_public.items():
         if reads and config.data.public is None:
             remedy = "needs data.public: examples that the server may read"

@@ -43,8 +43,8 @@ class FlexMoRE(FederatedStrategy):
     """FlexMoRE: experts of mixed ranks beside a frozen public model (arXiv 2602.08818, on FlexOlmo, 2507.07024).
 
     Every data owner trains one expert for all feed-forward blocks, and its router rows, in isolation against the frozen
-    public model; the server concatenates the experts and stacks the rows. Nothing is averaged, so nothing is lost, and an
-    owner may leave again.
+    public model; the server concatenates the experts and stacks the rows. Nothing is averaged, so nothing is lost, and
+    an owner may leave again.
 
     Notes
     -----
@@ -54,8 +54,8 @@ class FlexMoRE(FederatedStrategy):
     (``method.extraction = "svd"``).
 
     *Ours*: running it as a federation; training the low-rank expert directly (``direct``, the default), with
-    s = alpha / sqrt(r); router rows from the hidden states at each router's own input instead of an external embedder's;
-    the public row 0 unless there is public text; renormalising the kept weights when fewer than all experts are active;
+    s = alpha / sqrt(r); router rows from the hidden states at each router's own input instead of an embedder's; the
+    public row 0 unless there is public text; renormalising the kept weights when fewer than all experts are active;
     several clients of one domain, whose experts are combined exactly in dW; further rounds, which refine the owners'
     experts against the same public model; and DP-SGD, the start of the router rows charged. With public text the rows
     under privacy may start from that instead (``method.router_init = "public"``).
@@ -116,7 +116,7 @@ class FlexMoRE(FederatedStrategy):
 
     @classmethod
     def payload(cls, layers: list[tuple[int, int]], rank: Rank, head: int) -> Payload:
-        """r (m + n) a projection, or m n where it is full, and the router rows (``head``): up, and down once refined."""
+        """r (m + n) a projection, or m n where it is full, and the router rows (``head``); down once there is one."""
         count = numbers(layers, rank) + head
         return Payload(initial=0, down=count, up=count)
 
@@ -207,8 +207,8 @@ class FlexMoRE(FederatedStrategy):
         if not isinstance(facts, ConfigRecord):
             raise ValueError("it does not say its rank and public weights")
         rank = self.ranks[client]
-        if str(facts.get("rank")) != str(rank):
-            raise ValueError(f"its rank is {facts.get('rank')}, but it declared {rank}")
+        if facts.get("rank") != str(rank):
+            raise ValueError(f"its rank is {facts.get('rank')!r}, but it declared {rank}")
         if facts.get("public-digest") != self.public_digest:
             raise ValueError("it trained against other public weights than the server's")
         self._shapes = array_shapes(self.projections, self.routers, rank)
@@ -306,12 +306,17 @@ class FlexMoRE(FederatedStrategy):
             }
             for owner, expert in adapted.experts.items()
         }
-        return {"experts": experts, "break_even_rank": break_even_rank(layers), "router_tuned": self.config.method.router_tuning_steps > 0}
+        return {
+            "experts": experts,
+            "break_even_rank": break_even_rank(layers),
+            "router_tuned": self.config.method.router_tuning_steps > 0,
+        }
 
     def summary(self) -> None:
         """Log what runs."""
         log.info("%s, %d clients of %d owners", self.title, len(self.nodes), len(set(self.owners)))
-        ranks = {f"client {client} ({owner})": rank for client, (owner, rank) in enumerate(zip(self.owners, self.ranks))}
+        pairs = enumerate(zip(self.owners, self.ranks, strict=True))
+        ranks = {f"client {client} ({owner})": rank for client, (owner, rank) in pairs}
         log.info("ranks: %s", json.dumps(ranks))
 
 

@@ -82,10 +82,14 @@ class OwnerBlock(nn.Module):
         up = self.public("up")(x)
         gate = self.public("gate")(x) if self.gated else None
         theirs = self._activate(gate, up)
-        own = self._activate(None if gate is None else gate + self.gate.branch(x), up + self.up.branch(x))
+        own = self._activate(None if gate is None else gate + self._branch("gate", x), up + self._branch("up", x))
         # As a difference: at the start, where the two are equal, the router's gradient is exactly 0.
-        y: torch.Tensor = self.public("down")(theirs + weight * (own - theirs)) + self.down.branch(weight * own)
+        y: torch.Tensor = self.public("down")(theirs + weight * (own - theirs)) + self._branch("down", weight * own)
         return y
+
+    def _branch(self, role: str, x: torch.Tensor) -> torch.Tensor:
+        adapter: FactoredLinear = getattr(self, role)
+        return adapter.branch(x)
 
     def _activate(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         return self.activation(up) if gate is None else self.activation(gate) * up
@@ -214,7 +218,7 @@ def check_rank(rank: Rank, projections: Mapping[str, tuple[int, int]], field: st
     """
     for path, (m, n) in projections.items():
         if rank != FULL and rank > min(m, n):
-            best = f"use {min(m, n)} or less, or \"full\" (the break-even rank is {break_even_rank([(m, n)]):.0f})"
+            best = f'use {min(m, n)} or less, or "full" (the break-even rank is {break_even_rank([(m, n)]):.0f})'
             raise InputError(field, rank, f"is above the size of {path} ({m} x {n}); {best}")
 
 

@@ -115,8 +115,8 @@ def combine(updates: Sequence[tuple[float, Update]], rank: Rank) -> Update:
     Returns
     -------
     update
-        Of low-rank updates nothing of size m x n is formed: [p_1 B_1 ... p_c B_c] [A_1; ...; A_c] = Q_B R_B (Q_A R_A)^T,
-        and the SVD is that of R_B R_A^T.
+        Of low-rank updates nothing of size m x n is formed: [p_1 B_1 ... p_c B_c] [A_1; ...; A_c] =
+        Q_B R_B (Q_A R_A)^T, and the SVD is that of R_B R_A^T.
     """
     first = updates[0][1]
     dtype = (first if isinstance(first, torch.Tensor) else first[0]).dtype

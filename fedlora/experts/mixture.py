@@ -79,9 +79,7 @@ class ExpertUpdates(nn.Module):
         """Return dW x of a projection, for tokens x [T, n]."""
         if self.rank == FULL:
             return functional.linear(x, getattr(self, f"{role}_delta"))
-        return functional.linear(
-            functional.linear(x, getattr(self, f"{role}_lora_A")), getattr(self, f"{role}_lora_B")
-        )
+        return functional.linear(functional.linear(x, getattr(self, f"{role}_lora_A")), getattr(self, f"{role}_lora_B"))
 
 
 class MixtureBlock(nn.Module):
@@ -103,8 +101,8 @@ class MixtureBlock(nn.Module):
     Notes
     -----
     The public projections are computed once for all experts: gate and up since W_i x = W x + dW_i x, down since it is
-    linear, sum p_i (W + dW_i) h_i = W (sum p_i h_i) + sum p_i dW_i h_i. Every expert then sees the tokens that chose it,
-    at its own rank.
+    linear, sum p_i (W + dW_i) h_i = W (sum p_i h_i) + sum p_i dW_i h_i. Every expert then sees the tokens that chose
+    it, at its own rank.
     """
 
     def __init__(self, form: FeedForward, public: nn.Module) -> None:
@@ -116,9 +114,8 @@ class MixtureBlock(nn.Module):
         self.activation = form.activation
         self.experts = nn.ModuleList()
         weight: torch.Tensor = self.public("up").weight  # type: ignore[assignment]
-        self._factory = {"dtype": weight.dtype, "device": weight.device}
-        self.router = nn.Parameter(torch.zeros(1, self.shapes["up"][1], **self._factory), requires_grad=False)
-        self.router_bias = nn.Parameter(torch.zeros(1, **self._factory), requires_grad=False)
+        self.router = nn.Parameter(weight.new_zeros(1, self.shapes["up"][1]), requires_grad=False)
+        self.router_bias = nn.Parameter(weight.new_zeros(1), requires_grad=False)
         self.top_k: int | None = None
         self.renormalise = True
 
@@ -129,9 +126,9 @@ class MixtureBlock(nn.Module):
 
     def add(self, rank: Rank) -> ExpertUpdates:
         """Add an expert that equals the public one, and its router row, 0."""
-        expert = ExpertUpdates(self.shapes, rank, **self._factory)
+        expert = ExpertUpdates(self.shapes, rank, self.router.dtype, self.router.device)
         self.experts.append(expert)
-        zero = torch.zeros(1, self.router.shape[1], **self._factory)
+        zero = torch.zeros_like(self.router[:1])
         self._set_router(torch.cat([self.router, zero]), torch.cat([self.router_bias, zero[0, :1]]))
         return expert
 
@@ -164,26 +161,26 @@ class MixtureBlock(nn.Module):
         gate = self.public("gate")(x) if self.gated else None
         up = self.public("up")(x)
         mixed = weights[:, :1] * self._activate(gate, up)
-        extra: torch.Tensor | None = None
-        sparse = self.top_k is not None and self.top_k <= len(self.experts)
+        extra = torch.zeros_like(x)
+        everyone = self.top_k is None or self.top_k > len(self.experts)
         for i, expert in enumerate(self.experts, 1):
-            rows = weights[:, i].nonzero()[:, 0] if sparse else slice(None)
-            seen = x[rows]
-            inner = None if gate is None else gate[rows] + expert("gate", seen)
-            hidden = weights[rows, i, None] * self._activate(inner, up[rows] + expert("up", seen))
+            weight, seen, inner, outer = weights[:, i : i + 1], x, gate, up
+            rows = torch.empty(0)
+            if not everyone:
+                rows = weights[:, i].nonzero()[:, 0]
+                weight, seen, outer = weight[rows], x[rows], up[rows]
+                inner = None if gate is None else gate[rows]
+            inner = None if inner is None else inner + expert("gate", seen)
+            hidden = weight * self._activate(inner, outer + expert("up", seen))
             down = expert("down", hidden)
-            if sparse:
-                mixed = mixed.index_add(0, rows, hidden)
-                extra = (x.new_zeros(len(x), down.shape[1]) if extra is None else extra).index_add(0, rows, down)
-            else:
-                mixed = mixed + hidden
-                extra = down if extra is None else extra + down
-        y = self.public("down")(mixed)
+            mixed = mixed + hidden if everyone else mixed.index_add(0, rows, hidden)
+            extra = extra + down if everyone else extra.index_add(0, rows, down)
+        y: torch.Tensor = self.public("down")(mixed)
         bias: torch.Tensor | None = getattr(self.public("down"), "bias", None)
         if bias is not None and not self.renormalise:
             # Each expert has the bias: it enters with the sum of the weights, which here may be below 1.
             y = y + (weights.sum(1, keepdim=True) - 1) * bias
-        y = y if extra is None else y + extra
+        y = y + extra
         return y.reshape(hidden_states.shape)
 
     def _activate(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
@@ -214,7 +211,8 @@ class Mixture(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if public is None:
             base = AutoConfig.for_model(**config.public)
-            public = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(base)](base)
+            model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
+            public = model_class(base)
         self.public = public
         self.forms = find_feed_forwards(public)
         self.blocks: list[MixtureBlock] = []
@@ -229,9 +227,7 @@ class Mixture(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def of(
-        cls, public: Any, *, num_experts_per_tok: int | None = None, norm_topk_prob: bool = True
-    ) -> Mixture:
+    def of(cls, public: Any, *, num_experts_per_tok: int | None = None, norm_topk_prob: bool = True) -> Mixture:
         """Make a mixture without experts of a public model, which is changed in place."""
         config = MixtureConfig(
             public.config.to_dict(), num_experts_per_tok=num_experts_per_tok, norm_topk_prob=norm_topk_prob
@@ -296,9 +292,8 @@ class Mixture(PreTrainedModel, GenerationMixin):
         shapes = {name: tuple(array.shape) for name, array in expert.arrays.items()}
         if shapes != expected:
             wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-            raise ValueError(
-                f"{wrong[0]} of owner {expert.owner} has shape {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}"
-            )
+            found, wanted = shapes.get(wrong[0]), expected.get(wrong[0])
+            raise ValueError(f"{wrong[0]} of owner {expert.owner} has shape {found}, expected {wanted}")
         for form, block in zip(self.forms, self.blocks, strict=True):
             updates = block.add(expert.rank)
             for role, path in form.projections.items():

@@ -44,6 +44,8 @@ def client_ranks(config: Config, names: Sequence[str]) -> list[Rank]:
     if profile is not None:
         kinds = sorted(profile, key=lambda rank: (rank == FULL, rank.zfill(9)))
         shares = np.array([profile[rank] for rank in kinds])
-        drawn = np.random.default_rng([config.run.seed, _PROFILE]).choice(len(kinds), len(names), p=shares / shares.sum())
+        drawn = np.random.default_rng([config.run.seed, _PROFILE]).choice(
+            len(kinds), len(names), p=shares / shares.sum()
+        )
         return [FULL if kinds[i] == FULL else int(kinds[i]) for i in drawn]
     return [config.method.rank] * len(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,10 @@ def document_states(
 ) -> Iterator[torch.Tensor]:
     """Yield documents' mean hidden states at the inputs of blocks, [documents, blocks, d], on the CPU."""
     adapted.model.eval()
+    # Without the head, whose vocabulary costs as much as many layers.
+    body: Any = adapted.model
+    while getattr(body, "base_model", body) is not body:
+        body = body.base_model
     inputs: list[torch.Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
     try:
@@ -106,7 +111,8 @@ def document_states(
             batch = table.batch(chunk, adapted.device)
             adapted.layout.set_rows([len(chunk)])
             inputs.clear()
-            adapted.logits(batch)
+            # Padding is on the right, where no token of a causal model sees it.
+            body(input_ids=batch["input_ids"])
             lengths = torch.from_numpy(np.asarray(table.lengths[chunk], np.int64)).to(adapted.device)
             mask = torch.arange(batch["input_ids"].shape[1], device=adapted.device) < lengths[:, None]
             weight = (mask / lengths[:, None])[:, None]

@@ -28,7 +28,9 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     blocks = merged.mixture.blocks
     parameters = [p.requires_grad_(True) for block in blocks for p in (block.router, block.router_bias)]
     optimizer = torch.optim.AdamW(parameters, lr=config.method.router_tuning_learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.run.seed, _TUNING]).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(
+        int(np.random.SeedSequence([config.run.seed, _TUNING]).generate_state(1)[0])
+    )
     rows = np.arange(len(table))
     merged.model.train()
     for chosen in shuffled_batches(rows, config.client.batch_size, config.method.router_tuning_steps, generator):
