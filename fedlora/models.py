@@ -202,7 +202,7 @@ def load_tokenizer(config: Config) -> Any:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError("model.name", config.model.name, "its tokenizer has no pad or eos token; add one")
-        with _quiet():
+        with quiet():
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -328,7 +328,7 @@ def _draw(model: nn.Module, names: set[str], seed: int, std: float) -> None:
 
 def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     # The conversion draws a progress bar of its own that no setting turns off.
-    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+    with quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         # transformers does not save a model that it regards as quantised: the weights move to a plain one.
         plain_config = loaded.config
@@ -347,7 +347,7 @@ def _revision(config: Config) -> str:
 def _loading(config: Config) -> Iterator[None]:
     """Turn what transformers raises about a model that cannot be loaded into the user's words."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except InputError:
         raise
@@ -361,7 +361,7 @@ def _loading(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
