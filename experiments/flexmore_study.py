@@ -24,7 +24,6 @@ import torch
 
 from experiments.benchmarks.machine import machine
 from fedlora.adapters import AdaptedModel, ExpertModel, adapt
-from fedlora.adapters.expert import FACTORS
 from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
@@ -107,13 +106,21 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, reasoning: bool = False) -> None:
         folder = options.data
-        data: dict[str, Any] = {"name": str(folder / "train.jsonl"), "partition": {"kind": "natural", "column": "domain"}}
+        data: dict[str, Any] = {
+            "name": str(folder / "train.jsonl"),
+            "partition": {"kind": "natural", "column": "domain"},
+        }
         data |= {"test": str(folder / "test.jsonl"), "validation": str(folder / "validation.jsonl")}
         data |= {"public": str(folder / "public.jsonl")}
         if reasoning:
             data = {"name": str(folder / "reasoning-train.jsonl"), "partition": {"kind": "iid", "clients": 1}}
             data |= {"test": str(folder / "reasoning-test.jsonl"), "prompt": "prompt", "answer": "answer"}
-        model = {"name": str(folder / "model"), "task": "causal-lm", "max_length": options.length, "dtype": options.dtype}
+        model = {
+            "name": str(folder / "model"),
+            "task": "causal-lm",
+            "max_length": options.length,
+            "dtype": options.dtype,
+        }
         if options.layers:
             model["num_hidden_layers"] = options.layers
         client = {"batch_size": options.batch, "physical_batch_size": options.physical, "local_steps": options.steps}
@@ -306,7 +313,11 @@ def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     names = sorted({path.rpartition(".")[2] for path in bench.merged().mixture.projections()})
     for rate in bench.options.rates:
-        overrides: dict[str, Any] = {"method__rank": rank, "method__alpha": 8 * rank**0.5, "method__target_modules": names}
+        overrides: dict[str, Any] = {
+            "method__rank": rank,
+            "method__alpha": 8 * rank**0.5,
+            "method__target_modules": names,
+        }
         batch = bench.options.batch * owners
         config = bench.config(client__batch_size=batch, client__physical_batch_size=bench.options.physical, **overrides)
         adapted = adapt(load_base(config, None, bench.device), config, "lora")
@@ -359,7 +370,9 @@ def plot(folder: Path) -> None:
         full = best.get(name.rpartition(", rank")[0])
         share = f"{gain(losses) / full:.0%}" if full else "-"
         lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {gain(losses):.3f} | {share} | {'-' if size is None else f'{size / 1e6:.1f}'} |"
+            f"| {name} | "
+            + " | ".join(cells)
+            + f" | {gain(losses):.3f} | {share} | {'-' if size is None else f'{size / 1e6:.1f}'} |"
         )
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

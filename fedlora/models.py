@@ -362,6 +362,7 @@ def _loading(config: Config) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and talking of what it loads."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -25,7 +25,7 @@ from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.ranks import client_ranks
-from fedlora.models import load_base, load_tokenizer, pretrained_source
+from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states
 from fedlora.training.router import tune_router
@@ -289,7 +289,8 @@ class FlexMoRE(FederatedStrategy):
             expert = adapted.experts[owner]
             known = Expert(owner, expert.rank, expert.arrays, self.public_digest)
             save_expert(known, adapted.mixture, folder / "experts" / folder_name(owner), base)
-        adapted.mixture.save_pretrained(str(folder / MIXTURE))
+        with quiet():
+            adapted.mixture.save_pretrained(str(folder / MIXTURE))
         load_tokenizer(self.config).save_pretrained(str(folder / MIXTURE))
 
     def facts(self, adapted: AdaptedModel) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Arrays, Expert, Rank, array_shapes
 from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
+from fedlora.models import quiet
 
 
 class MixtureConfig(PreTrainedConfig):
@@ -355,5 +356,6 @@ AutoModelForCausalLM.register(MixtureConfig, Mixture)
 
 def load_mixture(folder: str | Path) -> Mixture:
     """Load a mixture from a folder of ``save_pretrained``, in its own dtype."""
-    model: Mixture = Mixture.from_pretrained(str(folder), dtype="auto")
+    with quiet():
+        model: Mixture = Mixture.from_pretrained(str(folder), dtype="auto")
     return model.eval()

@@ -17,7 +17,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.experts.folder import folder_name
 from fedlora.experts.mixture import Mixture, load_mixture
-from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer
+from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import write_atomically
 
@@ -131,7 +131,8 @@ def opt_out(folder: str | Path, owner: str) -> Mixture:
     new, old = path / ".mixture.new", path / ".mixture.old"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    mixture.save_pretrained(new)
+    with quiet():
+        mixture.save_pretrained(new)
     tokenizer.save_pretrained(new)
     checkpoint = Checkpoint(path / "checkpoint" / "state.sqlite")
     try:

@@ -46,7 +46,9 @@ def test_a_full_expert_is_stock_weights(kind, tmp_path):
     assert len(load_file(tmp_path / FULL_FILE)) == len(mixture.projections())
     assert missing
     path = next(iter(mixture.projections()))
-    expected = dense_weight(mixture.blocks[0].public(list(mixture.forms[0].projections)[0])) + dense(expert.update(path))
+    expected = dense_weight(mixture.blocks[0].public(next(iter(mixture.forms[0].projections)))) + dense(
+        expert.update(path)
+    )
     torch.testing.assert_close(dense_weight(stock.get_submodule(path)), expected, rtol=0, atol=1e-12)
 
 

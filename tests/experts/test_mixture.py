@@ -241,7 +241,9 @@ def test_it_generates_saves_and_loads(kind, dtype, tmp_path):
 def test_generating_with_a_cache_equals_generating_without():
     mixture = mixture_of("llama", torch.float32)
     mixture.add_expert(drawn(mixture, "o", 3))
-    results = [mixture.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False)]
+    results = [
+        mixture.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False)
+    ]
     assert torch.equal(*results)
 
 

@@ -13,7 +13,9 @@ NAMES = ["comp", "rec", "sci"]
 
 
 def ranks(names=NAMES, **method):
-    return client_ranks(tiny.settings("llama", data={"partition": {"kind": "natural", "column": "c"}}, method=method), names)
+    return client_ranks(
+        tiny.settings("llama", data={"partition": {"kind": "natural", "column": "c"}}, method=method), names
+    )
 
 
 def test_every_way_of_saying_them():
