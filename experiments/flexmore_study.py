@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ class Bench:
         self.data: FederatedData = prepare_data(self.config())
         self.owners = self.data.client_names if not reasoning else ["reasoning"]
         self.public_rows: dict[str, torch.Tensor] = {}
+        self.router_rows: dict[int, dict[str, torch.Tensor]] = {}  # of each client's documents, for all ranks alike
         if self.data.public is not None:
             merged = self.merged()
             rows = np.arange(len(self.data.public))
@@ -162,8 +164,14 @@ class Bench:
         jobs = []
         for client, rows in enumerate(self.data.partition):
             sequence = np.random.SeedSequence([config.run.seed, 0, client])
+            known = self.router_rows.get(client)
+            method = config.method.model_copy(update={"router_init": "documents" if known is None else "public"})
+            adapted.config = config.model_copy(update={"method": method})
             start = start_expert(adapted, self.data.train, np.asarray(rows), None, sequence)
+            start |= known or {}
+            self.router_rows[client] = {name: array for name, array in start.items() if ".router" in name}
             jobs.append(ClientJob(client, 1, np.asarray(rows), start, rate * (FULL_RATE if rank == FULL else 1)))
+        adapted.config = config
         results = train_cohort(adapted, self.data.train, jobs, config)
         return {owner: adapted.finish(r.arrays) for owner, r in zip(self.owners, results, strict=True)}
 
@@ -248,7 +256,7 @@ def run(options: argparse.Namespace) -> None:
     record.part("public", lambda: bench.losses(merged))
     rates: dict[Rank, float] = {}
     for rank in ranks:
-        found = record.part(f"rates {rank}", lambda r=rank: _tune(bench, merged, r))
+        found = record.part(f"rates {rank}", partial(_tune, bench, merged, rank))
         rates[rank] = float(min(found, key=found.get)) if found else options.rates[0]
     kept: dict[Rank, dict[str, dict[str, torch.Tensor]]] = {}
     for rank in ranks:
@@ -269,9 +277,9 @@ def run(options: argparse.Namespace) -> None:
     if all(rank in kept for rank in mixed.values()):
         chosen = {owner: kept[rank][owner] for owner, rank in mixed.items()}
         record.part("mixed ranks", lambda: bench.judge(merged, chosen) | {"ranks": mixed})
-    del kept
+    kept.clear()
     for rank in options.lora:
-        record.part(f"all-data LoRA {rank}", lambda r=rank: _all_data(bench, r))
+        record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
 
     def zero_row() -> Any:
         return bench.judge(merged, bench.train(16, rates.get(16, options.rates[0]), options.steps, True), True)
@@ -423,10 +431,10 @@ def main() -> None:
     two.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
     two.add_argument("--mixed", nargs="+", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
     two.add_argument("--lora", nargs="+", type=int, default=[16])
-    two.add_argument("--steps", type=int, default=150)
-    two.add_argument("--tune-steps", type=int, default=40)
+    two.add_argument("--steps", type=int, default=120)
+    two.add_argument("--tune-steps", type=int, default=30)
     two.add_argument("--router-steps", type=int, default=60)
-    two.add_argument("--reasoning-steps", type=int, default=150)
+    two.add_argument("--reasoning-steps", type=int, default=100)
     two.add_argument("--batch", type=int, default=16)
     two.add_argument("--physical", type=int, default=8, help="rows of an owner in one pass over the model")
     two.add_argument("--length", type=int, default=256)

@@ -144,5 +144,5 @@ def test_a_rank_above_a_layers_size_is_refused():
     with pytest.raises(InputError, match="break-even rank is 19"):
         model("llama", rank=33)
     adapted = model("llama")
-    with pytest.raises(InputError, match="is above the size of model.layers.0.mlp.gate_proj"):
+    with pytest.raises(InputError, match=r"is above the size of model.layers.0.mlp.gate_proj"):
         adapted.prepare({"rank": "40"})

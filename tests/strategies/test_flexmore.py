@@ -165,7 +165,7 @@ def test_too_few_replies_merge_nothing():
     _, merged, _ = one_round(strategy, client0={"rank": 9})
     assert merged is None
     strategy = strategy_of()
-    with pytest.raises(RunError, match="every client of the round failed.*other public weights"):
+    with pytest.raises(RunError, match=r"every client of the round failed.*other public weights"):
         one_round(strategy, **{f"client{i}": {"digest": "?"} for i in range(4)})
     assert len(strategy.report.failed) == 4
     messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), FakeGrid(None)))
