@@ -284,7 +284,7 @@ def test_two_rounds(kind, extraction):
     data = domain_data(kind)
     strategy = strategy_of(
         [2, 3, FULL], client_owners(data), kind, rounds=2, method={"extraction": extraction},
-        client={"local_steps": 25, "batch_size": 8, "learning_rate": 0.02}, server={"batch_size": 16},
+        client={"local_steps": 15, "batch_size": 8, "learning_rate": 0.02}, server={"batch_size": 16},
     )  # fmt: skip
     public = tiny.base_model(kind)
     before = {name: value.clone() for name, value in public.named_parameters()}
