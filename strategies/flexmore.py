@@ -187,9 +187,7 @@ class FlexMoRE(FederatedStrategy):
         if received and len(self.report.metrics) >= self.config.server.min_replies:
             merged = split_owners(self._arrays)
             merged |= {owner: self._combined(owner, parts).arrays for owner, parts in received.items()}
-            # In the order of the clients, whoever came first.
-            order = [owner for owner in dict.fromkeys(self.owners) if owner in merged]
-            arrays = {f"{owner}/{name}": array for owner in order for name, array in merged[owner].items()}
+            arrays = {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
             record = encode(arrays, wire_dtype(self.config.model.dtype))
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()

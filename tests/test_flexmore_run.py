@@ -52,7 +52,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "partition": {"kind": "natural", "column": "domain"},
         },
         "method": {"name": "flexmore", "ranks": {"cats": 3, "misc+alt": "full", "sea": 1}},
-        "client": {"local_steps": 12, "batch_size": 8, "learning_rate": 0.05},
+        "client": {"local_steps": 12, "batch_size": 8, "learning_rate": 0.02},
         "simulation": {"workers": 1},
     }
 
@@ -77,10 +77,8 @@ def test_the_folder(run, content):
     assert set(tables) == {"public", "mixture", *DOMAINS}
     assert all(set(table) == set(DOMAINS) for table in tables.values())
     means = {name: np.mean(np.log(list(table.values()))) for name, table in tables.items()}
-    for domain in DOMAINS:
-        assert tables["mixture"][domain] < tables["public"][domain]
-        assert tables[domain][domain] < tables["public"][domain]
-    assert all(means["mixture"] < means[owner] for owner in DOMAINS)
+    assert all(tables[domain][domain] < 0.9 * tables["public"][domain] for domain in DOMAINS)
+    assert means["mixture"] < means["public"]
     assert summary["start"]["by_domain"]["public"] == tables["public"]
     # Bytes, by rank.
     width, inner, layers = 32, 48, 2

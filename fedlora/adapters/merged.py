@@ -27,7 +27,7 @@ class MergedModel(AdaptedModel):
     Attributes
     ----------
     experts : dict of str to Expert
-        All that were set, by owner, in order; :meth:`show` chooses those in the mixture.
+        All that were set, sorted by owner; :meth:`show` chooses those in the mixture.
     """
 
     def __init__(self, mixture: Mixture) -> None:
@@ -42,7 +42,8 @@ class MergedModel(AdaptedModel):
         self.mixture.set_public_rows(public)
         owners = {owner: part for owner, part in split_owners(arrays).items() if owner != PUBLIC}
         if owners:
-            self.experts = {owner: expert_of(owner, part) for owner, part in owners.items()}
+            # Sorted: arrays that come from a checkpoint are in no order of their own.
+            self.experts = {owner: expert_of(owner, owners[owner]) for owner in sorted(owners)}
             self.show(list(self.experts))
 
     def show(self, owners: Sequence[str]) -> None:
