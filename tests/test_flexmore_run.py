@@ -20,6 +20,7 @@ from fedlora.experts import Mixture
 from fedlora.experts.folder import load_expert
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
+from strategies.federation import Progress
 from tests import tiny
 
 DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
@@ -115,6 +116,24 @@ def test_its_mixture_and_experts_load(run, content):
     for owner in DOMAINS:
         again.add_expert(load_expert(run / "experts" / owner, again))
     torch.testing.assert_close(logits(again, tokenizer), logits(mixture, tokenizer), rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_gives_the_same_bits(run, content, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["round"] == 1:
+            raise StoppedError
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(StoppedError):
+        fedlora.simulate(content, output=folder, progress=Progress(on_round=stop))
+    fedlora.simulate(content, output=folder, resume=True)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (run, folder))
+    assert first["final"] == second["final"]
+    (one, _), (other, _) = fedlora.load(run), fedlora.load(folder)
+    assert tiny.difference(one.state_dict(), other.state_dict()) == 0
 
 
 def test_an_owner_leaves_a_finished_run(run):
