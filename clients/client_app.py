@@ -8,10 +8,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from clients.resources import client_data, client_model, initial_arrays, keep_initial, run_config
-from fedlora.adapters import AdaptedModel
+from fedlora.adapters import AdaptedModel, ExpertModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
@@ -22,6 +23,7 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
+from fedlora.training.expert_start import start_expert
 
 app = CohortClientApp()
 
@@ -58,18 +60,35 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
             adapted = _model_with_initial(config, message, adapted)
             if adapted is None:
                 raise _NeedsInitialError
-            jobs[i] = _job(config, data, message, context)
+            jobs[i] = _job(config, data, message, context, adapted)
         except Exception as error:
             replies[i] = _error_reply(error, message)
-    if jobs and adapted is not None:
+    for group in _groups(messages, list(jobs)):
+        assert adapted is not None
+        adapted.prepare(_settings(messages[group[0]]))
         try:
-            results = train_cohort(adapted, data.train, list(jobs.values()), config)
+            results = train_cohort(adapted, data.train, [jobs[i] for i in group], config)
         except (GuardError, BudgetError, InputError) as error:
-            return [_error_reply(error, message) for message in messages]
-        seconds = (time.perf_counter() - started) / len(jobs)
-        for (i, job), result in zip(jobs.items(), results, strict=True):
-            replies[i] = _reply(config, messages[i], contexts[i], job, result, seconds)
+            replies |= {i: _error_reply(error, messages[i]) for i in group}
+            continue
+        seconds = (time.perf_counter() - started) / len(group)
+        started = time.perf_counter()
+        for i, result in zip(group, results, strict=True):
+            replies[i] = _reply(config, messages[i], contexts[i], jobs[i], result, seconds, adapted)
     return [replies[i] for i in range(len(messages))]
+
+
+def _settings(message: Message) -> Any:
+    return message.content["config"]
+
+
+def _groups(messages: Sequence[Message], indices: Sequence[int]) -> list[list[int]]:
+    """Divide messages into those that can share a pass: of one rank, where clients differ in it, and learning rate."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for i in indices:
+        settings = _settings(messages[i])
+        groups.setdefault((str(settings.get("rank", "")), float(settings["learning-rate"])), []).append(i)
+    return list(groups.values())
 
 
 class _NeedsInitialError(RuntimeError):
@@ -98,24 +117,32 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
     return adapted
 
 
-def _job(config: Config, data: FederatedData, message: Message, context: Context) -> ClientJob:
-    settings: Any = message.content["config"]
+def _job(config: Config, data: FederatedData, message: Message, context: Context, adapted: AdaptedModel) -> ClientJob:
+    settings = _settings(message)
     client = int(context.node_config["partition-id"])
     rows = data.partition[client]
     plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
+    record = message.content["arrays"]
+    assert isinstance(record, ArrayRecord)
+    starts = not len(record)
     if plan is not None:
-        _ledger(context, plan).check(plan, local_steps(config, len(rows)))
-    arrays = message.content["arrays"]
-    assert isinstance(arrays, ArrayRecord)
+        _ledger(context, plan).check(plan, local_steps(config, len(rows)), starts)
+    # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
+    secret = plan is not None and not context.node_config.get("simulated", False)
+    adapted.prepare(settings)
+    if starts and isinstance(adapted, ExpertModel):
+        entropy = int.from_bytes(os.urandom(32)) if secret else [config.run.seed, 0, client]
+        arrays = start_expert(adapted, data.train, rows, plan, np.random.SeedSequence(entropy))
+    else:
+        arrays = adapted.begin(_decode_shared(record))
     return ClientJob(
         client=client,
         server_round=int(settings["server-round"]),
         rows=rows,
-        arrays=_decode_shared(arrays),
+        arrays=arrays,
         learning_rate=float(settings["learning-rate"]),
         plan=plan,
-        # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
-        secret=plan is not None and not context.node_config.get("simulated", False),
+        secret=secret,
     )
 
 
@@ -136,7 +163,13 @@ def _ledger(context: Context, plan: PrivacyPlan) -> Ledger:
 
 
 def _reply(
-    config: Config, message: Message, context: Context, job: ClientJob, result: ClientResult, seconds: float
+    config: Config,
+    message: Message,
+    context: Context,
+    job: ClientJob,
+    result: ClientResult,
+    seconds: float,
+    adapted: AdaptedModel,
 ) -> Message:
     metrics = MetricRecord(
         {
@@ -150,7 +183,8 @@ def _reply(
     )
     if job.plan is not None:
         ledger = _ledger(context, job.plan)
-        ledger.charge(job.plan, result.steps)
+        started = message.content["arrays"]
+        ledger.charge(job.plan, result.steps, start=not len(started))
         context.state["ledger"] = ConfigRecord(ledger.to_record())
         metrics["noise-multiplier"] = job.plan.noise_multiplier
         metrics["sample-rate"] = job.plan.sample_rate
@@ -160,8 +194,11 @@ def _reply(
         if job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    arrays = encode(result.arrays, wire_dtype(config.model.dtype))
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    arrays = encode(adapted.finish(result.arrays), wire_dtype(config.model.dtype))
+    content = RecordDict({"arrays": arrays, "metrics": metrics})
+    if isinstance(adapted, ExpertModel):
+        content["expert"] = ConfigRecord({"rank": str(adapted.rank), "public-digest": adapted.public_digest})
+    return Message(content, reply_to=message)
 
 
 def _error_reply(error: Exception, message: Message) -> Message:
@@ -184,4 +221,4 @@ def capacity(message: Message, context: Context) -> int:
     if adapted is None or adapted.device.type == "cpu":
         return 1
     data = client_data(config)
-    return cohort_capacity(adapted, data.train, _job(config, data, message, context), config)
+    return cohort_capacity(adapted, data.train, _job(config, data, message, context, adapted), config)

@@ -1,6 +1,7 @@
 """fedlora: federated fine-tuning of transformers, private and measured.
 
-``simulate`` runs a federation on this machine or a Ray cluster; ``load`` gives the model that a run made.
+``simulate`` runs a federation on this machine or a Ray cluster; ``load`` gives the model that a run made, ``opt_out``
+takes an owner's expert out of it again.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from fedlora.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from fedlora.results.folder import RunResult
-    from fedlora.results.load import load
+    from fedlora.results.load import load, opt_out
     from fedlora.simulator import simulate
 
-__all__ = ["InputError", "RunError", "RunResult", "load", "simulate"]
+__all__ = ["InputError", "RunError", "RunResult", "load", "opt_out", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,9 +25,13 @@ def __getattr__(name: str) -> Any:
 
         return simulate
     if name == "load":
-        from fedlora.results.load import load
+        from fedlora.results.load import load, opt_out
 
         return load
+    if name == "opt_out":
+        from fedlora.results.load import opt_out
+
+        return opt_out
     if name == "RunResult":
         from fedlora.results.folder import RunResult
 

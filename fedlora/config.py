@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Rank = Positive | Literal["full"]
 
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
@@ -100,6 +101,15 @@ class MethodSection(Section):
     init_examples: Positive = 500
     init_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     init_not_covered: bool = False
+    ranks: list[Rank] | dict[str, Rank] | None = None
+    device_profile: dict[str, Fraction] | None = None
+    extraction: Literal["direct", "svd"] = "direct"
+    num_experts_per_tok: Positive | None = None
+    norm_topk_prob: bool = True
+    router_init: Literal["documents", "public"] = "documents"
+    router_documents: Positive = 1000
+    router_tuning_steps: Annotated[int, Field(ge=0)] = 0
+    router_tuning_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class ClientSection(Section):
@@ -199,6 +209,10 @@ class Config(Section):
         """Return the adapter's factor s = alpha / rank (alpha defaults to the rank, so that s = 1)."""
         return 1.0 if self.method.alpha is None else self.method.alpha / self.method.rank
 
+    def start_reads_examples(self) -> bool:
+        """Whether a client's start is made from its own examples, under noise that its ledger is charged for."""
+        return self.method.name == "flexmore" and self.method.router_init == "documents"
+
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, override and check a config.
@@ -259,6 +273,18 @@ def unused_keys(config: Config) -> list[str]:
         "method.init_examples method.init_learning_rate method.init_not_covered",
         "init svd needs no data",
     )
+    experts = config.method.name == "flexmore"
+    note(
+        not experts,
+        "method.ranks method.device_profile method.extraction method.num_experts_per_tok method.norm_topk_prob "
+        "method.router_init method.router_documents method.router_tuning_steps method.router_tuning_learning_rate",
+        f"{config.method.name} has no experts",
+    )
+    note(experts, "method.target_modules", "flexmore adapts the feed-forward blocks")
+    mixed = config.method.ranks is not None or config.method.device_profile is not None
+    note(experts and mixed, "method.rank", "every client has a rank of its own")
+    note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
+    note(config.method.router_tuning_steps == 0, "method.router_tuning_learning_rate", "the router is not tuned")
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
     note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
@@ -430,3 +456,32 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
             "use svd, or set method.init_not_covered = true"
         )
         raise InputError("method.init", "pooled", remedy)
+    if config.method.name == "flexmore":
+        _check_experts(config)
+
+
+def _check_experts(config: Config) -> None:
+    method = config.method
+    if config.model.task != "causal-lm":
+        raise InputError("model.task", config.model.task, "flexmore makes a mixture of language models; use causal-lm")
+    if method.ranks is not None and method.device_profile is not None:
+        raise InputError("method.ranks", method.ranks, "give ranks or device_profile, not both")
+    if method.ranks is not None and not method.ranks:
+        raise InputError("method.ranks", method.ranks, "is empty; give a rank for every client")
+    clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
+    if isinstance(method.ranks, list) and clients is not None and len(method.ranks) != clients:
+        raise InputError("method.ranks", method.ranks, f"needs one rank for each of the {clients} clients")
+    for rank in method.device_profile or ():
+        if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
+            remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'
+            raise InputError("method.device_profile", rank, remedy)
+    if method.device_profile is not None and abs(sum(method.device_profile.values()) - 1) > 1e-6:
+        raise InputError("method.device_profile", method.device_profile, "its shares must sum to 1")
+    reads_public = {
+        "router_init": method.router_init == "public",
+        "router_tuning_steps": method.router_tuning_steps > 0,
+    }
+    for key, reads in reads_public.items():
+        if reads and config.data.public is None:
+            remedy = "needs data.public: examples that the server may read"
+            raise InputError(f"method.{key}", getattr(method, key), remedy)

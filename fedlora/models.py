@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
@@ -112,6 +113,18 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a Linear or Conv1D layer."""
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed)."""
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
 def pretrained_source(config: Config) -> str:
     """Return the folder or hub id of the base model, such that transformers' ``from_pretrained`` can load it.
 
@@ -189,7 +202,7 @@ def load_tokenizer(config: Config) -> Any:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError("model.name", config.model.name, "its tokenizer has no pad or eos token; add one")
-        with _quiet():
+        with quiet():
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -315,7 +328,7 @@ def _draw(model: nn.Module, names: set[str], seed: int, std: float) -> None:
 
 def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     # The conversion draws a progress bar of its own that no setting turns off.
-    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+    with quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         # transformers does not save a model that it regards as quantised: the weights move to a plain one.
         plain_config = loaded.config
@@ -334,7 +347,7 @@ def _revision(config: Config) -> str:
 def _loading(config: Config) -> Iterator[None]:
     """Turn what transformers raises about a model that cannot be loaded into the user's words."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except InputError:
         raise
@@ -348,7 +361,8 @@ def _loading(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and talking of what it loads."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -9,8 +9,9 @@ from strategies.base import FederatedStrategy
 from strategies.fed_sb import FedSB
 from strategies.fedit import FedIT
 from strategies.ffa_lora import FFALoRA
+from strategies.flexmore import FlexMoRE
 
-METHODS: dict[str, type[FederatedStrategy]] = {s.name: s for s in (FedIT, FFALoRA, FedSB)}
+METHODS: dict[str, type[FederatedStrategy]] = {s.name: s for s in (FedIT, FFALoRA, FedSB, FlexMoRE)}
 
 
 def get_strategy(name: str) -> type[FederatedStrategy]:

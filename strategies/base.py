@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,12 +17,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapters import AdaptedModel
+from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
+from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, GuardError, RunError
+from fedlora.models import load_base
+from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 from strategies.aggregation import Drift, WeightedMean, in_client_order
 
@@ -76,7 +80,7 @@ class FederatedStrategy(Strategy):
     name, title, paper : str
         ``method.name``, what it is in a line, and where it comes from.
     parameterisation : str
-        How dW is written: ``lora`` or ``sb``.
+        What is trained: ``lora``, ``sb`` or ``expert``.
     trained : tuple of str
         Factors that clients train and send, beside the head; the others are frozen and travel once.
     learning_rates : dict of str to float
@@ -140,6 +144,40 @@ class FederatedStrategy(Strategy):
         numbers = self.payload(layers, self.config.method.rank, head)
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         return {"initial": numbers.initial * size, "down": numbers.down * size, "up": numbers.up * size}
+
+    def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
+        """Return the payload in bytes as a function of round, client and direction; equal for all by default."""
+        formula = self.formula_bytes(adapted)
+        return lambda server_round, client, direction: formula[direction]
+
+    def server_device(self) -> str:
+        """Where the server's model is: on the GPU where the simulation uses one."""
+        return "cuda" if self.config.simulation.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+
+    def server_model(self, data: FederatedData) -> AdaptedModel:
+        """Load the base model with the method's adapters in it."""
+        base = load_base(self.config, data.label_names, self.server_device())
+        return adapt(base, self.config, self.parameterisation)
+
+    def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
+        """Work on the server after a round's aggregate; return the arrays that take its place, or None."""
+        return None
+
+    def evaluate(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> dict[str, Any]:
+        """Evaluate on the test set, and on the validation set if there is one (key ``validation``)."""
+        size = self.config.server.batch_size
+        metrics = evaluate(adapted, data.test, size, data.domain_names)
+        if data.validation is not None:
+            metrics["validation"] = evaluate(adapted, data.validation, size)
+        return metrics
+
+    def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
+        """Write the result into the run folder: ``adapter/``."""
+        export_peft(adapted, self.config, folder / "adapter", data.label_names)
+
+    def facts(self, adapted: AdaptedModel) -> dict[str, Any]:
+        """Return what summary.json says beside what all methods have."""
+        return {}
 
     def learning_rate(self, server_round: int) -> float:
         """Learning rate of a round: the config's or the method's own, by the schedule."""
@@ -214,7 +252,7 @@ class FederatedStrategy(Strategy):
             shape = tuple(arrays[name].shape) if name in arrays else None
             if shape != self._shapes.get(name):
                 raise ValueError(f"{name} has shape {shape}, expected {self._shapes.get(name)}")
-        _check_finite(arrays)
+        check_finite(arrays)
         return arrays, metrics
 
     def weight(self, metrics: MetricRecord) -> float:
@@ -313,7 +351,8 @@ def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
     return arrays
 
 
-def _check_finite(arrays: Arrays) -> None:
+def check_finite(arrays: Arrays) -> None:
+    """Refuse arrays with a number that is infinite or none (ValueError)."""
     # A norm is finite only if all numbers are; one that overflowed tells nothing yet.
     if not arrays or torch.stack(torch._foreach_norm(list(arrays.values()))).isfinite().all():
         return

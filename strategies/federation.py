@@ -20,8 +20,7 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapters import AdaptedModel, adapt
-from fedlora.adapters.peft_format import export_peft
+from fedlora.adapters import AdaptedModel
 from fedlora.communication.broadcast import InitialBroadcast
 from fedlora.communication.links import link_seed, network_profile, round_network
 from fedlora.communication.meter import MeteredGrid, row_dict
@@ -29,11 +28,10 @@ from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import RunError
-from fedlora.models import load_base
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
-from fedlora.training import evaluate, evaluate_clients
+from fedlora.training import evaluate_clients
 from strategies.base import FederatedStrategy, RoundReport
 
 log = logging.getLogger("fedlora")
@@ -128,7 +126,7 @@ def run_federation(
         rounds.nodes, rounds.on_reply = nodes, progress.on_client
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
-    adapted = server_model(config, data, strategy)
+    adapted = strategy.server_model(data)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:
@@ -147,8 +145,7 @@ def run_federation(
 
     # 3. The wire: every message is metered, frozen arrays go along with a client's first.
     dtype = wire_dtype(config.model.dtype)
-    formula = strategy.formula_bytes(adapted)
-    meter = MeteredGrid(grid, lambda r, client, way: formula[way], {node: client for client, node in nodes.items()})
+    meter = MeteredGrid(grid, strategy.client_formula(adapted), {node: client for client, node in nodes.items()})
     wire = InitialBroadcast(meter, encode(frozen, dtype))
     wire.contacted = {nodes[client] for client in checkpoint.get("contacted", []) if client in nodes}
     meter.totals.update(checkpoint.get("communication", {}))
@@ -161,7 +158,7 @@ def run_federation(
     totals.seconds["load"] += time.perf_counter() - clock
     if not done:
         began = time.perf_counter()
-        checkpoint["start"] = evaluate_server(adapted, data, config)
+        checkpoint["start"] = strategy.evaluate(adapted, data, 0)
         totals.seconds["evaluate"] += time.perf_counter() - began
 
     # 4. Rounds.
@@ -185,9 +182,13 @@ def run_federation(
         if aggregated is not None:
             arrays = aggregated
         adapted.set_shared(decode(arrays))
+        refined = strategy.refine(adapted, data, server_round)
+        if refined is not None:
+            arrays = encode(refined, dtype)
+            adapted.set_shared(refined)
         began = time.perf_counter()
         due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
-        metrics = evaluate_server(adapted, data, config) if due else {}
+        metrics = strategy.evaluate(adapted, data, server_round) if due else {}
         seconds = _seconds(report, exchange, time.perf_counter() - began)
         for name, value in seconds.items():
             totals.seconds[name] += value
@@ -214,7 +215,7 @@ def run_federation(
             show(line)
 
     # 6. The result.
-    export_peft(adapted, config, folder.path / "adapter", data.label_names)
+    strategy.export(adapted, data, folder.path)
     plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}")
     fairness = None
     if config.server.evaluate_clients and simulated:
@@ -229,21 +230,6 @@ def run_federation(
     return folder.finish(
         summarise(config, folder, strategy, adapted, nodes, meter.totals, totals) | {"fairness": fairness}
     )
-
-
-def server_model(config: Config, data: FederatedData, strategy: FederatedStrategy) -> AdaptedModel:
-    """Load the base model with the strategy's adapters; on the GPU where the simulation uses one."""
-    use_gpu = config.simulation.gpus_per_worker > 0 and torch.cuda.is_available()
-    base = load_base(config, data.label_names, "cuda" if use_gpu else "cpu")
-    return adapt(base, config, strategy.parameterisation)
-
-
-def evaluate_server(adapted: AdaptedModel, data: FederatedData, config: Config) -> dict[str, Any]:
-    """Evaluate on the test set, and on the validation set if there is one (key ``validation``)."""
-    metrics = evaluate(adapted, data.test, config.server.batch_size, data.domain_names)
-    if data.validation is not None:
-        metrics["validation"] = evaluate(adapted, data.validation, config.server.batch_size)
-    return metrics
 
 
 def summarise(
@@ -287,6 +273,7 @@ def summarise(
         "network": _network(config, lines),
         "seconds": {name: totals.seconds[name] for name in order},
         "environment": environment(config),
+        **strategy.facts(adapted),
     }
 
 

@@ -23,6 +23,8 @@ from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
+from fedlora.models import dense_weight as dense_weight
+from fedlora.models import linear_shape as linear_shape
 
 PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
 
@@ -69,25 +71,17 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, T, n] to [N, T, m]."""
+        return self.base(x) + self.branch(x)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the factors add to the frozen layer's output: s F_k ... F_1 x."""
         first, *others = self.factors
         branch = getattr(self, first)(self.dropout(x))
         if self.scaling != 1:
             branch = self.scaling * branch  # here it has the rank's width, not the layer's
         for name in others:
             branch = getattr(self, name)(branch)
-        return self.base(x) + branch
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (outputs, inputs) of a Linear or Conv1D layer."""
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
-
-
-def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed)."""
-    weight: torch.Tensor = layer.weight.detach()  # type: ignore[operator]
-    return weight.T if isinstance(layer, Conv1D) else weight
+        return branch
 
 
 class AdaptedModel:
@@ -219,6 +213,17 @@ class AdaptedModel:
                 value = torch.stack([client[name] for client in clients]).to(old.device, old.dtype)
             setattr(layer, attribute, nn.Parameter(value, requires_grad=True))
 
+    def prepare(self, settings: Mapping[str, Any]) -> None:
+        """Get ready for a message with these settings; a hook for methods whose clients differ."""
+
+    def begin(self, arrays: Arrays) -> Arrays:
+        """Turn arrays that came into those that are trained; the same by default."""
+        return arrays
+
+    def finish(self, arrays: Arrays) -> Arrays:
+        """Turn arrays that were trained into those that leave; the same by default."""
+        return arrays
+
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits."""
         mask = batch.get("attention_mask")
@@ -232,7 +237,7 @@ class AdaptedModel:
         return logits
 
 
-def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
+def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     """Put adapters and a stacked head into a frozen base model, in place.
 
     Parameters
@@ -255,11 +260,7 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
         If no module matches, a matched module is no linear layer, or the rank is above a layer's size.
     """
     layout = RowLayout()
-    for module in model.modules():
-        base_config: Any = getattr(module, "config", None)
-        if getattr(base_config, "use_cache", False):
-            # Nothing is generated here: a cache of keys and values would only copy them.
-            base_config.use_cache = False
+    never_cache(model)
     head = head_of(model)
     inside_head = f"{head[0]}." if head else None
     paths = target_paths(model, config.method.target_modules, exclude=head[0] if head else None)
@@ -283,6 +284,14 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
                 layers[path] = _stacked_copy(linear, layout)
                 model.set_submodule(path, layers[path])
     return AdaptedModel(model, layout, kind, adapters, layers)
+
+
+def never_cache(model: nn.Module) -> None:
+    """Switch the cache of keys and values off: nothing is generated here, and it would only copy them."""
+    for module in model.modules():
+        base_config: Any = getattr(module, "config", None)
+        if getattr(base_config, "use_cache", False):
+            base_config.use_cache = False
 
 
 def _stacked_copy(linear: nn.Linear, layout: RowLayout) -> StackedLinear:

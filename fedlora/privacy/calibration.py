@@ -37,6 +37,10 @@ class PrivacyPlan:
     accountant : str
     ceiling : float or None
         Epsilon that the client never exceeds; None where the noise was given instead.
+    start_noise_multiplier : float or None
+        sigma of a start that is made from the client's own examples; None where the start reads none.
+    start_sample_rate : float
+        The probability with which each example enters that start.
     """
 
     sample_rate: float
@@ -47,6 +51,12 @@ class PrivacyPlan:
     delta: float
     accountant: str
     ceiling: float | None
+    start_noise_multiplier: float | None = None
+    start_sample_rate: float = 0.0
+
+
+START_SHARE = 0.1
+"""Of a client's epsilon, for a start that is made from its examples."""
 
 
 def local_steps(config: Config, examples: int) -> int:
@@ -93,9 +103,18 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
     rate = min(1.0, config.client.batch_size / examples)
     steps = config.run.rounds * local_steps(config, examples)
     sigma = privacy.noise_multiplier
+    start, start_rate = None, 0.0
+    if config.start_reads_examples():
+        start_rate = min(1.0, config.method.router_documents / examples)
+        epsilon = privacy.target_epsilon
+        start = sigma
+        if epsilon is not None:
+            share = START_SHARE * epsilon
+            start = noise_multiplier(share, privacy.target_delta, start_rate, 1, privacy.accountant)
     if sigma is None:
         assert privacy.target_epsilon is not None
-        sigma = noise_multiplier(privacy.target_epsilon, privacy.target_delta, rate, steps, privacy.accountant)
+        spent = () if start is None else ((start, start_rate, 1),)
+        sigma = noise_multiplier(privacy.target_epsilon, privacy.target_delta, rate, steps, privacy.accountant, spent)
     return PrivacyPlan(
         sample_rate=rate,
         noise_multiplier=sigma,
@@ -105,12 +124,23 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         delta=privacy.target_delta,
         accountant=privacy.accountant,
         ceiling=privacy.target_epsilon,
+        start_noise_multiplier=start,
+        start_sample_rate=start_rate,
     )
 
 
 @lru_cache(maxsize=65536)
-def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> float:
+def noise_multiplier(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str,
+    spent: tuple[tuple[float, float, int], ...] = (),
+) -> float:
     """Smallest sigma, to a thousandth of itself, whose ``steps`` Poisson-sampled Gaussian steps stay within epsilon.
+
+    ``spent`` are other steps (noise multiplier, sample rate, number) that epsilon has to cover too.
 
     Notes
     -----
@@ -123,7 +153,7 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
         If no noise reaches epsilon.
     """
     low, high = 0.0, 1.0
-    while spent_epsilon(accountant, delta, ((high, sample_rate, steps),)) > epsilon:
+    while spent_epsilon(accountant, delta, (*spent, (high, sample_rate, steps))) > epsilon:
         low, high = high, 2 * high
         if high > _MAX_SIGMA:
             raise InputError(
@@ -131,7 +161,7 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
             )
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        if spent_epsilon(accountant, delta, ((middle, sample_rate, steps),)) > epsilon:
+        if spent_epsilon(accountant, delta, (*spent, (middle, sample_rate, steps))) > epsilon:
             low = middle
         else:
             high = middle

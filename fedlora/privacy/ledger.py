@@ -39,8 +39,8 @@ class Ledger:
         """Epsilon at the ledger's delta of all that was charged; infinite where a step had no noise."""
         return spent_epsilon(self.accountant, self.delta, tuple(self.history))
 
-    def check(self, plan: PrivacyPlan, steps: int) -> None:
-        """Refuse steps that would pass the client's ceiling.
+    def check(self, plan: PrivacyPlan, steps: int, start: bool = False) -> None:
+        """Refuse steps (and a start from the client's examples) that would pass the client's ceiling.
 
         Raises
         ------
@@ -49,19 +49,21 @@ class Ledger:
         """
         if plan.ceiling is None:
             return
-        after = spent_epsilon(self.accountant, self.delta, tuple(self._extended(plan, steps)))
+        after = spent_epsilon(self.accountant, self.delta, tuple(self._extended(plan, steps, start)))
         if after > plan.ceiling:
             raise BudgetError(
                 f"{steps} more steps would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
                 f"above the ceiling of {plan.ceiling:.4g}"
             )
 
-    def charge(self, plan: PrivacyPlan, steps: int) -> None:
-        """Add steps that were released."""
-        self.history = self._extended(plan, steps)
+    def charge(self, plan: PrivacyPlan, steps: int, start: bool = False) -> None:
+        """Add steps that were released, and the start if it was made from the client's examples."""
+        self.history = self._extended(plan, steps, start)
 
-    def _extended(self, plan: PrivacyPlan, steps: int) -> list[tuple[float, float, int]]:
+    def _extended(self, plan: PrivacyPlan, steps: int, start: bool) -> list[tuple[float, float, int]]:
         history = list(self.history)
+        if start and plan.start_noise_multiplier is not None:
+            history.append((plan.start_noise_multiplier, plan.start_sample_rate, 1))
         entry = (plan.noise_multiplier, plan.sample_rate)
         if history and history[-1][:2] == entry:
             history[-1] = (*entry, history[-1][2] + steps)

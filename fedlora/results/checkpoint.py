@@ -16,9 +16,11 @@ from safetensors.torch import load, save
 
 from fedlora.errors import InputError
 
+_PART_BYTES = 2**28
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS arrays (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS arrays (name TEXT, part INTEGER, value BLOB NOT NULL, PRIMARY KEY (name, part));
 CREATE TABLE IF NOT EXISTS states (client INTEGER PRIMARY KEY, state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS lines (file TEXT NOT NULL, line TEXT NOT NULL);
 """
@@ -68,12 +70,15 @@ class Checkpoint:
 
     def set_arrays(self, name: str, arrays: Mapping[str, torch.Tensor]) -> None:
         """Set named tensors."""
-        self._connection.execute("INSERT OR REPLACE INTO arrays VALUES (?, ?)", (name, save(dict(arrays))))
+        self._connection.execute("DELETE FROM arrays WHERE name = ?", (name,))
+        for part, chunk in enumerate(_chunks(arrays)):
+            self._connection.execute("INSERT INTO arrays VALUES (?, ?, ?)", (name, part, save(chunk)))
 
     def get_arrays(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return named tensors, or None."""
-        row = self._connection.execute("SELECT value FROM arrays WHERE name = ?", (name,)).fetchone()
-        return None if row is None else dict(load(row[0]))
+        rows = self._connection.execute("SELECT value FROM arrays WHERE name = ? ORDER BY part", (name,))
+        chunks = [load(value) for (value,) in rows]
+        return {key: array for chunk in chunks for key, array in chunk.items()} if chunks else None
 
     def add_lines(self, file: str, lines: list[str]) -> None:
         """Add lines to one of the run folder's growing files."""
@@ -91,6 +96,19 @@ class Checkpoint:
     def close(self) -> None:
         """Close the file; an unfinished transaction is dropped."""
         self._connection.close()
+
+
+def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Divide arrays into pieces of some hundred MB: SQLite takes no value above 1 GB. There is one piece at least."""
+    chunk: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, array in arrays.items():
+        if chunk and size + array.nbytes > _PART_BYTES:
+            yield chunk
+            chunk, size = {}, 0
+        chunk[name] = array
+        size += array.nbytes
+    yield chunk
 
 
 class ClientStates(MutableMapping[int, RecordDict]):

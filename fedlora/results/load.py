@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE
 from fedlora.config import Config
 from fedlora.errors import InputError
-from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer
+from fedlora.experts.folder import folder_name
+from fedlora.experts.mixture import Mixture, load_mixture
+from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+from fedlora.results.checkpoint import Checkpoint
+from fedlora.results.folder import write_atomically
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
-    """Return the model that a run made, with its adapter merged in, and the tokenizer.
+    """Return the model that a run made, with its adapter merged in (or the mixture of experts), and the tokenizer.
 
     Parameters
     ----------
@@ -42,10 +46,14 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     >>> logits = model(**tokenizer("A joy to watch.", return_tensors="pt")).logits  # doctest: +SKIP
     """
     path = Path(folder)
+    if (path / "mixture" / "config.json").is_file():
+        return load_mixture(path / "mixture"), load_tokenizer(_config(path))
     adapter = path / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise InputError("FOLDER", str(folder), "holds no finished run (no adapter/); give a run folder")
-    config = Config.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        raise InputError(
+            "FOLDER", str(folder), "holds no finished run (neither adapter/ nor mixture/); give a run folder"
+        )
+    config = _config(path)
     labels = adapter / LABELS_FILE
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
     model: Any = load_base(config, names)
@@ -60,6 +68,10 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     return model.eval(), load_tokenizer(config)
 
 
+def _config(folder: Path) -> Config:
+    return Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+
+
 def export_run(folder: str | Path, output: str | Path | None = None, *, merged: bool = False) -> Path:
     """Write a run's model for others to load.
 
@@ -70,7 +82,8 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     output : str or Path, optional
         Where to; ``FOLDER/merged`` or ``FOLDER/export`` by default. It must not exist.
     merged : bool
-        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer.
+        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A mixture is
+        always written whole; its owners' PEFT folders lie in ``experts/``.
 
     Raises
     ------
@@ -82,9 +95,57 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
         raise InputError("--output", str(target), "exists already; choose another folder")
     with torch.no_grad():
         model, tokenizer = load(folder)
-    if merged:
+    if merged or isinstance(model, Mixture):
         model.save_pretrained(target)
     else:
         shutil.copytree(Path(folder) / "adapter", target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def opt_out(folder: str | Path, owner: str) -> Mixture:
+    """Take an owner's expert out of a finished run: out of its mixture, its experts/ and its checkpoint.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A run folder of method flexmore.
+    owner : str
+
+    Returns
+    -------
+    Mixture
+        What ``mixture/`` now holds. It equals one that the expert was never merged into; but where the router was tuned
+        (``router_tuned`` in summary.json), the other rows keep what they learned beside that expert.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no mixture, or that owner has no expert in it.
+    """
+    path = Path(folder)
+    if not (path / "mixture" / "config.json").is_file():
+        raise InputError("FOLDER", str(folder), "holds no mixture; give the folder of a finished flexmore run")
+    mixture, tokenizer = load(path)
+    mixture.remove_expert(owner)
+    new, old = path / ".mixture.new", path / ".mixture.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with quiet():
+        mixture.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    checkpoint = Checkpoint(path / "checkpoint" / "state.sqlite")
+    try:
+        arrays = checkpoint.get_arrays("trained") or {}
+        checkpoint.set_arrays("trained", {n: a for n, a in arrays.items() if n.rpartition("/")[0] != owner})
+        checkpoint.commit()
+    finally:
+        checkpoint.close()
+    (path / "mixture").rename(old)
+    new.rename(path / "mixture")
+    shutil.rmtree(old)
+    shutil.rmtree(path / "experts" / folder_name(owner), ignore_errors=True)
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    summary["opted_out"] = [*summary.get("opted_out", []), owner]
+    write_atomically(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return mixture

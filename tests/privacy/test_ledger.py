@@ -14,7 +14,7 @@ from opacus.accountants import create_accountant
 
 from fedlora.errors import BudgetError
 from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
-from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.calibration import local_steps, spent_epsilon
 from fedlora.training import train_cohort
 from tests import tiny
 
@@ -145,3 +145,35 @@ def test_what_training_reports_is_what_it_took():
     assert ledger.history == [(private.noise_multiplier, 0.4, private.steps)]
     assert private.steps == rounds * 2 * 3
     assert ledger.epsilon() <= 5.0
+
+
+def test_a_start_from_the_clients_examples_is_charged_once_and_counts_against_the_ceiling():
+    config = tiny.settings(
+        "llama",
+        run={"rounds": 4},
+        method={"name": "flexmore", "router_documents": 500},
+        client={"batch_size": 32, "local_steps": 5},
+        privacy={"mode": "example", "target_epsilon": 8.0},
+    )
+    found = plan_privacy(config, 1000)
+    assert found.start_sample_rate == 0.5
+    start = (found.start_noise_multiplier, 0.5, 1)
+    assert spent_epsilon("rdp", 1e-5, (start,)) == pytest.approx(0.8, rel=0.01)
+    ledger = Ledger("rdp", 1e-5)
+    for round_ in range(4):
+        ledger.check(found, 5, start=round_ == 0)
+        ledger.charge(found, 5, start=round_ == 0)
+    assert ledger.history == [start, (found.noise_multiplier, found.sample_rate, 20)]
+    assert 8.0 * 0.98 < ledger.epsilon() <= 8.0
+    with pytest.raises(BudgetError):
+        ledger.check(found, 1)
+    # The same steps without the start leave something of the budget; one more start would pass the ceiling.
+    steps = Ledger("rdp", 1e-5)
+    steps.charge(found, 20)
+    assert steps.epsilon() < ledger.epsilon()
+    with pytest.raises(BudgetError):
+        ledger.check(found, 0, start=True)
+    # A start from public text reads nothing.
+    public = config.model_copy(update={"method": config.method.model_copy(update={"router_init": "public"})})
+    assert plan_privacy(public, 1000).start_noise_multiplier is None
+    assert plan_privacy(public, 1000).noise_multiplier < found.noise_multiplier

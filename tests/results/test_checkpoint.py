@@ -162,3 +162,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(InputError, match="damaged"):
         Checkpoint(path)
+
+
+def test_arrays_beyond_what_one_value_holds_are_kept_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.results.checkpoint._PART_BYTES", 100)
+    checkpoint = Checkpoint(tmp_path / "state.sqlite")
+    large = {f"a{i}": torch.full((10,), float(i)) for i in range(7)}
+    checkpoint.set_arrays("x", large)
+    found = checkpoint.get_arrays("x")
+    assert found is not None
+    assert found.keys() == large.keys()
+    assert all(torch.equal(found[name], large[name]) for name in large)
+    # Fewer pieces than before leave none of the old ones behind.
+    checkpoint.set_arrays("x", {"b": torch.ones(3)})
+    assert list(checkpoint.get_arrays("x") or {}) == ["b"]
+    checkpoint.set_arrays("x", {})
+    assert checkpoint.get_arrays("x") == {}
+    checkpoint.close()

@@ -1,0 +1,459 @@
+"""Ranks of experts against perplexity and bytes: five domains of 20newsgroups, and reasoning against knowledge.
+
+    python -m experiments.flexmore_study export --output DATA          # texts as JSONL, and the model as safetensors
+    python -m experiments.flexmore_study run --data DATA --output OUT  # on a GPU; raw.json grows as parts are done
+    python -m experiments.flexmore_study plot --output OUT             # table.md, ranks.png, reasoning.png
+
+``run`` needs no network. It trains, for every rank, the five owners' experts in one pass each (see
+:func:`fedlora.training.train_cohort`), merges them, and evaluates the public model, every expert with the public one,
+the mixture, and one LoRA on all data, which is the upper line. Rates are tuned for every rank on validation text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.benchmarks.machine import machine
+from fedlora.adapters import AdaptedModel, ExpertModel, adapt
+from fedlora.adapters.merged import MergedModel
+from fedlora.config import Config, load_config
+from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
+from fedlora.experts.expert import FULL, Rank, break_even_rank
+from fedlora.experts.mixture import Mixture
+from fedlora.models import load_base, pretrained_source
+from fedlora.training import ClientJob, evaluate, train_cohort
+from fedlora.training.expert_start import mean_states, start_expert
+from fedlora.training.router import tune_router
+from strategies.base import drawn_factors
+from strategies.flexmore import FULL_RATE, FlexMoRE
+
+TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting", "simple_equations", "syllogism")
+"""Of reasoning-gym: the procedural side of the second study."""
+
+PUBLIC, VALIDATION = 60, 40
+"""Examples of each domain that are public, and that tuning looks at; no owner trains on them."""
+
+
+# The data.
+
+
+def export(output: Path, model: str, tests: int, reasoning: int) -> None:
+    """Write train, validation, public and test as JSONL with text and domain, the two tasks' files, and the model."""
+    import datasets
+    import reasoning_gym
+
+    from fedlora.data.sources import load_examples
+
+    output.mkdir(parents=True)
+    config = load_config(
+        {
+            "model": {"name": model, "task": "causal-lm"},
+            "data": {"name": "asset:20newsgroups", "partition": {"kind": "natural", "column": "domain"}},
+            "method": {"name": "flexmore"},
+        }
+    )
+    examples = load_examples(config)
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "public": [], "test": []}
+    rng = np.random.default_rng(0)
+    for domain in sorted(set(examples.train["domain"][:])):
+
+        def rows(table: datasets.Dataset, name: str = domain) -> list[dict[str, Any]]:
+            found = [{"text": t, "domain": d} for t, d in zip(table["text"], table["domain"], strict=True) if d == name]
+            return [found[i] for i in rng.permutation(len(found))]
+
+        train = rows(examples.train)
+        parts["public"] += train[:PUBLIC]
+        parts["validation"] += train[PUBLIC : PUBLIC + VALIDATION]
+        parts["train"] += train[PUBLIC + VALIDATION :]
+        parts["test"] += rows(examples.test)[:tests]
+    for name, lines in parts.items():
+        _write(output / f"{name}.jsonl", lines)
+    for split, seed, count in (("train", 0, reasoning), ("test", 10**6, tests * 2)):
+        # Different seeds make different problems.
+        found = []
+        for k, task in enumerate(TASKS):
+            for item in reasoning_gym.create_dataset(task, size=-(-count // len(TASKS)), seed=seed + k):
+                found.append({"prompt": item["question"].strip() + "\n", "answer": str(item["answer"])})
+        _write(output / f"reasoning-{split}.jsonl", found)
+    shutil.copytree(pretrained_source(config), output / "model")
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# Training and evaluating without a federation around it: the same parts that a run uses.
+
+
+class Bench:
+    """One public model, one data set, and what is made of them.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    reasoning : bool
+        The prompts and answers instead of the newsgroups.
+    """
+
+    def __init__(self, options: argparse.Namespace, reasoning: bool = False) -> None:
+        folder = options.data
+        data: dict[str, Any] = {
+            "name": str(folder / "train.jsonl"),
+            "partition": {"kind": "natural", "column": "domain"},
+        }
+        data |= {"test": str(folder / "test.jsonl"), "validation": str(folder / "validation.jsonl")}
+        data |= {"public": str(folder / "public.jsonl")}
+        if reasoning:
+            data = {"name": str(folder / "reasoning-train.jsonl"), "partition": {"kind": "iid", "clients": 1}}
+            data |= {"test": str(folder / "reasoning-test.jsonl"), "prompt": "prompt", "answer": "answer"}
+        model = {
+            "name": str(folder / "model"),
+            "task": "causal-lm",
+            "max_length": options.length,
+            "dtype": options.dtype,
+        }
+        if options.layers:
+            model["num_hidden_layers"] = options.layers
+        client = {"batch_size": options.batch, "physical_batch_size": options.physical, "local_steps": options.steps}
+        self.content = {
+            "run": {"seed": options.seed, "rounds": 1},
+            "model": model,
+            "data": data,
+            "method": {"name": "flexmore"},
+            "client": client,
+            "server": {"batch_size": options.physical * 4},
+        }
+        self.device, self.options = options.device, options
+        self.data: FederatedData = prepare_data(self.config())
+        self.owners = self.data.client_names if not reasoning else ["reasoning"]
+        self.public_rows: dict[str, torch.Tensor] = {}
+        self.router_rows: dict[int, dict[str, torch.Tensor]] = {}  # of each client's documents, for all ranks alike
+        if self.data.public is not None:
+            merged = self.merged()
+            rows = np.arange(len(self.data.public))
+            states = mean_states(merged, merged.mixture.blocks, self.data.public, rows, options.physical * 4)
+            names = (f"{path}.public_router" for path in merged.mixture.routers())
+            self.public_rows = {name: row[None] for name, row in zip(names, states, strict=True)}
+
+    def config(self, **overrides: Any) -> Config:
+        """Return the config with ``section__key`` overridden."""
+        return load_config(self.content, {key.replace("__", "."): value for key, value in overrides.items()})
+
+    def merged(self) -> MergedModel:
+        """Return a mixture without experts."""
+        return MergedModel(Mixture.of(load_base(self.config(), None, self.device)).eval())
+
+    def train(self, rank: Rank, rate: float, steps: int, zero_row: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+        """Train all owners' experts of a rank, each alone, in one pass; return them by owner."""
+        config = self.config(client__local_steps=steps)
+        adapted = adapt(load_base(config, None, self.device), config, FlexMoRE.parameterisation)
+        assert isinstance(adapted, ExpertModel)
+        adapted.prepare({"rank": str(rank)})
+        if not zero_row:
+            adapted.set_shared(self.public_rows)
+        jobs = []
+        for client, rows in enumerate(self.data.partition):
+            sequence = np.random.SeedSequence([config.run.seed, 0, client])
+            known = self.router_rows.get(client)
+            method = config.method.model_copy(update={"router_init": "documents" if known is None else "public"})
+            adapted.config = config.model_copy(update={"method": method})
+            start = start_expert(adapted, self.data.train, np.asarray(rows), None, sequence)
+            start |= known or {}
+            self.router_rows[client] = {name: array for name, array in start.items() if ".router" in name}
+            jobs.append(ClientJob(client, 1, np.asarray(rows), start, rate * (FULL_RATE if rank == FULL else 1)))
+        adapted.config = config
+        results = train_cohort(adapted, self.data.train, jobs, config)
+        return {owner: adapted.finish(r.arrays) for owner, r in zip(self.owners, results, strict=True)}
+
+    def losses(self, adapted: AdaptedModel, table: TokenTable | None = None) -> dict[str, float]:
+        """Loss in nats a token by domain."""
+        found = evaluate(adapted, table or self.data.test, self.options.physical * 4, self.data.domain_names)
+        domains: dict[str, float] = found.get("by_domain") or {"all": found["perplexity"]}
+        return {name: float(np.log(value)) for name, value in domains.items()}
+
+    def judge(self, merged: MergedModel, experts: dict[str, dict[str, torch.Tensor]], zero_row: bool = False) -> Any:
+        """Evaluate each expert with the public one, the mixture, and the mixture with a tuned router."""
+        merged.show([])
+        rows = {n: torch.zeros_like(r) if zero_row else r for n, r in self.public_rows.items()}
+        arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
+        merged.set_shared(rows | arrays)
+        found: dict[str, dict[str, float]] = {}
+        for owner in experts:
+            merged.show([owner])
+            found[owner] = self.losses(merged)
+        merged.show(list(experts))
+        if len(experts) > 1:
+            found["mixture"] = self.losses(merged)
+            for block in merged.mixture.blocks:
+                block.top_k = 2
+            found["mixture, top 2"] = self.losses(merged)
+            for block in merged.mixture.blocks:
+                block.top_k = None
+            if self.options.router_steps and self.data.public is not None:
+                config = self.config(method__router_tuning_steps=self.options.router_steps)
+                tune_router(merged, self.data.public, config)
+                found["mixture, router tuned"] = self.losses(merged)
+        merged.show([])
+        return found
+
+    def size(self, rank: Rank) -> int:
+        """Bytes that an owner sends once."""
+        merged = self.merged()
+        layers = list(merged.mixture.projections().values())
+        head = sum(merged.mixture.routers().values()) + len(merged.mixture.routers())
+        return 4 * FlexMoRE.payload(layers, rank, head).up
+
+
+# The study.
+
+
+class Record:
+    """The raw figures, written whenever a part is done."""
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        self.path, self.started = path, time.perf_counter()
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.content.setdefault("machine", machine())
+        shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        self.content["options"] = shown
+        self.limit: float = options.max_seconds
+
+    def part(self, key: str, work: Callable[[], Any]) -> Any:
+        """Do a part that is not there yet, unless the time is up."""
+        if key in self.content:
+            return self.content[key]
+        if time.perf_counter() - self.started > self.limit:
+            print(f"{key}: no time left; run again to go on")
+            return None
+        began = time.perf_counter()
+        self.content[key] = work()
+        self.content.setdefault("seconds", {})[key] = time.perf_counter() - began
+        self.path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        print(f"{key}: {self.content['seconds'][key]:.1f} s", flush=True)
+        return self.content[key]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do the parts that are not in raw.json yet, in order of importance."""
+    torch.set_float32_matmul_precision("high")
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = Record(options.output / "raw.json", options)
+    bench = Bench(options)
+    ranks: list[Rank] = [FULL if rank == "full" else int(rank) for rank in options.ranks]
+    merged = bench.merged()
+    layers = list(merged.mixture.projections().values())
+    record.part("sizes", lambda: {"break_even": break_even_rank(layers), **{str(r): bench.size(r) for r in ranks}})
+    record.part("public", lambda: bench.losses(merged))
+    rates: dict[Rank, float] = {}
+    for rank in ranks:
+        found = record.part(f"rates {rank}", partial(_tune, bench, merged, rank))
+        rates[rank] = float(min(found, key=found.get)) if found else options.rates[0]
+    kept: dict[Rank, dict[str, dict[str, torch.Tensor]]] = {}
+    for rank in ranks:
+        path = options.output / f"experts-{rank}.pt"
+
+        def work(r: Rank = rank, path: Path = path) -> Any:
+            kept[r] = bench.train(r, rates[r], options.steps)
+            if r != FULL and r in options.mixed:
+                torch.save(kept[r], path)
+            return bench.judge(merged, kept[r]) | {"rate": rates[r]}
+
+        record.part(f"rank {rank}", work)
+        if rank not in kept and path.is_file():
+            kept[rank] = torch.load(path)
+        if rank not in options.mixed:
+            kept.pop(rank, None)
+    mixed = {owner: options.mixed[i % len(options.mixed)] for i, owner in enumerate(bench.owners)}
+    if all(rank in kept for rank in mixed.values()):
+        chosen = {owner: kept[rank][owner] for owner, rank in mixed.items()}
+        record.part("mixed ranks", lambda: bench.judge(merged, chosen) | {"ranks": mixed})
+    kept.clear()
+    for rank in options.lora:
+        record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
+
+    def zero_row() -> Any:
+        return bench.judge(merged, bench.train(16, rates.get(16, options.rates[0]), options.steps, True), True)
+
+    record.part("rank 16, public row 0", zero_row)
+    del merged
+    reasoning = Bench(options, reasoning=True)
+    merged = reasoning.merged()
+    record.part("reasoning public", lambda: reasoning.losses(merged))
+    for rank in ranks:
+
+        def solve(r: Rank = rank) -> Any:
+            return reasoning.judge(merged, reasoning.train(r, rates[r], options.reasoning_steps))
+
+        record.part(f"reasoning {rank}", solve)
+
+
+def _tune(bench: Bench, merged: MergedModel, rank: Rank) -> dict[str, float]:
+    """Mean loss of the owners' experts on their own domain's validation text, by learning rate."""
+    found = {}
+    for rate in bench.options.rates:
+        experts = bench.train(rank, rate, bench.options.tune_steps)
+        arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
+        merged.show([])
+        merged.set_shared(bench.public_rows | arrays)
+        own = []
+        for owner in experts:
+            merged.show([owner])
+            own.append(bench.losses(merged, bench.data.validation)[owner])
+        found[str(rate)] = float(np.mean(own))
+        merged.show([])
+    return found
+
+
+def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
+    """One LoRA on all owners' text: as many examples in all as the owners' experts see together."""
+    owners = len(bench.owners)
+    rows = np.sort(np.concatenate([np.asarray(part) for part in bench.data.partition]))
+    found: dict[str, Any] = {}
+    names = sorted({path.rpartition(".")[2] for path in bench.merged().mixture.projections()})
+    for rate in bench.options.rates:
+        overrides: dict[str, Any] = {
+            "method__rank": rank,
+            "method__alpha": 8 * rank**0.5,
+            "method__target_modules": names,
+        }
+        batch = bench.options.batch * owners
+        config = bench.config(client__batch_size=batch, client__physical_batch_size=bench.options.physical, **overrides)
+        adapted = adapt(load_base(config, None, bench.device), config, "lora")
+        start = drawn_factors(adapted, config.run.seed)
+        result = train_cohort(adapted, bench.data.train, [ClientJob(0, 1, rows, start, rate)], config)[0]
+        adapted.set_shared(result.arrays)
+        assert bench.data.validation is not None
+        chosen = np.mean(list(bench.losses(adapted, bench.data.validation).values()))
+        if not found or chosen < found["validation"]:
+            found = {"rate": rate, "validation": float(chosen), "test": bench.losses(adapted)}
+    return found
+
+
+# The picture.
+
+
+def plot(folder: Path) -> None:
+    """Write table.md, ranks.png and reasoning.png from raw.json."""
+    from matplotlib.figure import Figure
+
+    raw = json.loads((folder / "raw.json").read_text(encoding="utf-8"))
+    public = raw["public"]
+    domains = list(public)
+    ranks = [key.removeprefix("rank ") for key in raw if key.startswith("rank ") and "," not in key]
+    sizes = raw["sizes"]
+    rows: list[tuple[str, dict[str, float], float | None]] = [("public", public, None)]
+    for rank in ranks:
+        found = raw[f"rank {rank}"]
+        own = {domain: found[domain][domain] for domain in domains}
+        rows.append((f"own expert, rank {rank}", own, sizes[rank]))
+    for rank in ranks:
+        kinds = [name for name in raw[f"rank {rank}"] if name.startswith("mixture")]
+        rows += [(f"{name}, rank {rank}", raw[f"rank {rank}"][name], len(domains) * sizes[rank]) for name in kinds]
+    if "mixed ranks" in raw:
+        found = raw["mixed ranks"]
+        total = sum(sizes[str(rank)] for rank in found["ranks"].values())
+        label = "/".join(str(found["ranks"][domain]) for domain in domains)
+        rows += [(f"{name}, ranks {label}", found[name], total) for name in found if name.startswith("mixture")]
+    rows += [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
+
+    def gain(losses: dict[str, float]) -> float:
+        return float(np.mean([public[domain] - losses[domain] for domain in domains]))
+
+    best = {kind: gain(raw[f"rank {FULL}"][kind]) for kind in raw.get(f"rank {FULL}", {}) if kind.startswith("mixture")}
+    if best:
+        best["own expert"] = gain({domain: raw[f"rank {FULL}"][domain][domain] for domain in domains})
+    lines = ["| | " + " | ".join(domains) + " | gain (nats) | of full | MB sent |", "|---" * (len(domains) + 4) + "|"]
+    for name, losses, size in rows:
+        cells = [f"{np.exp(losses[domain]):.1f}" for domain in domains]
+        full = best.get(name.rpartition(", rank")[0])
+        share = f"{gain(losses) / full:.0%}" if full else "-"
+        lines.append(
+            f"| {name} | "
+            + " | ".join(cells)
+            + f" | {gain(losses):.3f} | {share} | {'-' if size is None else f'{size / 1e6:.1f}'} |"
+        )
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    mean = {name: float(np.mean([losses[domain] for domain in domains])) for name, losses, _ in rows}
+    for kind, colour in (("own expert", "#009e73"), ("mixture", "#0072b2"), ("mixture, router tuned", "#cc79a7")):
+        points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
+        left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
+    for name, value in mean.items():
+        if name == "public" or name.startswith("all-data"):
+            left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)
+    left.set(xscale="log", xlabel="MB that an owner sends", ylabel="test loss (nats a token), mean over domains")
+    left.legend(frameon=False, fontsize="small")
+    for domain in domains:
+        values = [np.exp(raw[f"rank {rank}"][domain][domain]) for rank in ranks]
+        right.plot(range(len(ranks)), values, marker="o", label=domain)
+    right.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylabel="own domain's perplexity")
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(folder / "ranks.png", dpi=110)
+
+    solved = [rank for rank in ranks if f"reasoning {rank}" in raw]
+    if solved:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        reasoning = [raw["reasoning public"]["all"] - raw[f"reasoning {rank}"]["reasoning"]["all"] for rank in solved]
+        knowledge = [gain({d: raw[f"rank {rank}"][d][d] for d in domains}) for rank in solved]
+        for name, gains, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
+            axes.plot(range(len(solved)), np.array(gains) / gains[-1], marker="o", label=name, color=colour)
+        axes.set(xticks=range(len(solved)), xticklabels=solved, xlabel="rank", ylabel=f"gain, of rank {solved[-1]}'s")
+        axes.legend(frameon=False)
+        figure.savefig(folder / "reasoning.png", dpi=110)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("export")
+    one.add_argument("--output", type=Path, required=True)
+    one.add_argument("--model", default="asset:smollm2-135m")
+    one.add_argument("--tests", type=int, default=100, help="test texts of each domain")
+    one.add_argument("--reasoning", type=int, default=7000, help="training problems")
+    two = commands.add_parser("run")
+    two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
+    two.add_argument("--output", type=Path, required=True)
+    two.add_argument("--ranks", nargs="+", default=["1", "4", "16", "64", "256", "full"])
+    two.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    two.add_argument("--mixed", nargs="+", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
+    two.add_argument("--lora", nargs="+", type=int, default=[16])
+    two.add_argument("--steps", type=int, default=120)
+    two.add_argument("--tune-steps", type=int, default=30)
+    two.add_argument("--router-steps", type=int, default=60)
+    two.add_argument("--reasoning-steps", type=int, default=100)
+    two.add_argument("--batch", type=int, default=16)
+    two.add_argument("--physical", type=int, default=8, help="rows of an owner in one pass over the model")
+    two.add_argument("--length", type=int, default=256)
+    two.add_argument("--layers", type=int, default=0)
+    two.add_argument("--dtype", default="bfloat16")
+    two.add_argument("--device", default="cuda")
+    two.add_argument("--seed", type=int, default=0)
+    two.add_argument("--max-seconds", type=float, default=460.0, help="begin no further part after that")
+    three = commands.add_parser("plot")
+    three.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.command == "export":
+        export(options.output, options.model, options.tests, options.reasoning)
+    elif options.command == "run":
+        run(options)
+        plot(options.output)
+    else:
+        plot(options.output)
+
+
+if __name__ == "__main__":
+    main()

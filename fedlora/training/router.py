@@ -1,0 +1,49 @@
+"""Router tuning: the rows and biases of a mixture's routers, trained on public text alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedlora.adapters.merged import MergedModel
+from fedlora.config import Config
+from fedlora.data.tokens import TokenTable
+from fedlora.training.batches import shuffled_batches
+from fedlora.training.loss import per_example_loss
+
+_TUNING = 8  # one stream of random numbers for each use of the run's seed
+
+
+def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
+    """Train every router of a mixture for ``method.router_tuning_steps`` steps; experts and public model stay frozen.
+
+    Parameters
+    ----------
+    merged : MergedModel
+        Its mixture's rows and biases (the public expert's row too, whose bias stays 0) are changed in place.
+    table : TokenTable
+        Public text.
+    config : Config
+    """
+    blocks = merged.mixture.blocks
+    parameters = [p.requires_grad_(True) for block in blocks for p in (block.router, block.router_bias)]
+    optimizer = torch.optim.AdamW(parameters, lr=config.method.router_tuning_learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(
+        int(np.random.SeedSequence([config.run.seed, _TUNING]).generate_state(1)[0])
+    )
+    rows = np.arange(len(table))
+    merged.model.train()
+    for chosen in shuffled_batches(rows, config.client.batch_size, config.method.router_tuning_steps, generator):
+        batch = table.batch(chosen, merged.device)
+        merged.layout.set_rows([len(chosen)])
+        per_example_loss(merged.logits(batch), batch["labels"]).mean().backward()
+        for block in blocks:
+            assert block.router_bias.grad is not None
+            block.router_bias.grad[0] = 0.0
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for block in blocks:
+                block.router_bias.clamp_(max=0)
+    for parameter in parameters:
+        parameter.requires_grad_(False)

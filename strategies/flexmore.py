@@ -1,0 +1,345 @@
+"""FlexMoRE: owners grow experts of their own rank, the server merges them into one mixture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.expert import FACTORS, KIND, check_rank, trained_rank
+from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
+from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import ClientErrorCode, InputError
+from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
+from fedlora.experts.folder import folder_name, save_expert
+from fedlora.experts.mixture import Mixture
+from fedlora.experts.ranks import client_ranks
+from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.training import evaluate
+from fedlora.training.expert_start import mean_states
+from fedlora.training.router import tune_router
+from strategies.base import FederatedStrategy, Payload, RoundReport, check_finite
+
+log = logging.getLogger("fedlora")
+
+FULL_RATE = 0.1
+"""A full expert's learning rate, as a share of an adapter's."""
+
+MIXTURE = "mixture"
+
+
+class FlexMoRE(FederatedStrategy):
+    """FlexMoRE: experts of mixed ranks beside a frozen public model (arXiv 2602.08818, on FlexOlmo, 2507.07024).
+
+    Every data owner trains one expert for all feed-forward blocks, and its router rows, in isolation against the frozen
+    public model; the server concatenates the experts and stacks the rows. Nothing is averaged, so nothing is lost, and
+    an owner may leave again.
+
+    Notes
+    -----
+    *Published*: FlexOlmo's isolated training against the public expert, router rows that start from the mean embedding
+    of up to 1,000 documents, a bias that enters as min(b, 0), the merge, opting out, router tuning on public data; and
+    FlexMoRE's post-hoc truncation of full experts by SVD, with B = U sqrt(S), A = sqrt(S) V^T and no alpha
+    (``method.extraction = "svd"``).
+
+    *Ours*: running it as a federation; training the low-rank expert directly (``direct``, the default), with
+    s = alpha / sqrt(r); router rows from the hidden states at each router's own input instead of an embedder's; the
+    public row 0 unless there is public text; renormalising the kept weights when fewer than all experts are active;
+    several clients of one domain, whose experts are combined exactly in dW; further rounds, which refine the owners'
+    experts against the same public model; and DP-SGD, the start of the router rows charged. With public text the rows
+    under privacy may start from that instead (``method.router_init = "public"``).
+
+    The mixture itself is not sent to the clients: ``experts`` in summary.json says what that would take.
+    """
+
+    name = "flexmore"
+    title = "FlexMoRE: experts of mixed ranks in one mixture"
+    paper = "arXiv 2602.08818"
+    parameterisation = KIND
+    trained: ClassVar[tuple[str, ...]] = FACTORS
+    learning_rates: ClassVar[dict[str, float]] = {"adamw": 1e-3, "sgd": 0.1}
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.ranks: list[Rank] = []
+        self.owners: list[str] = []
+        self.public_digest = ""
+        self.projections: dict[str, tuple[int, int]] = {}
+        self.routers: dict[str, int] = {}
+        self._arrays: Arrays = {}
+
+    # What a client is.
+
+    def server_model(self, data: FederatedData) -> MergedModel:
+        """Load the public model as a mixture without experts; learn the clients' ranks and owners."""
+        method = self.config.method
+        public = load_base(self.config, None, self.server_device())
+        mixture = Mixture.of(
+            public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
+        )
+        self.register(mixture, client_ranks(self.config, data.client_names), client_owners(data))
+        return MergedModel(mixture.eval())
+
+    def register(self, mixture: Mixture, ranks: list[Rank], owners: list[str]) -> None:
+        """Take note of every client's rank and owner, and of what their experts must fit."""
+        self.projections, self.routers = mixture.projections(), mixture.routers()
+        self.public_digest, self.ranks, self.owners = mixture.public_digest, ranks, owners
+        for name in ("public", MIXTURE):
+            if name in owners:
+                raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
+        layers = list(self.projections.values())
+        for client, rank in enumerate(ranks):
+            check_rank(rank, self.projections, "method.ranks" if self.config.method.ranks else "method.rank")
+            if rank != FULL and rank > break_even_rank(layers):
+                log.warning(
+                    "client %d (%s): rank %d is above the break-even rank %.0f, from which a full expert costs no more",
+                    *(client, owners[client], rank, break_even_rank(layers)),
+                )
+
+    def owner_rank(self, owner: str) -> Rank:
+        """Return the rank of an owner's expert: the largest of its clients'."""
+        ranks = [rank for rank, of in zip(self.ranks, self.owners, strict=True) if of == owner]
+        return FULL if FULL in ranks else max(rank for rank in ranks if rank != FULL)
+
+    # The wire.
+
+    @classmethod
+    def payload(cls, layers: list[tuple[int, int]], rank: Rank, head: int) -> Payload:
+        """r (m + n) a projection, or m n where it is full, and the router rows (``head``); down once there is one."""
+        count = numbers(layers, rank) + head
+        return Payload(initial=0, down=count, up=count)
+
+    def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
+        """Each client's payload by its own rank; once, the public expert's router rows, where there is public text."""
+        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+        rows = sum(self.routers.values())
+        layers = list(self.projections.values())
+
+        def formula(server_round: int, client: int, direction: str) -> int:
+            numbers = self.payload(layers, self.ranks[client], rows + len(self.routers))
+            return size * (rows if direction == "initial" else getattr(numbers, direction))
+
+        return formula
+
+    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """The public expert's router rows, from public text; without such text they are 0 and nothing is sent."""
+        if data.public is None:
+            return {}
+        assert isinstance(adapted, MergedModel)
+        rows = np.arange(len(data.public))
+        chosen = np.sort(np.random.default_rng(self.config.run.seed).permutation(rows))
+        chosen = chosen[: self.config.method.router_documents]
+        mixture = adapted.mixture
+        states = mean_states(adapted, mixture.blocks, data.public, chosen, self.config.server.batch_size)
+        return {f"{path}.public_router": row[None] for path, row in zip(self.routers, states, strict=True)}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
+        self._arrays = decode(arrays)
+        self.report = RoundReport(clients=self.sample(server_round))
+        experts = split_owners(self._arrays)
+        records: dict[tuple[str, Rank], ArrayRecord] = {}
+        messages = []
+        for client in self.report.clients:
+            owner, rank = self.owners[client], self.ranks[client]
+            if (owner, rank) not in records:
+                known = owner in experts
+                part = self._at_rank(expert_of(owner, experts[owner]), rank).arrays if known else {}
+                records[owner, rank] = encode(part, wire_dtype(self.config.model.dtype))
+            settings = ConfigRecord(dict(config))
+            settings["server-round"] = server_round
+            rate = self.learning_rate(server_round)
+            settings["learning-rate"] = rate * (FULL_RATE if trained_rank(self.config, rank) == FULL else 1.0)
+            settings["rank"] = str(rank)
+            content = RecordDict({"arrays": records[owner, rank], "config": settings})
+            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge: an owner's new expert takes the place of its last one; several clients' are combined in dW."""
+        received: dict[str, list[tuple[float, Expert]]] = {}
+        for client, message in self.valid_replies(replies):
+            started = time.perf_counter()
+            try:
+                expert, metrics = self.read_expert(client, message)
+                received.setdefault(expert.owner, []).append((self.weight(metrics), expert))
+                self.report.metrics[client] = metrics
+            except ValueError as error:
+                self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
+            self.report.aggregate_seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        record = None
+        if received and len(self.report.metrics) >= self.config.server.min_replies:
+            merged = split_owners(self._arrays)
+            merged |= {owner: self._combined(owner, parts).arrays for owner, parts in received.items()}
+            arrays = {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
+            record = encode(arrays, wire_dtype(self.config.model.dtype))
+        self.report.aggregate_seconds += time.perf_counter() - started
+        return record, self.mean_metrics()
+
+    def read_expert(self, client: int, message: Message) -> tuple[Expert, MetricRecord]:
+        """Return a reply's expert and metrics.
+
+        Raises
+        ------
+        ValueError
+            If the client trained against other public weights, says or sends another rank than it declared, or the
+            arrays are not finite or not of that rank's names and shapes.
+        """
+        facts = message.content.get("expert")
+        if not isinstance(facts, ConfigRecord):
+            raise ValueError("it does not say its rank and public weights")
+        rank = self.ranks[client]
+        if facts.get("rank") != str(rank):
+            raise ValueError(f"its rank is {facts.get('rank')!r}, but it declared {rank}")
+        if facts.get("public-digest") != self.public_digest:
+            raise ValueError("it trained against other public weights than the server's")
+        self._shapes = array_shapes(self.projections, self.routers, rank)
+        arrays, metrics = self.read(message)
+        check_finite(arrays)
+        return Expert(self.owners[client], rank, arrays, self.public_digest), metrics
+
+    def _combined(self, owner: str, parts: list[tuple[float, Expert]]) -> Expert:
+        """Combine the experts of one owner's clients: sum p_i dW_i, at the owner's rank, and the mean of the rows."""
+        rank = self.owner_rank(owner)
+        total = sum(weight for weight, _ in parts)
+        shares = [(weight / total if total else 1 / len(parts), expert) for weight, expert in parts]
+        if len(shares) == 1:
+            return self._at_rank(shares[0][1], rank)
+        arrays: Arrays = {}
+        for path in self.projections:
+            update = combine([(p, expert.update(path)) for p, expert in shares], rank)
+            arrays |= _named(path, update)
+        for path in self.routers:
+            for name in (f"{path}.router", f"{path}.router_bias"):
+                wide = torch.stack([p * expert.arrays[name].double() for p, expert in shares]).sum(0)
+                arrays[name] = wide.to(shares[0][1].arrays[name].dtype)
+        return Expert(owner, rank, arrays, self.public_digest)
+
+    def _at_rank(self, expert: Expert, rank: Rank) -> Expert:
+        if expert.rank == rank:
+            return expert
+        arrays = {name: array for name, array in expert.arrays.items() if ".router" in name}
+        for path in self.projections:
+            arrays |= _named(path, combine([(1.0, expert.update(path))], rank))
+        return Expert(expert.owner, rank, arrays, expert.public_digest)
+
+    # The result.
+
+    def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
+        """After the last round, tune the routers on public text, if so configured."""
+        if not self.config.method.router_tuning_steps or server_round != self.config.run.rounds:
+            return None
+        assert isinstance(adapted, MergedModel)
+        assert data.public is not None
+        tune_router(adapted, data.public, self.config)
+        experts = {owner: adapted.mixture.expert(owner).arrays for owner in adapted.mixture.owners}
+        tuned = adapted.arrays()
+        for owner, arrays in experts.items():
+            tuned |= {f"{owner}/{name}": array.float() for name, array in arrays.items() if ".router" in name}
+        rows = adapted.mixture.public_rows()
+        return tuned | {f"{PUBLIC}/{name}": row.float() for name, row in rows.items()}
+
+    def evaluate(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> dict[str, Any]:
+        """Evaluate the mixture; at the end also the public model, and every expert with the public one alone.
+
+        ``by_domain`` is the perplexity by model (public, mixture, OWNER) and domain.
+        """
+        assert isinstance(adapted, MergedModel)
+        owners = list(adapted.experts)
+        last = server_round == self.config.run.rounds
+        metrics = super().evaluate(adapted, data, server_round)
+        tables = {MIXTURE if owners else "public": _domains(metrics)}
+        if last and owners:
+            shown: dict[str, list[str]] = {"public": []} | {owner: [owner] for owner in owners}
+            top_k = [block.top_k for block in adapted.mixture.blocks]
+            for name, chosen in shown.items():
+                adapted.show(chosen)
+                for block in adapted.mixture.blocks:
+                    block.top_k = None  # as its owner trained it: both active
+                found = evaluate(adapted, data.test, self.config.server.batch_size, data.domain_names)
+                tables[name] = _domains(found)
+            for block, k in zip(adapted.mixture.blocks, top_k, strict=True):
+                block.top_k = k
+            adapted.show(owners)
+        return metrics | {"by_domain": tables}
+
+    def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
+        """Write ``experts/OWNER/`` and ``mixture/``."""
+        assert isinstance(adapted, MergedModel)
+        base = pretrained_source(self.config)
+        for owner in adapted.mixture.owners:
+            expert = adapted.experts[owner]
+            known = Expert(owner, expert.rank, expert.arrays, self.public_digest)
+            save_expert(known, adapted.mixture, folder / "experts" / folder_name(owner), base)
+        with quiet():
+            adapted.mixture.save_pretrained(str(folder / MIXTURE))
+        load_tokenizer(self.config).save_pretrained(str(folder / MIXTURE))
+
+    def facts(self, adapted: AdaptedModel) -> dict[str, Any]:
+        """Return what summary.json says of the experts."""
+        assert isinstance(adapted, MergedModel)
+        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+        layers, head = list(self.projections.values()), sum(self.routers.values()) + len(self.routers)
+        experts = {
+            owner: {
+                "rank": expert.rank,
+                "clients": self.owners.count(owner),
+                "bytes": size * self.payload(layers, expert.rank, head).up,
+                "full_bytes": size * self.payload(layers, FULL, head).up,
+            }
+            for owner, expert in adapted.experts.items()
+        }
+        return {
+            "experts": experts,
+            "break_even_rank": break_even_rank(layers),
+            "router_tuned": self.config.method.router_tuning_steps > 0,
+        }
+
+    def summary(self) -> None:
+        """Log what runs."""
+        log.info("%s, %d clients of %d owners", self.title, len(self.nodes), len(set(self.owners)))
+        pairs = enumerate(zip(self.owners, self.ranks, strict=True))
+        ranks = {f"client {client} ({owner})": rank for client, (owner, rank) in pairs}
+        log.info("ranks: %s", json.dumps(ranks))
+
+
+def client_owners(data: FederatedData) -> list[str]:
+    """Name the owner of every client's expert.
+
+    That is the domain of its examples where all clients hold one domain each, so that clients of one domain share an
+    expert; else the client's own name.
+    """
+    if data.domain_names and data.train.domain is not None:
+        of = np.asarray(data.train.domain)
+        domains = [np.unique(of[rows]) for rows in data.partition]
+        if all(len(found) == 1 for found in domains):
+            return [data.domain_names[int(found[0])] for found in domains]
+    return [name if name.strip("0123456789") else f"client-{name}" for name in data.client_names]
+
+
+def _named(path: str, update: Any) -> Arrays:
+    if isinstance(update, torch.Tensor):
+        return {f"{path}.delta": update}
+    b, a = update
+    return {f"{path}.lora_A": a, f"{path}.lora_B": b}
+
+
+def _domains(metrics: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = metrics.get("by_domain") or {"all": metrics["perplexity"]}
+    return found

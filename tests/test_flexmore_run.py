@@ -1,0 +1,182 @@
+"""A whole flexmore run on a tiny Llama: its folder, its bytes, privacy, resuming, and an owner that leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import fedlora
+from fedlora.errors import InputError
+from fedlora.experts import Mixture
+from fedlora.experts.folder import load_expert
+from fedlora.privacy.calibration import spent_epsilon
+from fedlora.results.checkpoint import Checkpoint
+from strategies.federation import Progress
+from tests import tiny
+
+DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config on a model and data that were written for it: three owners, each with words of its own."""
+    folder = tmp_path_factory.mktemp("flexmore")
+    tiny.base_model("llama").save_pretrained(folder / "model")  # type: ignore[operator]
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, tiny.VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 6), ("public", 6)):
+        rows = [
+            {"text": " ".join(f"w{i}" for i in rng.choice(list(known), 8)), "domain": domain}
+            for domain, known in DOMAINS.items()
+            for _ in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "run": {"name": "tiny", "rounds": 2},
+        "model": {"name": str(folder / "model"), "task": "causal-lm", "max_length": 12},
+        "data": {
+            "name": str(folder / "train.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "partition": {"kind": "natural", "column": "domain"},
+        },
+        "method": {"name": "flexmore", "ranks": {"cats": 3, "misc+alt": "full", "sea": 1}},
+        "client": {"local_steps": 12, "batch_size": 8, "learning_rate": 0.02},
+        "simulation": {"workers": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    fedlora.simulate(content, output=folder)
+    return folder
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**tokenizer("w7 w25 w40 w9", return_tensors="pt")).logits
+    return found
+
+
+def test_the_folder(run, content):
+    summary = json.loads((run / "summary.json").read_text())
+    assert not (run / "adapter").exists()
+    tables = summary["final"]["by_domain"]
+    assert set(tables) == {"public", "mixture", *DOMAINS}
+    assert all(set(table) == set(DOMAINS) for table in tables.values())
+    means = {name: np.mean(np.log(list(table.values()))) for name, table in tables.items()}
+    assert all(tables[domain][domain] < 0.9 * tables["public"][domain] for domain in DOMAINS)
+    assert means["mixture"] < means["public"]
+    assert summary["start"]["by_domain"]["public"] == tables["public"]
+    # Bytes, by rank.
+    width, inner, layers = 32, 48, 2
+    numbers = {"cats": 3 * 3 * (width + inner), "misc+alt": 3 * width * inner, "sea": 3 * (width + inner)}
+    expected = {owner: 4 * layers * (count + width + 1) for owner, count in numbers.items()}
+    assert {owner: facts["bytes"] for owner, facts in summary["experts"].items()} == expected
+    assert summary["break_even_rank"] == pytest.approx(width * inner / (width + inner))
+    assert summary["trainable_parameters"] == sum(expected.values()) / 4
+    with (run / "communication.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 2 * 3
+    for row in rows:
+        payload = (
+            0 if (row["round"], row["direction"]) == ("1", "down") else expected[list(expected)[int(row["client"])]]
+        )
+        assert int(row["payload_bytes"]) == int(row["formula_bytes"]) == payload
+        assert 0 < int(row["message_bytes"]) - payload < 8000
+
+
+def test_its_mixture_and_experts_load(run, content):
+    mixture, tokenizer = fedlora.load(run)
+    assert isinstance(mixture, Mixture)
+    assert (mixture.owners, mixture.config.ranks) == (list(DOMAINS), [3, "full", 1])
+    stock = AutoModelForCausalLM.from_pretrained(run / "mixture")
+    assert torch.equal(logits(mixture, tokenizer), logits(stock, tokenizer))
+    ids = tokenizer("w7 w25", return_tensors="pt")["input_ids"]
+    assert mixture.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 2
+    adapter = json.loads((run / "experts" / "cats" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"])
+    public = logits(base, tokenizer)
+    assert not torch.equal(logits(PeftModel.from_pretrained(base, str(run / "experts" / "cats")), tokenizer), public)
+    # The experts alone make the same mixture again.
+    again = Mixture.of(AutoModelForCausalLM.from_pretrained(content["model"]["name"])).eval()
+    for owner in DOMAINS:
+        again.add_expert(load_expert(run / "experts" / owner, again))
+    torch.testing.assert_close(logits(again, tokenizer), logits(mixture, tokenizer), rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_gives_the_same_bits(run, content, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["round"] == 1:
+            raise StoppedError
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(StoppedError):
+        fedlora.simulate(content, output=folder, progress=Progress(on_round=stop))
+    fedlora.simulate(content, output=folder, resume=True)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (run, folder))
+    assert first["final"] == second["final"]
+    (one, _), (other, _) = fedlora.load(run), fedlora.load(folder)
+    assert tiny.difference(one.state_dict(), other.state_dict()) == 0
+
+
+def test_an_owner_leaves_a_finished_run(run):
+    before, tokenizer = fedlora.load(run)
+    with pytest.raises(InputError, match="has no expert here"):
+        fedlora.opt_out(run, "dogs")
+    assert torch.equal(logits(fedlora.load(run)[0], tokenizer), logits(before, tokenizer))
+    fedlora.opt_out(run, "misc+alt")
+    after, _ = fedlora.load(run)
+    before.remove_expert("misc+alt")
+    assert torch.equal(logits(after, tokenizer), logits(before, tokenizer))
+    assert sorted(path.name for path in (run / "experts").iterdir()) == ["cats", "sea"]
+    assert not [path for path in run.iterdir() if path.name.startswith(".mixture")]
+    checkpoint = Checkpoint(run / "checkpoint" / "state.sqlite")
+    owners = {name.rpartition("/")[0] for name in checkpoint.get_arrays("trained") or {}}
+    checkpoint.close()
+    assert owners == {"cats", "sea"}
+    assert json.loads((run / "summary.json").read_text())["opted_out"] == ["misc+alt"]
+    with pytest.raises(InputError, match="holds no mixture"):
+        fedlora.opt_out(run / "mixture", "cats")
+
+
+def test_under_privacy_the_start_is_charged(content, tmp_path):
+    """Epsilon after the run is that of all noisy steps and of one noisy start; public rows travel once."""
+    changes = {
+        "privacy.mode": "example",
+        "privacy.target_epsilon": 20.0,
+        "method.ranks": [2, 3, 2],
+        "data.public": content["data"]["test"].replace("test.jsonl", "public.jsonl"),
+        "method.router_tuning_steps": 3,
+        "client.local_steps": 3,
+    }
+    result = fedlora.simulate(content, changes, output=tmp_path / "private")
+    epsilon = result.summary["epsilon"]
+    assert epsilon["covers_init"] is True
+    with (tmp_path / "private" / "privacy.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["client"] == "0"]
+    step = (float(rows[0]["noise_multiplier"]), float(rows[0]["sample_rate"]))
+    steps_alone = spent_epsilon("rdp", 1e-5, ((*step, 6),))
+    assert steps_alone < float(rows[-1]["epsilon"]) <= 20.0
+    assert float(rows[-1]["epsilon"]) > 20.0 * 0.97
+    assert result.summary["router_tuned"] is True
+    with (tmp_path / "private" / "communication.csv").open() as stream:
+        initial = [row for row in csv.DictReader(stream) if row["direction"] == "initial"]
+    assert [int(row["payload_bytes"]) for row in initial] == [int(row["formula_bytes"]) for row in initial]
+    assert [int(row["payload_bytes"]) for row in initial] == [4 * 2 * 32] * 3
