@@ -12,6 +12,7 @@ the mixture, and one LoRA on all data, which is the upper line. Rates are tuned 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import time
@@ -39,6 +40,8 @@ from strategies.flexmore import FULL_RATE, FlexMoRE
 
 TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting", "simple_equations", "syllogism")
 """Of reasoning-gym: the procedural side of the second study."""
+
+RANKS = ["1", "4", "16", "64", "256", "full"]
 
 PUBLIC, VALIDATION = 60, 40
 """Examples of each domain that are public, and that tuning looks at; no owner trains on them."""
@@ -273,8 +276,8 @@ def run(options: argparse.Namespace) -> None:
             kept[rank] = torch.load(path)
         if rank not in options.mixed:
             kept.pop(rank, None)
-    mixed = {owner: options.mixed[i % len(options.mixed)] for i, owner in enumerate(bench.owners)}
-    if all(rank in kept for rank in mixed.values()):
+    mixed = {owner: rank for owner, rank in zip(bench.owners, itertools.cycle(options.mixed), strict=False)}
+    if mixed and all(rank in kept for rank in mixed.values()):
         chosen = {owner: kept[rank][owner] for owner, rank in mixed.items()}
         record.part("mixed ranks", lambda: bench.judge(merged, chosen) | {"ranks": mixed})
     kept.clear()
@@ -284,7 +287,8 @@ def run(options: argparse.Namespace) -> None:
     def zero_row() -> Any:
         return bench.judge(merged, bench.train(16, rates.get(16, options.rates[0]), options.steps, True), True)
 
-    record.part("rank 16, public row 0", zero_row)
+    if 16 in ranks:
+        record.part("rank 16, public row 0", zero_row)
     del merged
     reasoning = Bench(options, reasoning=True)
     merged = reasoning.merged()
@@ -295,6 +299,19 @@ def run(options: argparse.Namespace) -> None:
             return reasoning.judge(merged, reasoning.train(r, rates[r], options.reasoning_steps))
 
         record.part(f"reasoning {rank}", solve)
+
+
+def join(parts: list[Path], output: Path) -> None:
+    """Make one raw.json of runs over different ranks, as on several GPUs."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        for key, value in json.loads((part / "raw.json").read_text(encoding="utf-8")).items():
+            several = key in ("sizes", "seconds") and key in joined
+            joined[key] = joined[key] | value if several else joined.get(key, value)
+    order = {f"{kind} {rank}": i for i, rank in enumerate(RANKS) for kind in ("rates", "rank", "reasoning")}
+    joined = dict(sorted(joined.items(), key=lambda item: order.get(item[0], -1)))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "raw.json").write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
 
 
 def _tune(bench: Bench, merged: MergedModel, rank: Rank) -> dict[str, float]:
@@ -427,10 +444,10 @@ def main() -> None:
     two = commands.add_parser("run")
     two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
     two.add_argument("--output", type=Path, required=True)
-    two.add_argument("--ranks", nargs="+", default=["1", "4", "16", "64", "256", "full"])
+    two.add_argument("--ranks", nargs="+", default=RANKS)
     two.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
-    two.add_argument("--mixed", nargs="+", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
-    two.add_argument("--lora", nargs="+", type=int, default=[16])
+    two.add_argument("--mixed", nargs="*", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
+    two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--tune-steps", type=int, default=30)
     two.add_argument("--router-steps", type=int, default=60)
@@ -445,6 +462,9 @@ def main() -> None:
     two.add_argument("--max-seconds", type=float, default=460.0, help="begin no further part after that")
     three = commands.add_parser("plot")
     three.add_argument("--output", type=Path, required=True)
+    three.add_argument(
+        "--parts", nargs="*", type=Path, default=[], help="outputs of runs with other ranks, to be joined"
+    )
     options = parser.parse_args()
     if options.command == "export":
         export(options.output, options.model, options.tests, options.reasoning)
@@ -452,6 +472,8 @@ def main() -> None:
         run(options)
         plot(options.output)
     else:
+        if options.parts:
+            join(options.parts, options.output)
         plot(options.output)
 
 
