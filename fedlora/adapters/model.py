@@ -127,8 +127,7 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        layer, _ = next(iter(self._layers.values()))
-        return layer.weight.device
+        return next(self.model.parameters()).device
 
     def stacked_layers(self) -> dict[str, StackedLinear]:
         """Layers with a client axis, by the name of their weight."""
