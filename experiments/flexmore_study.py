@@ -33,7 +33,7 @@ from fedlora.experts.expert import FULL, Rank, break_even_rank
 from fedlora.experts.mixture import Mixture
 from fedlora.models import load_base, pretrained_source
 from fedlora.training import ClientJob, evaluate, train_cohort
-from fedlora.training.expert_start import mean_states, start_expert
+from fedlora.training.expert_start import mean_states, router_row, start_expert
 from fedlora.training.router import tune_router
 from strategies.base import drawn_factors
 from strategies.flexmore import FULL_RATE, FlexMoRE
@@ -146,7 +146,7 @@ class Bench:
             rows = np.arange(len(self.data.public))
             states = mean_states(merged, merged.mixture.blocks, self.data.public, rows, options.physical * 4)
             names = (f"{path}.public_router" for path in merged.mixture.routers())
-            self.public_rows = {name: row[None] for name, row in zip(names, states, strict=True)}
+            self.public_rows = {name: router_row(row)[None] for name, row in zip(names, states, strict=True)}
 
     def config(self, **overrides: Any) -> Config:
         """Return the config with ``section__key`` overridden."""

@@ -27,7 +27,7 @@ from fedlora.experts.mixture import Mixture
 from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.training import evaluate
-from fedlora.training.expert_start import mean_states
+from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
 from strategies.base import FederatedStrategy, Payload, RoundReport, check_finite
 
@@ -142,7 +142,7 @@ class FlexMoRE(FederatedStrategy):
         chosen = chosen[: self.config.method.router_documents]
         mixture = adapted.mixture
         states = mean_states(adapted, mixture.blocks, data.public, chosen, self.config.server.batch_size)
-        return {f"{path}.public_router": row[None] for path, row in zip(self.routers, states, strict=True)}
+        return {f"{path}.public_router": router_row(row)[None] for path, row in zip(self.routers, states, strict=True)}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

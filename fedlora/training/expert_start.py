@@ -16,7 +16,14 @@ from fedlora.data.tokens import TokenTable
 from fedlora.privacy import PrivacyPlan
 
 LARGEST_LOGIT = 4.0
-"""A router row starts no longer than gives its own documents' mean this logit: a saturated softmax has no gradient."""
+"""A router row, public or an owner's, starts no longer than gives its own documents' mean this logit.
+
+A saturated softmax has no gradient, and the last blocks' mean states are long."""
+
+
+def router_row(mean: torch.Tensor) -> torch.Tensor:
+    """Return the row [d] that documents' mean hidden state [d] starts."""
+    return mean * min(1.0, LARGEST_LOGIT / max(float(mean.square().sum()), 1e-12))
 
 
 def start_expert(
@@ -51,8 +58,7 @@ def start_expert(
             drawn = lora.initial_factors(m, n, rank, generator)
             arrays |= {f"{path}.{factor}": value for factor, value in drawn.items()}
     for path, row in _router_rows(adapted, table, rows, plan, sequence).items():
-        square = float(row.square().sum())
-        arrays[f"{path}.router"] = row[None] * min(1.0, LARGEST_LOGIT / max(square, 1e-12))
+        arrays[f"{path}.router"] = router_row(row)[None]
         arrays[f"{path}.router_bias"] = torch.zeros(1, 1)
     return arrays
 
