@@ -34,6 +34,9 @@ FIRST_NODE_ID = 2
 QUERY_BATCH = 64
 """Queries are answered without work: many go at once."""
 
+OVERLAP = 32
+"""A cohort of so many clients keeps a GPU busy."""
+
 QUEUED = 2
 """Batches in flight a worker, so that it does not wait for the driver between two of them."""
 
@@ -231,8 +234,11 @@ class RayGrid(Grid):
         order, size = list(range(len(messages))), QUERY_BATCH
         if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
             if self.cohort_size == "auto":
-                # Every worker gets some, whatever one could hold.
+                # Every worker gets some, whatever one could hold; two cohorts, if they stay large, so that the replies
+                # of the first travel and are summed while the second trains.
                 share = -(-len(messages) // len(self._actors))
+                if share >= 2 * OVERLAP:
+                    share = -(-share // 2)
                 self._set_cohort_size(min(share, self._capacity(messages[0], shared, references)))
             assert isinstance(self.cohort_size, int)
             size = self.cohort_size

@@ -12,7 +12,7 @@ import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode, InputError
-from fedlora.simulation import RayGrid
+from fedlora.simulation import RayGrid, ray_grid
 from fedlora.simulation.ray_grid import FIRST_NODE_ID
 from tests.simulation import apps
 
@@ -246,6 +246,17 @@ def test_an_automatic_cohort_is_what_fits_and_leaves_some_for_every_worker(ray_h
             replies = list(grid.send_and_receive(messages(clients=range(clients))))
         assert told == [expected]
         assert metric(replies, "cohort")[0] == expected
+
+
+def test_an_automatic_cohort_is_halved_where_both_halves_are_large(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_grid, "OVERLAP", 2)
+    told: list[int] = []
+    app = "tests.simulation.apps:small_memory"
+    with RayGrid(app, 4, workers=1, cohort_size="auto", on_cohort_size=told.append) as grid:
+        assert metric(list(grid.send_and_receive(messages(clients=range(4)))), "cohort") == [2] * 4
+    assert told == [2]
 
 
 def test_clients_of_like_work_share_a_cohort_and_replies_keep_their_order(ray_here: None) -> None:
