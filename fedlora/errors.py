@@ -9,6 +9,9 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
+INPUT_MARK = "input: "
+"""Before the text of an :class:`InputError` that arose on a server, on its way to who submitted the run."""
+
 
 class InputError(ValueError):
     """A config value, a file or a folder of the user's is wrong.
