@@ -25,11 +25,13 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 _NOT_TOML = (ValueError, RecursionError)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a TOML file: unknown keys are errors, and values are taken as they are."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -37,7 +39,7 @@ class RunSection(_Section):
     rounds: Positive = 10
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -49,7 +51,7 @@ class ModelSection(_Section):
     revision: str | None = None
 
 
-class PartitionSection(_Section):
+class PartitionSection(Section):
     """``[data.partition]``: how the training examples are divided among the clients (flwr-datasets' partitioners)."""
 
     kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
@@ -62,7 +64,7 @@ class PartitionSection(_Section):
     min_examples: Annotated[int, Field(ge=1)] = 1
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -79,7 +81,7 @@ class DataSection(_Section):
     partition: PartitionSection = PartitionSection()
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """``[method]``: what is trained and how it is averaged; names follow PEFT."""
 
     name: str
@@ -93,7 +95,7 @@ class MethodSection(_Section):
     init_not_covered: bool = False
 
 
-class ClientSection(_Section):
+class ClientSection(Section):
     """``[client]``: local training."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -109,7 +111,7 @@ class ClientSection(_Section):
     local_epochs: Positive | None = None
 
 
-class PrivacySection(_Section):
+class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus."""
 
     mode: Literal["none", "example", "client"] = "none"
@@ -120,7 +122,7 @@ class PrivacySection(_Section):
     accountant: Literal["rdp", "prv", "gdp"] = "rdp"
 
 
-class ServerSection(_Section):
+class ServerSection(Section):
     """``[server]``: sampling of clients, evaluation and patience."""
 
     fraction_train: Fraction = 1.0
@@ -130,7 +132,7 @@ class ServerSection(_Section):
     timeout: Annotated[float, Field(gt=0)] = 3600.0
 
 
-class SimulationSection(_Section):
+class SimulationSection(Section):
     """``[simulation]``: where simulated clients run."""
 
     workers: Positive | None = None
@@ -141,7 +143,7 @@ class SimulationSection(_Section):
     address: str | None = None
 
 
-class TrackingSection(_Section):
+class TrackingSection(Section):
     """``[tracking]``: loggers beside the run folder."""
 
     tensorboard: bool = False
@@ -149,7 +151,7 @@ class TrackingSection(_Section):
     project: str = "fedlora"
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. Sections and keys are described in the README's reference of the config."""
 
     run: RunSection = RunSection()
@@ -190,13 +192,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     InputError
         If the file cannot be read, is no TOML, or a key or value is wrong.
     """
-    content = _parse(source)
+    content = parse_toml(source)
     for key, value in (overrides or {}).items():
         _override(content, key, value)
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise _input_error(error) from None
+        raise as_input_error(error, Config) from None
     _check(config, content)
     return config
 
@@ -240,7 +242,14 @@ def unused_keys(config: Config) -> list[str]:
     return notes
 
 
-def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def parse_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> dict[str, Any]:
+    """Read a TOML file or text (or copy its parsed content); ``field`` names it in errors.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is no TOML.
+    """
     if isinstance(source, Mapping):
         return _deep_copy(source)
     if isinstance(source, str) and "\n" in source:
@@ -249,14 +258,14 @@ def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         shown = str(source)
         try:
             if not Path(source).is_file():
-                raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+                raise InputError(field, shown, "there is no such file; give the path of a TOML file")
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError("CONFIG", shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
+            raise InputError(field, shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
         return tomllib.loads(text)
     except _NOT_TOML as error:
-        raise InputError("CONFIG", shown, f"is not valid TOML ({error}); mend that line") from None
+        raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
 
 
 def _deep_copy(value: Any) -> Any:
@@ -288,8 +297,7 @@ def _toml_value(text: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
-def _known_keys(path: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(path: tuple[Any, ...], model: Any) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         model = field.annotation if field else None
@@ -298,14 +306,15 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _input_error(error: ValidationError) -> InputError:
+def as_input_error(error: ValidationError, model: type[Section]) -> InputError:
+    """Say in a line what is wrong with a key of a model's TOML file."""
     # Several mistakes may be there; the first is told, since one line is the contract.
     first, *others = error.errors(include_url=False)
-    location = _real_path(first["loc"])
+    location = _real_path(first["loc"], model)
     # A quoted TOML key may hold anything: nothing at all, or line breaks.
     field = ".".join(part if part and part.isprintable() else repr(part) for part in location) or "CONFIG"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return InputError(field, first["input"], f"there is no such key; {hint}")
@@ -318,16 +327,16 @@ def _input_error(error: ValidationError) -> InputError:
     if first["type"] == "model_type":
         return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
     # A union has a mistake for each of its members: all are told.
-    same = [first] + [other for other in others if _real_path(other["loc"]) == location]
+    same = [first] + [other for other in others if _real_path(other["loc"], model) == location]
     expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
     return InputError(field, first["input"], f"{expected}; change the value")
 
 
-def _real_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+def _real_path(location: tuple[int | str, ...], model: type[Section]) -> tuple[str, ...]:
     """Drop the parts that pydantic adds for the members of a union and of a list."""
     kept: list[str] = []
     for part in map(str, location):
-        known = _known_keys(tuple(kept))
+        known = _known_keys(tuple(kept), model)
         if not known:
             break
         kept.append(part)
