@@ -20,6 +20,12 @@ from fedlora.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
+
+NODES = "nodes"
+"""As ``data.name``: the training examples lie on the nodes that the run finds, and not here."""
+SERVER = "server"
+"""As ``data.test``, in the config that a node makes for itself: the test examples are the server's."""
 
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
@@ -65,15 +71,21 @@ class PartitionSection(Section):
 
 
 class DataSection(Section):
-    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path.
+
+    ``name = "nodes"`` says that real nodes hold the training examples; ``label_names`` names the classes, in order (by
+    default those of the training examples, or of the test set with nodes).
+    """
 
     name: Annotated[str, Field(min_length=1)]
+    format: FileFormat | None = None
     train: str | None = None
     test: str | None = None
     validation: str | None = None
     public: str | None = None
     text: str = "text"
     label: str = "label"
+    label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
     answer: str | None = None
     max_examples: Positive | None = None
@@ -233,7 +245,7 @@ def unused_keys(config: Config) -> list[str]:
         "init svd needs no data",
     )
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
-    note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
+    note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
     note(kind != "dirichlet", "data.partition.alpha", f"the partition is {kind}")
     note(kind != "pathological", "data.partition.classes_per_client", f"the partition is {kind}")
@@ -361,7 +373,13 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")
-    if data.partition.kind == "natural":
+    if data.label_names is not None and len(set(data.label_names)) < len(data.label_names):
+        raise InputError("data.label_names", data.label_names, "names a class twice; remove one of them")
+    if data.name == NODES and data.test is None:
+        raise InputError("data.test", None, "is required with data.name = nodes: the examples that the server tests on")
+    if data.name == NODES and data.partition.clients is None:
+        pass  # there are as many clients as nodes
+    elif data.partition.kind == "natural":
         if data.partition.column is None:
             raise InputError(
                 "data.partition.column", None, "is required with kind natural: the column that names the owner"
@@ -380,6 +398,8 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
         remedy = f"is required with kind {data.partition.kind} for causal-lm: the column to skew"
         raise InputError("data.partition.column", None, remedy)
     init = config.method.init if config.method.name == "fed-sb" else None
+    if init == "pooled" and data.name == NODES:
+        raise InputError("method.init", "pooled", "reads the clients' examples, which nodes keep; use svd or public")
     if init == "public" and data.public is None:
         raise InputError("method.init", "public", "needs data.public: examples that the server may read")
     if init == "pooled" and privacy.mode != "none" and not config.method.init_not_covered:

@@ -7,21 +7,14 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from fedlora.config import Fraction, Section, as_input_error, parse_toml
+from fedlora.config import FileFormat, Fraction, Section, as_input_error, parse_toml
 from fedlora.errors import InputError
 
-Format = Literal["csv", "tsv", "jsonl", "json", "parquet"]
-_SUFFIXES: dict[str, Format] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+_FORMATS = get_args(FileFormat)
 
 
 class SuperlinkSection(Section):
@@ -37,7 +30,7 @@ class NodeDataSection(Section):
     """``[data]``: the owner's file and its columns. Nothing of it leaves but trained arrays and counts."""
 
     path: Annotated[str, Field(min_length=1)]
-    format: Format | None = None
+    format: FileFormat | None = None
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
@@ -98,7 +91,7 @@ class NodeConfig(Section):
     @property
     def format(self) -> str:
         """The format of the data file: as given, else by its suffix."""
-        return self.data.format or _SUFFIXES[Path(self.data.path).suffix.lower()]
+        return self.data.format or Path(self.data.path).suffix.lower()[1:]
 
 
 def load_node(path: str | Path) -> NodeConfig:
@@ -161,6 +154,6 @@ def _check(node: NodeConfig) -> None:
         raise InputError("data.path", data.path, f"cannot be read ({error.strerror}); give another path") from None
     if not found:
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
-    if data.format is None and Path(data.path).suffix.lower() not in _SUFFIXES:
-        remedy = f"its format does not show in its name; set data.format to one of {', '.join(_SUFFIXES.values())}"
+    if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
+        remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)

@@ -88,7 +88,7 @@ def test_what_is_no_node_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "node.toml").write_bytes(content)
     with pytest.raises(InputError):
         load_node(tmp_path / "node.toml")
-    with pytest.raises(InputError, match="NODE = .*no such file"):
+    with pytest.raises(InputError, match=r"NODE = .*no such file"):
         load_node(tmp_path / "nowhere.toml")
 
 
@@ -115,9 +115,10 @@ def test_an_unknown_key_is_refused(section: str, name: str, value: Any) -> None:
 @given(text)
 def test_any_text_as_a_path_is_accepted_or_refused_in_a_line(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        file = write(Path(folder), changed("data.path", path))
+        field = None
         try:
-            node = load_node(write(Path(folder), changed("data.path", path)))
+            assert Path(load_node(file).data.path).is_file()
         except InputError as error:
-            assert error.field == "data.path"
-        else:
-            assert Path(node.data.path).is_file()
+            field = error.field
+        assert field in (None, "data.path")
