@@ -20,16 +20,24 @@ from fedlora.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
+
+NODES = "nodes"
+"""As ``data.name``: the training examples lie on the nodes that the run finds, and not here."""
+SERVER = "server"
+"""As ``data.test``, in the config that a node makes for itself: the test examples are the server's."""
 
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a TOML file: unknown keys are errors, and values are taken as they are."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -37,7 +45,7 @@ class RunSection(_Section):
     rounds: Positive = 10
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -49,7 +57,7 @@ class ModelSection(_Section):
     revision: str | None = None
 
 
-class PartitionSection(_Section):
+class PartitionSection(Section):
     """``[data.partition]``: how the training examples are divided among the clients (flwr-datasets' partitioners)."""
 
     kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
@@ -62,16 +70,22 @@ class PartitionSection(_Section):
     min_examples: Annotated[int, Field(ge=1)] = 1
 
 
-class DataSection(_Section):
-    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
+class DataSection(Section):
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path.
+
+    ``name = "nodes"`` says that real nodes hold the training examples; ``label_names`` names the classes, in order (by
+    default those of the training examples, or of the test set with nodes).
+    """
 
     name: Annotated[str, Field(min_length=1)]
+    format: FileFormat | None = None
     train: str | None = None
     test: str | None = None
     validation: str | None = None
     public: str | None = None
     text: str = "text"
     label: str = "label"
+    label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
     answer: str | None = None
     max_examples: Positive | None = None
@@ -79,7 +93,7 @@ class DataSection(_Section):
     partition: PartitionSection = PartitionSection()
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """``[method]``: what is trained and how it is averaged; names follow PEFT."""
 
     name: str
@@ -93,7 +107,7 @@ class MethodSection(_Section):
     init_not_covered: bool = False
 
 
-class ClientSection(_Section):
+class ClientSection(Section):
     """``[client]``: local training."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -109,7 +123,7 @@ class ClientSection(_Section):
     local_epochs: Positive | None = None
 
 
-class PrivacySection(_Section):
+class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus."""
 
     mode: Literal["none", "example", "client"] = "none"
@@ -120,7 +134,7 @@ class PrivacySection(_Section):
     accountant: Literal["rdp", "prv", "gdp"] = "rdp"
 
 
-class ServerSection(_Section):
+class ServerSection(Section):
     """``[server]``: sampling of clients, evaluation and patience."""
 
     fraction_train: Fraction = 1.0
@@ -130,7 +144,7 @@ class ServerSection(_Section):
     timeout: Annotated[float, Field(gt=0)] = 3600.0
 
 
-class SimulationSection(_Section):
+class SimulationSection(Section):
     """``[simulation]``: where simulated clients run."""
 
     workers: Positive | None = None
@@ -141,7 +155,7 @@ class SimulationSection(_Section):
     address: str | None = None
 
 
-class TrackingSection(_Section):
+class TrackingSection(Section):
     """``[tracking]``: loggers beside the run folder."""
 
     tensorboard: bool = False
@@ -149,7 +163,7 @@ class TrackingSection(_Section):
     project: str = "fedlora"
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. Sections and keys are described in the README's reference of the config."""
 
     run: RunSection = RunSection()
@@ -190,13 +204,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     InputError
         If the file cannot be read, is no TOML, or a key or value is wrong.
     """
-    content = _parse(source)
+    content = parse_toml(source)
     for key, value in (overrides or {}).items():
         _override(content, key, value)
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise _input_error(error) from None
+        raise as_input_error(error, Config) from None
     _check(config, content)
     return config
 
@@ -231,7 +245,7 @@ def unused_keys(config: Config) -> list[str]:
         "init svd needs no data",
     )
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
-    note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
+    note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
     note(kind != "dirichlet", "data.partition.alpha", f"the partition is {kind}")
     note(kind != "pathological", "data.partition.classes_per_client", f"the partition is {kind}")
@@ -240,7 +254,14 @@ def unused_keys(config: Config) -> list[str]:
     return notes
 
 
-def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def parse_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> dict[str, Any]:
+    """Read a TOML file or text (or copy its parsed content); ``field`` names it in errors.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is no TOML.
+    """
     if isinstance(source, Mapping):
         return _deep_copy(source)
     if isinstance(source, str) and "\n" in source:
@@ -249,14 +270,14 @@ def _parse(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         shown = str(source)
         try:
             if not Path(source).is_file():
-                raise InputError("CONFIG", shown, "there is no such file; give the path of a TOML file")
+                raise InputError(field, shown, "there is no such file; give the path of a TOML file")
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError("CONFIG", shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
+            raise InputError(field, shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
         return tomllib.loads(text)
     except _NOT_TOML as error:
-        raise InputError("CONFIG", shown, f"is not valid TOML ({error}); mend that line") from None
+        raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
 
 
 def _deep_copy(value: Any) -> Any:
@@ -288,8 +309,7 @@ def _toml_value(text: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
-def _known_keys(path: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(path: tuple[Any, ...], model: Any) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         model = field.annotation if field else None
@@ -298,14 +318,15 @@ def _known_keys(path: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _input_error(error: ValidationError) -> InputError:
+def as_input_error(error: ValidationError, model: type[Section]) -> InputError:
+    """Say in a line what is wrong with a key of a model's TOML file."""
     # Several mistakes may be there; the first is told, since one line is the contract.
     first, *others = error.errors(include_url=False)
-    location = _real_path(first["loc"])
+    location = _real_path(first["loc"], model)
     # A quoted TOML key may hold anything: nothing at all, or line breaks.
     field = ".".join(part if part and part.isprintable() else repr(part) for part in location) or "CONFIG"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return InputError(field, first["input"], f"there is no such key; {hint}")
@@ -318,16 +339,16 @@ def _input_error(error: ValidationError) -> InputError:
     if first["type"] == "model_type":
         return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
     # A union has a mistake for each of its members: all are told.
-    same = [first] + [other for other in others if _real_path(other["loc"]) == location]
+    same = [first] + [other for other in others if _real_path(other["loc"], model) == location]
     expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
     return InputError(field, first["input"], f"{expected}; change the value")
 
 
-def _real_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+def _real_path(location: tuple[int | str, ...], model: type[Section]) -> tuple[str, ...]:
     """Drop the parts that pydantic adds for the members of a union and of a list."""
     kept: list[str] = []
     for part in map(str, location):
-        known = _known_keys(tuple(kept))
+        known = _known_keys(tuple(kept), model)
         if not known:
             break
         kept.append(part)
@@ -352,7 +373,13 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")
-    if data.partition.kind == "natural":
+    if data.label_names is not None and len(set(data.label_names)) < len(data.label_names):
+        raise InputError("data.label_names", data.label_names, "names a class twice; remove one of them")
+    if data.name == NODES and data.test is None:
+        raise InputError("data.test", None, "is required with data.name = nodes: the examples that the server tests on")
+    if data.name == NODES and data.partition.clients is None:
+        pass  # there are as many clients as nodes
+    elif data.partition.kind == "natural":
         if data.partition.column is None:
             raise InputError(
                 "data.partition.column", None, "is required with kind natural: the column that names the owner"
@@ -371,6 +398,8 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
         remedy = f"is required with kind {data.partition.kind} for causal-lm: the column to skew"
         raise InputError("data.partition.column", None, remedy)
     init = config.method.init if config.method.name == "fed-sb" else None
+    if init == "pooled" and data.name == NODES:
+        raise InputError("method.init", "pooled", "reads the clients' examples, which nodes keep; use svd or public")
     if init == "public" and data.public is None:
         raise InputError("method.init", "public", "needs data.public: examples that the server may read")
     if init == "pooled" and privacy.mode != "none" and not config.method.init_not_covered:

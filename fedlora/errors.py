@@ -37,6 +37,10 @@ class InputError(ValueError):
         return type(self), (self.field, self.value, self.remedy)
 
 
+class LabelError(InputError):
+    """Labels in the data are not the classes of the run."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that is not the user's config; exit code 1."""
 
@@ -46,7 +50,37 @@ class GuardError(RunError):
 
 
 class BudgetError(RunError):
-    """The next step would spend more privacy than the client's ceiling allows."""
+    """The next step would spend more privacy than the client's ceiling allows.
+
+    Parameters
+    ----------
+    message : str
+    left : float, optional
+        Epsilon that is left; a node tells it to the server.
+    """
+
+    def __init__(self, message: str, left: float | None = None) -> None:
+        self.left = left
+        super().__init__(message)
+
+
+class PolicyError(RunError):
+    """A run asks for what a node's owner does not accept.
+
+    Parameters
+    ----------
+    key : str
+        The key of ``[policy]`` in the owner's node.toml.
+    message : str
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(message)
+
+
+class StaleError(RunError):
+    """A message of an old round, of another run, or that came before."""
 
 
 class ClientErrorCode(IntEnum):
@@ -64,3 +98,9 @@ class ClientErrorCode(IntEnum):
     """The client does not hold the run's frozen arrays; send them again."""
     WORKER_DIED = 106
     """The process that ran the client ended; nothing came back."""
+    POLICY = 107
+    """A :class:`PolicyError`: the node's owner does not accept the run's config."""
+    STALE = 108
+    """A :class:`StaleError`: nothing was done, and no privacy spent."""
+    LABELS = 109
+    """A :class:`LabelError`: the node's labels are not the run's."""
