@@ -59,6 +59,22 @@ class Node:
 
 
 @dataclass(frozen=True)
+class NodeStatus:
+    """What the federation knows of a node.
+
+    Attributes
+    ----------
+    status : str
+        unknown, registered (never seen), online or offline.
+    until : float
+        When its lease ends, in seconds of the server's clock: for online nodes; a sign of life moves it.
+    """
+
+    status: str
+    until: float
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run on the server.
 
@@ -165,16 +181,13 @@ class Server:
         with self._errors():
             self._control.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
 
-    def node_status(self, public_key: bytes) -> str | None:
-        """Return what the federation knows of a node: ``unknown``, ``registered``, ``online`` or ``offline``.
-
-        None says that this is no server of fedlora's, and does not tell.
-        """
+    def node_status(self, public_key: bytes) -> NodeStatus | None:
+        """Return what the federation knows of a node; None if this is no server of fedlora's, and does not tell."""
         with self._errors():
             reply = self._http.get(NODE, params={"key": public_key.decode()})
             if reply.status_code == httpx.codes.NOT_FOUND:
                 return None
-            return str(reply.raise_for_status().json()["status"])
+            return NodeStatus(**reply.raise_for_status().json())
 
     def start(self, config: str, *, resume: bool) -> int:
         """Submit a run; return its number.

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
@@ -18,9 +17,6 @@ from fedlora.errors import InputError, RunError
 from fedlora.node.config import NodeConfig
 
 log = logging.getLogger("fedlora")
-
-_LEASE_SECONDS = 60.0
-"""How long Flower holds a node that vanished for online; its key is refused until then."""
 
 _LOOK_SECONDS = 5.0
 _MISSES = 4
@@ -130,32 +126,31 @@ def _admitted(server: Server, config: NodeConfig, key: bytes | None, stopping: t
     Raises
     ------
     InputError
-        If the server does not know the key, or another process has held it for longer than a lease.
+        If the server does not know the key, or another process is alive with it.
     """
-    began = time.monotonic()
-    told = False
+    lease: float | None = None
     while not stopping.is_set():
         try:
-            # Without a key there is nothing to ask for; the server is tried all the same, for its certificate.
-            status = server.node_status(key or b"none")
+            # Without a key there is nothing to ask for; the server is asked all the same, for its certificate.
+            node = server.node_status(key or b"none")
         except UnreachableError as error:
             log.warning("%s", error)
             return False
-        if key is None or status is None or status in ("registered", "offline"):
+        if key is None or node is None or node.status in ("registered", "offline"):
             return True
-        if status == "unknown":
-            shown = str(config.superlink.private_key)
+        shown = str(config.superlink.private_key)
+        if node.status == "unknown":
             remedy = "the server does not know this key; its owner registers the .pub file: fedlora keys register"
             if first:
                 raise InputError("superlink.private_key", shown, remedy)
             log.warning("%s", remedy)
             return False
-        if time.monotonic() - began > 2 * _LEASE_SECONDS:
+        if lease is not None and node.until > lease:
             remedy = "another process is online with this key; one key is one node"
-            raise InputError("superlink.private_key", str(config.superlink.private_key), remedy)
-        if not told:
-            log.info("%s is still held for online; waiting up to %.0f s", config.name, 2 * _LEASE_SECONDS)
-            told = True
+            raise InputError("superlink.private_key", shown, remedy)
+        if lease is None:
+            log.info("%s still counts as online; waiting for the end of its lease, up to a minute", config.name)
+        lease = node.until
         stopping.wait(2.0)
     return False
 
@@ -167,11 +162,11 @@ def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, s
         if not child.running:
             return
         try:
-            status = server.node_status(key) if key is not None else None
+            node = server.node_status(key) if key is not None else None
         except (RunError, InputError):
             # The server is away. The SuperNode tries by itself; if it cannot, its process ends.
             continue
-        if status in (None, ONLINE):
+        if node is None or node.status == ONLINE:
             if not seen:
                 log.info("%s is in the federation at %s", config.name, config.superlink.address)
             seen, misses = 1, 0

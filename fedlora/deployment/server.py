@@ -151,4 +151,5 @@ def _shut_down(child: Child, server: Server) -> None:
                 time.sleep(3.0)
         except (RunError, InputError) as error:
             log.warning("%s", error)
+    server.close()
     child.stop(_STOP_SECONDS)

@@ -8,7 +8,9 @@ the networks of ``control_from``; run folders go to whom Control goes.
 from __future__ import annotations
 
 import argparse
+import functools
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.superlink import extensions
@@ -29,6 +32,7 @@ from fedlora.deployment.processes import PARENT
 RUNS, NODE = "/fedlora/runs", "/fedlora/node"
 _FOR_ALL = ("/v1/fleet/", "/health", NODE)
 _FOR_THIS_MACHINE = ("/v1/runtime/",)
+_GRACE_SECONDS = 3
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -91,12 +95,14 @@ def add_routes(app: FastAPI, runs: Path) -> None:
         return FileResponse(path)
 
     @app.get(NODE, name="fedlora_node", response_model=None)
-    def node(request: Request, key: str) -> dict[str, str]:
-        """Tell the status of the node with a public key: registered, online, offline, or unknown."""
+    def node(request: Request, key: str) -> dict[str, str | float]:
+        """Tell the status of the node with a public key, and until when it counts as online without a sign of life."""
         state = request.app.state.linkstate_factory.state()
         number = state.get_node_id_by_public_key(key.encode())
         found = state.get_node_info(node_ids=[number]) if number is not None else []
-        return {"status": found[0].status if found else "unknown"}
+        return (
+            {"status": found[0].status, "until": found[0].online_until} if found else {"status": "unknown", "until": 0}
+        )
 
 
 def _run_folder(runs: Path, name: str) -> Path:
@@ -128,6 +134,11 @@ def main() -> None:
     # Flower asks these two hooks for its enterprise extensions.
     extensions.get_middleware = lambda: (Middleware(Guard, own=own, control=control),)
     extensions.configure_app = lambda app: add_routes(app, options.runs)
+    # Connections that are kept alive would hold up the end for long.
+    uvicorn.run = functools.partial(uvicorn.run, timeout_graceful_shutdown=_GRACE_SECONDS)
+    # A line for every look of every node would fill the disk in a year.
+    logging.getLogger("uvicorn.access").addFilter(lambda record: False)
+    logging.getLogger("flwr").addFilter(lambda record: "ListNodes" not in record.getMessage())
     sys.argv = ["flower-superlink", "--host", options.host, *sys.argv[split + 1 :]]
     flower_superlink()
 
