@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -313,6 +313,8 @@ def _known_keys(path: tuple[Any, ...], model: Any) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         model = field.annotation if field else None
+        # A section that may be left out.
+        model = next((part for part in get_args(model) if part is not type(None)), model)
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
     return list(model.model_fields)

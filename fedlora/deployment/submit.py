@@ -12,7 +12,7 @@ from typing import Any
 from fedlora.config import Config, load_config
 from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.errors import INPUT_MARK, InputError, RunError
-from fedlora.results.folder import RunResult
+from fedlora.results.folder import RunResult, write_atomically
 from strategies import get_strategy
 from strategies.federation import Progress
 
@@ -73,17 +73,18 @@ def run_on(
             raise InputError("--resume", given.run.name, f"there is no such run on {name}; run without --resume")
         number = server.start(given.to_toml(), resume=resume)
         try:
-            state = _follow(server, number, given, progress)
+            state, first = _follow(server, number, given, progress)
         except KeyboardInterrupt:
             server.stop(number)
             raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
         _bring(server, given.run.name, folder)
-    return _result(state, folder, name)
+    return _result(state, folder, name, first)
 
 
-def _follow(server: Server, number: int, config: Config, progress: Progress) -> RunState:
-    """Show the rounds as the server writes them, until the run has ended."""
-    shown: int | None = None
+def _follow(server: Server, number: int, config: Config, progress: Progress) -> tuple[RunState, int]:
+    """Show the rounds as the server writes them until the run has ended; return its end, and the rounds it began with."""
+    first: int | None = None
+    shown = 0
     last = time.monotonic()
     with TemporaryDirectory() as temporary:
         while True:
@@ -97,14 +98,14 @@ def _follow(server: Server, number: int, config: Config, progress: Progress) -> 
                     raise
                 time.sleep(_LOOK_SECONDS)
                 continue
-            if state.status == "running" and shown is None and lines is not None:
-                progress.on_start(config.run.rounds, len(lines), 0)
-                shown = len(lines)
-            for line in (lines or [])[shown or 0 :]:
+            if first is None and lines is not None and state.status in ("running", "finished"):
+                first = shown = len(lines) if state.status == "running" else 0
+                progress.on_start(config.run.rounds, first, 0)
+            for line in (lines or [])[shown:]:
                 progress.on_round(line)
-                shown = line["round"]
+            shown = len(lines or [])
             if state.status == "finished":
-                return state
+                return state, first or 0
             time.sleep(_LOOK_SECONDS)
 
 
@@ -127,14 +128,34 @@ def _bring(server: Server, name: str, folder: Path) -> None:
         server.fetch(name, file, folder / file)
 
 
-def _result(state: RunState, folder: Path, name: str) -> RunResult:
+def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if state.outcome == "completed":
-        return RunResult(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary["communication"]["flower"] = _flowers_count(state, folder, first)
+        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        return RunResult(folder, summary)
     why = " ".join(state.details.removeprefix(_FAILED).split()) or f"the server says: {state.outcome or state.status}"
     if why.startswith(INPUT_MARK):
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
     raise RunError(f"{why}; go on with: run ... --on {name} --resume")
+
+
+def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
+    """What Flower says that it moved since the run was submitted, and how much that is above the messages' own bytes."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = lines[first - 1]["communication"] if first else {}
+    messages = sum(
+        lines[-1]["communication"][f"{way}_bytes"] - before.get(f"{way}_bytes", 0)
+        for way in ("initial", "downlink", "uplink")
+    )
+    moved = state.sent_bytes + state.received_bytes
+    return {
+        "sent_bytes": state.sent_bytes,
+        "received_bytes": state.received_bytes,
+        "overhead": moved / messages - 1 if messages else 0.0,
+    }
 
 
 def _as_told(field: str, rest: str) -> InputError:
