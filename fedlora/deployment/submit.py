@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.config import Config, load_config
+from fedlora.config import load_config
 from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import RunResult, write_atomically
@@ -65,15 +65,17 @@ def run_on(
         raise InputError("--output", str(folder), "exists already; choose another folder, or go on with --resume")
     progress = progress or Progress()
     with Server.named(name) as server:
-        there = server.files(given.run.name)
-        if there is not None and not resume:
+        done = _rounds(server, given.run.name)
+        if done is not None and not resume:
             remedy = f"the server has a run of this name; choose another run.name, or go on with --resume ({name})"
             raise InputError("run.name", given.run.name, remedy)
-        if there is None and resume:
+        if done is None and resume:
             raise InputError("--resume", given.run.name, f"there is no such run on {name}; run without --resume")
+        first = len(done or [])
         number = server.start(given.to_toml(), resume=resume)
+        progress.on_start(given.run.rounds, first, 0)
         try:
-            state, first = _follow(server, number, given, progress)
+            state = _follow(server, number, given.run.name, first, progress)
         except KeyboardInterrupt:
             server.stop(number)
             raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
@@ -81,42 +83,37 @@ def run_on(
     return _result(state, folder, name, first)
 
 
-def _follow(server: Server, number: int, config: Config, progress: Progress) -> tuple[RunState, int]:
-    """Show the rounds as the server writes them until the run has ended; return its end, and the rounds it began with."""
-    first: int | None = None
-    shown = 0
+def _follow(server: Server, number: int, name: str, shown: int, progress: Progress) -> RunState:
+    """Show the rounds as the server writes them, until the run has ended."""
     last = time.monotonic()
-    with TemporaryDirectory() as temporary:
-        while True:
-            try:
-                # The state first: what was written before the end is then in the file.
-                state = server.run(number)
-                lines = _rounds(server, config.run.name, Path(temporary) / "rounds.jsonl")
-                last = time.monotonic()
-            except UnreachableError:
-                if time.monotonic() - last > _PATIENCE_SECONDS:
-                    raise
-                time.sleep(_LOOK_SECONDS)
-                continue
-            if first is None and lines is not None and state.status in ("running", "finished"):
-                first = shown = len(lines) if state.status == "running" else 0
-                progress.on_start(config.run.rounds, first, 0)
-            for line in (lines or [])[shown:]:
+    while True:
+        try:
+            # The state first: what was written before the end is then in the file.
+            state = server.run(number)
+            for line in (_rounds(server, name) or [])[shown:]:
                 progress.on_round(line)
-            shown = len(lines or [])
+                shown += 1
+            last = time.monotonic()
+        except UnreachableError:
+            if time.monotonic() - last > _PATIENCE_SECONDS:
+                raise
+        else:
             if state.status == "finished":
-                return state, first or 0
-            time.sleep(_LOOK_SECONDS)
+                return state
+        time.sleep(_LOOK_SECONDS)
 
 
-def _rounds(server: Server, name: str, copy: Path) -> list[dict[str, Any]] | None:
+def _rounds(server: Server, name: str) -> list[dict[str, Any]] | None:
+    """Return the lines of the server's rounds.jsonl; None if it has no such run."""
     files = server.files(name)
     if files is None:
         return None
     if "rounds.jsonl" not in files:
         return []
-    server.fetch(name, "rounds.jsonl", copy)
-    lines = copy.read_text(encoding="utf-8").split("\n")
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "rounds.jsonl"
+        server.fetch(name, "rounds.jsonl", copy)
+        lines = copy.read_text(encoding="utf-8").split("\n")
     # What follows the last line break is on its way to the disk.
     return [json.loads(line) for line in lines[:-1]]
 
@@ -143,7 +140,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
 
 
 def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
-    """What Flower says that it moved since the run was submitted, and how much that is above the messages' own bytes."""
+    """What Flower says that it moved since the run was submitted, and by how much that is more than its messages."""
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     before = lines[first - 1]["communication"] if first else {}
     messages = sum(
