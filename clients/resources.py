@@ -41,6 +41,11 @@ def _data(config_text: str) -> FederatedData:
     return prepare_data(load_config(config_text))
 
 
+def forget_data() -> None:
+    """Let the next :func:`client_data` look at the files again: a node's owner may have changed them."""
+    _data.cache_clear()
+
+
 def client_data(config: Config) -> FederatedData:
     """Return the tokenised data of a run, shared by all clients of this process and memory-mapped."""
     return _data(config.to_toml())

@@ -71,16 +71,23 @@ class PolicyError(RunError):
     ----------
     key : str
         The key of ``[policy]`` in the owner's node.toml.
-    message : str
+    limit : float or bool
+        What the owner set there.
+    given : object
+        What the run asks for.
     """
 
-    def __init__(self, key: str, message: str) -> None:
-        self.key = key
-        super().__init__(message)
+    def __init__(self, key: str, limit: float | bool, given: object) -> None:
+        self.key, self.limit = key, limit
+        super().__init__(f"the node's policy is {key} = {limit}, the run asks for {given}")
 
 
 class StaleError(RunError):
     """A message of an old round, of another run, or that came before."""
+
+
+class NeedsInitialError(RunError):
+    """The client does not hold the run's frozen arrays."""
 
 
 class ClientErrorCode(IntEnum):
@@ -104,3 +111,19 @@ class ClientErrorCode(IntEnum):
     """A :class:`StaleError`: nothing was done, and no privacy spent."""
     LABELS = 109
     """A :class:`LabelError`: the node's labels are not the run's."""
+
+
+_CODES: dict[type[Exception], ClientErrorCode] = {
+    GuardError: ClientErrorCode.GUARD,
+    BudgetError: ClientErrorCode.BUDGET,
+    InputError: ClientErrorCode.INPUT,
+    NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
+    PolicyError: ClientErrorCode.POLICY,
+    StaleError: ClientErrorCode.STALE,
+    LabelError: ClientErrorCode.LABELS,
+}
+
+
+def error_code(error: Exception) -> ClientErrorCode:
+    """Return the code under which an exception travels."""
+    return _CODES.get(type(error), ClientErrorCode.FAILED)

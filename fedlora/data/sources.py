@@ -66,7 +66,7 @@ def load_examples(config: Config) -> Examples:
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
     stratified). With ``data.max_examples`` a random subset of the remaining training examples is kept, in the order of
     the source; ``data.max_test_examples`` does so for the test set. All follow ``run.seed`` alone. Rows without text
-    are dropped. Classes are in the order of ``data.label_names`` or of a ``ClassLabel``, else sorted (numbers by value).
+    are dropped. Classes are in the order of ``data.label_names``, of a ``ClassLabel``, or sorted (numbers by value).
 
     Parameters
     ----------

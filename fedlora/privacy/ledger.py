@@ -22,8 +22,9 @@ class Ledger:
 
     Notes
     -----
-    The ledger is charged when a client's result leaves the training code, never before: a client that drops out is
-    charged only for what it released. It lives in Flower's ``context.state`` as plain lists.
+    In simulation the ledger is charged when a client's result leaves the training code, never before: a client that
+    drops out is charged only for what it released. It lives in Flower's ``context.state`` as plain lists. A real node
+    charges its owner's ledger before every step (:mod:`fedlora.node.ledger`).
     """
 
     def __init__(self, accountant: str, delta: float, history: list[tuple[float, float, int]] | None = None) -> None:
@@ -53,7 +54,8 @@ class Ledger:
         if after > plan.ceiling:
             raise BudgetError(
                 f"{steps} more steps would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
-                f"above the ceiling of {plan.ceiling:.4g}"
+                f"above the ceiling of {plan.ceiling:.4g}",
+                left=max(0.0, plan.ceiling - self.epsilon()),
             )
 
     def charge(self, plan: PrivacyPlan, steps: int) -> None:
