@@ -16,8 +16,9 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
 from fedlora.errors import ClientErrorCode
+from fedlora.node.errors import outward_error
 
-CLIENT_APP = ("clients.client_app", "app")
+CLIENT_APP = ("clients.node_app", "app")
 
 
 def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context], Message]]:
@@ -40,7 +41,7 @@ def installed_app(message: Message, context: Context) -> Message:
         app: Callable[[Message, Context], Message] = getattr(import_module(module), attribute)
         return app(message, context)
     except Exception as error:
-        return Message(Error(code=ClientErrorCode.FAILED, reason=type(error).__name__), reply_to=message)
+        return Message(outward_error(error), reply_to=message)
 
 
 def main() -> None:

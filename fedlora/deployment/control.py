@@ -37,7 +37,7 @@ from fedlora.deployment.keys import read_file
 from fedlora.deployment.superlink_process import NODE, RUNS
 from fedlora.errors import InputError, RunError
 
-SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.client_app:app"
+SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"
 ONLINE = "online"
 
 

@@ -15,6 +15,7 @@ from fedlora.deployment.keys import check_secret, read_file, read_public_key
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
 from fedlora.node.config import NodeConfig
+from fedlora.node.resident import stop_worker
 
 log = logging.getLogger("fedlora")
 
@@ -69,7 +70,7 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         try:
             _watch(child, server, config, key, stopping)
         finally:
-            _shut_down(child)
+            _shut_down(child, config)
 
 
 def _key(config: NodeConfig, tls: bool, node_auth: bool) -> bytes | None:
@@ -186,11 +187,12 @@ def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError 
     return None
 
 
-def _shut_down(child: Child) -> None:
-    """Let the message at work end, since its privacy is spent, then the SuperNode."""
+def _shut_down(child: Child, config: NodeConfig) -> None:
+    """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
     marker = "fedlora.deployment.clientapp_process"
     wait_until(lambda: not child.running or not _at_work(marker, child), _MESSAGE_SECONDS)
     child.stop(_STOP_SECONDS)
+    stop_worker(config)
 
 
 def _at_work(marker: str, child: Child) -> bool:

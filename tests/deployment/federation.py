@@ -46,21 +46,19 @@ class Federation:
     folder : Path
     data : mapping of str to Path
         Each node's file by its name.
-    environment : mapping of str to str
-        For all commands.
-    policy : mapping
-        ``[policy]`` of every node.
+    cache : Path
+        For FEDLORA_CACHE, shared by all.
     """
 
-    def __init__(
-        self, folder: Path, data: Mapping[str, Path], environment: Mapping[str, str], policy: Mapping[str, Any]
-    ) -> None:
-        self.folder, self.data, self.policy = folder, data, policy
+    def __init__(self, folder: Path, data: Mapping[str, Path], cache: Path) -> None:
+        self.folder, self.data, self.cache = folder, data, cache
+        self.policy: dict[str, Any] = {"max_epsilon": 100.0, "delta": 1e-3}
         self.home = folder / "flower"
         self.environment = {
             **os.environ, **environment, "FLWR_HOME": str(self.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         self.port = free_port()
+        self.ports: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.proxy = Proxy(self.port)
         keys.make_ca(folder / "keys")
@@ -70,28 +68,38 @@ class Federation:
         self._write("server.toml", {"port": self.port, "directory": "server", "tls": tls})
         entry = {"address": f"127.0.0.1:{self.port}", "root-certificates": str(self.ca)}
         self._write("flower/config.toml", {"superlink": {NAME: entry}})
-        for name, path in data.items():
+        for name in data:
             keys.make_node_key(folder / "keys", name)
-            self.write_node(name, {"path": str(path)})
+            self.ports[name] = free_port()
+            self.write_node(name)
 
-    def write_node(self, name: str, data: Mapping[str, Any], **superlink: object) -> Path:
-        """Write a node.toml: it calls the server through the counting proxy."""
+    def write_node(self, name: str, like: str | None = None, **superlink: object) -> Path:
+        """Write a node.toml: it calls the server through the counting proxy.
+
+        ``like`` names the node whose data it holds, if not its own; None removes a key of ``superlink``.
+        """
         link = {
             "address": f"127.0.0.1:{self.proxy.port}",
             "root_certificates": "keys/ca.crt",
             "private_key": f"keys/{name}.key",
-            "port": free_port(),
+            "port": self.ports.get(name) or free_port(),
             **superlink,
         }
         content = {
             "name": name,
             "superlink": {key: value for key, value in link.items() if value is not None},
-            "data": data,
+            "data": {"path": str(self.data[like or name])},
             "policy": self.policy,
             "worker": {"threads": 1, "device": "cpu"},
-            "state": {"directory": f"state-{name}"},
+            "state": {"directory": f"state-{name}", "cache": str(self.cache)},
         }
         return self._write(f"{name}.toml", content)
+
+    def set_policy(self, **policy: Any) -> None:
+        """Let all owners change their ``[policy]``; it holds from the next message on."""
+        self.policy = policy
+        for name in self.data:
+            self.write_node(name)
 
     def __enter__(self) -> Federation:
         try:
