@@ -17,7 +17,7 @@ from fedlora.errors import InputError, RunError
 from fedlora.node.config import NodeConfig
 from fedlora.node.resident import stop_worker
 
-log = logging.getLogger("fedlora")
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 5.0
 _MISSES = 4

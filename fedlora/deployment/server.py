@@ -13,7 +13,7 @@ from fedlora.deployment.keys import check_certificate, check_secret, read_file
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
 
-log = logging.getLogger("fedlora")
+log = logging.getLogger(__name__)
 
 _START_SECONDS = 90.0
 _LOOK_SECONDS = 5.0

@@ -31,11 +31,11 @@ def examples(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         loaded = load_examples(load_config(config))
     names = loaded.label_names
     assert names is not None
-    tables = {
-        split: table.to_pandas()[["text", "label"]] for split, table in (("all", loaded.train), ("test", loaded.test))
-    }
+    assert loaded.train is not None
+    assert loaded.test is not None
+    tables = {"all": loaded.train.to_pandas()[["text", "label"]], "test": loaded.test.to_pandas()[["text", "label"]]}
     for table in tables.values():
-        table["label"] = [names[int(label)] if not isinstance(label, str) else label for label in table["label"]]
+        table["label"] = [names[label] for label in table["label"]]
     tables["test"].to_csv(folder / "test.csv", index=False)
     tables["all"]["owner"] = [name for name, size in SIZES.items() for _ in range(size)]
     tables["all"].to_csv(folder / "all.csv", index=False)

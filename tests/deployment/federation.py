@@ -55,8 +55,12 @@ class Federation:
         self.policy: dict[str, Any] = {"max_epsilon": 100.0, "delta": 1e-3}
         self.home = folder / "flower"
         self.environment = {
-            **os.environ, **environment, "FLWR_HOME": str(self.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            **os.environ,
+            "FEDLORA_CACHE": str(cache),
+            "FLWR_HOME": str(self.home),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
         self.port = free_port()
         self.ports: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
