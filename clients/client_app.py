@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.resources import client_data, client_model, forget_data, initial_arrays, keep_initial, run_config
+from clients.resources import client_data, client_model, initial_arrays, keep_initial, run_config
 from fedlora.adapters import AdaptedModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
-from fedlora.errors import (
-    BudgetError,
-    ClientErrorCode,
-    GuardError,
-    InputError,
-    NeedsInitialError,
-    StaleError,
-    error_code,
-)
-from fedlora.node.errors import outward_error
-from fedlora.node.ledger import Charge
-from fedlora.node.names import NODE_FILE, NODE_RECORD, labels_digest
-from fedlora.node.node import Node
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError
 from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
 
-log = logging.getLogger("fedlora")
-
 app = CohortClientApp()
 
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Answer with the client's partition and its number of examples, so that the server can sample by partition.
-
-    A real node answers with its owner's name for it instead of a partition, once its own data and its owner's policy
-    fit the run.
-    """
-    if NODE_FILE in context.node_config:
-        try:
-            return _describe_node(message, context)
-        except Exception as error:
-            return _error_reply(error, message, context)
+    """Answer with the client's partition and its number of examples, so that the server can sample by partition."""
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
     partition = client_data(config).partition
@@ -71,10 +47,9 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
     the frozen arrays, which come with the first message). A reply carries the trained arrays and metrics: num-examples,
     steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon and delta.
     """
-    if NODE_FILE in contexts[0].node_config:
-        return [_train_on_node(m, c) for m, c in zip(messages, contexts, strict=True)]
     started = time.perf_counter()
     config = run_config(contexts[0].run_config)
+    data = client_data(config)
     replies: dict[int, Message] = {}
     jobs: dict[int, ClientJob] = {}
     adapted: AdaptedModel | None = None
@@ -82,83 +57,28 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
         try:
             adapted = _model_with_initial(config, message, adapted)
             if adapted is None:
-                raise NeedsInitialError
-            jobs[i] = _job(config, message, context)
+                raise _NeedsInitialError
+            jobs[i] = _job(config, data, message, context)
         except Exception as error:
-            replies[i] = _error_reply(error, message, context)
+            replies[i] = _error_reply(error, message)
     if jobs and adapted is not None:
         try:
-            results = train_cohort(adapted, client_data(config).train, list(jobs.values()), config)
+            results = train_cohort(adapted, data.train, list(jobs.values()), config)
         except (GuardError, BudgetError, InputError) as error:
-            return [_error_reply(error, m, c) for m, c in zip(messages, contexts, strict=True)]
+            return [_error_reply(error, message) for message in messages]
         seconds = (time.perf_counter() - started) / len(jobs)
         for (i, job), result in zip(jobs.items(), results, strict=True):
             replies[i] = _reply(config, messages[i], contexts[i], job, result, seconds)
     return [replies[i] for i in range(len(messages))]
 
 
-def _describe_node(message: Message, context: Context) -> Message:
-    node, about = Node.open(str(context.node_config[NODE_FILE])), _about(message)
-    given, federation, run = about.get("label-names"), str(about["federation"]), _run(message, context)
-    label_names = list(map(str, given)) if isinstance(given, list) else None
-    forget_data()
-    config = node.own_config(run_config(context.run_config), label_names)
-    examples = len(client_data(config).train)
-    node.ledger.check_budget(federation, node.admit(config, examples), local_steps(config, examples))
-    node.ledger.register(federation, run, label_names)
-    content: dict[str, Any] = {
-        "metrics": MetricRecord({"num-examples": examples}),
-        NODE_RECORD: ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)}),
-    }
-    return Message(RecordDict(content), reply_to=message)
-
-
-def _train_on_node(message: Message, context: Context) -> Message:
-    """Train on the owner's own file, within the owner's policy and ledger."""
-    started = time.perf_counter()
-    try:
-        node, about, run = Node.open(str(context.node_config[NODE_FILE])), _about(message), _run(message, context)
-        federation, server_round = str(about["federation"]), int(_settings(message)["server-round"])
-        config = node.own_config(run_config(context.run_config), node.ledger.label_names(federation, run))
-        rows = client_data(config).partition[0]
-        plan, steps = node.admit(config, len(rows)), local_steps(config, len(rows))
-        with node.ledger.round(federation, run, server_round, plan, steps) as charge:
-            adapted = _model_with_initial(config, message, None)
-            if adapted is None:
-                raise NeedsInitialError
-            job = _make_job(message, int(about["client"]), rows, plan, secret=plan is not None, charge=charge)
-            (result,) = train_cohort(adapted, client_data(config).train, [job], config)
-            charge.check_taken(result.steps)
-            ledger = None if plan is None else node.ledger.of_federation(federation, plan)
-        return _result_reply(config, message, job, result, time.perf_counter() - started, ledger)
-    except Exception as error:
-        return _error_reply(error, message, context)
-
-
-def _about(message: Message) -> Any:
-    """Return what a server says to a real node beside the config of the round."""
-    if NODE_RECORD not in message.content:
-        raise StaleError("the message says nothing of its federation")
-    return message.content[NODE_RECORD]
-
-
-def _run(message: Message, context: Context) -> str:
-    """Return the SuperLink's id of the run; the message must be of the run that it came with, and not too old."""
-    meta = message.metadata
-    if meta.run_id != context.run_id:
-        raise StaleError(f"a message of run {meta.run_id} came in run {context.run_id}")
-    if time.time() > meta.created_at + meta.ttl:
-        raise StaleError(f"the message waited longer than its {meta.ttl:.0f} s")
-    return str(context.run_id)
-
-
-def _settings(message: Message) -> Any:
-    return message.content["config"]
+class _NeedsInitialError(RuntimeError):
+    pass
 
 
 def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
     """Return the model with the run's frozen arrays in it, or None where this host does not hold them."""
-    settings = _settings(message)
+    settings = message.content["config"]
     wanted = str(settings.get("initial-digest", ""))
     if INITIAL in message.content:
         record = message.content[INITIAL]
@@ -178,27 +98,14 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
     return adapted
 
 
-def _job(config: Config, message: Message, context: Context) -> ClientJob:
+def _job(config: Config, data: FederatedData, message: Message, context: Context) -> ClientJob:
+    settings: Any = message.content["config"]
     client = int(context.node_config["partition-id"])
-    rows = client_data(config).partition[client]
+    rows = data.partition[client]
     plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
     if plan is not None:
         _ledger(context, plan).check(plan, local_steps(config, len(rows)))
-    # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
-    secret = plan is not None and not context.node_config.get("simulated", False)
-    return _make_job(message, client, rows, plan, secret=secret)
-
-
-def _make_job(
-    message: Message,
-    client: int,
-    rows: np.ndarray,
-    plan: PrivacyPlan | None,
-    *,
-    secret: bool,
-    charge: Charge | None = None,
-) -> ClientJob:
-    settings, arrays = _settings(message), message.content["arrays"]
+    arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     return ClientJob(
         client=client,
@@ -207,8 +114,8 @@ def _make_job(
         arrays=_decode_shared(arrays),
         learning_rate=float(settings["learning-rate"]),
         plan=plan,
-        secret=secret,
-        on_step=None if charge is None else charge.step,
+        # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
+        secret=plan is not None and not context.node_config.get("simulated", False),
     )
 
 
@@ -231,17 +138,6 @@ def _ledger(context: Context, plan: PrivacyPlan) -> Ledger:
 def _reply(
     config: Config, message: Message, context: Context, job: ClientJob, result: ClientResult, seconds: float
 ) -> Message:
-    ledger = None
-    if job.plan is not None:
-        ledger = _ledger(context, job.plan)
-        ledger.charge(job.plan, result.steps)
-        context.state["ledger"] = ConfigRecord(ledger.to_record())
-    return _result_reply(config, message, job, result, seconds, ledger)
-
-
-def _result_reply(
-    config: Config, message: Message, job: ClientJob, result: ClientResult, seconds: float, ledger: Ledger | None
-) -> Message:
     metrics = MetricRecord(
         {
             "num-examples": result.examples,
@@ -252,7 +148,10 @@ def _result_reply(
             "worker": float(os.getpid()),
         }
     )
-    if job.plan is not None and ledger is not None:
+    if job.plan is not None:
+        ledger = _ledger(context, job.plan)
+        ledger.charge(job.plan, result.steps)
+        context.state["ledger"] = ConfigRecord(ledger.to_record())
         metrics["noise-multiplier"] = job.plan.noise_multiplier
         metrics["sample-rate"] = job.plan.sample_rate
         metrics["total-steps"] = ledger.steps
@@ -265,12 +164,14 @@ def _result_reply(
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def _error_reply(error: Exception, message: Message, context: Context) -> Message:
-    if NODE_FILE in context.node_config:
-        # What went wrong may quote the owner's data: the text stays in the node's own log.
-        log.error("message of run %s refused", message.metadata.run_id, exc_info=error)
-        return Message(outward_error(error), reply_to=message)
-    code = error_code(error)
+def _error_reply(error: Exception, message: Message) -> Message:
+    codes = {
+        GuardError: ClientErrorCode.GUARD,
+        BudgetError: ClientErrorCode.BUDGET,
+        InputError: ClientErrorCode.INPUT,
+        _NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
+    }
+    code = codes.get(type(error), ClientErrorCode.FAILED)
     reason = "".join(traceback.format_exception(error)) if code == ClientErrorCode.FAILED else str(error)
     return Message(Error(code=code, reason=reason), reply_to=message)
 
@@ -282,4 +183,5 @@ def capacity(message: Message, context: Context) -> int:
     adapted = _model_with_initial(config, message, None)
     if adapted is None or adapted.device.type == "cpu":
         return 1
-    return cohort_capacity(adapted, client_data(config).train, _job(config, message, context), config)
+    data = client_data(config)
+    return cohort_capacity(adapted, data.train, _job(config, data, message, context), config)

@@ -23,6 +23,7 @@ from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.simulation import RayGrid
+from fedlora.training.dp import choose_ghost_norms
 from strategies import get_strategy
 from strategies.federation import Progress, run_federation
 from strategies.server_app import resolve
@@ -108,7 +109,10 @@ def simulate(
         tokens = prepare_data(resolved)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
-        adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
+        skeleton = adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
+        if resolved.privacy.mode == "example":
+            names = skeleton.names(method.trained)
+            log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
         if not (path / "partition.png").exists():
             plot_partition(path / "partition.png", tokens.label_counts(), tokens.label_names)
         section = resolved.simulation
@@ -154,6 +158,12 @@ def _check_device(config: Config) -> None:
     wanted = config.simulation.gpus_per_worker
     if wanted and config.simulation.address is None and not torch.cuda.is_available():
         raise InputError("simulation.gpus_per_worker", wanted, "this machine has no GPU; set it to 0 to run on the CPU")
+
+
+def _ghost_norms(chosen: Mapping[str, bool]) -> str:
+    """Say where each example's gradient norm is taken without its gradient."""
+    ghost = sum(chosen.values())
+    return f"per-example clipping by ghost norms in {ghost} weights, by per-example gradients in {len(chosen) - ghost}"
 
 
 def _check_clients(config: Config, data: FederatedData) -> None:

@@ -1,6 +1,7 @@
 """Does memory, or the time of a round, grow with the federation? 1,000 clients against 10,000, of which 100 train.
 
-Each size runs in a process of its own; the peak is that of the driver plus that of the largest worker::
+Each size runs in a process of its own, with its own Ray. The peak is that of the driver and of all processes below it
+together (proportional set size, so that shared pages count once), read five times a second::
 
     python -m experiments.benchmarks.federation_size --output federation_size.json
 """
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from experiments.benchmarks.machine import machine
 
@@ -35,18 +38,45 @@ def measure(clients: int) -> dict[str, Any]:
     from fedlora import simulate
 
     overrides = {"data.partition.clients": clients, "server.fraction_train": 100 / clients}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _PeakMemory() as memory:
         folder = Path(scratch) / "run"
         simulate(CONFIG, overrides, output=folder)
         lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "clients": clients,
-        "peak_driver_bytes": own * 1024,
-        "peak_child_bytes": workers * 1024,
+        "peak_bytes": memory.peak,
+        "peak_bytes_by_process": memory.by_name,
         "seconds_a_round": [sum(line["seconds"].values()) for line in lines],
     }
+
+
+class _PeakMemory:
+    """Samples the memory of this process and of all below it."""
+
+    def __init__(self) -> None:
+        self.peak, self.by_name = 0, {}  # type: int, dict[str, int]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> _PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.2):
+            total = 0
+            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+                try:
+                    size, name = process.memory_full_info().pss, process.name()
+                except psutil.Error:  # it ended meanwhile
+                    continue
+                total += size
+                self.by_name[name] = max(self.by_name.get(name, 0), size)
+            self.peak = max(self.peak, total)
 
 
 def main() -> None:
@@ -60,15 +90,14 @@ def main() -> None:
         print(json.dumps(measure(arguments.child)))
         return
     results = []
-    print(f"{'clients':>8} {'driver MB':>10} {'child MB':>9} {'s a round':>10}")
+    print(f"{'clients':>8} {'peak MB':>10} {'s a round':>10}")
     for clients in arguments.clients:
         command = [sys.executable, "-m", "experiments.benchmarks.federation_size", "--child", str(clients)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         results.append(row)
         seconds = statistics.median(row["seconds_a_round"][1:])
-        driver, child = row["peak_driver_bytes"] / 1e6, row["peak_child_bytes"] / 1e6
-        print(f"{clients:8d} {driver:10.0f} {child:9.0f} {seconds:10.2f}", flush=True)
+        print(f"{clients:8d} {row['peak_bytes'] / 1e6:10.0f} {seconds:10.2f}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": machine(), "sizes": results}, indent=1) + "\n")
 

@@ -129,7 +129,12 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.model.parameters()).device
+        layer, _ = next(iter(self._layers.values()))
+        return layer.weight.device
+
+    def stacked_layers(self) -> dict[str, StackedLinear]:
+        """Layers with a client axis, by the name of their weight."""
+        return {name: layer for name, (layer, attribute) in self._layers.items() if attribute == "weight"}
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -160,9 +165,16 @@ class AdaptedModel:
         }
 
     def trained_arrays(self, clients: Sequence[int]) -> list[Arrays]:
-        """Copy the trained arrays of some clients to the CPU: one transfer an array, however many clients."""
-        stacked = {name: self.parameter(name).detach()[list(clients)].cpu() for name in self.trained}
-        return [{name: values[i].clone() for name, values in stacked.items()} for i in range(len(clients))]
+        """Copy the trained arrays of some clients to the CPU, in one transfer; they are views of one tensor."""
+        parameters = [self.parameter(name).detach() for name in self.trained]
+        chosen = torch.tensor(clients, device=self.device)
+        flat = torch.cat([p.index_select(0, chosen).flatten(1) for p in parameters], 1).cpu()
+        parts = [part.unbind() for part in flat.split([p[0].numel() for p in parameters], 1)]
+        shapes = [p.shape[1:] for p in parameters]
+        return [
+            {name: part[i].view(shape) for name, part, shape in zip(self.trained, parts, shapes, strict=True)}
+            for i in range(len(clients))
+        ]
 
     def set_shared(self, arrays: Mapping[str, torch.Tensor]) -> None:
         """Set arrays that all clients share and nobody trains.

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import nn
@@ -46,6 +48,7 @@ class RowLayout:
         self.counts = tuple(int(count) for count in counts)
         self.lengths = tuple(lengths) if lengths is not None else (0,) * len(self.counts)
         self.equal = len(set(self.counts)) == 1
+        self._padded: torch.Tensor | None = None
         if self.equal:
             self.clients = self.sizes = None
         else:
@@ -63,6 +66,20 @@ class RowLayout:
             yield
         finally:
             self.dropout_generators = None
+
+    def by_client(self, values: torch.Tensor) -> torch.Tensor:
+        """Gather rows [N, T, d] by client, [K, longest * T, d]; clients with fewer rows than the longest get zeros."""
+        clients, _, width = len(self.counts), *values.shape[1:]
+        if not self.equal:
+            if self._padded is None:
+                longest = max(self.counts)
+                starts = np.cumsum([0, *self.counts[:-1]])
+                places = starts[:, None] + np.arange(longest)
+                # The place after the last holds zeros.
+                places[np.arange(longest) >= np.array(self.counts)[:, None]] = sum(self.counts)
+                self._padded = torch.from_numpy(places.ravel()).to(values.device, non_blocking=True)
+            values = torch.cat([values, values.new_zeros(1, *values.shape[1:])])[self._padded]
+        return values.reshape(clients, -1, width)
 
     def sum_rows(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Sum rows by client, each row times its weight.
@@ -92,6 +109,57 @@ class RowLayout:
         wide = flat if flat.dtype == torch.float64 else flat.float()
         summed = torch.segment_reduce(wide, "sum", lengths=self.sizes, axis=0, unsafe=True)
         return summed.to(flat.dtype).reshape(clients, *values.shape[1:])
+
+
+@dataclass
+class RowProducts:
+    """Per-example gradients gs_n = g_n^T x_n [N, out, in] that are not multiplied out.
+
+    Their norms are "ghost norms": |g_n^T x_n|_F^2 = sum over t, t' of (g_t . g_t') (x_t . x_t') (Li et al.,
+    arXiv 2110.05679), and their weighted sums are one product a client.
+
+    Attributes
+    ----------
+    g : Tensor [N, T, out]
+    x : Tensor [N, T, in]
+    """
+
+    g: torch.Tensor
+    x: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.g)
+
+    def __add__(self, other: RowProducts) -> RowProducts:
+        """Sum of two: their positions side by side."""
+        return RowProducts(torch.cat([self.g, other.g], 1), torch.cat([self.x, other.x], 1))
+
+    def norms(self) -> torch.Tensor:
+        """Frobenius norm of every row's gradient [N]."""
+        grams = torch.bmm(self.g, self.g.transpose(1, 2)) * torch.bmm(self.x, self.x.transpose(1, 2))
+        return grams.sum((1, 2)).clamp(min=0).sqrt()
+
+    def sum_rows(self, layout: RowLayout, weights: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients by client [K, out, in], each times its row's weight [N]."""
+        g = layout.by_client(self.g * weights[:, None, None])
+        return torch.bmm(g.transpose(1, 2), layout.by_client(self.x))
+
+
+def ghost_norms_pay(tokens: int, out_features: int, in_features: int) -> bool:
+    """Say whether :class:`RowProducts` move fewer numbers through memory than per-example gradients do.
+
+    Parameters
+    ----------
+    tokens : int
+        T, positions of a row.
+    out_features, in_features : int
+
+    Notes
+    -----
+    A gradient of out x in numbers is written once and read twice, for its norm and for the sum. Ghost norms write and
+    read two T x T matrices, and read g and x once more for the norm and once for the sum.
+    """
+    return 4 * tokens**2 + 2 * tokens * (out_features + in_features) < 3 * out_features * in_features
 
 
 class _StackedProduct(torch.autograd.Function):
@@ -145,6 +213,8 @@ class StackedLinear(nn.Module):
     weight : Parameter [K, out_features, in_features]
         While it is frozen, K is 1 and all clients share it.
     bias : Parameter [K, out_features] or None
+    ghost : bool
+        Leave per-example gradients of the weight as :class:`RowProducts`.
     """
 
     def __init__(
@@ -157,7 +227,7 @@ class StackedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.ghost = layout, False
         self.weight = nn.Parameter(torch.zeros(1, out_features, in_features, dtype=dtype, device=device), False)
         self.bias = nn.Parameter(torch.zeros(1, out_features, dtype=dtype, device=device), False) if bias else None
 
@@ -191,12 +261,14 @@ class StackedLinear(nn.Module):
 @register_grad_sampler(StackedLinear)
 def stacked_linear_grad_sample(
     layer: StackedLinear, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[nn.Parameter, torch.Tensor]:
+) -> dict[nn.Parameter, torch.Tensor | RowProducts]:
     """Per-example gradients for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a weight [K, out, in]."""
     x = activations[0].reshape(len(backprops), -1, layer.in_features)
     g = backprops.reshape(len(backprops), -1, layer.out_features)
-    samples: dict[nn.Parameter, torch.Tensor] = {}
-    if layer.weight.requires_grad:
+    samples: dict[nn.Parameter, torch.Tensor | RowProducts] = {}
+    if layer.weight.requires_grad and layer.ghost:
+        samples[layer.weight] = RowProducts(g.to(layer.weight.dtype), x.to(layer.weight.dtype))
+    elif layer.weight.requires_grad:
         samples[layer.weight] = torch.bmm(g.transpose(1, 2), x.to(g.dtype)).to(layer.weight.dtype)
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = g.sum(1).to(layer.bias.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
@@ -14,8 +15,6 @@ from fedlora.communication.wire import payload_bytes
 
 INITIAL = "initial"
 """Key of the record that a client gets once, on its first contact with a run."""
-
-Sizes = dict[tuple[str, int], int]
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,9 @@ class MeteredGrid(GridDecorator):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send, receive and count; replies are passed on as they come."""
-        sizes: Sizes = {}  # the global arrays are one object in all of a round's messages: size them once
         outgoing = list(messages)
         for message in outgoing:
-            self._count_down(message, sizes)
+            self._count_down(message)
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
             self._count(reply, reply.metadata.src_node_id, "up", message_size(reply))
             yield reply
@@ -85,13 +83,13 @@ class MeteredGrid(GridDecorator):
         self.rows = []
         return rows
 
-    def _count_down(self, message: Message, sizes: Sizes) -> None:
+    def _count_down(self, message: Message) -> None:
         node = message.metadata.dst_node_id
-        whole = message_size(message, sizes)
+        whole = message_size(message)
         if INITIAL in message.content:
             record = message.content[INITIAL]
             assert isinstance(record, ArrayRecord)
-            alone = _record_size(INITIAL, record, sizes)
+            alone = _record_size(INITIAL, record)
             self._add(message, node, INITIAL, payload_bytes(record), alone)
             whole -= alone
         self._count(message, node, "down", whole)
@@ -117,22 +115,15 @@ def row_dict(row: Row) -> dict[str, int | str]:
     return asdict(row)
 
 
-def message_size(message: Message, sizes: Sizes | None = None) -> int:
-    """Exact size in bytes of a message in Flower's protobuf form, without serialising shared arrays again.
-
-    Parameters
-    ----------
-    message : Message
-    sizes : dict, optional
-        Known sizes of array records by key and ``id``; filled here, and good while the records live.
-    """
+def message_size(message: Message) -> int:
+    """Exact size in bytes of a message in Flower's protobuf form, without serialising like arrays again."""
     if not message.has_content():
         return int(message_to_proto(message).ByteSize())
     rest = RecordDict()
     arrays = 0
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            arrays += _record_size(key, record, sizes)
+            arrays += _record_size(key, record)
         else:
             rest[key] = record
     bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
@@ -140,13 +131,17 @@ def message_size(message: Message, sizes: Sizes | None = None) -> int:
     return int(bare.ByteSize()) - _varint(content) + arrays + _varint(content + arrays)
 
 
-def _record_size(key: str, record: ArrayRecord, sizes: Sizes | None) -> int:
-    if sizes is not None and (key, id(record)) in sizes:
-        return sizes[key, id(record)]
-    size = int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
-    if sizes is not None:
-        sizes[key, id(record)] = size
-    return size
+def _record_size(key: str, record: ArrayRecord) -> int:
+    layout = tuple((name, array.dtype, array.shape, array.stype, len(array.data)) for name, array in record.items())
+    return _size_of_layout(key, layout)
+
+
+@lru_cache(maxsize=256)
+def _size_of_layout(key: str, layout: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
+    """Size of a record, which depends on its arrays' names, types and lengths and not on their numbers."""
+    arrays = {name: Array(dtype, shape, stype, bytes(length)) for name, dtype, shape, stype, length in layout}
+    record = ArrayRecord(arrays)
+    return int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
 
 
 def _varint(value: int) -> int:

@@ -11,6 +11,9 @@ from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
 
 PackedRecord = dict[str, tuple[str, tuple[int, ...], str, np.ndarray]]
 
+LARGE = 2**16
+"""Bytes of a record from which its arrays travel out of band; below, a copy costs less than the bookkeeping."""
+
 
 @dataclass(frozen=True)
 class SharedRecord:
@@ -45,7 +48,11 @@ def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> 
     records: dict[str, Any] = {}
     for name, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            records[name] = shared[id(record)] if shared and id(record) in shared else pack_record(record)
+            if shared and id(record) in shared:
+                records[name] = shared[id(record)]
+            else:
+                large = sum(len(array.data) for array in record.values()) >= LARGE
+                records[name] = pack_record(record) if large else record
         else:
             records[name] = record
     return Envelope(message.metadata, records, None)

@@ -22,7 +22,7 @@ from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
-from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, per_example_gradients
+from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
 from fedlora.training.loss import per_example_loss
 
 
@@ -128,6 +128,7 @@ def train_cohort(
     adapted.set_clients([job.arrays for job in jobs])
     adapted.model.train()
     parameters = adapted.parameters()
+    start = [p.detach().clone() for p in parameters]
     optimizer = _optimizer(client, parameters, jobs[0].learning_rate)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
@@ -137,9 +138,11 @@ def train_cohort(
     active = np.zeros(len(jobs), np.int64)
     guarded = False
     with ExitStack() as stack:
-        stack.enter_context(adapted.layout.dropout([g.dropout for g in generators]))
+        if config.method.dropout:
+            stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         dp_optimizer = None
         if private:
+            choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
             plans = [job.plan for job in jobs if job.plan is not None]
             dp_optimizer = StackedDPOptimizer(
@@ -185,9 +188,8 @@ def train_cohort(
             if not done:
                 continue
             losses = loss_sums.cpu().numpy()
+            _check_moved(adapted.trained, start, parameters, active >= 2)
             for k, arrays in zip(done, adapted.trained_arrays(done), strict=True):
-                if active[k] >= 2:
-                    _check_moved(jobs[k].arrays, arrays)
                 mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
                 results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean)
     return [result for result in results if result is not None]
@@ -201,10 +203,14 @@ class _Generators:
             sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
         else:
             sequence = np.random.SeedSequence([seed, job.server_round, job.client])
-        noise, sampling, dropout = sequence.spawn(3)
+        noise, sampling, self._dropout = sequence.spawn(3)
+        self._device = device
         self.noise = _generator(device, noise)
         self.sampling = _generator(torch.device("cpu"), sampling)
-        self.dropout = _generator(device, dropout)
+
+    def dropout(self) -> torch.Generator:
+        """Make the generator of dropout masks, which few runs need."""
+        return _generator(self._device, self._dropout)
 
 
 def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
@@ -242,7 +248,9 @@ def _physical(rows: list[np.ndarray], size: int | None) -> Iterator[list[np.ndar
 
 def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) -> torch.Tensor:
     batch = table.batch(np.concatenate(rows), adapted.device)
-    lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows]
+    # Only dropout asks for lengths.
+    dropout = adapted.layout.dropout_generators is not None
+    lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
     adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
     return per_example_loss(adapted.logits(batch), batch["labels"])
 
@@ -256,9 +264,15 @@ def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> No
         g *= factors.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
 
 
-def _check_moved(before: Arrays, after: Arrays) -> None:
-    for name, start in before.items():
-        if torch.equal(start.to(after[name].dtype), after[name]):
+def _check_moved(
+    names: Sequence[str], before: list[torch.Tensor], after: list[torch.nn.Parameter], clients: np.ndarray
+) -> None:
+    """Raise a GuardError where an array [K, ...] of one of the clients (a mask [K]) is what it was."""
+    if not clients.any():
+        return
+    moved = torch.stack([(old != new.detach()).flatten(1).any(1) for old, new in zip(before, after, strict=True)])
+    for name, by_client in zip(names, moved.cpu().numpy(), strict=True):
+        if not by_client[clients].all():
             raise GuardError(
                 f"{name} did not move in two steps or more; the parameters that the optimiser holds are stale"
             )

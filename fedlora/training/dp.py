@@ -7,8 +7,9 @@ from its own generator, and its own divisor; so a client's result does not depen
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
@@ -16,16 +17,65 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.adapters import AdaptedModel, RowLayout
+from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
 from fedlora.errors import GuardError
 
 NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
 """So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
 
 
+class _Hooks(GradSampleHooks):
+    """Opacus' hooks without the two copies of every gradient that only recurrent layers need."""
+
+    def capture_backprops_hook(
+        self, module: Any, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
+    ) -> None:
+        if not self.hooks_enabled:
+            return
+        activations, backprops = self.rearrange_grad_samples(
+            module=module,
+            backprops=forward_output[0].detach(),
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+        )
+        for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
+            before = parameter.grad_sample
+            parameter.grad_sample = sample if before is None else before + sample
+        if not module.activations:
+            del module.max_batch_len
+
+
+def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int) -> dict[str, bool]:
+    """Choose, for every trained weight, between per-example gradients and ghost norms, whichever costs less.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    names : iterable of str
+        Of the trained arrays; biases have no choice.
+    tokens : int
+        Of the longest row; the choice must be the same in every batch and cohort of a run.
+
+    Returns
+    -------
+    dict of str to bool
+        True where ghost norms are taken, by name of the weight.
+    """
+    chosen, layers = {}, adapted.stacked_layers()
+    for name in names:
+        if name not in layers:
+            continue
+        layer = layers[name]
+        length = 1 if name.rpartition(".")[0] in adapted.head else tokens
+        layer.ghost = ghost_norms_pay(length, layer.out_features, layer.in_features)
+        chosen[name] = layer.ghost
+    return chosen
+
+
 @contextmanager
 def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
     """Let every trained parameter receive ``grad_sample`` [N, ...] in the backward pass, and clean up afterwards."""
-    hooks = GradSampleHooks(adapted.model, loss_reduction="sum")
+    hooks = _Hooks(adapted.model, loss_reduction="sum")
     adapted.layout.per_example = True
     try:
         with warnings.catch_warnings():
@@ -47,9 +97,15 @@ def check_grad_samples(adapted: AdaptedModel, rows: int) -> None:
     """
     for name in adapted.trained:
         sample = getattr(adapted.parameter(name), "grad_sample", None)
-        if not isinstance(sample, torch.Tensor) or len(sample) != rows:
-            got = "none" if sample is None else f"shape {tuple(sample.shape)}"
+        if sample is None or len(sample) != rows:
+            got = "none" if sample is None else f"{len(sample)} rows"
             raise GuardError(f"{name} has no per-example gradient for the batch's {rows} rows (it has {got})")
+
+
+def _norms(sample: torch.Tensor | RowProducts) -> torch.Tensor:
+    if isinstance(sample, RowProducts):
+        return sample.norms()
+    return torch.linalg.vector_norm(sample.flatten(1), dim=1)
 
 
 class StackedDPOptimizer(DPOptimizer):
@@ -104,10 +160,14 @@ class StackedDPOptimizer(DPOptimizer):
         params = [p for p in self.params if getattr(p, "grad_sample", None) is not None]
         if not params:
             return
-        norms = torch.stack([torch.linalg.vector_norm(p.grad_sample.flatten(1), dim=1) for p in params]).norm(dim=0)
+        norms = torch.stack([_norms(p.grad_sample) for p in params]).norm(dim=0)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         for p in params:
-            summed = self.layout.sum_rows(p.grad_sample, factors.to(p.dtype))
+            sample, weights = p.grad_sample, factors.to(p.dtype)
+            if isinstance(sample, RowProducts):
+                summed = sample.sum_rows(self.layout, weights)
+            else:
+                summed = self.layout.sum_rows(sample, weights)
             p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
 
     def add_noise(self) -> None:

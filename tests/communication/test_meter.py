@@ -47,7 +47,6 @@ def serialised(message: Message) -> int:
 def test_the_size_is_that_of_the_serialised_message(content: RecordDict, node: int, group: int, ttl: float) -> None:
     message = Message(content, node, "train", ttl=ttl, group_id=str(group))
     assert message_size(message) == serialised(message)
-    assert message_size(message, {}) == serialised(message)
     reply = Message(content, reply_to=message)
     reply.metadata.__dict__["_message_id"] = "f" * 64
     assert message_size(reply) == serialised(reply)
@@ -57,7 +56,7 @@ def test_the_size_is_that_of_the_serialised_message(content: RecordDict, node: i
 def test_lengths_that_need_more_digits_are_counted(elements: int) -> None:
     # The length of every part is itself a number of one byte or more.
     message = train_message(3, RecordDict({"a": random_record({"x": (elements,)})}))
-    assert message_size(message, {}) == serialised(message)
+    assert message_size(message) == serialised(message)
 
 
 @given(st.integers(0, 200), names, node_ids)
@@ -79,13 +78,12 @@ def test_the_payload_is_elements_times_their_size(arrays: dict[str, Any]) -> Non
 
 
 @given(st.lists(array_records(), min_size=1, max_size=3), st.lists(st.tuples(st.integers(0, 2), names), max_size=6))
-def test_remembered_sizes_are_those_of_the_record_and_its_key(
+def test_sizes_that_are_remembered_are_those_of_the_record_and_its_key(
     records: list[ArrayRecord], uses: list[tuple[int, str]]
 ) -> None:
-    sizes: dict[tuple[str, int], int] = {}
     for index, key in uses:
         message = train_message(1, RecordDict({key: records[index % len(records)]}))
-        assert message_size(message, sizes) == serialised(message)
+        assert message_size(message) == serialised(message)
 
 
 def echo(message: Message) -> Message:
@@ -197,20 +195,21 @@ def test_a_lost_reply_is_not_counted() -> None:
     assert [row.direction for row in grid.take_rows()] == ["down"]
 
 
-def test_shared_arrays_are_serialised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = random_record({"w": (10,)})
-    measured: list[int] = []
+def test_arrays_of_one_layout_are_serialised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[RecordDict] = []
     original = meter.recorddict_to_proto
 
     def spy(content: RecordDict) -> Any:
-        measured.extend(map(id, content.array_records.values()))
+        measured.extend([content] if content.array_records else [])
         return original(content)
 
     monkeypatch.setattr(meter, "recorddict_to_proto", spy)
-    grid = metered(lambda message: None, clients=20)
-    list(grid.send_and_receive(train_message(FIRST_NODE + i, RecordDict({"arrays": shared})) for i in range(20)))
-    assert measured.count(id(shared)) == 1
-    assert len({row.message_bytes for row in grid.take_rows()}) == 1
+    meter._size_of_layout.cache_clear()
+    grid = metered(echo, clients=20)
+    contents = [RecordDict({"arrays": random_record({"w": (10,)})}) for _ in range(20)]
+    list(grid.send_and_receive(train_message(FIRST_NODE + i, content) for i, content in enumerate(contents)))
+    assert len(measured) == 1
+    assert len({(row.direction, row.message_bytes) for row in grid.take_rows()}) == 2
 
 
 def test_a_decorated_grid_is_the_grid_in_everything_else() -> None:

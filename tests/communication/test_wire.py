@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +37,33 @@ def test_what_is_decoded_is_what_was_encoded(
         assert torch.equal(decoded[name], array.to(wire))
     numbers = sum(array.numel() for array in arrays.values())
     assert payload_bytes(record) == numbers * torch.finfo(wire).bits // 8
+
+
+@given(named_arrays(), st.sampled_from([torch.float32, torch.float64]))
+def test_the_bytes_are_those_that_flower_writes(arrays: dict[str, torch.Tensor], wire: torch.dtype) -> None:
+    for name, array in encode(arrays, wire).items():
+        expected = Array(arrays[name].to(wire).numpy())
+        assert (array.dtype, array.shape, array.stype) == (expected.dtype, expected.shape, expected.stype)
+        assert array.data == expected.data
+
+
+@given(st.binary(max_size=200), st.integers(0, 10))
+def test_bytes_that_are_no_array_are_refused(rest: bytes, cut: int) -> None:
+    whole = Array(np.ones(3, np.float32))
+    for data in (whole.data[:-cut] if cut else whole.data + b"\0", whole.data[:10] + rest, rest):
+        if data == whole.data:
+            continue
+        with pytest.raises(ValueError, match=r"."):
+            decode(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))
+
+
+def test_arrays_of_other_orders_and_kinds_are_read_or_refused() -> None:
+    fortran = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    assert torch.equal(decode(ArrayRecord({"x": Array(fortran)}))["x"], torch.from_numpy(fortran))
+    with pytest.raises(ValueError, match="cannot be read"):
+        decode(ArrayRecord({"x": Array(np.array(["a", "bc"]))}))
+    with pytest.raises(ValueError, match="cannot be read"):
+        decode(ArrayRecord({"x": Array("float32", (1,), "other", b"")}))
 
 
 def test_values_keep_every_bit() -> None:

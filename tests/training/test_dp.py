@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedlora.adapters import AdaptedModel, RowLayout
+from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
 from fedlora.config import Config
 from fedlora.errors import GuardError
 from fedlora.training import ClientJob, cohort, train_cohort
 from fedlora.training import dp as dp_module
-from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer
+from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms
 from fedlora.training.loss import per_example_loss
 from tests import tiny
 
@@ -99,6 +102,52 @@ def test_a_client_alone_equals_stock_opacus(kind, method):
     assert tiny.difference(moved, start) > 0.01
     assert tiny.difference(moved, result.arrays) < 1e-6
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[5], [4, 4, 4], [3, 7, 0, 2]])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_ghost_norms_train_what_per_example_gradients_train(kind, sizes, monkeypatch):
+    config = tiny.settings(kind, client={"local_steps": 3, "physical_batch_size": 2})
+    adapted = tiny.adapted_model(kind, config, torch.float64)
+    start = adapted.arrays(tiny.trained_names(adapted, config))
+    examples = tiny.table(kind, 13)
+    plans = [tiny.plan(0.7, 0.05, 0.6, 3.0)] * len(sizes)
+    jobs = tiny.jobs_of([start] * len(sizes), tiny.split([max(1, n) for n in sizes]), plans, learning_rate=0.1)
+
+    def run(ghost: bool) -> list[cohort.ClientResult]:
+        monkeypatch.setattr(dp_module, "ghost_norms_pay", lambda *_: ghost)
+        results = train_cohort(adapted, examples, jobs, config)
+        layers = adapted.stacked_layers()
+        assert {layers[name].ghost for name in adapted.trained if name in layers} == {ghost}
+        return results
+
+    for explicit, ghost in zip(run(False), run(True), strict=True):
+        assert tiny.difference(explicit.arrays, start) > 1e-3
+        assert tiny.difference(explicit.arrays, ghost.arrays) < 1e-10
+
+
+@given(st.integers(0, 99), st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any), st.integers(1, 4))
+def test_products_that_are_not_multiplied_out_have_the_same_norms_and_sums(seed, counts, tokens):
+    generator = torch.Generator().manual_seed(seed)
+    g, x = (torch.randn(sum(counts), tokens, d, generator=generator, dtype=torch.float64) for d in (3, 5))
+    layout = RowLayout()
+    layout.set_rows(counts)
+    products, explicit = RowProducts(g, x), torch.einsum("nto,nti->noi", g, x)
+    weights = torch.rand(sum(counts), generator=generator, dtype=torch.float64)
+    assert torch.allclose(products.norms(), explicit.flatten(1).norm(dim=1), rtol=1e-12)
+    assert torch.allclose(products.sum_rows(layout, weights), layout.sum_rows(explicit, weights), rtol=1e-12)
+    both = products + RowProducts(2 * g, x)
+    assert torch.allclose(both.norms(), 3 * products.norms(), rtol=1e-12)
+
+
+def test_ghost_norms_are_chosen_by_size():
+    assert not ghost_norms_pay(64, 384, 8)  # LoRA's B: the rank is far below the length
+    assert ghost_norms_pay(64, 256, 256)  # a large Fed-SB matrix
+    assert ghost_norms_pay(1, 2, 384)  # a head on pooled tokens
+    config = tiny.settings("bert")
+    adapted = tiny.adapted_model("bert", config)
+    chosen = choose_ghost_norms(adapted, tiny.trained_names(adapted, config), 10**4)
+    assert {name for name, ghost in chosen.items() if ghost} == {"classifier.weight"}
 
 
 def test_a_cohort_of_separate_stock_opacus_runs():
@@ -304,11 +353,11 @@ def test_a_trainable_without_per_example_gradients_stops_training(monkeypatch):
     adapted = tiny.adapted_model("bert", config)
     path, adapter = next(iter(adapted.adapters.items()))
     adapted.model.set_submodule(path, _Folded(adapter))
-    with pytest.raises(GuardError, match="shape"):
+    with pytest.raises(GuardError, match=r"4 rows.*it has 32 rows"):
         train(adapted)
     # Hooks that were never set.
     adapted = tiny.adapted_model("bert", config)
-    monkeypatch.setattr(dp_module, "GradSampleHooks", lambda *args, **kwargs: _NoHooks())
+    monkeypatch.setattr(dp_module, "_Hooks", lambda *args, **kwargs: _NoHooks())
     with pytest.raises(GuardError, match="no per-example gradient"):
         train(adapted)
 
