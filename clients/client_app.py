@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.resources import client_data, client_model, initial_arrays, keep_initial, run_config
+from clients.participant import Participant, is_node, node_record, open_node, participant, run_of
+from clients.resources import client_data, client_model, forget_data, initial_arrays, keep_initial, run_config
 from fedlora.adapters import AdaptedModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
-from fedlora.data.tokens import FederatedData
-from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError
-from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
+from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
+from fedlora.node.errors import outward_error
+from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
+
+log = logging.getLogger("fedlora")
 
 app = CohortClientApp()
 
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Answer with the client's partition and its number of examples, so that the server can sample by partition."""
+    """Answer with the client's partition and its number of examples, so that the server can sample by partition.
+
+    A real node answers with its owner's name for it instead of a partition, once its own data and its owner's policy
+    fit the run.
+    """
+    if is_node(context):
+        try:
+            return _describe_node(message, context)
+        except Exception as error:
+            return _error_reply(error, message, context)
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
     partition = client_data(config).partition
@@ -39,6 +53,20 @@ def describe(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
+def _describe_node(message: Message, context: Context) -> Message:
+    node, about, run = open_node(context), node_record(message), run_of(message, context)
+    federation, label_names = str(about["federation"]), list(map(str, about.get("label-names", []))) or None
+    # The owner may have changed the file since the last run.
+    forget_data()
+    config = node.own_config(run_config(context.run_config), label_names)
+    examples = len(client_data(config).train)
+    node.ledger.check_budget(federation, node.admit(config, examples), local_steps(config, examples))
+    node.ledger.register(federation, run, label_names)
+    content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
+    content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
+    return Message(content, reply_to=message)
+
+
 @app.train_cohort
 def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """Train the clients of the messages in one pass.
@@ -47,33 +75,42 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
     the frozen arrays, which come with the first message). A reply carries the trained arrays and metrics: num-examples,
     steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon and delta.
     """
+    try:
+        with ExitStack() as held:
+            return _train(messages, contexts, held)
+    except Exception as error:
+        if not is_node(contexts[0]):
+            raise
+        return [_error_reply(error, m, c) for m, c in zip(messages, contexts, strict=True)]
+
+
+def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitStack) -> list[Message]:
     started = time.perf_counter()
-    config = run_config(contexts[0].run_config)
-    data = client_data(config)
     replies: dict[int, Message] = {}
+    clients: dict[int, Participant] = {}
     jobs: dict[int, ClientJob] = {}
     adapted: AdaptedModel | None = None
     for i, (message, context) in enumerate(zip(messages, contexts, strict=True)):
         try:
-            adapted = _model_with_initial(config, message, adapted)
+            clients[i] = participant(message, context)
+            adapted = _model_with_initial(clients[i].config, message, adapted)
             if adapted is None:
-                raise _NeedsInitialError
-            jobs[i] = _job(config, data, message, context)
+                raise NeedsInitialError
+            clients[i].admit(held)
+            jobs[i] = _job(message, clients[i])
         except Exception as error:
-            replies[i] = _error_reply(error, message)
+            replies[i] = _error_reply(error, message, context)
     if jobs and adapted is not None:
+        # All clients of a simulation have one config, and a real node is alone.
+        config = clients[next(iter(jobs))].config
         try:
-            results = train_cohort(adapted, data.train, list(jobs.values()), config)
+            results = train_cohort(adapted, client_data(config).train, list(jobs.values()), config)
         except (GuardError, BudgetError, InputError) as error:
-            return [_error_reply(error, message) for message in messages]
+            return [_error_reply(error, m, c) for m, c in zip(messages, contexts, strict=True)]
         seconds = (time.perf_counter() - started) / len(jobs)
         for (i, job), result in zip(jobs.items(), results, strict=True):
-            replies[i] = _reply(config, messages[i], contexts[i], job, result, seconds)
+            replies[i] = _reply(messages[i], clients[i], job, result, seconds)
     return [replies[i] for i in range(len(messages))]
-
-
-class _NeedsInitialError(RuntimeError):
-    pass
 
 
 def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
@@ -98,24 +135,19 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
     return adapted
 
 
-def _job(config: Config, data: FederatedData, message: Message, context: Context) -> ClientJob:
+def _job(message: Message, client: Participant) -> ClientJob:
     settings: Any = message.content["config"]
-    client = int(context.node_config["partition-id"])
-    rows = data.partition[client]
-    plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
-    if plan is not None:
-        _ledger(context, plan).check(plan, local_steps(config, len(rows)))
     arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     return ClientJob(
-        client=client,
+        client=client.client,
         server_round=int(settings["server-round"]),
-        rows=rows,
+        rows=client.rows,
         arrays=_decode_shared(arrays),
         learning_rate=float(settings["learning-rate"]),
-        plan=plan,
-        # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
-        secret=plan is not None and not context.node_config.get("simulated", False),
+        plan=client.plan,
+        secret=client.secret,
+        on_step=client.on_step,
     )
 
 
@@ -129,15 +161,8 @@ def _decode_shared(record: ArrayRecord) -> Arrays:
     return _last_decoded[0][1]
 
 
-def _ledger(context: Context, plan: PrivacyPlan) -> Ledger:
-    if "ledger" in context.state:
-        return Ledger.from_record(context.state["ledger"])
-    return Ledger(plan.accountant, plan.delta)
-
-
-def _reply(
-    config: Config, message: Message, context: Context, job: ClientJob, result: ClientResult, seconds: float
-) -> Message:
+def _reply(message: Message, client: Participant, job: ClientJob, result: ClientResult, seconds: float) -> Message:
+    ledger = client.settle(result.steps)
     metrics = MetricRecord(
         {
             "num-examples": result.examples,
@@ -148,10 +173,7 @@ def _reply(
             "worker": float(os.getpid()),
         }
     )
-    if job.plan is not None:
-        ledger = _ledger(context, job.plan)
-        ledger.charge(job.plan, result.steps)
-        context.state["ledger"] = ConfigRecord(ledger.to_record())
+    if job.plan is not None and ledger is not None:
         metrics["noise-multiplier"] = job.plan.noise_multiplier
         metrics["sample-rate"] = job.plan.sample_rate
         metrics["total-steps"] = ledger.steps
@@ -160,18 +182,16 @@ def _reply(
         if job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    arrays = encode(result.arrays, wire_dtype(config.model.dtype))
+    arrays = encode(result.arrays, wire_dtype(client.config.model.dtype))
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def _error_reply(error: Exception, message: Message) -> Message:
-    codes = {
-        GuardError: ClientErrorCode.GUARD,
-        BudgetError: ClientErrorCode.BUDGET,
-        InputError: ClientErrorCode.INPUT,
-        _NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
-    }
-    code = codes.get(type(error), ClientErrorCode.FAILED)
+def _error_reply(error: Exception, message: Message, context: Context) -> Message:
+    if is_node(context):
+        # What went wrong may quote the owner's data: the text stays in the node's own log.
+        log.error("a message of run %d is refused", message.metadata.run_id, exc_info=error)
+        return Message(outward_error(error), reply_to=message)
+    code = error_code(error)
     reason = "".join(traceback.format_exception(error)) if code == ClientErrorCode.FAILED else str(error)
     return Message(Error(code=code, reason=reason), reply_to=message)
 
@@ -179,9 +199,8 @@ def _error_reply(error: Exception, message: Message) -> Message:
 @app.cohort_capacity
 def capacity(message: Message, context: Context) -> int:
     """Measure how many clients of this run train in one pass on this process' device."""
-    config = run_config(context.run_config)
-    adapted = _model_with_initial(config, message, None)
+    client = participant(message, context)
+    adapted = _model_with_initial(client.config, message, None)
     if adapted is None or adapted.device.type == "cpu":
         return 1
-    data = client_data(config)
-    return cohort_capacity(adapted, data.train, _job(config, data, message, context), config)
+    return cohort_capacity(adapted, client_data(client.config).train, _job(message, client), client.config)

@@ -38,22 +38,29 @@ def _config(source: str) -> Config:
 
 @lru_cache(maxsize=2)
 def _data(config_text: str) -> FederatedData:
-    return prepare_data(load_config(config_text))
+    return prepare_data(Config.from_toml(config_text))
 
 
 def forget_data() -> None:
     """Let the next :func:`client_data` look at the files again: a node's owner may have changed them."""
     _data.cache_clear()
+    _last_data.clear()
 
 
 def client_data(config: Config) -> FederatedData:
     """Return the tokenised data of a run, shared by all clients of this process and memory-mapped."""
-    return _data(config.to_toml())
+    # Writing the config out for every client of a cohort would take longer than all else here.
+    if not _last_data or _last_data[0][0] is not config:
+        _last_data[:] = [(config, _data(config.to_toml()))]
+    return _last_data[0][1]
+
+
+_last_data: list[tuple[Config, FederatedData]] = []
 
 
 @lru_cache(maxsize=1)
 def _model(config_text: str, parameterisation: str) -> AdaptedModel:
-    config = load_config(config_text)
+    config = Config.from_toml(config_text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapted = adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
     if config.simulation.compile:

@@ -180,6 +180,11 @@ class Config(Section):
         """Return the config as TOML; keys without a value are left out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
+    @classmethod
+    def from_toml(cls, text: str) -> Config:
+        """Undo :meth:`to_toml`; what was checked once is not checked again."""
+        return cls.model_validate(tomllib.loads(text))
+
     def scaling(self) -> float:
         """Return the adapter's factor s = alpha / rank (alpha defaults to the rank, so that s = 1)."""
         return 1.0 if self.method.alpha is None else self.method.alpha / self.method.rank

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,8 +132,12 @@ class NodeLedger:
         ceiling = self.policy.max_epsilon
         return None if ceiling is None else max(0.0, ceiling - self.epsilon())
 
-    def check_budget(self, federation: str, plan: PrivacyPlan | None, steps: int) -> None:
+    def check_budget(
+        self, federation: str, plan: PrivacyPlan | None, steps: int, also: Sequence[tuple[float, float, int]] = ()
+    ) -> None:
         """Refuse steps that would pass the owner's ceiling over all runs, or the run's own.
+
+        ``also`` are steps of another kind (noise multiplier, sample rate, number) that come with them.
 
         Raises
         ------
@@ -142,7 +146,7 @@ class NodeLedger:
         """
         ceiling, left = self.policy.max_epsilon, self.left()
         if ceiling is not None:
-            after = self._epsilon([*self.history(), (*_mechanism(plan), steps)])
+            after = self._epsilon([*self.history(), *also, (*_mechanism(plan), steps)])
             if after > ceiling:
                 raise BudgetError(
                     f"{steps} more steps would bring epsilon over all runs to {after:.4g}, above the owner's ceiling "
@@ -150,7 +154,7 @@ class NodeLedger:
                     left,
                 )
         if plan is not None:
-            self.of_federation(federation, plan).check(plan, steps)
+            Ledger(plan.accountant, plan.delta, [*self.history(federation), *also]).check(plan, steps)
 
     def of_federation(self, federation: str, plan: PrivacyPlan) -> Ledger:
         """Return the ledger of one federation, by the run's own accountant and delta."""
@@ -158,7 +162,13 @@ class NodeLedger:
 
     @contextmanager
     def round(
-        self, federation: str, run: str, server_round: int, plan: PrivacyPlan | None, steps: int
+        self,
+        federation: str,
+        run: str,
+        server_round: int,
+        plan: PrivacyPlan | None,
+        steps: int,
+        also: Sequence[tuple[float, float, int]] = (),
     ) -> Iterator[Charge]:
         """Admit a round of training, and hold the ledger for it.
 
@@ -170,11 +180,13 @@ class NodeLedger:
             None without privacy.
         steps : int
             What the round will take.
+        also : sequence of (float, float, int), optional
+            Noise multiplier, sample rate and number of whatever else it will take.
 
         Yields
         ------
         Charge
-            Whose :meth:`Charge.step` is called before every step.
+            Whose :meth:`Charge.step` is called before every step, and :meth:`Charge.take` before whatever else.
 
         Raises
         ------
@@ -184,9 +196,9 @@ class NodeLedger:
         with self._lock:
             self.label_names(federation, run)
             self.check_round(run, server_round)
-            self.check_budget(federation, plan, steps)
+            self.check_budget(federation, plan, steps, also)
             with self._open() as database:
-                yield Charge(database, federation, run, server_round, plan, steps)
+                yield Charge(database, federation, run, server_round, [(*_mechanism(plan), steps), *also])
 
     def _epsilon(self, history: History) -> float:
         merged: dict[tuple[float, float], int] = {}
@@ -219,49 +231,69 @@ class NodeLedger:
 class Charge:
     """An admitted round of training, charged step by step.
 
+    Parameters
+    ----------
+    database : sqlite3.Connection
+    federation, run : str
+    server_round : int
+    admitted : list of (float, float, int)
+        Noise multiplier, sample rate and number of steps; the first are the training's own.
+
     Attributes
     ----------
     taken : int
-        Steps that were charged so far.
+        Steps of training that were charged so far.
     """
 
     def __init__(
-        self,
-        database: sqlite3.Connection,
-        federation: str,
-        run: str,
-        server_round: int,
-        plan: PrivacyPlan | None,
-        steps: int,
+        self, database: sqlite3.Connection, federation: str, run: str, server_round: int, admitted: History
     ) -> None:
         self.federation, self.run, self.server_round = federation, run, server_round
-        self.plan, self.steps = plan, steps
         self.taken = 0
         self._database = database
-        self._row: int | None = None
+        self._mechanism = admitted[0][:2]
+        self._left: dict[tuple[float, float], int] = {}
+        for sigma, rate, steps in admitted:
+            self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
+        self._rows: dict[tuple[float, float], int | None] = {}
 
     def step(self) -> None:
-        """Write a step to the disk; call it before the step reads an example.
+        """Write a step of training to the disk; call it before the step reads an example.
 
         Raises
         ------
         GuardError
             If it is one more than were admitted.
         """
-        if self.taken == self.steps:
-            raise GuardError(f"a step beyond the {self.steps} that were admitted")
+        self.take(*self._mechanism)
+        self.taken += 1
+
+    def take(self, noise_multiplier: float, sample_rate: float) -> None:
+        """Write a step of any admitted kind to the disk; call it before the step reads an example.
+
+        Raises
+        ------
+        GuardError
+            If it is one more than were admitted.
+        """
+        kind = noise_multiplier, sample_rate
+        if not self._left.get(kind):
+            raise GuardError(f"a step beyond those that were admitted, with noise multiplier {noise_multiplier:.4g}")
         with _transaction(self._database) as database:
-            if self._row is None:
+            if not self._rows:
                 _check_round(database, self.run, self.server_round)
                 database.execute("UPDATE runs SET last_round = ? WHERE run = ?", (self.server_round, self.run))
-                self._row = database.execute(
+            row = self._rows.get(kind)
+            if row is None:
+                row = database.execute(
                     "INSERT INTO charges (run, federation, round, noise_multiplier, sample_rate, steps) "
                     "VALUES (?, ?, ?, ?, ?, 1)",
-                    (self.run, self.federation, self.server_round, *_mechanism(self.plan)),
+                    (self.run, self.federation, self.server_round, *kind),
                 ).lastrowid
             else:
-                database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (self._row,))
-        self.taken += 1
+                database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (row,))
+        self._rows[kind] = row
+        self._left[kind] -= 1
 
     def check_taken(self, steps: int) -> None:
         """Refuse a result of other steps than were charged.
