@@ -25,7 +25,7 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(OFFLINE) $(BIN)/pytest
 
 test-deployment: .venv/.installed-dev  ## Test real nodes on this machine, with what happens when parts of them die.
-	$(OFFLINE) $(BIN)/pytest tests/deployment -m "faults or not faults"
+	$(OFFLINE) $(BIN)/pytest tests/deployment -m "federation or not federation"
 
 clean:  ## Remove .venv, build output and caches; runs/ stays.
 	rm -rf .venv build dist *.egg-info *.fab .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

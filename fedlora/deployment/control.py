@@ -34,7 +34,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 
 from fedlora.deployment.keys import read_file
-from fedlora.deployment.superlink_process import NODE, RUNS
+from fedlora.deployment.superlink_process import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.errors import InputError, RunError
 
 SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"
@@ -122,7 +122,8 @@ class Server:
             RuntimeVersionHttpInterceptor(component_name="flwr CLI"),
         ]
         self._control = ControlHttpClient(url, interceptors=interceptors, verify=verify)
-        self._http = httpx.Client(base_url=url, verify=verify, timeout=30.0)
+        limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS - 2)
+        self._http = httpx.Client(base_url=url, verify=verify, timeout=30.0, limits=limits)
 
     @classmethod
     def named(cls, name: str) -> Server:

@@ -33,6 +33,7 @@ RUNS, NODE = "/fedlora/runs", "/fedlora/node"
 _FOR_ALL = ("/v1/fleet/", "/health", NODE)
 _FOR_THIS_MACHINE = ("/v1/runtime/",)
 _GRACE_SECONDS = 3
+KEEP_ALIVE_SECONDS = 20
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -134,8 +135,10 @@ def main() -> None:
     # Flower asks these two hooks for its enterprise extensions.
     extensions.get_middleware = lambda: (Middleware(Guard, own=own, control=control),)
     extensions.configure_app = lambda app: add_routes(app, options.runs)
-    # Connections that are kept alive would hold up the end for long.
-    uvicorn.run = functools.partial(uvicorn.run, timeout_graceful_shutdown=_GRACE_SECONDS)
+    # Between two looks of a node its connection stays, which spares a TLS handshake; it must not hold up the end.
+    uvicorn.run = functools.partial(
+        uvicorn.run, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_GRACE_SECONDS
+    )
     # A line for every look of every node would fill the disk in a year.
     logging.getLogger("uvicorn.access").addFilter(lambda record: False)
     logging.getLogger("flwr").addFilter(lambda record: "ListNodes" not in record.getMessage())

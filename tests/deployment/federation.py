@@ -126,7 +126,7 @@ class Federation:
         """A command of fedlora's."""
         return [sys.executable, "-c", "from fedlora.cli import main; main()", *map(str, arguments)]
 
-    def fedlora(self, *arguments: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    def fedlora(self, *arguments: object, timeout: float = 500) -> subprocess.CompletedProcess[str]:
         """Run a command of fedlora's to its end."""
         return subprocess.run(
             self.command(*arguments),
@@ -147,7 +147,7 @@ class Federation:
     def start_server(self) -> None:
         """Start the server, and wait for it."""
         self.start("server", "server", "server.toml")
-        until(lambda: "INFO server on" in self.output("server"), 90, "server")
+        until(lambda: "INFO server on" in self.output("server"), 120, "server")
 
     def start_node(self, name: str) -> None:
         """Start a node."""
@@ -157,7 +157,7 @@ class Federation:
         """Connect to the server."""
         return Server(f"127.0.0.1:{self.port}", self.ca)
 
-    def wait_online(self, count: int, seconds: float = 90) -> None:
+    def wait_online(self, count: int, seconds: float = 200) -> None:
         """Wait until so many nodes are in the federation."""
         with self.server() as server:
             until(lambda: sum(n.status == ONLINE for n in server.nodes()) == count, seconds, f"{count} nodes online")

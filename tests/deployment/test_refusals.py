@@ -35,6 +35,7 @@ def test_no_key_in_the_file(federation: Federation) -> None:
     assert "superlink.private_key = None: is required" in refused(federation, "keyless", private_key=None)
 
 
+@pytest.mark.federation
 def test_no_key_shown_to_the_server(federation: Federation) -> None:
     line = refused(federation, "keyless", "--insecure-no-node-auth", private_key=None)
     assert "the server wants nodes with a key" in line
@@ -45,6 +46,7 @@ def test_a_key_that_was_never_registered(federation: Federation) -> None:
     assert "the server does not know this key" in refused(federation, "stranger")
 
 
+@pytest.mark.federation
 def test_a_key_that_another_node_uses(federation: Federation) -> None:
     line = refused(federation, "twin", private_key="keys/east.key")
     assert "another process is online with this key" in line
