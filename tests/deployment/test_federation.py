@@ -100,7 +100,7 @@ def test_without_privacy_the_adapter_is_the_simulations(
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-6
     # Of which something was learned: at the start dW is 0.
-    assert max(float(array.abs().max()) for name, array in theirs.items() if "lora_B" in name) > 1e-3
+    assert max(float(array.abs().max()) for name, array in theirs.items() if "lora_B" in name) > 1e-4
     assert column(there, *WHO_AND_PAYLOAD) == column(simulation, *WHO_AND_PAYLOAD)
     first, second = (json.loads((folder / "summary.json").read_text())["final"] for folder in (simulation, there))
     assert first == pytest.approx(second, rel=1e-5)

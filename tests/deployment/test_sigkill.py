@@ -6,7 +6,6 @@ import contextlib
 import csv
 import json
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,18 @@ import tomli_w
 from tests.deployment.federation import NAME, Federation, until
 from tests.deployment.test_federation import config_of
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(1500)]
 
-ROUNDS, STEPS = 4, 40
+ROUNDS, STEPS = 4, 20
+# Of a round: long enough for a machine that is busy with something else.
+TIMEOUT = 100.0
 
 
 @pytest.fixture(autouse=True)
 def whole(federation: Federation) -> None:
     """All nodes are there, and no old spending stands in the way."""
     federation.set_policy(allow_non_private=True)
-    federation.wait_online(3, 150)
+    federation.wait_online(3, 300)
 
 
 class Run:
@@ -37,7 +38,7 @@ class Run:
         # Enough steps that a round can be hit in its middle.
         content: dict[str, Any] = config_of(
             examples, name, run={"rounds": ROUNDS}, client={"local_steps": STEPS, "learning_rate": 0.1},
-            server={"timeout": 45.0, "min_replies": 2},
+            server={"timeout": TIMEOUT, "min_replies": 2},
         )  # fmt: skip
         self.path = federation.folder / f"{name}.run.toml"
         self.path.write_text(tomli_w.dumps(content), encoding="utf-8")
@@ -68,15 +69,15 @@ class Run:
 
     def until_round(self, number: int) -> None:
         """Wait until a round is done."""
-        until(lambda: len(self.rounds()) >= number, 200, f"round {number}")
+        until(lambda: len(self.rounds()) >= number, 600, f"round {number}")
 
     def until_training(self, node: str, server_round: int) -> None:
         """Wait until a node has charged a step of a round."""
-        until(lambda: self.charged(node).get(server_round, 0) > 0, 120, f"training on {node}")
+        until(lambda: self.charged(node).get(server_round, 0) > 0, 300, f"training on {node}")
 
     def end(self) -> int:
         """Wait for the command; return its exit code."""
-        return self.federation.processes.pop(self.name).wait(400)
+        return self.federation.processes.pop(self.name).wait(1000)
 
 
 def released(folder: Path, client: int) -> dict[int, int]:
@@ -91,15 +92,14 @@ def test_a_node_that_is_killed_in_a_round(federation: Federation, examples: Path
     run.until_training("north", 2)
     federation.kill("supernode_process", "north")
     federation.kill("fedlora.node.worker", "north")
-    began = time.monotonic()
     assert run.end() == 0, federation.output("node-killed")
     lines = run.rounds()
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert all(line["counted"] for line in lines)
     assert [failure["client"] for failure in lines[1]["failed"]] == [1]
-    # The round in which it vanished waits for its timeout; after that it is not waited for again.
-    assert sum(lines[1]["seconds"].values()) < 60
-    assert time.monotonic() - began < 200
+    # The round in which it vanished waits for its timeout; after that nobody waits for it.
+    assert sum(lines[2]["seconds"].values()) < TIMEOUT
+    assert sum(lines[1]["seconds"].values()) < TIMEOUT + 20
     steps = run.charged("north")
     assert steps[1] == STEPS
     assert 0 < steps[2] < STEPS
@@ -128,10 +128,10 @@ def test_a_superlink_that_is_killed_between_rounds(federation: Federation, examp
     code = run.end()
     assert code == 1
     assert "--resume" in federation.output("server-killed")
-    federation.wait_online(3, 200)
+    federation.wait_online(3, 300)
     done = len(run.rounds())
     assert done >= 2
-    again = federation.fedlora("run", run.path, "--on", NAME, "--resume", timeout=300)
+    again = federation.fedlora("run", run.path, "--on", NAME, "--resume", timeout=900)
     assert again.returncode == 0, again.stdout + again.stderr
     lines = run.rounds()
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
