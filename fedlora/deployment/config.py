@@ -11,6 +11,12 @@ from pydantic import Field, ValidationError
 from fedlora.config import Section, as_input_error, parse_toml
 from fedlora.errors import InputError
 
+RUNS, NODE = "/fedlora/runs", "/fedlora/node"
+"""Where the server serves run folders, and tells a node whether the federation sees it."""
+
+KEEP_ALIVE_SECONDS = 20
+"""How long the server keeps a connection between two requests."""
+
 
 class TlsSection(Section):
     """``[tls]``: the authority that nodes check the server against, and the server's certificate and key, in PEM."""

@@ -33,8 +33,8 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 
+from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.keys import read_file
-from fedlora.deployment.superlink_process import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.errors import InputError, RunError
 
 SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"

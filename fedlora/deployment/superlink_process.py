@@ -27,13 +27,12 @@ from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.processes import PARENT
 
-RUNS, NODE = "/fedlora/runs", "/fedlora/node"
 _FOR_ALL = ("/v1/fleet/", "/health", NODE)
 _FOR_THIS_MACHINE = ("/v1/runtime/",)
 _GRACE_SECONDS = 3
-KEEP_ALIVE_SECONDS = 20
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
