@@ -136,7 +136,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if why.startswith(INPUT_MARK):
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
-    raise RunError(f"{why}; go on with: run ... --on {name} --resume")
+    raise RunError(f"{why.rstrip('.')}; go on with: run ... --on {name} --resume")
 
 
 def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
