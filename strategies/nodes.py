@@ -233,6 +233,6 @@ class AddressedGrid(GridDecorator):
 def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:
     for reply in replies:
         node = asked.get(reply.metadata.reply_to_message_id)
-        if reply.has_error() and node is not None:
+        if reply.has_error() and node is not None and reply.metadata.src_node_id not in asked.values():
             reply.metadata.__dict__["_src_node_id"] = node
         yield reply
