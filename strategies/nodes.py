@@ -227,7 +227,11 @@ class AddressedGrid(GridDecorator):
         replies = self.grid.send_and_receive(outgoing, timeout=timeout)
         # Messages have their ids once they are sent, which a Grid may do only as its replies are asked for.
         for reply in replies:
-            yield from _addressed([reply], {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing})
+            if reply.has_error():
+                sent = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing if m.metadata.message_id}
+                yield from _addressed([reply], sent)
+            else:
+                yield reply
 
 
 def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:
