@@ -227,12 +227,16 @@ class AddressedGrid(GridDecorator):
         replies = self.grid.send_and_receive(outgoing, timeout=timeout)
         # Messages have their ids once they are sent, which a Grid may do only as its replies are asked for.
         for reply in replies:
-            yield from _addressed([reply], {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing})
+            if reply.has_error():
+                sent = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing if m.metadata.message_id}
+                yield from _addressed([reply], sent)
+            else:
+                yield reply
 
 
 def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:
     for reply in replies:
         node = asked.get(reply.metadata.reply_to_message_id)
-        if reply.has_error() and node is not None:
+        if reply.has_error() and node is not None and reply.metadata.src_node_id not in asked.values():
             reply.metadata.__dict__["_src_node_id"] = node
         yield reply

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters import adapt
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import decode, digest, encode
-from fedlora.config import Config, load_config
+from fedlora.config import ClientSection, Config, DataSection, PrivacySection, load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
@@ -64,6 +65,20 @@ def write_node(folder: Path, cache: Path, rows: list[dict[str, str]] | None = No
     return path
 
 
+@lru_cache
+def _start(config_text: str) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the frozen and the trained arrays with which a run of the config starts."""
+    config = Config.from_toml(config_text)
+    strategy = get_strategy(config.method.name)(config)
+    labels = LABELS if config.model.task == "sequence-classification" else None
+    adapted = adapt(load_base(config, labels), config, strategy.parameterisation)
+    nothing: Any = None  # these starts read no examples
+    start = strategy.start_arrays(adapted, nothing) | adapted.arrays(adapted.head_names)
+    names = set(adapted.names(strategy.trained))
+    frozen = encode({name: array for name, array in start.items() if name not in names})
+    return frozen, encode({name: array for name, array in start.items() if name in names})
+
+
 class Server:
     """Makes the messages that a server would send to one node.
 
@@ -96,15 +111,10 @@ class Server:
         self.config: Config = resolve(load_config(content, given))
         self.run, self.federation = run, federation
         self.data = prepare_data(self.config)
-        strategy = get_strategy(method)(self.config)
-        self.parameterisation = strategy.parameterisation
-        self.adapted: AdaptedModel = adapt(
-            load_base(self.config, self.data.label_names), self.config, strategy.parameterisation
-        )
-        start = strategy.start_arrays(self.adapted, self.data) | self.adapted.arrays(self.adapted.head_names)
-        names = set(self.adapted.names(strategy.trained))
-        self.frozen = encode({name: array for name, array in start.items() if name not in names})
-        self.arrays: ArrayRecord = encode({name: array for name, array in start.items() if name in names})
+        self.parameterisation = get_strategy(method).parameterisation
+        same = self.config.model_copy(update={"privacy": PrivacySection(), "client": ClientSection()})
+        same = same.model_copy(update={"data": DataSection(name="nodes", test="test")})
+        self.frozen, self.arrays = _start(same.to_toml())
 
     def context(self, node_file: Path | str, run: int | None = None) -> Context:
         """Make what Flower's runtime gives to the app on the node."""
