@@ -40,8 +40,8 @@ class WeightedMean:
         for name, array in arrays.items():
             if array.shape != self._sums[name].shape:
                 raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(self._sums[name].shape)}")
-        for name, array in arrays.items():
-            self._sums[name].add_(array.double(), alpha=weight)
+        sums = list(self._sums.values())
+        torch._foreach_add_(sums, [arrays[name].double() for name in self._sums], alpha=weight)
         self.total_weight += weight
 
     def result(self) -> Arrays | None:

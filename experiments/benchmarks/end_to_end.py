@@ -5,7 +5,8 @@
     python -m experiments.benchmarks.end_to_end --output end_to_end.json
 
 ``--set`` overrides keys of the config, as for ``fedlora run``. Flower's runtime runs ``--flower-rounds`` rounds (0: not
-at all), and its seconds a round are compared; model, data and privacy are the same.
+at all) for each share of a GPU a client that ``--flower-gpus`` names, and its seconds a round are compared; model, data
+and privacy are the same.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def measure_ours(config: str, overrides: dict[str, Any], folder: Path) -> dict[s
     return {"summary": result.summary, "rounds": _rounds(lines), "config": (folder / "config.toml").read_text()}
 
 
-def measure_flower(config: str, overrides: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
-    """Run the same app with ``flwr run`` on Flower's local simulation."""
+def measure_flower(
+    config: str, overrides: dict[str, Any], folder: Path, rounds: int, gpus: float, limit: float
+) -> dict[str, Any]:
+    """Run the same app with ``flwr run`` on Flower's local simulation, at most ``limit`` seconds."""
     toml = folder.with_suffix(".toml")
     loaded = load_config(config, {**overrides, "run.rounds": rounds})
     toml.write_text(loaded.to_toml(), encoding="utf-8")
-    gpus = loaded.simulation.gpus_per_worker
     resources = f"num-supernodes={loaded.data.partition.clients} client-resources-num-cpus=1"
     if gpus:
         resources += f" client-resources-num-gpus={gpus}"
@@ -46,7 +48,7 @@ def measure_flower(config: str, overrides: dict[str, Any], folder: Path, rounds:
     environment = {
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(folder.with_name("flower-home")),
+        "FLWR_HOME": str(folder.with_name(f"home-{folder.name}")),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -54,12 +56,17 @@ def measure_flower(config: str, overrides: dict[str, Any], folder: Path, rounds:
     Path(environment["FLWR_HOME"]).mkdir()
     run_config = f"config='{toml}' output='{folder}'"
     command = ["flwr", "run", str(ROOT), "local", "--stream", "--federation-config", resources]
-    done = subprocess.run([*command, "--run-config", run_config], env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [*command, "--run-config", run_config], env=environment, capture_output=True, text=True, timeout=limit
+        )
+        output = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as expired:
+        output = f"not finished in {limit} s: {expired.stdout!r}"
     subprocess.run(["pkill", "-f", environment["FLWR_HOME"]])
-    if not (folder / "summary.json").exists():
-        return {"error": (done.stdout + done.stderr)[-2000:]}
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return {"rounds": _rounds(lines)}
+    file = folder / "rounds.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {"rounds": _rounds(lines)} if len(lines) > 1 else {"error": output[-2000:]}
 
 
 def _rounds(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -77,6 +84,8 @@ def main() -> None:
     parser.add_argument("--config", default=str(Path(__file__).with_suffix(".toml")))
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--flower-rounds", type=int, default=3)
+    parser.add_argument("--flower-gpus", type=float, nargs="+", default=[1.0], help="a client's share of a GPU")
+    parser.add_argument("--flower-limit", type=float, default=600.0, help="seconds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     overrides = parse_overrides(arguments.set)
@@ -90,17 +99,24 @@ def main() -> None:
         for name, seconds in wall.items():
             print(f"  {name:12} {seconds:7.2f} s {seconds / total:6.1%}")
         print("  whole run   ", {k: round(v, 1) for k, v in ours["summary"]["seconds"].items()})
-        if arguments.flower_rounds:
-            flower = measure_flower(arguments.config, overrides, Path(scratch) / "flower", arguments.flower_rounds)
-            results["flower"] = flower
+        _write(arguments.output, results)
+        for gpus in arguments.flower_gpus if arguments.flower_rounds else []:
+            folder = Path(scratch) / f"flower-{gpus}"
+            limit = arguments.flower_limit
+            flower = measure_flower(arguments.config, overrides, folder, arguments.flower_rounds, gpus, limit)
+            results.setdefault("flower", {})[str(gpus)] = flower
+            _write(arguments.output, results)
             if "rounds" in flower:
                 slow = _typical(flower["rounds"])
                 ratio = slow / _typical(ours["rounds"])
-                print(f"Flower's own runtime: {slow:.2f} s a round, {ratio:.1f} times as long")
+                print(f"Flower's own runtime, {gpus} GPU a client: {slow:.2f} s a round, {ratio:.1f} times as long")
             else:
-                print("Flower's own runtime failed:", flower["error"][-500:])
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                print(f"Flower's own runtime, {gpus} GPU a client, failed:", flower["error"][-500:])
+
+
+def _write(path: Path | None, results: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

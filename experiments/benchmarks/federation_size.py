@@ -23,7 +23,7 @@ import psutil
 from experiments.benchmarks.machine import machine
 
 CONFIG: dict[str, Any] = {
-    "run": {"name": "federation-size", "rounds": 5},
+    "run": {"name": "federation-size", "rounds": 8},
     "model": {"name": "asset:minilm-l6", "pooling": "mean", "max_length": 32, "num_hidden_layers": 1},
     "data": {"name": "asset:rotten-tomatoes", "max_examples": 10000, "max_test_examples": 200},
     "method": {"name": "fed-sb"},
@@ -33,11 +33,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def measure(clients: int) -> dict[str, Any]:
+def measure(clients: int, given: list[str]) -> dict[str, Any]:
     """Run a federation of so many clients in this process; return seconds a round and peak bytes."""
     from fedlora import simulate
+    from fedlora.cli import parse_overrides
 
-    overrides = {"data.partition.clients": clients, "server.fraction_train": 100 / clients}
+    overrides = parse_overrides(given) | {"data.partition.clients": clients, "server.fraction_train": 100 / clients}
     with tempfile.TemporaryDirectory() as scratch, _PeakMemory() as memory:
         folder = Path(scratch) / "run"
         simulate(CONFIG, overrides, output=folder)
@@ -83,16 +84,18 @@ def main() -> None:
     """Measure both sizes, print a table and write the raw figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1000, 10000])
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child)))
+        print(json.dumps(measure(arguments.child, arguments.set)))
         return
     results = []
     print(f"{'clients':>8} {'peak MB':>10} {'s a round':>10}")
     for clients in arguments.clients:
         command = [sys.executable, "-m", "experiments.benchmarks.federation_size", "--child", str(clients)]
+        command += ["--set", *arguments.set]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         results.append(row)

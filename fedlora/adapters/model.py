@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import lora, sb
@@ -24,6 +25,9 @@ from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
 
 PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
+
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's: it plans every new shape for 10 ms, and a Poisson-sampled cohort has a new shape at every step."""
 
 Arrays = dict[str, torch.Tensor]
 """Arrays without a client axis: ``MODULE.FACTOR`` for adapters, ``MODULE.weight`` and ``MODULE.bias`` for the head."""
@@ -222,7 +226,8 @@ class AdaptedModel:
             mask = None  # a causal model's tokens never see the padding on their right
         if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
             mask = unhurried_mask(self.model, mask)
-        output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask)
+        with sdpa_kernel(_ATTENTION):
+            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask)
         logits: torch.Tensor = output.logits
         return logits
 

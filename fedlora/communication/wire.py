@@ -18,7 +18,10 @@ Arrays = dict[str, torch.Tensor]
 
 def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> ArrayRecord:
     """Turn named tensors into a Flower ArrayRecord of one dtype (numpy has no bfloat16, so that cannot be it)."""
-    return ArrayRecord({name: _encode(a.detach().cpu().to(dtype).numpy()) for name, a in arrays.items()})
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = _encode(array.detach().cpu().to(dtype).numpy())
+    return record
 
 
 def decode(record: ArrayRecord) -> Arrays:
@@ -40,14 +43,16 @@ def decode(record: ArrayRecord) -> Arrays:
 
 
 @lru_cache(maxsize=1024)
-def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """Return a dtype's name and the header."""
     file = io.BytesIO()
     npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-    return file.getvalue()
+    return str(dtype), file.getvalue()
 
 
 def _encode(array: np.ndarray) -> Array:
-    return Array(str(array.dtype), array.shape, "numpy.ndarray", _header(array.dtype, array.shape) + array.tobytes())
+    dtype, header = _header(array.dtype, array.shape)
+    return Array(dtype, array.shape, "numpy.ndarray", header + array.tobytes())
 
 
 @lru_cache(maxsize=1024)
