@@ -129,8 +129,10 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if state.outcome == "completed":
         path = folder / "summary.json"
         summary = json.loads(path.read_text(encoding="utf-8"))
-        summary["communication"]["flower"] = _flowers_count(state, folder, first)
-        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        # A run that had finished already moved nothing now.
+        if first < summary["rounds"]:
+            summary["communication"]["flower"] = _flowers_count(state, folder, first)
+            write_atomically(path, json.dumps(summary, indent=2) + "\n")
         return RunResult(folder, summary)
     why = " ".join(state.details.removeprefix(_FAILED).split()) or f"the server says: {state.outcome or state.status}"
     if why.startswith(INPUT_MARK):

@@ -80,6 +80,7 @@ def test_private_run_on_three_owners_files(federation: Federation, examples: Pat
     assert {path.name for path in there.iterdir()} >= {path.name for path in simulation.iterdir()} - {"partition.png"}
 
 
+@pytest.mark.federation
 def test_an_owners_budget_is_spent(federation: Federation, examples: Path) -> None:
     federation.set_policy(max_epsilon=8.0, delta=1e-3)
     path = federation.folder / "again.run.toml"
