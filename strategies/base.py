@@ -104,6 +104,8 @@ class FederatedStrategy(Strategy):
         Default learning rate by optimiser.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
+    names : list of str
+        Names of the real nodes, by client number; empty in simulation.
     waits : bool
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
@@ -120,6 +122,7 @@ class FederatedStrategy(Strategy):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.nodes: dict[int, int] = {}
+        self.names: list[str] = []
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()

@@ -115,10 +115,10 @@ def run_federation(
         # Kept at once: what nodes spend in a round that is lost belongs to this run all the same.
         checkpoint["federation"], checkpoint["names"] = federation, roster.names
         checkpoint.commit()
-    strategy.nodes = nodes
+    strategy.nodes, strategy.names = nodes, roster.names
     strategy.on_reply = progress.on_client
     if isinstance(rounds, FederatedStrategy):
-        rounds.nodes, rounds.on_reply = nodes, progress.on_client
+        rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)

@@ -6,6 +6,7 @@ import csv
 import random
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
@@ -72,7 +73,7 @@ def _start(config_text: str) -> tuple[ArrayRecord, ArrayRecord]:
     strategy = get_strategy(config.method.name)(config)
     labels = LABELS if config.model.task == "sequence-classification" else None
     adapted = adapt(load_base(config, labels), config, strategy.parameterisation)
-    nothing: Any = None  # these starts read no examples
+    nothing: Any = SimpleNamespace(public=None)  # these starts read no examples
     start = strategy.start_arrays(adapted, nothing) | adapted.arrays(adapted.head_names)
     names = set(adapted.names(strategy.trained))
     frozen = encode({name: array for name, array in start.items() if name not in names})
@@ -137,14 +138,15 @@ class Server:
             "server-round": server_round,
             "learning-rate": 0.1,
             "parameterisation": self.parameterisation,
-            "initial-digest": digest(decode(self.frozen)),
+            "initial-digest": digest(decode(self.frozen)) if len(self.frozen) else "",
+            "rank": str(self.config.method.rank),
         }
         content: dict[str, Any] = {
             "arrays": self.arrays,
             "config": ConfigRecord(settings),
             NODE_RECORD: ConfigRecord({"federation": self.federation, "client": client}),
         }
-        if initial:
+        if initial and len(self.frozen):
             content[INITIAL] = self.frozen
         return self._of_run(train_message(FIRST_NODE, RecordDict(content), server_round))
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import fedlora
 from fedlora.errors import InputError
@@ -30,12 +29,7 @@ DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A config on a model and data that were written for it: three owners, each with words of its own."""
     folder = tmp_path_factory.mktemp("flexmore")
-    tiny.base_model("llama").save_pretrained(folder / "model")  # type: ignore[operator]
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, tiny.VOCABULARY)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
+    tiny.save_llama(folder / "model")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6), ("public", 6)):
         rows = [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import clients.client_app
 from clients.client_app import app
-from fedlora.communication.wire import Arrays, decode
+from fedlora.communication.wire import Arrays, decode, encode
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import (
     BudgetError,
@@ -27,9 +27,14 @@ from fedlora.errors import (
     StaleError,
     error_code,
 )
+from fedlora.experts import Mixture
+from fedlora.models import load_base
 from fedlora.node.errors import is_outward, outward_error
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.node import Node
+from fedlora.privacy import plan_privacy
+from fedlora.privacy.calibration import spent_epsilon
+from tests import tiny
 from tests.messages import train_message
 from tests.owner import LABELS, Server, reviews, write_csv, write_node
 
@@ -102,6 +107,45 @@ def test_a_node_trains_on_its_own_file_and_charges_every_step(tmp_path: Path, no
     # The frozen arrays are kept: the second message comes without them.
     assert metrics_of(app(server.train(2, initial=False), here))["total-steps"] == 6
     assert steps(node_file) == 6
+
+
+def expert_server(tmp_path: Path) -> Server:
+    """Make a server of a FlexMoRE run, whose first message carries no arrays."""
+    sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    return Server(tmp_path / "server", "flexmore", **sections, model__pooling="default", method__rank=2)
+
+
+def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, node_file: Path) -> None:
+    server = expert_server(tmp_path)
+    here = server.context(node_file)
+    app(server.describe(), here)
+    plan = plan_privacy(server.config, 60)
+    start, step = (plan.start_noise_multiplier, 1.0), (plan.noise_multiplier, 12 / 60)
+    first = app(server.train(1), here)
+    assert metrics_of(first)["total-steps"] == 1 + 3
+    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 3)}
+    public = Mixture.of(load_base(server.config, None)).public_digest
+    assert dict(first.content["expert"]) == {"rank": "2", "public-digest": public}
+    trained = arrays_of(first)
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B", "router", "router_bias"}
+    # The next round goes on from the expert that comes, and makes no start.
+    server.arrays = encode(trained)
+    second = arrays_of(app(server.train(2), here))
+    assert any(not torch.equal(second[name], trained[name]) for name in trained)
+    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 6)}
+
+
+def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cache: Path) -> None:
+    server = expert_server(tmp_path)
+    plan = plan_privacy(server.config, 60)
+    steps_alone = ((plan.noise_multiplier, plan.sample_rate, 3),)
+    without, both = (spent_epsilon("rdp", 1e-3, (*also, *steps_alone)) for also in ((), plan.start))
+    assert without < both
+    node_file = write_node(tmp_path / "clinic", cache, policy={"max_epsilon": (without + both) / 2})
+    refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
+    Node.open(node_file).ledger.register("f1", str(server.run), None)
+    refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
+    assert steps(node_file) == 0
 
 
 def test_every_format_trains_alike(tmp_path: Path, cache: Path) -> None:
