@@ -7,10 +7,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test clean
+.PHONY: help install quickstart test test-deployment clean
 
 help:  ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## Install fedlora into .venv.
 
@@ -23,6 +23,9 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/pytest
+
+test-deployment: .venv/.installed-dev  ## Test real nodes on this machine, with what happens when parts of them die.
+	$(OFFLINE) $(BIN)/pytest tests/deployment -m "federation or not federation"
 
 clean:  ## Remove .venv, build output and caches; runs/ stays.
 	rm -rf .venv build dist *.egg-info *.fab .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

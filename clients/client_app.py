@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.resources import client_data, client_model, initial_arrays, keep_initial, run_config
+from clients.participant import Participant, is_node, node_record, open_node, participant, run_of
+from clients.resources import client_data, client_model, forget_data, initial_arrays, keep_initial, run_config
 from fedlora.adapters import AdaptedModel, ExpertModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
-from fedlora.data.tokens import FederatedData
-from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError
-from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
+from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
+from fedlora.node.errors import outward_error
+from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.expert_start import start_expert
 
+log = logging.getLogger("fedlora")
+
 app = CohortClientApp()
 
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Answer with the client's partition and its number of examples, so that the server can sample by partition."""
+    """Answer with the client's partition and its number of examples, so that the server can sample by partition.
+
+    A real node answers with its owner's name for it instead of a partition, once its own data and its owner's policy
+    fit the run.
+    """
+    if is_node(context):
+        try:
+            return _describe_node(message, context)
+        except Exception as error:
+            return _error_reply(error, message, context)
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
     partition = client_data(config).partition
@@ -41,6 +55,24 @@ def describe(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
+def _describe_node(message: Message, context: Context) -> Message:
+    node, about, run = open_node(context), node_record(message), run_of(message, context)
+    federation, label_names = str(about["federation"]), list(map(str, about.get("label-names", []))) or None
+    # The owner may have changed the file since the last run.
+    forget_data()
+    config = node.own_config(run_config(context.run_config), label_names)
+    examples = len(client_data(config).train)
+    plan = node.admit(config, examples)
+    # A resumed run has made its start already.
+    made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
+    start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
+    node.ledger.check_budget(federation, plan, local_steps(config, examples), start)
+    node.ledger.register(federation, run, label_names)
+    content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
+    content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
+    return Message(content, reply_to=message)
+
+
 @app.train_cohort
 def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """Train the clients of the messages in one pass.
@@ -49,32 +81,45 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
     the frozen arrays, which come with the first message). A reply carries the trained arrays and metrics: num-examples,
     steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon and delta.
     """
+    try:
+        with ExitStack() as held:
+            return _train(messages, contexts, held)
+    except Exception as error:
+        if not is_node(contexts[0]):
+            raise
+        return [_error_reply(error, m, c) for m, c in zip(messages, contexts, strict=True)]
+
+
+def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitStack) -> list[Message]:
     started = time.perf_counter()
-    config = run_config(contexts[0].run_config)
-    data = client_data(config)
     replies: dict[int, Message] = {}
+    clients: dict[int, Participant] = {}
     jobs: dict[int, ClientJob] = {}
     adapted: AdaptedModel | None = None
     for i, (message, context) in enumerate(zip(messages, contexts, strict=True)):
         try:
-            adapted = _model_with_initial(config, message, adapted)
+            clients[i] = participant(message, context)
+            adapted = _model_with_initial(clients[i].config, message, adapted)
             if adapted is None:
-                raise _NeedsInitialError
-            jobs[i] = _job(config, data, message, context, adapted)
+                raise NeedsInitialError
+            clients[i].admit(held)
+            jobs[i] = _job(message, clients[i], adapted)
         except Exception as error:
-            replies[i] = _error_reply(error, message)
+            replies[i] = _error_reply(error, message, context)
     for group in _groups(messages, list(jobs)):
         assert adapted is not None
         adapted.prepare(_settings(messages[group[0]]))
+        # All clients of a simulation have one config, and a real node is alone.
+        config = clients[group[0]].config
         try:
-            results = train_cohort(adapted, data.train, [jobs[i] for i in group], config)
+            results = train_cohort(adapted, client_data(config).train, [jobs[i] for i in group], config)
         except (GuardError, BudgetError, InputError) as error:
-            replies |= {i: _error_reply(error, messages[i]) for i in group}
+            replies |= {i: _error_reply(error, messages[i], contexts[i]) for i in group}
             continue
         seconds = (time.perf_counter() - started) / len(group)
         started = time.perf_counter()
         for i, result in zip(group, results, strict=True):
-            replies[i] = _reply(config, messages[i], contexts[i], jobs[i], result, seconds, adapted)
+            replies[i] = _reply(messages[i], clients[i], jobs[i], result, seconds, adapted)
     return [replies[i] for i in range(len(messages))]
 
 
@@ -91,13 +136,9 @@ def _groups(messages: Sequence[Message], indices: Sequence[int]) -> list[list[in
     return list(groups.values())
 
 
-class _NeedsInitialError(RuntimeError):
-    pass
-
-
 def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
     """Return the model with the run's frozen arrays in it, or None where this host does not hold them."""
-    settings = message.content["config"]
+    settings = _settings(message)
     wanted = str(settings.get("initial-digest", ""))
     if INITIAL in message.content:
         record = message.content[INITIAL]
@@ -117,32 +158,27 @@ def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | 
     return adapted
 
 
-def _job(config: Config, data: FederatedData, message: Message, context: Context, adapted: AdaptedModel) -> ClientJob:
+def _job(message: Message, client: Participant, adapted: AdaptedModel) -> ClientJob:
     settings = _settings(message)
-    client = int(context.node_config["partition-id"])
-    rows = data.partition[client]
-    plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
-    starts = not len(record)
-    if plan is not None:
-        _ledger(context, plan).check(plan, local_steps(config, len(rows)), starts)
-    # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
-    secret = plan is not None and not context.node_config.get("simulated", False)
     adapted.prepare(settings)
-    if starts and isinstance(adapted, ExpertModel):
-        entropy = int.from_bytes(os.urandom(32)) if secret else [config.run.seed, 0, client]
-        arrays = start_expert(adapted, data.train, rows, plan, np.random.SeedSequence(entropy))
+    if client.starts and isinstance(adapted, ExpertModel):
+        client.charge_start()
+        entropy = int.from_bytes(os.urandom(32)) if client.secret else [client.config.run.seed, 0, client.client]
+        table = client_data(client.config).train
+        arrays = start_expert(adapted, table, client.rows, client.plan, np.random.SeedSequence(entropy))
     else:
         arrays = adapted.begin(_decode_shared(record))
     return ClientJob(
-        client=client,
+        client=client.client,
         server_round=int(settings["server-round"]),
-        rows=rows,
+        rows=client.rows,
         arrays=arrays,
         learning_rate=float(settings["learning-rate"]),
-        plan=plan,
-        secret=secret,
+        plan=client.plan,
+        secret=client.secret,
+        on_step=client.on_step,
     )
 
 
@@ -156,21 +192,15 @@ def _decode_shared(record: ArrayRecord) -> Arrays:
     return _last_decoded[0][1]
 
 
-def _ledger(context: Context, plan: PrivacyPlan) -> Ledger:
-    if "ledger" in context.state:
-        return Ledger.from_record(context.state["ledger"])
-    return Ledger(plan.accountant, plan.delta)
-
-
 def _reply(
-    config: Config,
     message: Message,
-    context: Context,
+    client: Participant,
     job: ClientJob,
     result: ClientResult,
     seconds: float,
     adapted: AdaptedModel,
 ) -> Message:
+    ledger = client.settle(result.steps)
     metrics = MetricRecord(
         {
             "num-examples": result.examples,
@@ -181,11 +211,7 @@ def _reply(
             "worker": float(os.getpid()),
         }
     )
-    if job.plan is not None:
-        ledger = _ledger(context, job.plan)
-        started = message.content["arrays"]
-        ledger.charge(job.plan, result.steps, start=not len(started))
-        context.state["ledger"] = ConfigRecord(ledger.to_record())
+    if job.plan is not None and ledger is not None:
         metrics["noise-multiplier"] = job.plan.noise_multiplier
         metrics["sample-rate"] = job.plan.sample_rate
         metrics["total-steps"] = ledger.steps
@@ -194,21 +220,19 @@ def _reply(
         if job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    arrays = encode(adapted.finish(result.arrays), wire_dtype(config.model.dtype))
+    arrays = encode(adapted.finish(result.arrays), wire_dtype(client.config.model.dtype))
     content = RecordDict({"arrays": arrays, "metrics": metrics})
     if isinstance(adapted, ExpertModel):
         content["expert"] = ConfigRecord({"rank": str(adapted.rank), "public-digest": adapted.public_digest})
     return Message(content, reply_to=message)
 
 
-def _error_reply(error: Exception, message: Message) -> Message:
-    codes = {
-        GuardError: ClientErrorCode.GUARD,
-        BudgetError: ClientErrorCode.BUDGET,
-        InputError: ClientErrorCode.INPUT,
-        _NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
-    }
-    code = codes.get(type(error), ClientErrorCode.FAILED)
+def _error_reply(error: Exception, message: Message, context: Context) -> Message:
+    if is_node(context):
+        # What went wrong may quote the owner's data: the text stays in the node's own log.
+        log.error("a message of run %d is refused", message.metadata.run_id, exc_info=error)
+        return Message(outward_error(error), reply_to=message)
+    code = error_code(error)
     reason = "".join(traceback.format_exception(error)) if code == ClientErrorCode.FAILED else str(error)
     return Message(Error(code=code, reason=reason), reply_to=message)
 
@@ -216,9 +240,8 @@ def _error_reply(error: Exception, message: Message) -> Message:
 @app.cohort_capacity
 def capacity(message: Message, context: Context) -> int:
     """Measure how many clients of this run train in one pass on this process' device."""
-    config = run_config(context.run_config)
-    adapted = _model_with_initial(config, message, None)
+    client = participant(message, context)
+    adapted = _model_with_initial(client.config, message, None)
     if adapted is None or adapted.device.type == "cpu":
         return 1
-    data = client_data(config)
-    return cohort_capacity(adapted, data.train, _job(config, data, message, context, adapted), config)
+    return cohort_capacity(adapted, client_data(client.config).train, _job(message, client, adapted), client.config)

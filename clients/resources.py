@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.assets import cache_dir
 from fedlora.communication.wire import Arrays, digest
-from fedlora.config import Config, MethodSection, RunSection, SimulationSection, load_config
+from fedlora.config import Config, MethodSection, RunSection, ServerSection, SimulationSection, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base
 from fedlora.training.fuse import fuse_blocks
@@ -48,8 +48,21 @@ def client_data(config: Config) -> FederatedData:
 
     Runs that differ in other sections share it.
     """
-    run = RunSection(seed=config.run.seed)
-    return _data(Config(run=run, model=config.model, data=config.data, method=_NO_METHOD).model_dump_json())
+    # Writing the config out for every client of a cohort would take longer than all else here.
+    if not _last_data or _last_data[0][0] is not config:
+        run = RunSection(seed=config.run.seed)
+        part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD)
+        _last_data[:] = [(config, _data(part.model_dump_json()))]
+    return _last_data[0][1]
+
+
+_last_data: list[tuple[Config, FederatedData]] = []
+
+
+def forget_data() -> None:
+    """Let the next :func:`client_data` look at the files again: a node's owner may have changed them."""
+    _data.cache_clear()
+    _last_data.clear()
 
 
 @lru_cache(maxsize=1)
@@ -67,13 +80,12 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    given = config.method
-    method = MethodSection(
-        name="", rank=given.rank, alpha=given.alpha, target_modules=given.target_modules, dropout=given.dropout
-    )
+    keys = {"rank", "alpha", "target_modules", "dropout", "extraction", "router_init", "router_documents"}
+    method = MethodSection(name="", **config.method.model_dump(include=keys))
+    server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)
-    part = Config(run=run, model=config.model, data=config.data, method=method, simulation=simulation)
+    part = Config(run=run, model=config.model, data=config.data, method=method, server=server, simulation=simulation)
     return _model(part.model_dump_json(), parameterisation)
 
 

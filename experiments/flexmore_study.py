@@ -66,6 +66,8 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
         }
     )
     examples = load_examples(config)
+    assert examples.train is not None
+    assert examples.test is not None
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "public": [], "test": []}
     rng = np.random.default_rng(0)
     for domain in sorted(set(examples.train["domain"][:])):

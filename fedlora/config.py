@@ -23,13 +23,19 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rank = Positive | Literal["full"]
+FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
+
+NODES = "nodes"
+"""As ``data.name``: the training examples lie on the nodes that the run finds, and not here."""
+SERVER = "server"
+"""As ``data.test``, in the config that a node makes for itself: the test examples are the server's."""
 
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
 
 class Section(BaseModel):
-    """A table of a config or study file: unknown keys and other types are errors."""
+    """A table of a TOML file: unknown keys and other types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -72,15 +78,19 @@ class DataSection(Section):
 
     ``validation`` is a split, another source, or a share of the training examples. ``seed`` draws what is held out and
     the subsets (``run.seed`` unless told), so that runs of several seeds can have one test set.
+    ``name = "nodes"`` says that real nodes hold the training examples; ``label_names`` names the classes, in order (by
+    default those of the training examples, or of the test set with nodes).
     """
 
     name: Annotated[str, Field(min_length=1)]
+    format: FileFormat | None = None
     train: str | None = None
     test: str | None = None
     validation: str | Share | None = None
     public: str | None = None
     text: str = "text"
     label: str = "label"
+    label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
     answer: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -205,6 +215,11 @@ class Config(Section):
         """Return the config as TOML; keys without a value are left out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
+    @classmethod
+    def from_toml(cls, text: str) -> Config:
+        """Undo :meth:`to_toml`; what was checked once is not checked again."""
+        return cls.model_validate(tomllib.loads(text))
+
     def scaling(self) -> float:
         """Return the adapter's factor s = alpha / rank (alpha defaults to the rank, so that s = 1)."""
         return 1.0 if self.method.alpha is None else self.method.alpha / self.method.rank
@@ -286,7 +301,7 @@ def unused_keys(config: Config) -> list[str]:
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
     note(config.method.router_tuning_steps == 0, "method.router_tuning_learning_rate", "the router is not tuned")
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
-    note(config.model.task == "causal-lm", "model.pooling data.label", "model.task is causal-lm")
+    note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
     note(
         config.network.profile == "none",
@@ -429,7 +444,16 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")
-    if data.partition.kind == "natural":
+    if data.label_names is not None and len(set(data.label_names)) < len(data.label_names):
+        raise InputError("data.label_names", data.label_names, "names a class twice; remove one of them")
+    if data.name == NODES and data.test is None:
+        raise InputError("data.test", None, "is required with data.name = nodes: the examples that the server tests on")
+    if data.name == NODES and isinstance(data.validation, float):
+        remedy = "is a share of the training examples, which nodes keep; name a file"
+        raise InputError("data.validation", data.validation, remedy)
+    if data.name == NODES and data.partition.clients is None:
+        pass  # there are as many clients as nodes
+    elif data.partition.kind == "natural":
         if data.partition.column is None:
             raise InputError(
                 "data.partition.column", None, "is required with kind natural: the column that names the owner"
@@ -448,6 +472,8 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
         remedy = f"is required with kind {data.partition.kind} for causal-lm: the column to skew"
         raise InputError("data.partition.column", None, remedy)
     init = config.method.init if config.method.name == "fed-sb" else None
+    if init == "pooled" and data.name == NODES:
+        raise InputError("method.init", "pooled", "reads the clients' examples, which nodes keep; use svd or public")
     if init == "public" and data.public is None:
         raise InputError("method.init", "public", "needs data.public: examples that the server may read")
     if init == "pooled" and privacy.mode != "none" and not config.method.init_not_covered:

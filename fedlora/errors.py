@@ -9,6 +9,9 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
+INPUT_MARK = "input: "
+"""Before the text of an :class:`InputError` that arose on a server, on its way to who submitted the run."""
+
 
 class InputError(ValueError):
     """A config value, a file or a folder of the user's is wrong.
@@ -34,6 +37,10 @@ class InputError(ValueError):
         return type(self), (self.field, self.value, self.remedy)
 
 
+class LabelError(InputError):
+    """Labels in the data are not the classes of the run."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that is not the user's config; exit code 1."""
 
@@ -43,7 +50,44 @@ class GuardError(RunError):
 
 
 class BudgetError(RunError):
-    """The next step would spend more privacy than the client's ceiling allows."""
+    """The next step would spend more privacy than the client's ceiling allows.
+
+    Parameters
+    ----------
+    message : str
+    left : float, optional
+        Epsilon that is left; a node tells it to the server.
+    """
+
+    def __init__(self, message: str, left: float | None = None) -> None:
+        self.left = left
+        super().__init__(message)
+
+
+class PolicyError(RunError):
+    """A run asks for what a node's owner does not accept.
+
+    Parameters
+    ----------
+    key : str
+        The key of ``[policy]`` in the owner's node.toml.
+    limit : float or bool
+        What the owner set there.
+    given : object
+        What the run asks for.
+    """
+
+    def __init__(self, key: str, limit: float | bool, given: object) -> None:
+        self.key, self.limit = key, limit
+        super().__init__(f"the node's policy is {key} = {limit}, the run asks for {given}")
+
+
+class StaleError(RunError):
+    """A message of an old round, of another run, or that came before."""
+
+
+class NeedsInitialError(RunError):
+    """The client does not hold the run's frozen arrays."""
 
 
 class ClientErrorCode(IntEnum):
@@ -61,3 +105,25 @@ class ClientErrorCode(IntEnum):
     """The client does not hold the run's frozen arrays; send them again."""
     WORKER_DIED = 106
     """The process that ran the client ended; nothing came back."""
+    POLICY = 107
+    """A :class:`PolicyError`: the node's owner does not accept the run's config."""
+    STALE = 108
+    """A :class:`StaleError`: nothing was done, and no privacy spent."""
+    LABELS = 109
+    """A :class:`LabelError`: the node's labels are not the run's."""
+
+
+_CODES: dict[type[Exception], ClientErrorCode] = {
+    GuardError: ClientErrorCode.GUARD,
+    BudgetError: ClientErrorCode.BUDGET,
+    InputError: ClientErrorCode.INPUT,
+    NeedsInitialError: ClientErrorCode.NEEDS_INITIAL,
+    PolicyError: ClientErrorCode.POLICY,
+    StaleError: ClientErrorCode.STALE,
+    LabelError: ClientErrorCode.LABELS,
+}
+
+
+def error_code(error: Exception) -> ClientErrorCode:
+    """Return the code under which an exception travels."""
+    return _CODES.get(type(error), ClientErrorCode.FAILED)

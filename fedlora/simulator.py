@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import adapt
-from fedlora.config import Config, load_config, unused_keys
+from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
 from fedlora.data.partition import plot_partition
 from fedlora.data.sources import materialise
 from fedlora.data.tokens import FederatedData, prepare_data
@@ -92,6 +92,7 @@ def simulate(
         overrides = {**(overrides or {}), "data.name": materialise(data)}
     given = load_config(config, overrides)
     method = get_strategy(given.method.name)
+    _check_here(given)
     _check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
     # The folder comes first: that it cannot be written should not show after an hour of loading.
@@ -155,6 +156,13 @@ def simulate(
         raise
     finally:
         folder.close()
+
+
+def _check_here(config: Config) -> None:
+    if config.data.name == NODES:
+        raise InputError("data.name", NODES, "lie on real nodes; name the examples to simulate on, or run on nodes")
+    if config.data.test == SERVER:
+        raise InputError("data.test", SERVER, "is a node's word; name a split or a file")
 
 
 def _check_device(config: Config) -> None:

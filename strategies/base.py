@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -30,6 +31,17 @@ from fedlora.training.cohort import learning_rate
 from strategies.aggregation import Drift, WeightedMean, in_client_order
 
 log = logging.getLogger("fedlora")
+
+NO_REPLY = 0
+"""Code of a client's failure to answer in time."""
+
+UNAVAILABLE = (
+    NO_REPLY,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+)
+"""Codes of clients that are not there; all but the first the SuperLink answers in a node's place."""
 
 
 @dataclass
@@ -54,6 +66,11 @@ class RoundReport:
     metrics: dict[int, MetricRecord] = field(default_factory=dict)
     aggregate_seconds: float = 0.0
     drift: float | None = None
+
+    @property
+    def only_absent(self) -> bool:
+        """Whether those that failed were not there."""
+        return all(failure["code"] in UNAVAILABLE for failure in self.failed)
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,10 @@ class FederatedStrategy(Strategy):
         Default learning rate by optimiser.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
+    names : list of str
+        Names of the real nodes, by client number; empty in simulation.
+    waits : bool
+        Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
         Of the last round.
     """
@@ -101,6 +122,8 @@ class FederatedStrategy(Strategy):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.nodes: dict[int, int] = {}
+        self.names: list[str] = []
+        self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
         self._sent = ArrayRecord()
@@ -294,8 +317,9 @@ class FederatedStrategy(Strategy):
                 self.fail(client, reply.error.code, reply.error.reason or "")
         for client in self.report.clients:
             if client not in answered:
-                self.fail(client, 0, "no reply within the timeout")
-        if self.report.clients and len(self.report.failed) == len(self.report.clients):
+                self.fail(client, NO_REPLY, "no reply within the timeout")
+        all_failed = bool(self.report.clients) and len(self.report.failed) == len(self.report.clients)
+        if all_failed and not (self.waits and self.report.only_absent):
             raise RunError(f"every client of the round failed; the first said: {self.report.failed[0]['error']}")
 
     def fail(self, client: int, code: int, error: str) -> None:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -28,11 +29,13 @@ from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import RunError
+from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate_clients
 from strategies.base import FederatedStrategy, RoundReport
+from strategies.nodes import AddressedGrid, Roster
 
 log = logging.getLogger("fedlora")
 
@@ -59,21 +62,6 @@ class Totals:
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     epsilon: dict[str, list[float]] = field(default_factory=dict)  # client -> [epsilon, delta]
-
-
-def discover_nodes(grid: Grid, timeout: float) -> dict[int, int]:
-    """Ask every node which partition it holds; return partition to node id."""
-    messages = [Message(RecordDict(), node, MessageType.QUERY, group_id="0") for node in grid.get_node_ids()]
-    nodes: dict[int, int] = {}
-    errors = []
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        if reply.has_error():
-            errors.append(reply.error.reason)
-        else:
-            nodes[int(reply.content["metrics"]["partition-id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
-    if not nodes:
-        raise RunError(f"no client answered{': ' + str(errors[0]) if errors else ''}")
-    return dict(sorted(nodes.items()))
 
 
 def run_federation(
@@ -119,11 +107,18 @@ def run_federation(
     checkpoint = folder.checkpoint
 
     # 1. Who is there.
-    nodes = discover_nodes(grid, config.server.timeout)
-    strategy.nodes = nodes
+    federation = str(checkpoint.get("federation") or uuid.uuid4().hex)
+    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []))
+    roster.discover()
+    nodes = roster.nodes
+    if roster.real:
+        # Kept at once: what nodes spend in a round that is lost belongs to this run all the same.
+        checkpoint["federation"], checkpoint["names"] = federation, roster.names
+        checkpoint.commit()
+    strategy.nodes, strategy.names = nodes, roster.names
     strategy.on_reply = progress.on_client
     if isinstance(rounds, FederatedStrategy):
-        rounds.nodes, rounds.on_reply = nodes, progress.on_client
+        rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
@@ -145,7 +140,7 @@ def run_federation(
 
     # 3. The wire: every message is metered, frozen arrays go along with a client's first.
     dtype = wire_dtype(config.model.dtype)
-    meter = MeteredGrid(grid, strategy.client_formula(adapted), {node: client for client, node in nodes.items()})
+    meter = MeteredGrid(AddressedGrid(grid), strategy.client_formula(adapted), roster.clients())
     wire = InitialBroadcast(meter, encode(frozen, dtype))
     wire.contacted = {nodes[client] for client in checkpoint.get("contacted", []) if client in nodes}
     meter.totals.update(checkpoint.get("communication", {}))
@@ -167,17 +162,22 @@ def run_federation(
     rounds.summary()
     progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
     for server_round in range(done + 1, config.run.rounds + 1):
+        roster.refresh()
+        strategy.nodes, meter.clients = roster.present(), roster.clients()
+        if isinstance(rounds, FederatedStrategy):
+            rounds.nodes, rounds.waits = roster.present(), roster.real
         began = time.perf_counter()
         # For a strategy that knows no schedule; fedlora's own set it themselves.
         settings["learning-rate"] = strategy.learning_rate(server_round)
         messages = rounds.configure_train(server_round, arrays, settings, wire)
         replies = _Recorded(
-            wire.send_and_receive(_in_round(messages, server_round), timeout=config.server.timeout), nodes
+            wire.send_and_receive(_in_round(messages, server_round, roster), timeout=config.server.timeout), nodes
         )
         aggregated, mean = rounds.aggregate_train(server_round, replies)
         exchange = time.perf_counter() - began
         report = rounds.report if isinstance(rounds, FederatedStrategy) else replies.report
-        if report.clients and len(report.failed) == len(report.clients):
+        roster.after_round(report)
+        if report.clients and len(report.failed) == len(report.clients) and not (roster.real and report.only_absent):
             raise RunError(f"every client of round {server_round} failed: {report.failed[0]['error']}")
         if aggregated is not None:
             arrays = aggregated
@@ -206,6 +206,8 @@ def run_federation(
         checkpoint["epsilon"] = totals.epsilon
         checkpoint["contacted"] = [client for client, node in nodes.items() if node in wire.contacted]
         checkpoint["communication"] = meter.totals
+        if roster.real:
+            checkpoint["names"] = roster.names
         checkpoint["strategy"] = rounds.state_dict() if isinstance(rounds, FederatedStrategy) else {}
         checkpoint.set_arrays("trained", decode(arrays))
         rows = meter.take_rows()
@@ -371,10 +373,17 @@ class _Recorded:
             yield reply
 
 
-def _in_round(messages: Iterable[Message], server_round: int) -> Iterable[Message]:
-    """Mark messages of strategies that do not do so themselves with their round."""
+def _in_round(messages: Iterable[Message], server_round: int, roster: Roster) -> Iterable[Message]:
+    """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
+    clients = roster.clients()
     for message in messages:
         message.metadata.group_id = str(server_round)
+        message.metadata.ttl = roster.config.server.timeout
+        if roster.real:
+            client = clients.get(message.metadata.dst_node_id, -1)
+            about = ConfigRecord({"federation": roster.federation, "client": client})
+            # The content may be one object shared by all of a round's messages, so it is not changed in place.
+            message.content = RecordDict({**message.content, NODE_RECORD: about})
         yield message
 
 

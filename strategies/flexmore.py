@@ -88,18 +88,25 @@ class FlexMoRE(FederatedStrategy):
         mixture = Mixture.of(
             public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
         )
-        self.register(mixture, client_ranks(self.config, data.client_names), client_owners(data))
+        owners = self.names or client_owners(data)
+        self.register(mixture, client_ranks(self.config, self.names or data.client_names), owners)
         return MergedModel(mixture.eval())
 
     def register(self, mixture: Mixture, ranks: list[Rank], owners: list[str]) -> None:
         """Take note of every client's rank and owner, and of what their experts must fit."""
         self.projections, self.routers = mixture.projections(), mixture.routers()
-        self.public_digest, self.ranks, self.owners = mixture.public_digest, ranks, owners
+        self.public_digest = mixture.public_digest
+        self.enrol(ranks, owners)
+
+    def enrol(self, ranks: list[Rank], owners: list[str]) -> None:
+        """Check all clients' ranks and owners; those that are known come first."""
+        known = len(self.owners)
+        self.ranks, self.owners = ranks, list(owners)
         for name in ("public", MIXTURE):
             if name in owners:
                 raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
         layers = list(self.projections.values())
-        for client, rank in enumerate(ranks):
+        for client, rank in enumerate(ranks[known:], known):
             check_rank(rank, self.projections, "method.ranks" if self.config.method.ranks else "method.rank")
             if rank != FULL and rank > break_even_rank(layers):
                 log.warning(
@@ -148,6 +155,8 @@ class FlexMoRE(FederatedStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
+        if len(self.names) > len(self.owners):  # nodes that came after the start
+            self.enrol(client_ranks(self.config, self.names), self.names)
         self._arrays = decode(arrays)
         self.report = RoundReport(clients=self.sample(server_round))
         experts = split_owners(self._arrays)

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import prepare_data
+from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import RunFolder
 from strategies import get_strategy
 from strategies.federation import run_federation
@@ -18,16 +19,31 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the config that Flower's run config names (``config``: a path or TOML text; ``output``: the run folder)."""
+    """Run the config that Flower's run config names.
+
+    ``config`` is a path or TOML text, ``output`` the run folder, and ``resume`` says to go on with the run in it.
+    """
     source = str(context.run_config["config"])
     beside = Path(__file__).parents[1] / source if "\n" not in source else Path(source)
     config = resolve(load_config(source if "\n" in source or Path(source).is_file() else beside))
     output = Path(str(context.run_config.get("output") or Path("runs") / config.run.name))
-    folder = RunFolder.create(output, config)
+    resume = bool(context.run_config.get("resume", False))
     try:
-        run_federation(config, grid, folder, prepare_data(config), get_strategy(config.method.name)(config))
-    finally:
-        folder.close()
+        folder = RunFolder.resume(output, config) if resume else RunFolder.create(output, config)
+        try:
+            if not folder.finished:
+                method = get_strategy(config.method.name)
+                run_federation(config, grid, folder, prepare_data(config), method(config))
+        except InputError:
+            if not resume:
+                # As in simulation: the user mends the config and gives the same command again.
+                folder.discard()
+            raise
+        finally:
+            folder.close()
+    except InputError as error:
+        # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
+        raise RunError(f"{INPUT_MARK}{error}") from None
 
 
 def resolve(config: Config) -> Config:

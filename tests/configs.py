@@ -61,10 +61,10 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
 
 
 @st.composite
-def wrong_values(draw: st.DrawFn) -> tuple[str, Any]:
+def wrong_values(draw: st.DrawFn, known: dict[str, Any] = KEYS) -> tuple[str, Any]:
     """A known key, and a value of a type that it does not take (or a word that it does not know)."""
-    key = draw(st.sampled_from(sorted(KEYS)))
-    kinds, words = accepted(KEYS[key])
+    key = draw(st.sampled_from(sorted(known)))
+    kinds, words = accepted(known[key])
     kind = draw(st.sampled_from([k for k in VALUES if k not in kinds]))
     value = draw(VALUES[kind])
     assume(not (isinstance(value, str) and value in words))

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message, RecordDict
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import fedlora
+from clients.client_app import app
+from fedlora.config import Config, load_config
+from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
 from fedlora.experts import Mixture
 from fedlora.experts.folder import load_expert
+from fedlora.node.names import NODE_FILE
+from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
-from strategies.federation import Progress
+from fedlora.results.folder import RunFolder
+from strategies.federation import Progress, run_federation
+from strategies.flexmore import FlexMoRE
+from strategies.server_app import resolve
 from tests import tiny
+from tests.messages import FIRST_NODE, FakeGrid
+from tests.owner import write_node
 
 DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
 
@@ -30,12 +41,7 @@ DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A config on a model and data that were written for it: three owners, each with words of its own."""
     folder = tmp_path_factory.mktemp("flexmore")
-    tiny.base_model("llama").save_pretrained(folder / "model")  # type: ignore[operator]
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, tiny.VOCABULARY)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
+    tiny.save_llama(folder / "model")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6), ("public", 6)):
         rows = [
@@ -180,3 +186,68 @@ def test_under_privacy_the_start_is_charged(content, tmp_path):
         initial = [row for row in csv.DictReader(stream) if row["direction"] == "initial"]
     assert [int(row["payload_bytes"]) for row in initial] == [int(row["formula_bytes"]) for row in initial]
     assert [int(row["payload_bytes"]) for row in initial] == [4 * 2 * 32] * 3
+
+
+class Owners(FakeGrid):
+    """Real nodes in this process; the last one comes after the first round."""
+
+    def __init__(self, node_files: list[Path], config: Config) -> None:
+        super().__init__(self._ask)
+        self.node_files, self.run_config = node_files, {"config": config.to_toml()}
+        self.rounds = 0
+        self._queries: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(FIRST_NODE, FIRST_NODE + len(self.node_files) - (self.rounds == 0))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"query-{len(self._queries)}"
+            self._queries[message.metadata.message_id] = message
+            yield message.metadata.message_id
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._ask(self._queries[key]) for key in message_ids]
+
+    def _ask(self, message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            self.rounds = max(self.rounds, int(message.metadata.group_id))
+        node = message.metadata.dst_node_id
+        context = Context(
+            run_id=message.metadata.run_id,
+            node_id=node,
+            node_config={NODE_FILE: str(self.node_files[node - FIRST_NODE])},
+            state=RecordDict(),
+            run_config=self.run_config,
+        )
+        return app(message, context)
+
+
+def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, cache):
+    """A node's expert bears its owner's name, at the rank of that name; its ledger is charged for the start."""
+    files = []
+    for name in ("cats", "sea", "misc+alt"):
+        lines = Path(content["data"]["name"]).read_text().splitlines()
+        rows = [{"note": row["text"]} for row in map(json.loads, lines) if row["domain"] == name]
+        policy = {"max_epsilon": 30.0}
+        files.append(write_node(tmp_path / name, cache, rows, name=name.replace("+", "-"), policy=policy))
+    data = {"name": "nodes", "test": content["data"]["test"]}
+    privacy = {"mode": "example", "target_epsilon": 20.0, "target_delta": 1e-3}
+    method = {"name": "flexmore", "device_profile": {"2": 0.5, "full": 0.5}}
+    run = {"name": "nodes", "rounds": 3}
+    given = {**content, "data": data, "method": method, "privacy": privacy, "run": run, "server": {"min_replies": 2}}
+    config = resolve(load_config(given))
+    folder = RunFolder.create(tmp_path / "run", config)
+    strategy = FlexMoRE(config)
+    result = run_federation(config, Owners(files, config), folder, prepare_data(config), strategy)
+    folder.close()
+    # Numbers follow names; who comes later is the last.
+    assert strategy.owners == ["cats", "sea", "misc-alt"]
+    assert list(result.summary["experts"]) == sorted(strategy.owners)
+    assert {o: e["rank"] for o, e in result.summary["experts"].items()} == dict(
+        zip(strategy.owners, strategy.ranks, strict=True)
+    )
+    for path, rounds in zip(files, (3, 3, 1), strict=True):
+        steps = sorted(n for _, _, n in Node.open(path).ledger.history())
+        assert (steps[0], steps[-1]) == (1, 12 * rounds)
+        assert 0 < Node.open(path).ledger.epsilon() <= 20.0

@@ -1,4 +1,4 @@
-"""The command line: ``fedlora run | study | report | export | methods | assets``."""
+"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | keys``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli import deployment
 from fedlora.errors import InputError, RunError
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(deployment.server)
+app.command()(deployment.node)
+app.add_typer(deployment.keys, name="keys")
 console = Console()
 
 
@@ -52,19 +56,28 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME unless told.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="NAME", help="Run on real nodes: [superlink.NAME] in Flower's config.")
+    ] = None,
 ) -> None:
-    """Simulate a federation."""
+    """Simulate a federation, or run one on real nodes."""
     from fedlora.config import load_config
 
     overrides = parse_overrides(set_ or [])
     # A mistake in the config is told at once: the imports below take seconds.
     load_config(config, overrides)
     from fedlora.cli.display import RunDisplay
-    from fedlora.simulator import simulate
 
     try:
         with RunDisplay(console) as display:
-            result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
+            if on is not None:
+                from fedlora.deployment.submit import run_on
+
+                result = run_on(on, config, overrides, output=output, resume=resume, progress=display.progress)
+            else:
+                from fedlora.simulator import simulate
+
+                result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
     except KeyboardInterrupt:
         raise RunError("stopped; go on with --resume") from None
     display.summary(result)

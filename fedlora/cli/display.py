@@ -77,6 +77,10 @@ class RunDisplay:
             format_bytes(facts["communication"][f"{way}_bytes"]) for way in ("uplink", "downlink", "initial")
         )
         rows.append(("bytes", f"{up} up, {down} down, {once} once"))
+        flower = facts["communication"].get("flower")
+        if flower:
+            moved = flower["sent_bytes"] + flower["received_bytes"]
+            rows.append(("moved", f"{format_bytes(moved)} by Flower, {flower['overhead']:+.1%} to the messages above"))
         rows.append(("trained", f"{facts['trainable_parameters']:,} numbers"))
         rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
         rows.append(("folder", str(result.folder)))

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
-from fedlora.config import Config
-from fedlora.errors import InputError
+from fedlora.config import NODES, SERVER, Config
+from fedlora.errors import InputError, LabelError
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
@@ -42,7 +42,8 @@ class Examples:
 
     Parameters
     ----------
-    train, test : datasets.Dataset
+    train, test : datasets.Dataset, optional
+        None where they lie elsewhere (``data.name = "nodes"``, ``data.test = "server"``).
         Columns ``text`` or ``prompt`` and ``answer``; ``label`` (int64, an index into ``label_names``) for
         classification; ``domain`` if the source has such a column; ``partition`` if ``data.partition.column`` is set
         (in train only).
@@ -52,8 +53,8 @@ class Examples:
         The classes; None for causal-lm.
     """
 
-    train: datasets.Dataset
-    test: datasets.Dataset
+    train: datasets.Dataset | None
+    test: datasets.Dataset | None
     validation: datasets.Dataset | None
     public: datasets.Dataset | None
     label_names: list[str] | None
@@ -66,7 +67,7 @@ def load_examples(config: Config) -> Examples:
     stratified). ``data.validation`` as a number holds that share of the rest out. With ``data.max_examples`` a random
     subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples`` does so
     for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped.
-    Classes are in the order of a ``ClassLabel``, else sorted (numbers by value).
+    Classes are in the order of ``data.label_names``, of a ``ClassLabel``, or sorted (numbers by value).
 
     Parameters
     ----------
@@ -83,12 +84,16 @@ def load_examples(config: Config) -> Examples:
         If a source, split or column is not there, or the examples cannot be used as they are.
     """
     data = config.data
-    seed = config.run.seed if data.seed is None else data.seed
-    splits = _load(data.name, "data.name")
+    if data.name == NODES:
+        return _server_examples(config)
+    seed = _seed(config)
+    splits = _load(data.name, "data.name", data.format)
     train_name = _train_split(config, splits)
     train = _shape(config, splits[train_name], "data.name", is_train=True)
     other = {name: _other(config, splits, name) for name in ("test", "validation", "public")}
-    if data.test is None and "test" in splits and train_name != "test":
+    if data.test == SERVER:
+        other["test"] = None
+    elif data.test is None and "test" in splits and train_name != "test":
         other["test"] = _shape(config, splits["test"], "data.name")
     label_names = None
     if config.model.task == "sequence-classification":
@@ -98,7 +103,7 @@ def load_examples(config: Config) -> Examples:
                 field = f"data.{name}" if getattr(data, name) else "data.name"
                 other[name] = _encode(config, table, label_names, field)
     test = other["test"]
-    if test is None:
+    if test is None and data.test != SERVER:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
         train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
@@ -113,10 +118,34 @@ def load_examples(config: Config) -> Examples:
     if data.max_examples is not None and data.max_examples < len(train):
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
-    if data.max_test_examples is not None and data.max_test_examples < len(test):
-        order = np.random.default_rng([seed, _SUBSET, 1]).permutation(len(test))
-        test = test.select(np.sort(order[: data.max_test_examples]))
-    return Examples(train, test, other["validation"], other["public"], label_names)
+    return Examples(train, _subset_of_test(config, test), other["validation"], other["public"], label_names)
+
+
+def _seed(config: Config) -> int:
+    return config.run.seed if config.data.seed is None else config.data.seed
+
+
+def _server_examples(config: Config) -> Examples:
+    """Load what a server has when its clients are nodes: all but the training examples."""
+    names = ("test", "validation", "public")
+    tables = {name: _other(config, {}, name) for name in names}
+    label_names = None
+    if config.model.task == "sequence-classification":
+        assert tables["test"] is not None
+        label_names = config.data.label_names or _sorted_labels(config, tables["test"])
+        _check_classes(config, label_names)
+        for name, table in tables.items():
+            if table is not None:
+                tables[name] = _encode(config, table, label_names, f"data.{name}")
+    return Examples(None, _subset_of_test(config, tables["test"]), tables["validation"], tables["public"], label_names)
+
+
+def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
+    most = config.data.max_test_examples
+    if test is None or most is None or most >= len(test):
+        return test
+    order = np.random.default_rng([_seed(config), _SUBSET, 1]).permutation(len(test))
+    return test.select(np.sort(order[:most]))
 
 
 def source_identity(config: Config) -> list[Any]:
@@ -126,7 +155,7 @@ def source_identity(config: Config) -> list[Any]:
     lies in the local cache.
     """
     data = config.data
-    found = [_identity(data.name, "data.name")]
+    found = [] if data.name == NODES else [_identity(data.name, "data.name")]
     for field in ("test", "validation", "public"):
         given = getattr(data, field)
         if isinstance(given, str) and (is_asset(given) or Path(given).expanduser().exists()):
@@ -187,14 +216,14 @@ class _HashSink(io.RawIOBase):
 # Where examples come from.
 
 
-def _load(name: str, field: str) -> dict[str, datasets.Dataset]:
+def _load(name: str, field: str, file_format: str | None = None) -> dict[str, datasets.Dataset]:
     if is_asset(name):
         return _load_asset(name, field)
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, field, name)
     if path.is_file():
-        return {"train": _load_file(path, field, name)}
+        return {"train": _load_file(path, field, name, file_format)}
     if path.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(name):
         raise InputError(field, name, f"there is no such file or folder; give a path to {_FORMATS}")
     try:
@@ -249,7 +278,7 @@ def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Datase
     return {str(split): table for split, table in loaded.items()}
 
 
-def _load_file(path: Path, field: str, name: str) -> datasets.Dataset:
+def _load_file(path: Path, field: str, name: str, file_format: str | None = None) -> datasets.Dataset:
     readers: dict[str, Callable[[Path], datasets.Dataset]] = {
         ".csv": lambda file: _read_table(file, ","),
         ".tsv": lambda file: _read_table(file, "\t"),
@@ -257,7 +286,7 @@ def _load_file(path: Path, field: str, name: str) -> datasets.Dataset:
         ".json": _read_json,
         ".parquet": lambda file: datasets.Dataset(pq.read_table(file)),
     }
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(f".{file_format}" if file_format else path.suffix.lower())
     if reader is None:
         raise InputError(field, name, f"has an unknown format; give {_FORMATS}")
     try:
@@ -336,7 +365,7 @@ def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
 
 def _other(config: Config, splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset | None:
     given = getattr(config.data, name)
-    if not isinstance(given, str):
+    if not isinstance(given, str) or (name == "test" and given == SERVER):
         return None  # not there, or a share of train
     field = f"data.{name}"
     if given in splits:
@@ -415,15 +444,25 @@ def _encode_train(
     config: Config, source: datasets.Dataset, table: datasets.Dataset
 ) -> tuple[datasets.Dataset, list[str]]:
     feature = source.features[config.data.label]
-    if isinstance(feature, datasets.ClassLabel):
+    if config.data.label_names is not None:
+        names = list(config.data.label_names)
+    elif isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     else:
-        keys = {_label_key(config, label) for label in table["label"]}
-        names = [str(key) for key in sorted(keys, key=lambda key: (isinstance(key, str), key))]
+        names = _sorted_labels(config, table)
+    _check_classes(config, names)
+    return _encode(config, table, names, "data.name"), names
+
+
+def _sorted_labels(config: Config, table: datasets.Dataset) -> list[str]:
+    keys = {_label_key(config, label) for label in table["label"]}
+    return [str(key) for key in sorted(keys, key=lambda key: (isinstance(key, str), key))]
+
+
+def _check_classes(config: Config, names: list[str]) -> None:
     if len(names) < 2:
         remedy = f"has the one class {names[0]!r}; classification needs two or more"
         raise InputError("data.label", config.data.label, remedy)
-    return _encode(config, table, names, "data.name"), names
 
 
 def _encode(config: Config, table: datasets.Dataset, names: list[str], field: str) -> datasets.Dataset:
@@ -431,8 +470,9 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
     labels = [str(_label_key(config, label)) for label in table["label"]]
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
-        remedy = f"the label {unknown!r} never occurs in train (labels there: {', '.join(names[:10])}); mend the labels"
-        raise InputError(field, getattr(config.data, field.removeprefix("data.")), remedy)
+        where = "never occurs in train" if config.data.label_names is None else "is not in data.label_names"
+        remedy = f"the label {unknown!r} {where} (labels there: {', '.join(names[:10])}); mend the labels"
+        raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
     return datasets.Dataset.from_dict({**columns, "label": np.array([index[label] for label in labels], np.int64)})
 

@@ -187,6 +187,7 @@ class FederatedData:
     Parameters
     ----------
     train, test : TokenTable
+        Without a row where they lie elsewhere: the training examples on nodes, the test set on the server.
     validation, public : TokenTable, optional
     label_names : list of str, optional
         The classes; None for causal-lm.
@@ -268,18 +269,15 @@ def _build(config: Config, target: Path) -> None:
     tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
-    train = examples.train
-    for name, table in tables.items():
-        kept = _write_table(config, target, name, table, tokenizer, domains)
-        if name == "train":
-            train = kept
-    clients = partition_rows(config, train, examples.label_names)
-    np.save(target / "partition.rows.npy", np.concatenate(clients))
+    kept = {name: _write_table(config, target, name, table, tokenizer, domains) for name, table in tables.items()}
+    train = kept.get("train")
+    clients = [] if train is None else partition_rows(config, train, examples.label_names)
+    np.save(target / "partition.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
     np.save(target / "partition.offsets.npy", _offsets([len(rows) for rows in clients]))
     meta = {
         "label_names": examples.label_names,
         "domain_names": domains,
-        "client_names": client_names(config, train, clients),
+        "client_names": [] if train is None else client_names(config, train, clients),
         "pad_token_id": tokenizer.pad_token_id,
         "tables": list(tables),
     }
@@ -381,9 +379,11 @@ def _open(config: Config, folder: Path) -> FederatedData:
     except (OSError, ValueError, KeyError, EOFError) as error:
         remedy = f"its tokens in the cache are damaged ({type(error).__name__}); delete {folder} and run again"
         raise InputError("data.name", config.data.name, remedy) from None
+    none = np.empty(0, np.int64)
+    absent = TokenTable(none, np.zeros(1, np.int64), none, none, None, meta["pad_token_id"])
     return FederatedData(
-        tables["train"],
-        tables["test"],
+        tables.get("train", absent),
+        tables.get("test", absent),
         tables.get("validation"),
         tables.get("public"),
         meta["label_names"],

@@ -54,6 +54,12 @@ class PrivacyPlan:
     start_noise_multiplier: float | None = None
     start_sample_rate: float = 0.0
 
+    @property
+    def start(self) -> list[tuple[float, float, int]]:
+        """The start from the client's examples, as a ledger's history holds it; empty where it reads none."""
+        sigma = self.start_noise_multiplier
+        return [] if sigma is None else [(sigma, self.start_sample_rate, 1)]
+
 
 START_SHARE = 0.1
 """Of a client's epsilon, for a start that is made from its examples."""

@@ -22,8 +22,9 @@ class Ledger:
 
     Notes
     -----
-    The ledger is charged when a client's result leaves the training code, never before: a client that drops out is
-    charged only for what it released. It lives in Flower's ``context.state`` as plain lists.
+    In simulation the ledger is charged when a client's result leaves the training code, never before: a client that
+    drops out is charged only for what it released. It lives in Flower's ``context.state`` as plain lists. A real node
+    charges its owner's ledger before every step (:mod:`fedlora.node.ledger`).
     """
 
     def __init__(self, accountant: str, delta: float, history: list[tuple[float, float, int]] | None = None) -> None:
@@ -53,7 +54,8 @@ class Ledger:
         if after > plan.ceiling:
             raise BudgetError(
                 f"{steps} more steps would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
-                f"above the ceiling of {plan.ceiling:.4g}"
+                f"above the ceiling of {plan.ceiling:.4g}",
+                left=max(0.0, plan.ceiling - self.epsilon()),
             )
 
     def charge(self, plan: PrivacyPlan, steps: int, start: bool = False) -> None:
@@ -61,9 +63,7 @@ class Ledger:
         self.history = self._extended(plan, steps, start)
 
     def _extended(self, plan: PrivacyPlan, steps: int, start: bool) -> list[tuple[float, float, int]]:
-        history = list(self.history)
-        if start and plan.start_noise_multiplier is not None:
-            history.append((plan.start_noise_multiplier, plan.start_sample_rate, 1))
+        history = [*self.history, *(plan.start if start else ())]
         entry = (plan.noise_multiplier, plan.sample_rate)
         if history and history[-1][:2] == entry:
             history[-1] = (*entry, history[-1][2] + steps)

@@ -1,4 +1,7 @@
-"""The process that runs simulated clients: loads the app once, then handles batches of messages."""
+"""The process that runs clients: loads the app once, then handles batches of messages.
+
+Simulated clients have many of them, on Ray; a real node has one, without Ray (:mod:`fedlora.node.worker`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -30,7 +32,7 @@ def load_app(app: ClientApp | str) -> ClientApp:
 
 
 class Worker:
-    """Handles messages of simulated clients; one Ray actor each.
+    """Handles messages of clients: a Ray actor of a simulation, or a real node's resident worker.
 
     Parameters
     ----------
@@ -89,6 +91,11 @@ class Worker:
         return 1 if function is None else function(message, context)
 
     def _receive(self, references: dict[int, list[Any]]) -> None:
+        if not references:
+            self.shared = {}
+            return
+        import ray  # a real node needs none, and starts sooner
+
         self.shared = {
             key: self.shared[key] if key in self.shared else unpack_record(ray.get(reference))
             for key, (reference,) in references.items()

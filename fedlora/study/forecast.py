@@ -79,6 +79,9 @@ def forecast(config: Config) -> Forecast:
     InputError
         If the run cannot be: its data, partition, rank or privacy budget are impossible.
     """
+    if config.method.name == "flexmore":
+        remedy = "has no forecast, since its clients differ in what they send; run it with fedlora run"
+        raise InputError("method.name", config.method.name, remedy)
     data = client_data(config)
     method = get_strategy(config.method.name)
     adapted = adapt(load_base(config, data.label_names, "meta"), config, method.parameterisation)

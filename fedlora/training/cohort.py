@@ -7,7 +7,7 @@ training it alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -45,6 +45,8 @@ class ClientJob:
     secret : bool
         Draw noise, sampling and dropout from the operating system's entropy instead of the run's seed; for real nodes,
         whose noise nobody else may be able to compute.
+    on_step : callable, optional
+        Called before each step reads an example; a real node charges its ledger there.
     """
 
     client: int
@@ -54,6 +56,7 @@ class ClientJob:
     learning_rate: float
     plan: PrivacyPlan | None = None
     secret: bool = False
+    on_step: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,9 @@ def train_cohort(
                 layout=adapted.layout,
             )
         for step in range(max(steps)):
+            for job, n in zip(jobs, steps, strict=True):
+                if job.on_step is not None and step < n:
+                    job.on_step()
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
             sizes = np.array([len(r) for r in rows])
             for chunk in _physical(rows, client.physical_batch_size):

@@ -8,7 +8,7 @@ import pytest
 
 from fedlora.config import load_config
 from fedlora.data.sources import load_examples, materialise, source_identity
-from fedlora.errors import InputError
+from fedlora.errors import InputError, LabelError
 
 TEXTS = [f"text number {row}" for row in range(40)]
 WORDS = ["good" if row % 3 else "bad" for row in range(40)]
@@ -231,3 +231,39 @@ def test_the_identity_follows_the_content(tmp_path):
     path.write_text(path.read_text() + "one more,good\n")
     assert source_identity(config(path)) != before
     json.dumps(source_identity(config("asset:reuters-r8", test=str(path))))
+
+
+def test_labels_may_be_named_in_order(tmp_path):
+    path = write(table(), tmp_path / "a.csv")
+    examples = load_examples(config(path, label_names=["good", "bad", "unseen"]))
+    assert examples.label_names == ["good", "bad", "unseen"]
+    found = {row["text"]: examples.label_names[row["label"]] for row in [*examples.train, *examples.test]}
+    assert found == dict(zip(TEXTS, WORDS, strict=True))
+    with pytest.raises(LabelError, match=r"'bad' is not in data\.label_names"):
+        load_examples(config(path, label_names=["good", "evil"]))
+    with pytest.raises(InputError, match=r"data\.label_names = .*twice"):
+        config(path, label_names=["good", "good"])
+
+
+def test_a_format_may_be_named(tmp_path):
+    path = write(table(), tmp_path / "a.csv").rename(tmp_path / "a.txt")
+    assert len(load_examples(config(path, format="csv")).train) == 36
+
+
+def test_a_server_of_nodes_holds_no_training_examples(tmp_path):
+    test = write(table(), tmp_path / "test.jsonl")
+    examples = load_examples(config("nodes", test=str(test)))
+    assert examples.train is None
+    assert examples.label_names == ["bad", "good"]
+    assert examples.test["text"] == TEXTS
+    assert load_examples(config("nodes", test=str(test), label_names=["good", "bad"])).label_names == ["good", "bad"]
+    with pytest.raises(InputError, match=r"data\.test = None: is required"):
+        config("nodes")
+
+
+def test_a_node_trains_on_all_of_its_examples(tmp_path):
+    own = write(table(["bad"] * 40), tmp_path / "own.csv")
+    examples = load_examples(config(own, test="server", label_names=["bad", "good"]))
+    assert examples.test is None
+    assert examples.train["text"] == TEXTS
+    assert set(examples.train["label"]) == {0}

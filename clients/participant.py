@@ -1,0 +1,185 @@
+"""Whose examples a message trains on: a simulated client's share of the run's data, or a real node's own file."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message
+
+from clients.resources import client_data, run_config
+from fedlora.config import Config
+from fedlora.errors import StaleError
+from fedlora.node.ledger import Charge
+from fedlora.node.names import NODE_FILE, NODE_RECORD
+from fedlora.node.node import Node
+from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
+from fedlora.privacy.calibration import local_steps
+
+
+class Participant(ABC):
+    """One client of a training message.
+
+    Attributes
+    ----------
+    config : Config
+        The run's, as it holds for this client.
+    client : int
+        Its number in the run.
+    rows : ndarray of int
+        Its examples in the token table.
+    plan : PrivacyPlan or None
+        Its DP-SGD, if any.
+    starts : bool
+        Whether the message carries no arrays, so that the client makes its own (FlexMoRE's first).
+    secret : bool
+        Whether noise and sampling come from the operating system's entropy instead of the run's seed.
+    on_step : callable, optional
+        To be called before each step.
+    """
+
+    config: Config
+    client: int
+    rows: np.ndarray
+    plan: PrivacyPlan | None
+    starts: bool
+    secret: bool
+    on_step: Callable[[], None] | None = None
+
+    @abstractmethod
+    def admit(self, held: ExitStack) -> None:
+        """Refuse a round of training that the ledger or the owner does not allow.
+
+        Parameters
+        ----------
+        held : ExitStack
+            Closed once the reply is made.
+
+        Raises
+        ------
+        BudgetError, StaleError
+        """
+
+    @abstractmethod
+    def charge_start(self) -> None:
+        """Charge the start that the client is about to make from its examples, if it is private."""
+
+    @abstractmethod
+    def settle(self, steps: int) -> Ledger | None:
+        """Charge what was taken, unless it is; return the run's ledger (None without privacy)."""
+
+
+class SimulatedClient(Participant):
+    """A client whose partition of the run's data, and whose ledger, Flower's context holds."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        self.context = context
+        self.config = run_config(context.run_config)
+        self.client = int(context.node_config["partition-id"])
+        self.rows = client_data(self.config).partition[self.client]
+        self.plan = plan_privacy(self.config, len(self.rows)) if self.config.privacy.mode == "example" else None
+        self.starts = _starts(message)
+        # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
+        self.secret = self.plan is not None and not context.node_config.get("simulated", False)
+
+    def admit(self, held: ExitStack) -> None:
+        """Check the run's ceiling."""
+        if self.plan is not None:
+            self._ledger(self.plan).check(self.plan, local_steps(self.config, len(self.rows)), self.starts)
+
+    def charge_start(self) -> None:
+        """Do nothing: it is charged once it leaves, with the steps."""
+
+    def settle(self, steps: int) -> Ledger | None:
+        """Charge what was released."""
+        if self.plan is None:
+            return None
+        ledger = self._ledger(self.plan)
+        ledger.charge(self.plan, steps, self.starts)
+        self.context.state["ledger"] = ConfigRecord(ledger.to_record())
+        return ledger
+
+    def _ledger(self, plan: PrivacyPlan) -> Ledger:
+        if "ledger" in self.context.state:
+            return Ledger.from_record(self.context.state["ledger"])
+        return Ledger(plan.accountant, plan.delta)
+
+
+class NodeClient(Participant):
+    """A real node: its owner's file, policy and ledger, whatever config the server sends."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        self.node, about = open_node(context), node_record(message)
+        self.federation, self.run = str(about["federation"]), run_of(message, context)
+        settings: Any = message.content["config"]
+        self.server_round = int(settings["server-round"])
+        label_names = self.node.ledger.label_names(self.federation, self.run)
+        self.node.ledger.check_round(self.run, self.server_round)
+        self.config = self.node.own_config(run_config(context.run_config), label_names)
+        self.client = int(about["client"])
+        self.rows = client_data(self.config).partition[0]
+        self.plan = self.node.admit(self.config, len(self.rows))
+        self.starts = _starts(message)
+        self.secret = self.plan is not None
+        self._charge: Charge | None = None
+
+    def admit(self, held: ExitStack) -> None:
+        """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
+        steps = local_steps(self.config, len(self.rows))
+        also = self.plan.start if self.starts and self.plan is not None else ()
+        admitted = self.node.ledger.round(self.federation, self.run, self.server_round, self.plan, steps, also)
+        self._charge = held.enter_context(admitted)
+        self.on_step = self._charge.step
+
+    def charge_start(self) -> None:
+        """Write the start to the disk before it reads an example."""
+        assert self._charge is not None
+        for sigma, rate, _ in self.plan.start if self.plan is not None else ():
+            self._charge.take(sigma, rate)
+
+    def settle(self, steps: int) -> Ledger | None:
+        """Check that the steps were charged, no more and no fewer."""
+        assert self._charge is not None
+        self._charge.check_taken(steps)
+        return None if self.plan is None else self.node.ledger.of_federation(self.federation, self.plan)
+
+
+def participant(message: Message, context: Context) -> Participant:
+    """Return the client that a training message is for."""
+    return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
+
+
+def _starts(message: Message) -> bool:
+    arrays: Any = message.content["arrays"]
+    return not len(arrays)
+
+
+def is_node(context: Context) -> bool:
+    """Tell whether the client is a real node."""
+    return NODE_FILE in context.node_config
+
+
+def open_node(context: Context) -> Node:
+    """Return the node whose file Flower's node config names."""
+    return Node.open(str(context.node_config[NODE_FILE]))
+
+
+def node_record(message: Message) -> Any:
+    """Return what a server says to a real node beside the config of the round."""
+    if NODE_RECORD not in message.content:
+        raise StaleError("the message says nothing of its federation")
+    return message.content[NODE_RECORD]
+
+
+def run_of(message: Message, context: Context) -> str:
+    """Return the SuperLink's id of the run; the message must be of the run that it came with, and not too old."""
+    meta = message.metadata
+    if meta.run_id != context.run_id:
+        raise StaleError(f"a message of run {meta.run_id} came in run {context.run_id}")
+    if time.time() > meta.created_at + meta.ttl:
+        raise StaleError(f"the message waited longer than its {meta.ttl:.0f} s")
+    return str(context.run_id)

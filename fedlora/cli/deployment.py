@@ -1,0 +1,124 @@
+"""The commands of real nodes: ``fedlora server | node | keys``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+keys = typer.Typer(help="Make keys for a trial, and let nodes in.", no_args_is_help=True, add_completion=False)
+
+NoTls = Annotated[
+    bool,
+    typer.Option("--insecure-no-tls", help="Plain HTTP: everybody on the way may read and change what is sent."),
+]
+NoNodeAuth = Annotated[
+    bool, typer.Option("--insecure-no-node-auth", help="Anybody who reaches the server's port is a node.")
+]
+Folder = Annotated[Path, typer.Option("--folder", help="Where the files are.")]
+
+
+def server(
+    file: Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Where to listen, and what with.")],
+    no_tls: NoTls = False,
+    no_node_auth: NoNodeAuth = False,
+) -> None:
+    """Run a server (Flower's SuperLink) until it is told to end."""
+    from fedlora.deployment.config import load_server
+
+    config = load_server(file)
+    from fedlora.deployment.server import serve
+
+    _talk()
+    serve(config, tls=not no_tls, node_auth=not no_node_auth)
+
+
+def node(
+    file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="Which server, which data, what its owner allows.")],
+    no_tls: NoTls = False,
+    no_node_auth: NoNodeAuth = False,
+) -> None:
+    """Run a data owner's node (Flower's SuperNode) until it is told to end."""
+    from fedlora.node.config import load_node
+
+    config = load_node(file)
+    from fedlora.deployment.node import join
+
+    _talk()
+    join(file, config, tls=not no_tls, node_auth=not no_node_auth)
+
+
+@keys.command("ca")
+def ca(folder: Folder = Path("keys")) -> None:
+    """Make an authority: ca.crt goes to every node, ca.key signs server certificates."""
+    from fedlora.deployment.keys import make_ca
+
+    _show(make_ca(folder))
+
+
+@keys.command("server")
+def server_keys(
+    host: Annotated[list[str], typer.Option("--host", help="Name or address by which nodes reach the server.")],
+    folder: Folder = Path("keys"),
+) -> None:
+    """Make a server's certificate and key, signed by the authority in the folder."""
+    from fedlora.deployment.keys import make_server_certificate
+
+    _show(make_server_certificate(folder, host))
+
+
+@keys.command("node")
+def node_key(
+    name: Annotated[str, typer.Argument(help="The node's name.")],
+    folder: Folder = Path("keys"),
+) -> None:
+    """Make a node's keys: NAME.key stays on the node, NAME.pub goes to the server's owner."""
+    from fedlora.deployment.keys import make_node_key
+
+    _show(make_node_key(folder, name))
+
+
+@keys.command("register")
+def register(
+    public_key: Annotated[Path, typer.Argument(metavar="PUBLIC_KEY", help="The node's .pub file.")],
+    on: Annotated[str, typer.Option("--on", metavar="NAME", help="[superlink.NAME] in Flower's config.toml.")],
+    name: Annotated[str | None, typer.Option(help="The node's name; the file's unless told.")] = None,
+) -> None:
+    """Let a node in, on a running server."""
+    from fedlora.deployment.control import Server
+    from fedlora.deployment.keys import read_public_key
+
+    key = read_public_key(public_key, "PUBLIC_KEY")
+    with Server.named(on) as superlink:
+        superlink.register(key, name or public_key.stem)
+    typer.echo(f"{name or public_key.stem} is registered on {on}")
+
+
+@keys.command("list")
+def list_nodes(
+    on: Annotated[str, typer.Option("--on", metavar="NAME", help="[superlink.NAME] in Flower's config.toml.")],
+) -> None:
+    """List the nodes that are registered on a running server, and whether they are online."""
+    from fedlora.deployment.control import Server
+
+    with Server.named(on) as superlink:
+        for one in superlink.nodes():
+            typer.echo(f"{one.name:<32}{one.status}")
+
+
+def _show(paths: list[Path]) -> None:
+    for path in paths:
+        typer.echo(path)
+
+
+def _talk() -> None:
+    """Show what the supervisor does; systemd and docker keep it."""
+    logger = logging.getLogger("fedlora.deployment")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,1 @@
+"""Real client nodes: Flower's SuperLink and SuperNodes, supervised; keys for them; runs on them."""

@@ -1,0 +1,55 @@
+"""The process of one message: Flower's ``flwr-clientapp``, with the ClientApp that is installed here.
+
+A SuperLink sends the app along with a run, and Flower runs it: whoever controls the server would run their own code
+on the owner's machine. A node of fedlora never imports what it was sent: it runs the ClientApp that is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+
+from flwr.app import Context, Error, Message
+from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+from flwr.supernode.runtime import run_clientapp
+
+from fedlora.errors import ClientErrorCode
+from fedlora.node.errors import outward_error
+
+CLIENT_APP = ("clients.node_app", "app")
+
+
+def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context], Message]]:
+    """Stand in for Flower's loader of the app that was sent: no line of that is read but its version."""
+
+    def load(fab_id: str, fab_version: str, fab_hash: str) -> Callable[[Message, Context], Message]:
+        installed = version("fedlora")
+        if fab_version == installed:
+            return installed_app
+        reason = f"the run is of fedlora {fab_version}, the node has {installed}"
+        return lambda message, context: Message(Error(code=ClientErrorCode.INPUT, reason=reason), reply_to=message)
+
+    return load
+
+
+def installed_app(message: Message, context: Context) -> Message:
+    """Handle a message with the installed app; what leaves of an exception is its class, never its text."""
+    try:
+        module, attribute = CLIENT_APP
+        app: Callable[[Message, Context], Message] = getattr(import_module(module), attribute)
+        return app(message, context)
+    except Exception as error:
+        return Message(outward_error(error), reply_to=message)
+
+
+def main() -> None:
+    """Run ``flwr-clientapp`` with this command line."""
+    setattr(run_clientapp, "get_load_client_app_fn", loader)  # noqa: B010 - a hook that Flower does not declare
+    sys.argv[0] = "flwr-clientapp"
+    flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()

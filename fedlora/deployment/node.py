@@ -1,0 +1,209 @@
+"""Supervise a SuperNode: start it, watch that the federation sees it, start it again, and end it in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+from fedlora.deployment.control import ONLINE, Server, UnreachableError
+from fedlora.deployment.keys import check_secret, read_file, read_public_key
+from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
+from fedlora.errors import InputError, RunError
+from fedlora.node.config import NodeConfig
+from fedlora.node.resident import stop_worker
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 5.0
+_MISSES = 4
+_STOP_SECONDS = 20.0
+_MESSAGE_SECONDS = 60.0
+
+
+def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = True) -> None:
+    """Run a node until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    file : Path
+        The node.toml, which the ClientApp reads again for each message.
+    config : NodeConfig
+        Its content.
+    tls : bool
+        Without it everybody on the way reads and changes what is sent, and the server may be anybody.
+    node_auth : bool
+        Without it the node shows no key.
+
+    Raises
+    ------
+    InputError
+        If a file, an address or a port is wrong, or the server refuses the node for good.
+    """
+    link = config.superlink
+    key = _key(config, tls, node_auth)
+    certificates = Path(link.root_certificates) if link.root_certificates and tls else None
+    if certificates is not None:
+        read_file(certificates, "superlink.root_certificates")
+    check_port("127.0.0.1", link.port, "superlink.port")
+    try:
+        config.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InputError("state.directory", str(config.directory), f"cannot be made ({error.strerror})") from None
+    child = Child(
+        "fedlora.deployment.supernode_process",
+        [
+            *("--superlink", link.address, "--port", str(link.port)),
+            *(("--root-certificates", str(certificates)) if certificates else () if tls else ("--insecure",)),
+            *(("--auth-supernode-private-key", str(link.private_key)) if key else ()),
+            *("--node-config", f'node-file="{file.absolute()}"'),
+        ],
+        config.directory,
+        config.directory / "supernode.log",
+        flower_environment(config.directory / "flower", [_programs(config.directory / "bin")]),
+    )
+    with Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
+        try:
+            _watch(child, server, config, key, stopping)
+        finally:
+            _shut_down(child, config)
+
+
+def _key(config: NodeConfig, tls: bool, node_auth: bool) -> bytes | None:
+    if not node_auth:
+        return None
+    given = config.superlink.private_key
+    if not tls:
+        remedy = "a node cannot prove who it is without TLS: add --insecure-no-node-auth"
+        raise InputError("--insecure-no-tls", True, remedy)
+    if given is None:
+        raise InputError("superlink.private_key", None, "is required: the node's key (fedlora keys node)")
+    check_secret(Path(given), "superlink.private_key")
+    return read_public_key(Path(given), "superlink.private_key")
+
+
+def _programs(folder: Path) -> Path:
+    """Make the programs that Flower starts for a task: ours for a message, a refusal for all others.
+
+    A SuperLink may ask a node for tasks of other kinds, such as an agent, whose code comes along with them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for program in TASK_TYPE_TO_COMMAND.values():
+        ours = program == "flwr-clientapp"
+        line = f'exec "{sys.executable}" -m fedlora.deployment.clientapp_process "$@"' if ours else "exit 1"
+        path = folder / f".{program}"
+        path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        path.chmod(0o700)
+        os.replace(path, folder / program)
+    return folder
+
+
+def _watch(child: Child, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event) -> None:
+    """Keep the node in the federation: start the SuperNode when its key is free, and again whenever it fell out."""
+    pauses = Pauses()
+    first = True
+    while not stopping.is_set():
+        if _admitted(server, config, key, stopping, first):
+            child.start()
+            _stay(child, server, config, key, stopping)
+            if stopping.is_set():
+                return
+            refusal = _refusal(child, config, key)
+            if refusal is not None and first:
+                raise refusal
+            log.warning("%s is out of the federation; joining again", config.name)
+            child.stop(_STOP_SECONDS)
+            first = False
+        stopping.wait(pauses.next())
+
+
+def _admitted(server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event, first: bool) -> bool:
+    """Ask before joining, since the SuperNode says little of why it is refused; wait while the key is in use.
+
+    Raises
+    ------
+    InputError
+        If the server does not know the key, or another process is alive with it.
+    """
+    lease: float | None = None
+    while not stopping.is_set():
+        try:
+            # Without a key there is nothing to ask for; the server is asked all the same, for its certificate.
+            node = server.node_status(key or b"none")
+        except UnreachableError as error:
+            log.warning("%s", error)
+            return False
+        if key is None or node is None or node.status in ("registered", "offline"):
+            return True
+        shown = str(config.superlink.private_key)
+        if node.status == "unknown":
+            remedy = "the server does not know this key; its owner registers the .pub file: fedlora keys register"
+            if first:
+                raise InputError("superlink.private_key", shown, remedy)
+            log.warning("%s", remedy)
+            return False
+        if lease is not None and node.until > lease:
+            remedy = "another process is online with this key; one key is one node"
+            raise InputError("superlink.private_key", shown, remedy)
+        if lease is None:
+            log.info("%s still counts as online; waiting for the end of its lease, up to a minute", config.name)
+        lease = node.until
+        stopping.wait(2.0)
+    return False
+
+
+def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event) -> None:
+    """Return when the SuperNode is gone, or the federation has not seen it for a while."""
+    seen = misses = 0
+    while not stopping.wait(_LOOK_SECONDS if seen else 1.0):
+        if not child.running:
+            return
+        try:
+            node = server.node_status(key) if key is not None else None
+        except (RunError, InputError):
+            # The server is away. The SuperNode tries by itself; if it cannot, its process ends.
+            continue
+        if node is None or node.status == ONLINE:
+            if not seen:
+                log.info("%s is in the federation at %s", config.name, config.superlink.address)
+            seen, misses = 1, 0
+        else:
+            misses += 1
+            # Starting takes the SuperNode some seconds.
+            if misses >= (_MISSES if seen else 20 * _MISSES):
+                return
+
+
+def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError | None:
+    """Read from the SuperNode's output why it was refused for good, if it was."""
+    output = child.output()
+    if key is None and "[code: 2001]" in output:
+        remedy = "the server wants nodes with a key, and this one shows none: leave --insecure-no-node-auth away"
+        return InputError("superlink.private_key", None, remedy)
+    return None
+
+
+def _shut_down(child: Child, config: NodeConfig) -> None:
+    """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
+    marker = "fedlora.deployment.clientapp_process"
+    wait_until(lambda: not child.running or not _at_work(marker, child), _MESSAGE_SECONDS)
+    child.stop(_STOP_SECONDS)
+    stop_worker(config)
+
+
+def _at_work(marker: str, child: Child) -> bool:
+    """Whether a process of a message runs that this SuperNode started."""
+    home = child.environment["FLWR_HOME"].encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if b"FLWR_HOME=" + home in variables:
+                    return True
+        except OSError:  # it ended, or is somebody else's
+            continue
+    return False

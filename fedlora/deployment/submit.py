@@ -1,0 +1,164 @@
+"""Submit a run to a server, follow it, and bring its folder back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedlora.config import load_config
+from fedlora.deployment.control import RunState, Server, UnreachableError
+from fedlora.errors import INPUT_MARK, InputError, RunError
+from fedlora.results.folder import RunResult, write_atomically
+from strategies import get_strategy
+from strategies.federation import Progress
+
+_LOOK_SECONDS = 1.0
+_PATIENCE_SECONDS = 300.0
+_FAILED = "ServerApp failed with exception: "
+
+
+def run_on(
+    name: str,
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run a config on a server's nodes.
+
+    The server writes the run folder as in simulation, into its own runs/NAME; its files come here when the run ends,
+    whole, over the same connection that the run was submitted on.
+
+    Parameters
+    ----------
+    name : str
+        ``[superlink.NAME]`` in Flower's config.toml.
+    config, overrides
+        As for :func:`fedlora.simulate`; paths in it are the server's.
+    output : Path, optional
+        The run folder here; runs/NAME by default. It must not exist, unless ``resume`` is set.
+    resume : bool
+        Go on with the run folder that the server has.
+    progress : Progress, optional
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    InputError
+        If something that the user gave is wrong, here or on the server.
+    RunError
+        If the run failed, or the server went away for longer than five minutes.
+    """
+    given = load_config(config, overrides)
+    get_strategy(given.method.name)
+    folder = output if output is not None else Path("runs") / given.run.name
+    if folder.exists() and not resume:
+        raise InputError("--output", str(folder), "exists already; choose another folder, or go on with --resume")
+    progress = progress or Progress()
+    with Server.named(name) as server:
+        done = _rounds(server, given.run.name)
+        if done is not None and not resume:
+            remedy = f"the server has a run of this name; choose another run.name, or go on with --resume ({name})"
+            raise InputError("run.name", given.run.name, remedy)
+        if done is None and resume:
+            raise InputError("--resume", given.run.name, f"there is no such run on {name}; run without --resume")
+        first = len(done or [])
+        number = server.start(given.to_toml(), resume=resume)
+        progress.on_start(given.run.rounds, first, 0)
+        try:
+            state = _follow(server, number, given.run.name, first, progress)
+        except KeyboardInterrupt:
+            server.stop(number)
+            raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
+        _bring(server, given.run.name, folder)
+    return _result(state, folder, name, first)
+
+
+def _follow(server: Server, number: int, name: str, shown: int, progress: Progress) -> RunState:
+    """Show the rounds as the server writes them, until the run has ended."""
+    last = time.monotonic()
+    while True:
+        try:
+            # The state first: what was written before the end is then in the file.
+            state = server.run(number)
+            for line in (_rounds(server, name) or [])[shown:]:
+                progress.on_round(line)
+                shown += 1
+            last = time.monotonic()
+        except UnreachableError:
+            if time.monotonic() - last > _PATIENCE_SECONDS:
+                raise
+        else:
+            if state.status == "finished":
+                return state
+        time.sleep(_LOOK_SECONDS)
+
+
+def _rounds(server: Server, name: str) -> list[dict[str, Any]] | None:
+    """Return the lines of the server's rounds.jsonl; None if it has no such run."""
+    files = server.files(name)
+    if files is None:
+        return None
+    if "rounds.jsonl" not in files:
+        return []
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "rounds.jsonl"
+        server.fetch(name, "rounds.jsonl", copy)
+        lines = copy.read_text(encoding="utf-8").split("\n")
+    # What follows the last line break is on its way to the disk.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _bring(server: Server, name: str, folder: Path) -> None:
+    """Copy the run folder; summary.json comes last, so that a folder with it is whole."""
+    files = server.files(name) or {}
+    for file in sorted(files, key=lambda file: (file == "summary.json", file)):
+        server.fetch(name, file, folder / file)
+
+
+def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
+    if state.outcome == "completed":
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        # A run that had finished already moved nothing now.
+        if first < summary["rounds"]:
+            summary["communication"]["flower"] = _flowers_count(state, folder, first)
+            write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        return RunResult(folder, summary)
+    why = " ".join(state.details.removeprefix(_FAILED).split()) or f"the server says: {state.outcome or state.status}"
+    if why.startswith(INPUT_MARK):
+        field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
+        raise _as_told(field, rest)
+    raise RunError(f"{why.rstrip('.')}; go on with: run ... --on {name} --resume")
+
+
+def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
+    """What Flower says that it moved since the run was submitted, and by how much that is more than its messages."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = lines[first - 1]["communication"] if first else {}
+    messages = sum(
+        lines[-1]["communication"][f"{way}_bytes"] - before.get(f"{way}_bytes", 0)
+        for way in ("initial", "downlink", "uplink")
+    )
+    moved = state.sent_bytes + state.received_bytes
+    return {
+        "sent_bytes": state.sent_bytes,
+        "received_bytes": state.received_bytes,
+        "overhead": moved / messages - 1 if messages else 0.0,
+    }
+
+
+def _as_told(field: str, rest: str) -> InputError:
+    """An InputError of the server's, with its own words."""
+    error = InputError(field, None, rest)
+    error.args = (f"{field} = {rest}",)
+    return error

@@ -1,0 +1,149 @@
+"""The SuperLink's process: Flower's own, with a guard before it and the run folders beside it.
+
+Flower serves its three interfaces on one port: Fleet for nodes, Control for those who submit runs, Runtime for its own
+child processes. Only Fleet proves who calls. So the guard answers the other two to this machine, and Control also to
+the networks of ``control_from``; run folders go to whom Control goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import ipaddress
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.superlink import extensions
+from flwr.superlink.cli.flower_superlink import flower_superlink
+from starlette.middleware import Middleware
+from starlette.responses import FileResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
+from fedlora.deployment.processes import PARENT
+
+_FOR_ALL = ("/v1/fleet/", "/health", NODE)
+_FOR_THIS_MACHINE = ("/v1/runtime/",)
+_GRACE_SECONDS = 3
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Guard:
+    """Answers 403 to callers that an interface is not for.
+
+    Parameters
+    ----------
+    app : ASGIApp
+    own : sequence of networks
+        This machine's addresses.
+    control : sequence of networks
+        Where Control may be called from, beside this machine.
+    """
+
+    def __init__(self, app: ASGIApp, own: Sequence[Network], control: Sequence[Network]) -> None:
+        self.app, self.own, self.control = app, own, control
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a call on, or refuse it."""
+        if scope["type"] != "http" or self._allowed(scope):
+            await self.app(scope, receive, send)
+        else:
+            await PlainTextResponse("not from this address: see control_from", 403)(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        path = scope["path"]
+        # A path that says the same in other words must not slip through: only what is known to be for all is.
+        if path.startswith(_FOR_ALL) and ".." not in path:
+            return True
+        caller = ipaddress.ip_address(scope["client"][0]) if scope.get("client") else None
+        if isinstance(caller, ipaddress.IPv6Address) and caller.ipv4_mapped:
+            caller = caller.ipv4_mapped
+        if caller is None:
+            return False
+        networks = self.own if path.startswith(_FOR_THIS_MACHINE) else (*self.own, *self.control)
+        return any(caller in network for network in networks)
+
+
+def add_routes(app: FastAPI, runs: Path) -> None:
+    """Serve the run folders for reading, and tell a node whether the federation sees it."""
+
+    @app.get(RUNS + "/{name}", name="fedlora_run_files", response_model=None)
+    def files(name: str) -> dict[str, int]:
+        """List a run folder's files with their sizes."""
+        folder = _run_folder(runs, name)
+        # Names with a leading dot are files on their way.
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+
+    @app.get(RUNS + "/{name}/{file:path}", name="fedlora_run_file", response_model=None)
+    def file(name: str, file: str) -> FileResponse:
+        """Send one file of a run folder."""
+        folder = _run_folder(runs, name).resolve()
+        path = (folder / file).resolve()
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise HTTPException(404)
+        return FileResponse(path)
+
+    @app.get(NODE, name="fedlora_node", response_model=None)
+    def node(request: Request, key: str) -> dict[str, str | float]:
+        """Tell the status of the node with a public key, and until when it counts as online without a sign of life."""
+        state = request.app.state.linkstate_factory.state()
+        number = state.get_node_id_by_public_key(key.encode())
+        found = state.get_node_info(node_ids=[number]) if number is not None else []
+        return (
+            {"status": found[0].status, "until": found[0].online_until} if found else {"status": "unknown", "until": 0}
+        )
+
+
+def _run_folder(runs: Path, name: str) -> Path:
+    if not _RUN_NAME.fullmatch(name) or not (runs / name).is_dir():
+        raise HTTPException(404)
+    return runs / name
+
+
+def own_networks(host: str) -> list[Network]:
+    """Return the loopback networks, and the addresses that the server's host name has."""
+    found = {"127.0.0.0/8", "::1/128"}
+    if host not in ("0.0.0.0", "::"):
+        found |= {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    return [ipaddress.ip_network(network) for network in sorted(found)]
+
+
+def main() -> None:
+    """Run ``flower-superlink`` with what follows ``--`` on the command line."""
+    split = sys.argv.index("--")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--control-from", action="append", default=[])
+    options = parser.parse_args(sys.argv[1:split])
+    if PARENT in os.environ:
+        start_parent_process_monitor(int(os.environ[PARENT]))
+    own = own_networks(options.host)
+    control = [ipaddress.ip_network(network) for network in options.control_from]
+    # Flower asks these two hooks for its enterprise extensions.
+    extensions.get_middleware = lambda: (Middleware(Guard, own=own, control=control),)
+    extensions.configure_app = lambda app: add_routes(app, options.runs)
+    # Between two looks of a node its connection stays, which spares a TLS handshake; it must not hold up the end.
+    uvicorn.run = functools.partial(
+        uvicorn.run, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_GRACE_SECONDS
+    )
+    # A line for every look of every node would fill the disk in a year.
+    logging.getLogger("uvicorn.access").addFilter(lambda record: False)
+    logging.getLogger("flwr").addFilter(lambda record: "ListNodes" not in record.getMessage())
+    sys.argv = ["flower-superlink", "--host", options.host, *sys.argv[split + 1 :]]
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""One typed model of a data owner's node.
+
+A node is described by ``node.toml``, which its owner writes and no server sees. :func:`load_node` reads it; every
+mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, ValidationError
+
+from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
+from fedlora.errors import InputError
+
+_FORMATS = get_args(FileFormat)
+
+
+class SuperlinkSection(Section):
+    """``[superlink]``: where the federation is, and how the node and the server prove who they are."""
+
+    address: Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    root_certificates: str | None = None
+    private_key: str | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] = 9094
+
+
+class NodeDataSection(Section):
+    """``[data]``: the owner's file and its columns. Nothing of it leaves but trained arrays and counts."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: FileFormat | None = None
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    answer: str | None = None
+
+
+class PolicySection(Section):
+    """``[policy]``: what the owner accepts, whatever config a server sends.
+
+    ``max_epsilon`` at ``delta`` is the ceiling over all runs together. ``allow_non_private`` accepts runs without
+    privacy, which no ceiling can count; so one of the two is given.
+    """
+
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    accountant: Literal["rdp", "prv", "gdp"] = "rdp"
+    min_noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    max_sample_rate: Fraction | None = None
+    allow_non_private: bool = False
+
+
+class WorkerSection(Section):
+    """``[worker]``: the process that keeps model and tokens loaded between messages."""
+
+    idle_seconds: Annotated[float, Field(gt=0)] = 600.0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class StateSection(Section):
+    """``[state]``: where the node's ledger, log and socket lie, and what can be made again (``cache``)."""
+
+    directory: Annotated[str, Field(min_length=1)] = "state"
+    cache: Annotated[str, Field(min_length=1)] | None = None
+
+
+class NodeConfig(Section):
+    """A node. Paths are absolute once :func:`load_node` has read it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    superlink: SuperlinkSection
+    data: NodeDataSection
+    policy: PolicySection
+    worker: WorkerSection = WorkerSection()
+    state: StateSection = StateSection()
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the node's ledger, log and socket."""
+        return Path(self.state.directory)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of tokens and of models that the node fetched."""
+        return Path(self.state.cache) if self.state.cache else self.directory / "cache"
+
+    @property
+    def format(self) -> str:
+        """The format of the data file: as given, else by its suffix."""
+        return self.data.format or Path(self.data.path).suffix.lower()[1:]
+
+
+def load_node(path: str | Path) -> NodeConfig:
+    """Read and check a node.toml.
+
+    Parameters
+    ----------
+    path : str or Path
+        Relative paths in the file are relative to its folder; ``~`` is the home directory.
+
+    Returns
+    -------
+    NodeConfig
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no TOML, a key or value is wrong, or there is no data file.
+    """
+    file = Path(path).expanduser().absolute()
+    try:
+        node = NodeConfig.model_validate(read_toml(file, "NODE"))
+    except ValidationError as error:
+        raise input_error(error, NodeConfig, "NODE") from None
+    node = _with_absolute_paths(node, file.parent)
+    _check(node)
+    return node
+
+
+def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
+    changed = {}
+    for section, keys in {
+        "superlink": ("root_certificates", "private_key"),
+        "data": ("path",),
+        "state": ("directory", "cache"),
+    }.items():
+        content = getattr(node, section)
+        given = {key: value for key in keys if (value := getattr(content, key)) is not None}
+        for key, value in given.items():
+            if "\0" in value:
+                raise InputError(f"{section}.{key}", value, "is no path; give one without NUL characters")
+        absolute = {key: str(folder / Path(value).expanduser()) for key, value in given.items()}
+        changed[section] = content.model_copy(update=absolute)
+    return node.model_copy(update=changed)
+
+
+def _check(node: NodeConfig) -> None:
+    """Refuse combinations that no single key shows."""
+    data, policy = node.data, node.policy
+    if (data.prompt is None) != (data.answer is None):
+        raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
+    if policy.max_epsilon is None and not policy.allow_non_private:
+        raise InputError("policy.max_epsilon", None, "is required: the most epsilon that all runs together may spend")
+    if policy.max_epsilon is not None and policy.allow_non_private:
+        remedy = "no ceiling holds over runs without privacy; remove it, or allow_non_private"
+        raise InputError("policy.max_epsilon", policy.max_epsilon, remedy)
+    try:
+        found = Path(data.path).is_file()
+    except OSError as error:
+        raise InputError("data.path", data.path, f"cannot be read ({error.strerror}); give another path") from None
+    if not found:
+        raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
+    if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
+        remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
+        raise InputError("data.path", data.path, remedy)

@@ -1,0 +1,30 @@
+"""What of an error leaves a node: its class and its code, and never a text that data could be in."""
+
+from __future__ import annotations
+
+import re
+
+from flwr.app import Error
+
+from fedlora.errors import BudgetError, PolicyError, error_code
+
+_OUTWARD = re.compile(r"[A-Za-z_]\w{0,80}(: (epsilon left|[a-z_]{1,40}) = ([0-9.e+-]{1,20}|inf|true|false))?")
+
+
+def outward_error(error: Exception) -> Error:
+    """Return what a server gets to know of an exception.
+
+    That is the name of its class; of a :class:`BudgetError` also how much is left, and of a :class:`PolicyError` the
+    owner's key and its value. None of them is a text that the exception carries.
+    """
+    reason = type(error).__name__
+    if isinstance(error, BudgetError) and error.left is not None:
+        reason += f": epsilon left = {error.left:.4g}"
+    if isinstance(error, PolicyError):
+        reason += f": {error.key} = {str(error.limit).lower() if isinstance(error.limit, bool) else error.limit}"
+    return Error(code=error_code(error), reason=reason)
+
+
+def is_outward(reason: str | None) -> bool:
+    """Tell whether a reason has the form of :func:`outward_error`; anything else must not leave a node."""
+    return reason is not None and _OUTWARD.fullmatch(reason) is not None

@@ -1,0 +1,335 @@
+"""The data owner's ledger: one file on the owner's disk, over all runs and restarts.
+
+Every step of training is written to the disk before it reads an example. So whatever happens to the node, at any
+moment, the ledger holds exactly the steps that were begun; and none is ever begun that the owner's ceiling does not
+cover.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from fedlora.errors import BudgetError, GuardError, InputError, StaleError
+from fedlora.node.config import PolicySection
+from fedlora.privacy import Ledger, PrivacyPlan
+from fedlora.privacy.calibration import spent_epsilon
+
+History = list[tuple[float, float, int]]
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS runs (
+    number INTEGER PRIMARY KEY, run TEXT UNIQUE NOT NULL, federation TEXT NOT NULL, label_names TEXT,
+    last_round INTEGER NOT NULL DEFAULT 0, described_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+CREATE TABLE IF NOT EXISTS charges (
+    number INTEGER PRIMARY KEY, run TEXT NOT NULL, federation TEXT NOT NULL, round INTEGER NOT NULL,
+    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
+    begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+"""
+
+
+class NodeLedger:
+    """History of all steps that were ever taken on a node's examples, and of the runs that asked for them.
+
+    Parameters
+    ----------
+    directory : Path
+        Where ``ledger.sqlite`` lies; made, for its owner's eyes alone, where it is missing.
+    policy : PolicySection
+        The owner's ceiling, and the delta and the accountant by which epsilon is read.
+
+    Raises
+    ------
+    InputError
+        If the ledger cannot be read or written: without it nothing is trained.
+
+    Notes
+    -----
+    A federation is what a server's run folder holds; it has one run on the SuperLink, and another after each resume.
+    A step without noise has noise multiplier 0 and makes epsilon infinite. The file is SQLite's: a change is on the
+    disk whole, or not at all. One process at a time trains on the node; the lock of one that is killed falls.
+    """
+
+    def __init__(self, directory: Path, policy: PolicySection) -> None:
+        self.policy = policy
+        self.path = directory / "ledger.sqlite"
+        self._lock = FileLock(directory / "ledger.lock", mode=0o600)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            remedy = f"cannot hold the node's ledger ({error.strerror}); give a folder that can be written"
+            raise InputError("state.directory", str(directory), remedy) from None
+        with self._transaction() as database:
+            for statement in _TABLES.split(";"):
+                database.execute(statement)
+
+    def register(self, federation: str, run: str, label_names: list[str] | None) -> None:
+        """Take note of a run that a server describes; an earlier run of the same federation ends with it.
+
+        Raises
+        ------
+        StaleError
+            If a later run of the same federation was described before.
+        """
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO runs (run, federation, label_names) VALUES (?, ?, ?)",
+                (run, federation, json.dumps(label_names)),
+            )
+            _check_newest(database, federation, run)
+
+    def label_names(self, federation: str, run: str) -> list[str] | None:
+        """Return the classes that a run was described with; None for a language model.
+
+        Raises
+        ------
+        StaleError
+            If the run was never described here, or is not the newest of its federation.
+        """
+        with self._transaction() as database:
+            _check_newest(database, federation, run)
+            (names,) = database.execute("SELECT label_names FROM runs WHERE run = ?", (run,)).fetchone()
+        found: list[str] | None = json.loads(names)
+        return found
+
+    def check_round(self, run: str, server_round: int) -> None:
+        """Refuse a round that was begun here already, or is older than one that was.
+
+        Raises
+        ------
+        StaleError
+        """
+        with self._transaction() as database:
+            _check_round(database, run, server_round)
+
+    def history(self, federation: str | None = None) -> History:
+        """Return (noise multiplier, sample rate, steps) of all runs, or of one federation."""
+        where, values = ("WHERE federation = ?", (federation,)) if federation is not None else ("", ())
+        with self._transaction() as database:
+            rows = database.execute(
+                f"SELECT noise_multiplier, sample_rate, SUM(steps) FROM charges {where} GROUP BY 1, 2 ORDER BY 1, 2",
+                values,
+            ).fetchall()
+        return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in rows]
+
+    def steps(self) -> int:
+        """Return the number of all steps that were ever begun."""
+        return sum(steps for _, _, steps in self.history())
+
+    def epsilon(self) -> float:
+        """Return the epsilon of all runs together, at the owner's delta."""
+        return self._epsilon(self.history())
+
+    def left(self) -> float | None:
+        """Return what is left of the owner's ceiling; None without one."""
+        ceiling = self.policy.max_epsilon
+        return None if ceiling is None else max(0.0, ceiling - self.epsilon())
+
+    def check_budget(
+        self, federation: str, plan: PrivacyPlan | None, steps: int, also: Sequence[tuple[float, float, int]] = ()
+    ) -> None:
+        """Refuse steps that would pass the owner's ceiling over all runs, or the run's own.
+
+        ``also`` are steps of another kind (noise multiplier, sample rate, number) that come with them.
+
+        Raises
+        ------
+        BudgetError
+            Saying how much is left.
+        """
+        ceiling, left = self.policy.max_epsilon, self.left()
+        if ceiling is not None:
+            after = self._epsilon([*self.history(), *also, (*_mechanism(plan), steps)])
+            if after > ceiling:
+                raise BudgetError(
+                    f"{steps} more steps would bring epsilon over all runs to {after:.4g}, above the owner's ceiling "
+                    f"of {ceiling:.4g}, of which {left:.4g} is left",
+                    left,
+                )
+        if plan is not None:
+            Ledger(plan.accountant, plan.delta, [*self.history(federation), *also]).check(plan, steps)
+
+    def of_federation(self, federation: str, plan: PrivacyPlan) -> Ledger:
+        """Return the ledger of one federation, by the run's own accountant and delta."""
+        return Ledger(plan.accountant, plan.delta, self.history(federation))
+
+    @contextmanager
+    def round(
+        self,
+        federation: str,
+        run: str,
+        server_round: int,
+        plan: PrivacyPlan | None,
+        steps: int,
+        also: Sequence[tuple[float, float, int]] = (),
+    ) -> Iterator[Charge]:
+        """Admit a round of training, and hold the ledger for it.
+
+        Parameters
+        ----------
+        federation, run : str
+        server_round : int
+        plan : PrivacyPlan, optional
+            None without privacy.
+        steps : int
+            What the round will take.
+        also : sequence of (float, float, int), optional
+            Noise multiplier, sample rate and number of whatever else it will take.
+
+        Yields
+        ------
+        Charge
+            Whose :meth:`Charge.step` is called before every step, and :meth:`Charge.take` before whatever else.
+
+        Raises
+        ------
+        StaleError, BudgetError
+            Before anything is charged.
+        """
+        with self._lock:
+            self.label_names(federation, run)
+            self.check_round(run, server_round)
+            self.check_budget(federation, plan, steps, also)
+            with self._open() as database:
+                yield Charge(database, federation, run, server_round, [(*_mechanism(plan), steps), *also])
+
+    def _epsilon(self, history: History) -> float:
+        merged: dict[tuple[float, float], int] = {}
+        for sigma, rate, steps in history:
+            merged[sigma, rate] = merged.get((sigma, rate), 0) + steps
+        taken = tuple((sigma, rate, steps) for (sigma, rate), steps in sorted(merged.items()) if steps)
+        return spent_epsilon(self.policy.accountant, self.policy.delta, taken)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._open() as database, _transaction(database):
+            yield database
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            database = sqlite3.connect(self.path, timeout=60.0, isolation_level=None)
+            try:
+                # A transaction is over once it is on the disk; with a write-ahead log that takes one flush, not three.
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute("PRAGMA synchronous = FULL")
+                yield database
+            finally:
+                database.close()
+        except sqlite3.Error as error:
+            remedy = f"cannot be read or written ({error}); mend it or bring back a copy: it is the owner's ledger"
+            raise InputError("state.directory", str(self.path), remedy) from None
+
+
+class Charge:
+    """An admitted round of training, charged step by step.
+
+    Parameters
+    ----------
+    database : sqlite3.Connection
+    federation, run : str
+    server_round : int
+    admitted : list of (float, float, int)
+        Noise multiplier, sample rate and number of steps; the first are the training's own.
+
+    Attributes
+    ----------
+    taken : int
+        Steps of training that were charged so far.
+    """
+
+    def __init__(
+        self, database: sqlite3.Connection, federation: str, run: str, server_round: int, admitted: History
+    ) -> None:
+        self.federation, self.run, self.server_round = federation, run, server_round
+        self.taken = 0
+        self._database = database
+        self._mechanism = admitted[0][:2]
+        self._left: dict[tuple[float, float], int] = {}
+        for sigma, rate, steps in admitted:
+            self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
+        self._rows: dict[tuple[float, float], int | None] = {}
+
+    def step(self) -> None:
+        """Write a step of training to the disk; call it before the step reads an example.
+
+        Raises
+        ------
+        GuardError
+            If it is one more than were admitted.
+        """
+        self.take(*self._mechanism)
+        self.taken += 1
+
+    def take(self, noise_multiplier: float, sample_rate: float) -> None:
+        """Write a step of any admitted kind to the disk; call it before the step reads an example.
+
+        Raises
+        ------
+        GuardError
+            If it is one more than were admitted.
+        """
+        kind = noise_multiplier, sample_rate
+        if not self._left.get(kind):
+            raise GuardError(f"a step beyond those that were admitted, with noise multiplier {noise_multiplier:.4g}")
+        with _transaction(self._database) as database:
+            if not self._rows:
+                _check_round(database, self.run, self.server_round)
+                database.execute("UPDATE runs SET last_round = ? WHERE run = ?", (self.server_round, self.run))
+            row = self._rows.get(kind)
+            if row is None:
+                row = database.execute(
+                    "INSERT INTO charges (run, federation, round, noise_multiplier, sample_rate, steps) "
+                    "VALUES (?, ?, ?, ?, ?, 1)",
+                    (self.run, self.federation, self.server_round, *kind),
+                ).lastrowid
+            else:
+                database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (row,))
+        self._rows[kind] = row
+        self._left[kind] -= 1
+
+    def check_taken(self, steps: int) -> None:
+        """Refuse a result of other steps than were charged.
+
+        Raises
+        ------
+        GuardError
+        """
+        if steps != self.taken:
+            raise GuardError(f"the training took {steps} steps, and {self.taken} were charged")
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield database
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _mechanism(plan: PrivacyPlan | None) -> tuple[float, float]:
+    return (0.0, 1.0) if plan is None else (plan.noise_multiplier, plan.sample_rate)
+
+
+def _check_newest(database: sqlite3.Connection, federation: str, run: str) -> None:
+    newest = database.execute(
+        "SELECT run FROM runs WHERE federation = ? ORDER BY number DESC LIMIT 1", (federation,)
+    ).fetchone()
+    if newest is None or newest[0] != run:
+        raise StaleError("the message is of a run that was not described here, or of one that ended")
+
+
+def _check_round(database: sqlite3.Connection, run: str, server_round: int) -> None:
+    found = database.execute("SELECT last_round FROM runs WHERE run = ?", (run,)).fetchone()
+    if found is None or server_round <= found[0]:
+        raise StaleError(f"round {server_round} was begun here already, or is over")

@@ -1,0 +1,88 @@
+"""A node as its worker sees it: whose data it trains on, and what the owner allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import SERVER, Config
+from fedlora.errors import InputError
+from fedlora.node.config import NodeConfig, load_node
+from fedlora.node.ledger import NodeLedger
+from fedlora.node.policy import check_policy
+from fedlora.privacy import PrivacyPlan, plan_privacy
+
+
+@dataclass(frozen=True)
+class Node:
+    """A data owner's node.
+
+    Attributes
+    ----------
+    config : NodeConfig
+    ledger : NodeLedger
+    """
+
+    config: NodeConfig
+    ledger: NodeLedger
+
+    @classmethod
+    def open(cls, path: str | Path) -> Node:
+        """Read node.toml, anew at every message, so that the owner's changes hold at once.
+
+        Raises
+        ------
+        InputError
+            If the file or the ledger cannot be used.
+        """
+        config = load_node(path)
+        return cls(config, NodeLedger(config.directory, config.policy))
+
+    def own_config(self, run: Config, label_names: list[str] | None) -> Config:
+        """Return a run's config with the owner's file in place of the server's data; all of its rows are trained on.
+
+        Parameters
+        ----------
+        run : Config
+            As the server sends it.
+        label_names : list of str, optional
+            The run's classes, as the server describes them.
+        """
+        own = self.config.data
+        content: dict[str, Any] = run.model_dump(exclude_none=True)
+        content["data"] = {
+            "name": own.path,
+            "format": self.config.format,
+            "text": own.text,
+            "label": own.label,
+            "test": SERVER,
+            "partition": {"kind": "iid", "clients": 1},
+        }
+        if label_names is not None:
+            content["data"]["label_names"] = label_names
+        if own.prompt is not None:
+            content["data"] |= {"prompt": own.prompt, "answer": own.answer}
+        # Whom the server asks is not the node's affair.
+        content.pop("server")
+        return Config.model_validate(content)
+
+    def admit(self, run: Config, examples: int) -> PrivacyPlan | None:
+        """Plan a run's privacy with the node's own number of examples, and hold it against the owner's policy.
+
+        Returns
+        -------
+        PrivacyPlan or None
+            None without privacy.
+
+        Raises
+        ------
+        PolicyError, InputError
+        """
+        policy = self.config.policy
+        if policy.max_epsilon is not None and policy.delta >= 1 / examples:
+            remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
+            raise InputError("policy.delta", policy.delta, remedy)
+        plan = plan_privacy(run, examples) if run.privacy.mode == "example" else None
+        check_policy(policy, plan)
+        return plan

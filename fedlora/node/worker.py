@@ -1,0 +1,100 @@
+"""The resident worker: keeps the base model and the owner's tokens loaded between messages.
+
+Run as ``python -m fedlora.node.worker NODE_FILE MODULE:APP``; :mod:`fedlora.node.resident` does so when a message
+comes. It is the simulation's :class:`~fedlora.simulation.worker.Worker`, reached over a local socket in a private
+folder instead of Ray, and it ends after ``worker.idle_seconds`` without a message, which frees the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import Timeout
+from flwr.app import Error
+
+from fedlora.node.config import NodeConfig, load_node
+from fedlora.node.errors import is_outward
+from fedlora.node.resident import READY, socket_address, worker_folder, worker_lock
+from fedlora.simulation.envelope import Envelope
+
+if TYPE_CHECKING:
+    from fedlora.simulation.worker import Worker
+
+log = logging.getLogger("fedlora")
+
+
+def main(node_file: str, app: str) -> None:
+    """Serve until no message came for ``worker.idle_seconds``; return at once if the node has a worker."""
+    # Whatever is written from here on is the owner's alone: log, tokens, socket.
+    os.umask(0o077)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    node = load_node(node_file)
+    lock = worker_lock(node)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return
+    with lock:
+        folder = worker_folder(node)
+        (folder / "worker.pid").write_text(str(os.getpid()))
+        serve(node, app, folder)
+
+
+def serve(node: NodeConfig, app: str, folder: Path) -> None:
+    """Load the app, and handle messages one by one as they come."""
+    from fedlora.simulation.worker import Worker
+
+    started = time.perf_counter()
+    worker = Worker(app, node.worker.threads or os.cpu_count() or 1)
+    with socket.socket(socket.AF_UNIX) as listener, socket_address(folder) as address:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address)
+        listener.bind(address)
+        listener.listen()
+        listener.settimeout(node.worker.idle_seconds)
+        log.info("worker %d of %s is ready after %.1f s", os.getpid(), node.name, time.perf_counter() - started)
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except TimeoutError:
+                break
+            accepted.setblocking(True)
+            with Connection(accepted.detach()) as connection:
+                _handle(worker, connection)
+        os.unlink(address)
+    log.info("no message for %.0f s: worker %d ends", node.worker.idle_seconds, os.getpid())
+
+
+def _handle(worker: Worker, connection: Connection) -> None:
+    started = time.perf_counter()
+    try:
+        connection.send(READY)
+        envelope, context = connection.recv()
+        (reply,), (state,), _ = worker.handle([envelope], [context], {})
+        connection.send((_outward(reply), state))
+        kind, done = envelope.metadata.message_type, "an error" if reply.error else "arrays and counts"
+        log.info("%s of run %d: %s, %.2f s", kind, envelope.metadata.run_id, done, time.perf_counter() - started)
+    except (EOFError, OSError) as error:
+        # The client process ended; what was charged stays charged.
+        log.warning("a message could not be answered: %s", error)
+
+
+def _outward(envelope: Envelope) -> Envelope:
+    """Take the text out of an error that the app did not make fit to leave the node."""
+    error = envelope.error
+    if error is None or is_outward(error.reason):
+        return envelope
+    log.error("the app failed: %s", error.reason)
+    return Envelope(envelope.metadata, None, Error(code=error.code, reason="Error"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,242 @@
+"""Which clients are there: simulated ones by partition, real nodes by name, and who is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.communication.decorator import GridDecorator
+from fedlora.config import NODES, Config
+from fedlora.errors import ClientErrorCode, InputError, RunError
+from fedlora.node.names import NODE_RECORD, labels_digest
+from strategies.base import UNAVAILABLE, RoundReport
+
+log = logging.getLogger("fedlora")
+
+_POLL_SECONDS = 3.0
+_CONFIG_KEYS = {
+    "max_grad_norm": "privacy.max_grad_norm",
+    "min_noise_multiplier": "privacy.noise_multiplier",
+    "max_sample_rate": "client.batch_size",
+    "allow_non_private": "privacy.mode",
+}
+"""The key of a run's config that a key of an owner's policy is about."""
+
+
+class Roster:
+    """The clients of a run.
+
+    Parameters
+    ----------
+    grid : Grid
+    config : Config
+    label_names : list of str, optional
+        The run's classes, which real nodes compare with their own; None for causal-lm.
+    federation : str
+        Names the run folder's run, over resumes.
+    names : sequence of str
+        Names of the nodes that the run knows already, by client number.
+
+    Attributes
+    ----------
+    nodes : dict of int to int
+        Client number to node id, in order: of simulated clients the partition, of real nodes the place of their names.
+    names : list of str
+        Names of real nodes, by client number; empty in simulation.
+    away : set of int
+        Clients that are not asked until they are back.
+    """
+
+    def __init__(
+        self, grid: Grid, config: Config, label_names: list[str] | None, federation: str, names: Sequence[str] = ()
+    ) -> None:
+        self.grid, self.config, self.label_names, self.federation = grid, config, label_names, federation
+        self.names = list(names)
+        self.nodes: dict[int, int] = {}
+        self.away: set[int] = set()
+        self._refused: dict[int, RunError | InputError] = {}
+        self._asked: dict[str, int] = {}  # queries under way: message id to node
+
+    @property
+    def real(self) -> bool:
+        """Whether the clients are real nodes."""
+        return bool(self.names)
+
+    def discover(self) -> None:
+        """Ask every node what it holds, and number the clients.
+
+        Raises
+        ------
+        InputError
+            If nodes refuse the run's config, so that fewer are left than ``server.min_replies``.
+        RunError
+            If too few answer.
+        """
+        timeout = self.config.server.timeout
+        node_ids = self._wait_for_nodes(timeout)
+        replies = AddressedGrid(self.grid).send_and_receive([self._query(n) for n in node_ids], timeout=timeout)
+        self._enrol(replies)
+        for error in self._refused.values():
+            log.warning("%s", error)
+        if len(self.nodes) < (self.config.server.min_replies if self.real or self._refused else 1):
+            if self._refused:
+                raise next(iter(self._refused.values()))
+            raise RunError(f"{len(self.nodes) or 'no'} clients answered; server.min_replies asks for more")
+
+    def refresh(self) -> None:
+        """See who left and who is back, without waiting; wait only while fewer than ``min_replies`` are there.
+
+        Raises
+        ------
+        RunError
+            If too few are there after ``server.timeout`` seconds.
+        """
+        if not self.real:
+            return
+        deadline = time.monotonic() + self.config.server.timeout
+        while True:
+            self._refresh()
+            if len(self.present()) >= self.config.server.min_replies:
+                return
+            if time.monotonic() > deadline:
+                away = ", ".join(self.names[client] for client in sorted(self.away))
+                raise RunError(f"{len(self.present())} nodes are there, too few for server.min_replies; away: {away}")
+            time.sleep(_POLL_SECONDS)
+
+    def present(self) -> dict[int, int]:
+        """Return client number to node id of those that may be asked."""
+        return {client: node for client, node in self.nodes.items() if client not in self.away}
+
+    def clients(self) -> dict[int, int]:
+        """Return node id to client number, of all that were ever there."""
+        return {node: client for client, node in self.nodes.items()}
+
+    def after_round(self, report: RoundReport) -> None:
+        """Take note of who did not answer."""
+        if not self.real:
+            return
+        gone = {fail["client"] for fail in report.failed if fail["code"] in UNAVAILABLE}
+        for client in sorted(gone & self.nodes.keys() - self.away):
+            log.warning("node %s is away; it is not asked until it is back", self.names[client])
+            self.away.add(client)
+
+    def _refresh(self) -> None:
+        online = set(self.grid.get_node_ids())
+        for client in [c for c, node in self.nodes.items() if node not in online and c not in self.away]:
+            log.warning("node %s has left; it is not asked until it is back", self.names[client])
+            self.away.add(client)
+        if self._asked:
+            self._enrol(_addressed(self.grid.pull_messages(list(self._asked)), self._asked))
+        known = set(self.present().values()) | set(self._refused) | set(self._asked.values())
+        queries = [self._query(node) for node in sorted(online - known)]
+        if queries:
+            ids = self.grid.push_messages(queries)
+            self._asked.update({i: q.metadata.dst_node_id for i, q in zip(ids, queries, strict=True) if i})
+
+    def _wait_for_nodes(self, timeout: float) -> list[int]:
+        """Return the node ids; in a run on nodes, wait until as many are there as the config says."""
+        wanted = (self.config.data.partition.clients or self.config.server.min_replies) if self._on_nodes() else 0
+        deadline, told = time.monotonic() + timeout, -1
+        while True:
+            node_ids = list(self.grid.get_node_ids())
+            if len(node_ids) >= wanted or time.monotonic() > deadline:
+                return node_ids
+            if len(node_ids) != told:
+                told = len(node_ids)
+                log.info("%d of %d nodes are there", told, wanted)
+            time.sleep(_POLL_SECONDS)
+
+    def _on_nodes(self) -> bool:
+        return self.config.data.name == NODES
+
+    def _query(self, node: int) -> Message:
+        about = ConfigRecord({"federation": self.federation, "label-names": list(self.label_names or [])})
+        content = RecordDict({NODE_RECORD: about})
+        return Message(content, node, MessageType.QUERY, ttl=self.config.server.timeout, group_id="0")
+
+    def _enrol(self, replies: Iterable[Message]) -> None:
+        """Read what nodes say of themselves; new names come after those that the run knows."""
+        found: dict[str, int] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if reply.has_error():
+                if reply.error.code not in UNAVAILABLE:
+                    self._refused[node] = refusal(self.config, f"node {node}", reply.error.code, reply.error.reason)
+            elif NODE_RECORD in reply.content:
+                about: Any = reply.content[NODE_RECORD]
+                name = str(about["name"])
+                if about["labels"] != labels_digest(self.label_names):
+                    self._refused[node] = refusal(self.config, name, ClientErrorCode.LABELS, None)
+                elif found.get(name, node) != node or self._taken(name, node):
+                    raise RunError(f"two nodes call themselves {name}; give each a name of its own in node.toml")
+                else:
+                    found[name] = node
+            else:
+                metrics: Any = reply.content["metrics"]
+                self.nodes[int(metrics["partition-id"])] = node
+        if found and len(self.nodes) > len(self.names):
+            raise RunError("real nodes and simulated clients do not mix; give every node its node-file")
+        self.names += sorted(found.keys() - set(self.names))
+        for name, node in found.items():
+            client = self.names.index(name)
+            if client in self.away:
+                log.info("node %s is back", name)
+                self.away.discard(client)
+            self.nodes[client] = node
+        ordered = sorted(self.nodes.items())
+        self.nodes.clear()
+        self.nodes.update(ordered)
+
+    def _taken(self, name: str, node: int) -> bool:
+        """Tell whether another node that is there has the name."""
+        if name not in self.names:
+            return False
+        return self.present().get(self.names.index(name), node) != node
+
+
+def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError | InputError:
+    """Say in the server's words why a node does not take part; a node sends no text but class, key and number."""
+    _, _, detail = (reason or "").partition(": ")
+    if code == ClientErrorCode.POLICY:
+        key = _CONFIG_KEYS.get(detail.partition(" = ")[0], "privacy")
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name) if name else None
+        return InputError(key, value, f"the owner of {who} accepts {detail or 'other privacy'} at most; change it")
+    if code == ClientErrorCode.LABELS:
+        remedy = f"the labels of {who} are others; name the classes of all nodes, in one spelling"
+        return InputError("data.label_names", config.data.label_names, remedy)
+    if code == ClientErrorCode.BUDGET:
+        return RunError(f"{who} refuses: its privacy budget does not cover another round ({detail or 'spent'})")
+    if code == ClientErrorCode.INPUT:
+        return RunError(f"{who} cannot use the run's config or its own data ({reason}); its own log says why")
+    return RunError(f"{who} did not take part: {reason}")
+
+
+class AddressedGrid(GridDecorator):
+    """Names the node in errors that the SuperLink answers in a node's place."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Send and receive; replies are passed on as they come."""
+        outgoing = list(messages)
+        replies = self.grid.send_and_receive(outgoing, timeout=timeout)
+        # Messages have their ids once they are sent, which a Grid may do only as its replies are asked for.
+        for reply in replies:
+            if reply.has_error():
+                sent = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing if m.metadata.message_id}
+                yield from _addressed([reply], sent)
+            else:
+                yield reply
+
+
+def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:
+    for reply in replies:
+        node = asked.get(reply.metadata.reply_to_message_id)
+        if reply.has_error() and node is not None and reply.metadata.src_node_id not in asked.values():
+            reply.metadata.__dict__["_src_node_id"] = node
+        yield reply

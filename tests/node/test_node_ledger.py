@@ -1,0 +1,226 @@
+"""The owner's ledger: over runs and restarts, charged before it is spent, whole after any crash."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.errors import BudgetError, GuardError, InputError, StaleError
+from fedlora.node.config import PolicySection
+from fedlora.node.ledger import NodeLedger
+from fedlora.privacy import PrivacyPlan
+from fedlora.privacy.calibration import spent_epsilon
+
+POLICY = PolicySection(max_epsilon=3.0, delta=1e-4)
+OPEN = PolicySection(allow_non_private=True)
+
+
+def plan(sigma: float = 1.0, rate: float = 0.1, ceiling: float | None = None) -> PrivacyPlan:
+    return PrivacyPlan(rate, sigma, 1.0, 4.0, 100, 1e-5, "rdp", ceiling)
+
+
+def take(ledger: NodeLedger, run: str, server_round: int, steps: int, with_plan: PrivacyPlan | None) -> None:
+    """Register a run (of a federation of its own) and take a round of steps."""
+    ledger.register(f"f-{run}", run, None)
+    with ledger.round(f"f-{run}", run, server_round, with_plan, steps) as charge:
+        for _ in range(steps):
+            charge.step()
+        charge.check_taken(steps)
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.8, 1.0, 2.0]), st.sampled_from([0.05, 0.2]), st.integers(1, 3)), max_size=3)
+)
+def test_epsilon_is_that_of_all_steps_of_all_runs(rounds: list[tuple[float, float, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (sigma, rate, steps) in enumerate(rounds):
+            # A new object a round: what counts is on the disk.
+            take(NodeLedger(Path(folder), PolicySection(max_epsilon=1e6)), str(number), 1, steps, plan(sigma, rate))
+        ledger = NodeLedger(Path(folder), POLICY)
+        assert ledger.epsilon() == pytest.approx(spent_epsilon("rdp", 1e-4, tuple(rounds)), rel=1e-9)
+        assert ledger.steps() == sum(steps for _, _, steps in rounds)
+        assert ledger.left() == pytest.approx(max(0.0, 3.0 - ledger.epsilon()))
+
+
+def test_the_owners_ceiling_holds_over_runs_and_says_how_much_is_left(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    taken = 0
+    while spent_epsilon("rdp", 1e-4, ((2.0, 0.1, taken + 20),)) <= 3.0:
+        take(ledger, str(taken), 1, 20, plan(sigma=2.0))
+        taken += 20
+    assert taken > 20
+    with pytest.raises(BudgetError) as refused:
+        take(ledger, "beyond", 1, 20, plan(sigma=2.0))
+    assert ledger.steps() == taken
+    assert ledger.epsilon() <= 3.0
+    assert refused.value.left == pytest.approx(3.0 - ledger.epsilon())
+    # A smaller request still fits; a restart changes nothing.
+    left = NodeLedger(tmp_path, POLICY).left()
+    assert left == refused.value.left
+    take(ledger, "small", 1, 1, plan(sigma=50.0))
+
+
+def test_a_servers_own_ceiling_holds_for_its_federation(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, PolicySection(max_epsilon=100.0))
+    limit = spent_epsilon("rdp", 1e-5, ((1.0, 0.1, 10),))
+    take(ledger, "a", 1, 10, plan(ceiling=limit))
+    with pytest.raises(BudgetError):
+        take(ledger, "a", 2, 1, plan(ceiling=limit))
+    take(ledger, "b", 1, 10, plan(ceiling=limit))
+
+
+def test_a_round_is_taken_once_and_in_order(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    take(ledger, "a", 2, 3, plan())
+    for server_round in (1, 2):
+        with pytest.raises(StaleError):
+            take(NodeLedger(tmp_path, POLICY), "a", server_round, 3, plan())
+    assert ledger.steps() == 3
+    # One that was refused, or that ended before its first step, may come again.
+    with ledger.round("f-a", "a", 3, plan(), 2):
+        pass
+    take(ledger, "a", 3, 2, plan())
+    assert ledger.steps() == 5
+
+
+def test_a_run_that_was_resumed_ends_the_one_before(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    ledger.register("f", "1", ["a", "b"])
+    ledger.register("f", "2", ["a", "b"])
+    assert ledger.label_names("f", "2") == ["a", "b"]
+    for attempt in (lambda: ledger.label_names("f", "1"), lambda: ledger.register("f", "1", None)):
+        with pytest.raises(StaleError):
+            attempt()
+    with pytest.raises(StaleError):
+        ledger.label_names("f", "unknown")
+    with pytest.raises(StaleError):
+        ledger.register("other", "2", None)  # a run belongs to one federation
+
+
+def test_no_step_beyond_those_admitted(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    ledger.register("f", "1", None)
+    with ledger.round("f", "1", 1, plan(), 2, also=[(5.0, 0.5, 1)]) as charge:
+        charge.take(5.0, 0.5)
+        for wrong in ((5.0, 0.5), (4.0, 0.5)):
+            with pytest.raises(GuardError):
+                charge.take(*wrong)
+        charge.step()
+        with pytest.raises(GuardError, match="took 2 steps, and 1 were charged"):
+            charge.check_taken(2)
+        charge.step()
+        with pytest.raises(GuardError):
+            charge.step()
+    assert ledger.history() == [(1.0, 0.1, 2), (5.0, 0.5, 1)]
+
+
+def test_what_comes_beside_the_steps_counts_against_the_ceiling(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    ledger.check_budget("f", plan(), 1)
+    with pytest.raises(BudgetError):
+        ledger.check_budget("f", plan(), 1, also=[(0.3, 1.0, 1)])
+
+
+def test_steps_without_noise_are_counted_as_such(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, OPEN)
+    take(ledger, "a", 1, 2, None)
+    assert ledger.history() == [(0.0, 1.0, 2)]
+    assert ledger.left() is None
+    strict = NodeLedger(tmp_path, POLICY)
+    assert strict.left() == 0.0
+    with pytest.raises(BudgetError):
+        take(strict, "b", 1, 1, plan())
+
+
+def _train(folder: Path, steps: int, begun: int, pipe: object) -> None:
+    """Take steps, and die by SIGKILL inside one."""
+    ledger = NodeLedger(folder, PolicySection(max_epsilon=1e6))
+    ledger.register("f", "1", None)
+    with ledger.round("f", "1", 1, plan(), steps) as charge:
+        for number in range(steps):
+            charge.step()
+            if number + 1 == begun:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("begun", [1, 2, 5])
+def test_a_process_that_is_killed_has_charged_the_steps_that_it_began(tmp_path: Path, begun: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(tmp_path, 5, begun, None))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    ledger = NodeLedger(tmp_path, PolicySection(max_epsilon=1e6))
+    assert ledger.steps() == begun
+    # The lock fell with the process; the round does not come again.
+    with pytest.raises(StaleError), ledger.round("f", "1", 1, plan(), 5):
+        pass
+    take(ledger, "2", 1, 1, plan())
+
+
+def _kill_at_random(folder: Path, steps: int) -> None:
+    ledger = NodeLedger(folder, PolicySection(max_epsilon=1e6))
+    ledger.register("f", "1", None)
+    with ledger.round("f", "1", 1, plan(), steps) as charge, (folder / "begun").open("ab", buffering=0) as begun:
+        for _ in range(steps):
+            charge.step()
+            begun.write(b".")
+
+
+def test_a_kill_at_any_moment_never_undercharges(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        process = context.Process(target=_kill_at_random, args=(folder, 100_000))
+        process.start()
+        while not (folder / "begun").exists() or (folder / "begun").stat().st_size < 1 + 7 * attempt:
+            pass
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        begun = (folder / "begun").stat().st_size
+        # The kill may fall between the charge and the step's first byte; that step never read an example.
+        assert begun <= NodeLedger(folder, POLICY).steps() <= begun + 1
+
+
+def _one_round(folder: Path, run: str) -> None:
+    take(NodeLedger(folder, PolicySection(max_epsilon=1e6)), run, 1, 10, plan())
+
+
+def test_processes_at_once_lose_no_step(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_one_round, args=(tmp_path, str(number))) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert NodeLedger(tmp_path, POLICY).steps() == 40
+
+
+def test_a_damaged_ledger_stops_the_node(tmp_path: Path) -> None:
+    take(NodeLedger(tmp_path, POLICY), "a", 1, 3, plan())
+    (tmp_path / "ledger.sqlite").write_bytes(b"x" * 5000)
+    with pytest.raises(InputError, match=r"state\.directory = .*owner's ledger"):
+        NodeLedger(tmp_path, POLICY)
+
+
+def test_the_ledger_is_its_owners_alone(tmp_path: Path) -> None:
+    take(NodeLedger(tmp_path / "new", POLICY), "a", 1, 3, plan())
+    paths = [tmp_path / "new", *(tmp_path / "new").iterdir()]
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if path.stat().st_mode & 0o077} == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"state\.directory"):
+        NodeLedger(tmp_path / "file" / "state", POLICY)
