@@ -319,7 +319,10 @@ def test_any_unknown_key_is_one_line(section: str, key: str) -> None:
             one_line(fedlora("run", path), f"{section}.x")
 
 
-@given(st.sampled_from(sorted(KEYS)), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+@given(
+    st.sampled_from(sorted(set(KEYS) - {"privacy.mode"})),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+)
 @settings(max_examples=40)
 def test_any_override_is_taken_or_one_line(key: str, value: str) -> None:
     with a_file(tomli_w.dumps(override("privacy.mode", "client"))) as path:
