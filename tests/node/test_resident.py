@@ -26,7 +26,9 @@ LIGHT = "tests.node.light_app:app"
 
 
 @pytest.fixture
-def node_file(tmp_path: Path, cache: Path) -> Iterator[Path]:
+def node_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # The worker's process imports this package's app, which nobody installs.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     path = write_node(tmp_path / "clinic", cache)
     yield path
     worker_folder_of(path).chmod(0o700)
