@@ -25,10 +25,14 @@ from tests.owner import RUN, Server, write_node
 LIGHT = "tests.node.light_app:app"
 
 
-@pytest.fixture
-def node_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    # The worker's process imports this package's app, which nobody installs.
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the worker's process import this package's app, which nobody installs."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+@pytest.fixture
+def node_file(tmp_path: Path, cache: Path) -> Iterator[Path]:
     path = write_node(tmp_path / "clinic", cache)
     yield path
     worker_folder_of(path).chmod(0o700)
