@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,19 +126,22 @@ def simulate(
             folder.set_resolved(_with_cohort_size(resolved, size))
 
         kind = LocalGrid if section.workers == 0 else RayGrid
-        with kind(
-            client_app,
-            len(tokens.partition),
-            workers=section.workers,
-            cpus_per_worker=section.cpus_per_worker,
-            gpus_per_worker=section.gpus_per_worker,
-            cohort_size=section.cohort_size,
-            address=section.address,
-            run_config={"config": resolved.to_toml()},
-            states=folder.checkpoint.states,
-            work=lambda client: local_steps(resolved, int(tokens.partition.sizes[client])),
-            on_cohort_size=keep_cohort_size,
-        ) as grid:
+        with (
+            _settled_heap(),
+            kind(
+                client_app,
+                len(tokens.partition),
+                workers=section.workers,
+                cpus_per_worker=section.cpus_per_worker,
+                gpus_per_worker=section.gpus_per_worker,
+                cohort_size=section.cohort_size,
+                address=section.address,
+                run_config={"config": resolved.to_toml()},
+                states=folder.checkpoint.states,
+                work=lambda client: local_steps(resolved, int(tokens.partition.sizes[client])),
+                on_cohort_size=keep_cohort_size,
+            ) as grid,
+        ):
             rounds = strategy(resolved) if callable(strategy) else strategy
             return run_federation(
                 resolved,
@@ -156,6 +161,17 @@ def simulate(
         raise
     finally:
         folder.close()
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Keep the garbage collector from walking what is loaded, for a fifth of a second, in the middle of a round."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _check_here(config: Config) -> None:

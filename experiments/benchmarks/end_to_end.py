@@ -19,19 +19,30 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from experiments.benchmarks.machine import ROOT, machine
 from fedlora import simulate
 from fedlora.cli import parse_overrides
 from fedlora.config import load_config
+from strategies.federation import Progress
+
+PARTS = ("train", "communicate", "aggregate", "evaluate")
+"""Of a round, as rounds.jsonl has them; what is left of its wall time is written to the run folder."""
 
 
 def measure_ours(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Simulate the config with RayGrid."""
-    result = simulate(config, overrides, output=folder)
+    """Simulate the config with RayGrid; a round's ``wall`` is from its predecessor's end to its own."""
+    ends: list[float] = []
+    result = simulate(
+        config, overrides, output=folder, progress=Progress(on_round=lambda line: ends.append(perf_counter()))
+    )
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return {"summary": result.summary, "rounds": _rounds(lines), "config": (folder / "config.toml").read_text()}
+    rounds = _rounds(lines)
+    for seconds, began, ended in zip(rounds[1:], ends, ends[1:], strict=True):
+        seconds["wall"] = ended - began
+    return {"summary": result.summary, "rounds": rounds, "config": (folder / "config.toml").read_text()}
 
 
 def measure_flower(
@@ -74,8 +85,8 @@ def _rounds(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _typical(rounds: list[dict[str, float]]) -> float:
-    """Median seconds of a round; the first, which loads the models, does not count."""
-    return statistics.median(sum(seconds.values()) for seconds in (rounds[1:] or rounds))
+    """Median seconds of a round's parts; the first round, which loads the models, does not count."""
+    return statistics.median(sum(seconds[name] for name in PARTS) for seconds in (rounds[1:] or rounds))
 
 
 def main() -> None:
@@ -92,11 +103,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ours = measure_ours(arguments.config, overrides, Path(scratch) / "ours")
         results: dict[str, Any] = {"machine": machine(), "ours": ours}
-        names = ("train", "communicate", "aggregate", "evaluate")
-        wall = {name: sum(r[name] for r in ours["rounds"][1:]) for name in names}
-        total = sum(wall.values())
+        parts = {name: sum(r[name] for r in ours["rounds"][1:]) for name in PARTS}
+        total = sum(r["wall"] for r in ours["rounds"][1:])
         print(f"rounds 2 to {len(ours['rounds'])}: {total:.1f} s, {_typical(ours['rounds']):.3f} s a round")
-        for name, seconds in wall.items():
+        for name, seconds in (parts | {"record": total - sum(parts.values())}).items():
             print(f"  {name:12} {seconds:7.2f} s {seconds / total:6.1%}")
         print("  whole run   ", {k: round(v, 1) for k, v in ours["summary"]["seconds"].items()})
         _write(arguments.output, results)

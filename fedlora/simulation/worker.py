@@ -6,6 +6,7 @@ Simulated clients have many of them, on Ray; a real node has one, without Ray (:
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import sys
 import traceback
@@ -53,6 +54,7 @@ class Worker:
             self.broken = traceback.format_exc()
         self.shared: dict[int, ArrayRecord] = {}
         self.limit = sys.maxsize
+        self._settled = False
 
     def handle(
         self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]]
@@ -78,6 +80,11 @@ class Worker:
         while len(replies) < len(messages):
             part = slice(len(replies), len(replies) + self.limit)
             replies += self._run(messages[part], contexts[part])
+        if not self._settled and messages and messages[0].metadata.message_type == "train":
+            # Model and data are loaded and stay: the collector need not walk them in the middle of every few rounds.
+            gc.collect()
+            gc.freeze()
+            self._settled = True
         return replies
 
     def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
