@@ -40,7 +40,7 @@ def measure_ours(config: str, overrides: dict[str, Any], folder: Path) -> dict[s
     )
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     rounds = _rounds(lines)
-    for seconds, began, ended in zip(rounds[1:], ends, ends[1:], strict=True):
+    for seconds, began, ended in zip(rounds[1:], ends[:-1], ends[1:], strict=True):
         seconds["wall"] = ended - began
     return {"summary": result.summary, "rounds": rounds, "config": (folder / "config.toml").read_text()}
 
