@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -74,23 +74,29 @@ def _describe_node(message: Message, context: Context) -> Message:
 
 
 @app.train_cohort
-def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """Train the clients of the messages in one pass.
+def train(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message]:
+    """Train the clients of the messages in one pass, then yield their replies.
 
     A message carries the global arrays and ``config`` (server-round, learning-rate, parameterisation, and the digest of
     the frozen arrays, which come with the first message). A reply carries the trained arrays and metrics: num-examples,
     steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon and delta.
     """
+    if is_node(contexts[0]):
+        yield from _train_on_node(messages, contexts)
+    else:
+        with ExitStack() as held:
+            yield from _train(messages, contexts, held)
+
+
+def _train_on_node(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     try:
         with ExitStack() as held:
-            return _train(messages, contexts, held)
+            return list(_train(messages, contexts, held))
     except Exception as error:
-        if not is_node(contexts[0]):
-            raise
         return [_error_reply(error, m, c) for m, c in zip(messages, contexts, strict=True)]
 
 
-def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitStack) -> list[Message]:
+def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitStack) -> Iterator[Message]:
     started = time.perf_counter()
     replies: dict[int, Message] = {}
     clients: dict[int, Participant] = {}
@@ -106,7 +112,15 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
             jobs[i] = _job(message, clients[i], adapted)
         except Exception as error:
             replies[i] = _error_reply(error, message, context)
-    for group in _groups(messages, list(jobs)):
+    trained: dict[int, ClientResult] = {}
+    seconds: dict[int, float] = {}
+
+    def reply(i: int) -> Message:
+        assert adapted is not None
+        return _reply(messages[i], clients[i], jobs[i], trained[i], seconds[i], adapted)
+
+    groups = _groups(messages, list(jobs))
+    for group in groups:
         assert adapted is not None
         adapted.prepare(_settings(messages[group[0]]))
         # All clients of a simulation have one config, and a real node is alone.
@@ -116,11 +130,14 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
         except (GuardError, BudgetError, InputError) as error:
             replies |= {i: _error_reply(error, messages[i], contexts[i]) for i in group}
             continue
-        seconds = (time.perf_counter() - started) / len(group)
+        trained |= zip(group, results, strict=True)
+        seconds |= dict.fromkeys(group, (time.perf_counter() - started) / len(group))
+        if len(groups) > 1:
+            # How an expert leaves depends on the rank that the model is prepared for.
+            replies |= {i: reply(i) for i in group}
         started = time.perf_counter()
-        for i, result in zip(group, results, strict=True):
-            replies[i] = _reply(messages[i], clients[i], jobs[i], result, seconds, adapted)
-    return [replies[i] for i in range(len(messages))]
+    for i in range(len(messages)):
+        yield replies[i] if i in replies else reply(i)
 
 
 def _settings(message: Message) -> Any:

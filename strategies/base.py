@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.communication.wire import Arrays, decode, encode, flatten, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, GuardError, RunError
@@ -377,8 +377,7 @@ def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
 
 def check_finite(arrays: Arrays) -> None:
     """Refuse arrays with a number that is infinite or none (ValueError)."""
-    # A norm is finite only if all numbers are; one that overflowed tells nothing yet.
-    if not arrays or torch.stack(torch._foreach_norm(list(arrays.values()))).isfinite().all():
+    if flatten(arrays).isfinite().all():
         return
     for name, array in arrays.items():
         if not torch.isfinite(array).all():

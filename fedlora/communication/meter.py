@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto, recorddict_to_proto
@@ -116,19 +117,45 @@ def row_dict(row: Row) -> dict[str, int | str]:
 
 
 def message_size(message: Message) -> int:
-    """Exact size in bytes of a message in Flower's protobuf form, without serialising like arrays again."""
+    """Exact size in bytes of a message in Flower's protobuf form, without serialising like messages again."""
     if not message.has_content():
         return int(message_to_proto(message).ByteSize())
-    rest = RecordDict()
+    small: list[Any] = [(name, *_varying(value)) for name, value in vars(message.metadata).items()]
     arrays = 0
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
             arrays += _record_size(key, record)
         else:
-            rest[key] = record
-    bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
-    content = bare.content.ByteSize()
-    return int(bare.ByteSize()) - _varint(content) + arrays + _varint(content + arrays)
+            small.append((key, type(record), tuple((name, *_varying(value)) for name, value in record.items())))
+    layout = tuple(small)
+    sizes = _SIZES.get(layout)
+    if sizes is None:
+        rest = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
+        bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
+        if len(_SIZES) >= _MOST_SIZES:
+            _SIZES.clear()
+        sizes = _SIZES[layout] = int(bare.ByteSize()), int(bare.content.ByteSize())
+    whole, content = sizes
+    return whole - _varint(content) + arrays + _varint(content + arrays)
+
+
+_SIZES: dict[tuple[Any, ...], tuple[int, int]] = {}
+"""Of a message without its arrays, and of its content, by what they depend on."""
+
+_MOST_SIZES = 2**12
+
+
+def _varying(value: Any) -> tuple[Any, ...]:
+    """Return what a value's size depends on, which is less than the value."""
+    if isinstance(value, list):
+        return (list, *(_varying(item) for item in value))
+    if isinstance(value, float):
+        return float, value == 0
+    if isinstance(value, int) and value >= 0:
+        return type(value), value.bit_length()
+    if isinstance(value, str):
+        value = value.encode()
+    return type(value), len(value) if isinstance(value, bytes) else value
 
 
 def _record_size(key: str, record: ArrayRecord) -> int:

@@ -78,7 +78,7 @@ def _handle(worker: Worker, connection: Connection) -> None:
     try:
         connection.send(READY)
         envelope, context = connection.recv()
-        (reply,), (state,), _ = worker.handle([envelope], [context], {})
+        (reply,), (state,), _ = worker.handle([envelope], [context], {}, 1)
         connection.send((_outward(reply), state))
         kind, done = envelope.metadata.message_type, "an error" if reply.error else "arrays and counts"
         log.info("%s of run %d: %s, %.2f s", kind, envelope.metadata.run_id, done, time.perf_counter() - started)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-CohortFunction = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+CohortFunction = Callable[[Sequence[Message], Sequence[Context]], Iterable[Message]]
 CapacityFunction = Callable[[Message, Context], int]
 
 
@@ -27,14 +27,15 @@ class CohortClientApp(ClientApp):
         Parameters
         ----------
         function : callable
-            Takes messages and contexts of equal number and returns their replies in the same order; it changes the
-            contexts' states in place.
+            Takes messages and contexts of equal number and returns their replies in the same order, or yields them, so
+            that the first travel while the others are made; it changes the contexts' states in place.
         """
         self.cohort_function = function
 
         @self.train()
         def train_one(message: Message, context: Context) -> Message:
-            return function([message], [context])[0]
+            (reply,) = function([message], [context])
+            return reply
 
         return function
 

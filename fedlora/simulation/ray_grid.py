@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -34,11 +35,21 @@ FIRST_NODE_ID = 2
 QUERY_BATCH = 64
 """Queries are answered without work: many go at once."""
 
-OVERLAP = 32
-"""A cohort of so many clients keeps a GPU busy."""
+PART = 16
+"""A batch's replies come so many at a time: the driver reads and sums the first while the others are encoded."""
 
 QUEUED = 2
 """Batches in flight a worker, so that it does not wait for the driver between two of them."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Replies that are under way: a worker's, to some of a batch's messages, by their places."""
+
+    worker: int
+    batch: int
+    places: list[int]
+    last: bool
 
 
 class RayGrid(Grid):
@@ -185,11 +196,11 @@ class RayGrid(Grid):
         waiting = deque(range(len(batches)))
         # In order, no more than a window of replies is held; else the first message may be in the last batch.
         window = 2 * QUEUED * len(self._actors) if in_order else len(batches)
-        running: dict[Any, tuple[int, int]] = {}  # reference -> (batch, worker), in the order of submission
+        running: dict[Any, _Part] = {}  # by reference, in the order of submission
         done: dict[int, Message] = {}
-        due = finished = 0
-        while finished < len(batches):
-            load = Counter(worker for _, worker in running.values())
+        due = 0
+        while due + len(done) < len(messages):
+            load = Counter(part.worker for part in running.values() if part.last)
             while waiting and waiting[0] < due // len(batches[0]) + window:
                 worker = min(range(len(self._actors)), key=lambda w: (load[w], w))
                 if load[worker] >= QUEUED:
@@ -197,30 +208,37 @@ class RayGrid(Grid):
                 load[worker] += 1
                 batch = waiting.popleft()
                 chosen = [messages[i] for i in batches[batch]]
-                running[self._submit(chosen, worker, shared, references)] = (batch, worker)
+                sent = self._submit(chosen, worker, shared, references)
+                for reference, start in zip(sent, range(0, len(chosen), PART), strict=True):
+                    places = batches[batch][start : start + PART]
+                    running[reference] = _Part(worker, batch, places, start + PART >= len(chosen))
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=1, timeout=left)
             if not ready:
-                for late in {worker for _, worker in running.values()}:
+                for late in {part.worker for part in running.values()}:
                     ray.kill(self._actors[late])
                     self._actors[late] = self._start_worker()
                 break
             # A worker answers in order, but its death shows on all its batches at once: the oldest is the fatal one.
-            worker = running[ready[0]][1]
-            reference = next(ref for ref, (_, w) in running.items() if w == worker)
-            batch, _ = running.pop(reference)
-            chosen = [messages[i] for i in batches[batch]]
+            worker = running[ready[0]].worker
+            reference = next(ref for ref, part in running.items() if part.worker == worker)
+            part = running.pop(reference)
+            chosen = [messages[i] for i in part.places]
             try:
                 replies = self._collect(chosen, reference)
             except ray.exceptions.RayError as error:
                 replies = [_died(message, error) for message in chosen]
                 if isinstance(error, ray.exceptions.RayActorError):
                     # Batches that were queued behind the fatal one never started: they go to the new worker.
-                    lost = [ref for ref, (_, w) in running.items() if w == worker]
-                    waiting.extendleft(sorted((running.pop(ref)[0] for ref in lost), reverse=True))
+                    for ref, other in [(ref, other) for ref, other in running.items() if other.worker == worker]:
+                        del running[ref]
+                        if other.batch == part.batch:
+                            done.update((i, _died(messages[i], error)) for i in other.places)
+                        elif other.last:
+                            waiting.append(other.batch)
+                    waiting = deque(sorted(waiting))
                     self._actors[worker] = self._start_worker()
-            done.update(zip(batches[batch], replies, strict=True))
-            finished += 1
+            done.update(zip(part.places, replies, strict=True))
             while due in done:
                 yield done.pop(due)
                 due += 1
@@ -234,11 +252,8 @@ class RayGrid(Grid):
         order, size = list(range(len(messages))), QUERY_BATCH
         if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
             if self.cohort_size == "auto":
-                # Every worker gets some, whatever one could hold; two cohorts, if they stay large, so that the replies
-                # of the first travel and are summed while the second trains.
+                # Every worker gets some, whatever one could hold.
                 share = -(-len(messages) // len(self._actors))
-                if share >= 2 * OVERLAP:
-                    share = -(-share // 2)
                 self._set_cohort_size(min(share, self._capacity(messages[0], shared, references)))
             assert isinstance(self.cohort_size, int)
             size = self.cohort_size
@@ -260,11 +275,14 @@ class RayGrid(Grid):
 
     def _submit(
         self, batch: list[Message], worker: int, shared: dict[int, SharedRecord], references: dict[int, list[Any]]
-    ) -> Any:
+    ) -> list[Any]:
+        """Hand a batch to a worker; return a reference to every part of its replies."""
         envelopes = [pack(message, shared) for message in batch]
         wanted = {r.key for e in envelopes for r in (e.records or {}).values() if isinstance(r, SharedRecord)}
         contexts = [self._context(message.metadata.dst_node_id) for message in batch]
-        return self._actors[worker].handle.remote(envelopes, contexts, {key: references[key] for key in wanted})
+        actor = self._actors[worker]
+        first = actor.handle.remote(envelopes, contexts, {key: references[key] for key in wanted}, PART)
+        return [first, *(actor.more.remote(PART) for _ in range(PART, len(batch), PART))]
 
     def _collect(self, batch: list[Message], reference: Any) -> list[Message]:
         envelopes, states, limit = ray.get(reference)

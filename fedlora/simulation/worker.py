@@ -8,18 +8,23 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import itertools
+import pickle
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.simulation.envelope import Envelope, pack, unpack, unpack_record
+
+Part = tuple[list[Envelope], list[RecordDict], int]
+"""Replies, the states of their clients, and the most clients that memory allows in a pass."""
 
 
 def load_app(app: ClientApp | str) -> ClientApp:
@@ -55,11 +60,12 @@ class Worker:
         self.shared: dict[int, ArrayRecord] = {}
         self.limit = sys.maxsize
         self._settled = False
+        self._replies: Iterator[tuple[Message, Context]] = iter(())
 
     def handle(
-        self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]]
-    ) -> tuple[list[Envelope], list[RecordDict], int]:
-        """Handle a batch of messages.
+        self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]], part: int
+    ) -> Part:
+        """Handle a batch of messages, and return the first ``part`` of its replies.
 
         An exception of one client becomes an error reply with its traceback, and does not touch the others; the
         client's state stays what it was. A cohort that runs out of GPU memory is halved and run again, from where it
@@ -70,22 +76,30 @@ class Worker:
         (list of Envelope, list of RecordDict, int)
             The replies and the clients' states, in the same order, and the most clients that memory allows in a pass.
         """
+        self._replies = iter(())
         self._receive(references)
-        replies = self.run([unpack(envelope, self.shared) for envelope in envelopes], contexts)
-        return [pack(reply) for reply in replies], [context.state for context in contexts], self.limit
+        messages = [unpack(envelope, self.shared) for envelope in envelopes]
+        self._replies = zip(self.run(messages, contexts), contexts, strict=True)
+        return self.more(part)
 
-    def run(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
+    def more(self, part: int) -> Part:
+        """Return the next replies of the batch; while they are made, the driver reads those before them."""
+        made = [(pack(reply), context.state) for reply, context in itertools.islice(self._replies, part)]
+        return [envelope for envelope, _ in made], [state for _, state in made], self.limit
+
+    def run(self, messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
         """Do as :meth:`handle` in the caller's own process; the contexts' states are changed in place."""
-        replies: list[Message] = []
-        while len(replies) < len(messages):
-            part = slice(len(replies), len(replies) + self.limit)
-            replies += self._run(messages[part], contexts[part])
-        if not self._settled and messages and messages[0].metadata.message_type == "train":
+        done = 0
+        while done < len(messages):
+            part = slice(done, done + self.limit)
+            for reply in self._run(messages[part], contexts[part]):
+                done += 1
+                yield reply
+        if not self._settled and messages and messages[0].metadata.message_type == MessageType.TRAIN:
             # Model and data are loaded and stay: the collector need not walk them in the middle of every few rounds.
             gc.collect()
             gc.freeze()
             self._settled = True
-        return replies
 
     def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
         """Measure how many clients fit into one pass; 1 where the app cannot say."""
@@ -108,37 +122,61 @@ class Worker:
             for key, (reference,) in references.items()
         }
 
-    def _run(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
+    def _run(self, messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        """Handle messages in one pass where the app can, or one by one; fewer where memory runs out."""
         if self.app is None:
-            return [_failed(message, self.broken) for message in messages]
-        states = [copy.deepcopy(context.state) for context in contexts]
+            yield from (_failed(message, self.broken) for message in messages)
+            return
+        # Faster than copy.deepcopy.
+        states = [pickle.loads(state) for state in [pickle.dumps(context.state) for context in contexts]]
         cohort = self.app.cohort_function if isinstance(self.app, CohortClientApp) else None
-        if cohort is not None and len(messages) > 1 and all(m.metadata.message_type == "train" for m in messages):
+        done = 0
+        training = all(message.metadata.message_type == MessageType.TRAIN for message in messages)
+        if cohort is not None and len(messages) > 1 and training:
+            out_of_memory = False
             try:
-                return _checked(cohort(messages, contexts), len(messages))
+                for reply in _checked(cohort(messages, contexts), len(messages)):
+                    yield reply
+                    done += 1
             except Exception as error:
-                torch.cuda.empty_cache()
-                for context, state in zip(contexts, states, strict=True):
-                    context.state = copy.deepcopy(state)
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    self.limit = len(messages) // 2
-                    return self._run(messages[: self.limit], contexts[: self.limit])
                 # One client's failure must not take the others along: below they run one by one, from where they were.
-        replies = []
-        for message, context, state in zip(messages, contexts, states, strict=True):
+                out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+            if done == len(messages):
+                return
+            for context, state in zip(contexts[done:], states[done:], strict=True):
+                context.state = copy.deepcopy(state)
+            torch.cuda.empty_cache()
+            if out_of_memory:
+                self.limit = max(1, (len(messages) - done) // 2)
+                yield from self._run(messages[done:][: self.limit], contexts[done:][: self.limit])
+                return
+        for message, context, state in zip(messages[done:], contexts[done:], states[done:], strict=True):
             try:
-                replies += _checked([self.app(message, context)], 1)
+                (reply,) = _checked([self.app(message, context)], 1)
             except Exception:
                 context.state = state
-                replies.append(_failed(message, traceback.format_exc()))
-        return replies
+                reply = _failed(message, traceback.format_exc())
+            yield reply
 
 
-def _checked(replies: Sequence[object], count: int) -> list[Message]:
-    messages = [reply for reply in replies if isinstance(reply, Message)]
-    if not len(messages) == len(replies) == count:
-        raise TypeError(f"the ClientApp returned {[type(r).__name__ for r in replies]} for {count} messages")
-    return messages
+def _checked(replies: Iterable[object], count: int) -> Iterator[Message]:
+    """Pass on as many replies as there are messages; where it can be told before the first, none of a wrong number.
+
+    Raises
+    ------
+    TypeError
+        If their number is another, or one is no message.
+    """
+    if isinstance(replies, Sized) and len(replies) != count:
+        raise TypeError(f"the ClientApp returned {len(replies)} replies for {count} messages")
+    made = 0
+    for reply in replies:
+        if not isinstance(reply, Message) or made == count:
+            raise TypeError(f"the ClientApp returned a {type(reply).__name__} as reply {made + 1} of {count} messages")
+        made += 1
+        yield reply
+    if made < count:
+        raise TypeError(f"the ClientApp returned {made} replies for {count} messages")
 
 
 def _failed(message: Message, reason: str) -> Message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -82,6 +82,16 @@ def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> li
 def query(message: Message, context: Context) -> Message:
     """Handle a question to one client."""
     return handle(message, context)
+
+
+streaming = CohortClientApp()
+
+
+@streaming.train_cohort
+def answer_one_after_another(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message]:
+    """Handle a cohort, and give each answer as soon as it is there."""
+    for message, context in zip(messages, contexts, strict=True):
+        yield handle(message, context, len(messages))
 
 
 short = CohortClientApp()

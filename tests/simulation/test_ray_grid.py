@@ -21,6 +21,12 @@ CLIENTS = 8
 pytestmark = pytest.mark.usefixtures("ray_here")
 
 
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let cohorts of three answer in two parts."""
+    monkeypatch.setattr(ray_grid, "PART", 2)
+
+
 @pytest.fixture(scope="module")
 def grid(ray_here: None) -> Iterator[RayGrid]:
     """Two workers that handle one client at a time; its states are those of all tests before."""
@@ -248,15 +254,26 @@ def test_an_automatic_cohort_is_what_fits_and_leaves_some_for_every_worker(ray_h
         assert metric(replies, "cohort")[0] == expected
 
 
-def test_an_automatic_cohort_is_halved_where_both_halves_are_large(
-    ray_here: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_grid, "OVERLAP", 2)
-    told: list[int] = []
-    app = "tests.simulation.apps:small_memory"
-    with RayGrid(app, 4, workers=1, cohort_size="auto", on_cohort_size=told.append) as grid:
-        assert metric(list(grid.send_and_receive(messages(clients=range(4)))), "cohort") == [2] * 4
-    assert told == [2]
+def test_the_first_replies_of_a_cohort_are_there_before_the_last_are_made(ray_here: None) -> None:
+    with RayGrid("tests.simulation.apps:streaming", 5, workers=1, cohort_size=5) as grid:
+        list(grid.send_and_receive(messages(clients=range(5))))  # the worker is up
+        replies = grid.send_and_receive(messages({"sleep-4": 2.0}, range(5)))
+        began = time.monotonic()
+        first = [next(replies), next(replies)]
+        assert time.monotonic() - began < 1.5
+        rest = list(replies)
+        assert time.monotonic() - began > 1.5
+        assert clients_of([*first, *rest]) == list(range(5))
+        assert metric([*first, *rest], "cohort") == [5] * 5
+        assert [calls(grid, client) for client in range(5)] == [2] * 5
+
+
+def test_a_worker_that_ends_in_a_cohort_leaves_what_it_answered_and_what_it_had_not_begun(ray_here: None) -> None:
+    with RayGrid("tests.simulation.apps:streaming", 10, workers=1, cohort_size=5) as grid:
+        replies = list(grid.send_and_receive(messages({"die-3": True}, range(10))))
+        assert clients_of(replies) == list(range(10))
+        assert [reply.has_error() for reply in replies] == [False, False, True, True, True, *[False] * 5]
+        assert [calls(grid, client) for client in range(10)] == [1, 1, 0, 0, 0, *[1] * 5]
 
 
 def test_clients_of_like_work_share_a_cohort_and_replies_keep_their_order(ray_here: None) -> None:

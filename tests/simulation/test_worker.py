@@ -79,9 +79,35 @@ def test_a_cohort_that_answers_too_little_is_run_one_by_one() -> None:
     worker = Worker(apps.short, 1)
     contexts = [context(i) for i in range(3)]
     envelopes = [pack(train_message(2 + i)) for i in range(3)]
-    replies, states, _ = worker.handle(envelopes, contexts, {})
+    replies, states, _ = worker.handle(envelopes, contexts, {}, len(envelopes))
     assert [unpack(r).content["metrics"]["cohort"] for r in replies] == [1, 1, 1]
     assert [state["count"]["calls"] for state in states] == [1, 1, 1]
+
+
+def test_a_cohort_that_fails_on_its_way_is_finished_one_by_one() -> None:
+    worker = Worker(apps.streaming, 1)
+    contexts = [context(i) for i in range(4)]
+    content = RecordDict({"do": ConfigRecord({"raise-2": True})})
+    replies = list(worker.run([train_message(2 + i, content) for i in range(4)], contexts))
+    assert [reply.has_error() for reply in replies] == [False, False, True, False]
+    assert [replies[i].content["metrics"]["cohort"] for i in (0, 1, 3)] == [4, 4, 1]
+    assert ["count" in c.state and c.state["count"]["calls"] for c in contexts] == [1, 1, False, 1]
+
+
+def test_a_batch_is_answered_in_parts() -> None:
+    worker = Worker(apps.streaming, 1)
+    contexts = [context(i) for i in range(5)]
+    parts = [
+        worker.handle([pack(train_message(2 + i)) for i in range(5)], contexts, {}, 2),
+        worker.more(2),
+        worker.more(2),
+    ]
+    assert [[unpack(r).content["metrics"]["client"] for r in replies] for replies, _, _ in parts] == [
+        [0, 1],
+        [2, 3],
+        [4],
+    ]
+    assert worker.more(2)[0] == []
 
 
 def test_a_failure_leaves_the_state_as_it_was() -> None:
@@ -89,7 +115,7 @@ def test_a_failure_leaves_the_state_as_it_was() -> None:
     before = context(1)
     before.state["count"] = MetricRecord({"calls": 7})
     message = train_message(3, RecordDict({"do": ConfigRecord({"raise-1": True})}))
-    (reply,), (state,), _ = worker.handle([pack(message)], [before], {})
+    (reply,), (state,), _ = worker.handle([pack(message)], [before], {}, 1)
     assert unpack(reply).error.code == ClientErrorCode.FAILED
     assert state["count"]["calls"] == 7
 
@@ -103,7 +129,7 @@ def test_a_cohort_beyond_the_memory_is_halved_until_it_fits() -> None:
     worker = Worker(apps.small_memory, 1)
     contexts = [context(i) for i in range(7)]
     envelopes = [pack(train_message(2 + i)) for i in range(7)]
-    replies, states, limit = worker.handle(envelopes, contexts, {})
+    replies, states, limit = worker.handle(envelopes, contexts, {}, len(envelopes))
     assert [unpack(r).content["metrics"]["client"] for r in replies] == list(range(7))
     assert max(unpack(r).content["metrics"]["cohort"] for r in replies) <= apps.ROOM
     assert [state["count"]["calls"] for state in states] == [1] * 7
