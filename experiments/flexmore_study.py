@@ -345,8 +345,8 @@ def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
             "method__alpha": 8 * rank**0.5,
             "method__target_modules": names,
         }
-        batch = bench.options.batch * owners
-        config = bench.config(client__batch_size=batch, client__physical_batch_size=bench.options.physical, **overrides)
+        batch, physical = bench.options.batch * owners, bench.options.physical * owners
+        config = bench.config(client__batch_size=batch, client__physical_batch_size=physical, **overrides)
         adapted = adapt(load_base(config, None, bench.device), config, "lora")
         start = drawn_factors(adapted, config.run.seed)
         result = train_cohort(adapted, bench.data.train, [ClientJob(0, 1, rows, start, rate)], config)[0]
