@@ -23,6 +23,20 @@ torch.set_num_threads(2)
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fedlora")
 
+TINY_MODELS = {"adapters", "experts", "strategies", "training"}
+"""Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.parent.name not in TINY_MODELS:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
