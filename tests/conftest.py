@@ -51,6 +51,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return assets.parent
 
 
+@pytest.fixture(scope="module")
+def cached(cache: Path) -> Iterator[None]:
+    """Runs of a module use that cache, in their own processes too."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FEDLORA_CACHE", str(cache))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_here(cache: Path) -> Iterator[None]:
     """One Ray for the whole session: grids take the one that runs. It has more cores on paper than the machine."""

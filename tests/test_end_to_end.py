@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,7 @@ FORMULA = {
     "fed-sb": (MODULES * RANK * 2 * HIDDEN, MODULES * RANK**2 + HEAD),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FEDLORA_CACHE", str(cache))
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "ray_here")]
 
 
 @pytest.fixture(scope="module")
