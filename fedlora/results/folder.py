@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,40 @@ class RunFolder:
         for file in ("rounds.jsonl", "communication.csv", "privacy.csv"):
             lines = ([_header(file)] if _header(file) else []) + self.checkpoint.lines(file)
             write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
+
+
+@contextmanager
+def run_folder(
+    path: str | Path, config: Config, resolved: Config | None = None, *, resume: bool = False
+) -> Iterator[RunFolder]:
+    """Make a run's folder, or open it to go on with its run; close it in the end.
+
+    A new folder in which no round was done goes again if the input turns out to be wrong: the user mends the config
+    and gives the same command again.
+
+    Parameters
+    ----------
+    path : str or Path
+    config : Config
+        As given.
+    resolved : Config, optional
+        Of a new folder: with what "auto" and defaults became.
+    resume : bool
+
+    Raises
+    ------
+    InputError
+        As :meth:`RunFolder.create` and :meth:`RunFolder.resume` do.
+    """
+    folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
+    try:
+        yield folder
+    except InputError:
+        if not resume:
+            folder.discard()
+        raise
+    finally:
+        folder.close()
 
 
 def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:

@@ -15,7 +15,7 @@ import pytest
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.results import RunFolder
-from fedlora.results.folder import COMMUNICATION, PRIVACY, write_atomically
+from fedlora.results.folder import COMMUNICATION, PRIVACY, run_folder, write_atomically
 
 BASE = {
     "model": {"name": "asset:minilm-l6"},
@@ -109,16 +109,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
         RunFolder.create(tmp_path / place, config())
 
 
-def test_a_folder_without_a_round_is_discarded_and_one_with_rounds_is_kept(tmp_path: Path) -> None:
-    first = RunFolder.create(tmp_path / "run", config())
-    first.checkpoint.set_arrays("frozen", {})
-    first.discard()
-    assert not (tmp_path / "run").exists()
-    second = RunFolder.create(tmp_path / "run", config())
-    add(second, 1)
-    second.discard()
-    second.close()
-    assert content(tmp_path / "run")
+def add_and_fail(folder: RunFolder, rounds: int, error: type[BaseException] = InputError) -> None:
+    for number in range(rounds):
+        add(folder, number + 1)
+    raise InputError("data.name", "x", "mend it") if error is InputError else error
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_wrong_input_discards_a_new_folder_without_a_round(tmp_path: Path, rounds: int) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(InputError, match="mend it"), run_folder(path, config()) as folder:
+        add_and_fail(folder, rounds)
+    assert path.exists() == (rounds > 0)
+
+
+def test_a_folder_that_was_there_or_was_interrupted_is_kept_and_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), run_folder(path, config()) as folder:
+        add_and_fail(folder, 0, KeyboardInterrupt)
+    with pytest.raises(InputError, match="mend it"), run_folder(path, config(), resume=True) as folder:
+        add_and_fail(folder, 0)
+    with run_folder(path, config(), resume=True) as folder:
+        add(folder, 1)
+    assert "rounds.jsonl" in content(path)
 
 
 @pytest.mark.parametrize("same", ["given", "resolved"])
