@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import subprocess
 import sys
@@ -345,7 +346,9 @@ def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     def score(line: dict[str, Any]) -> float:
         metrics = line["metrics"]["validation"]
-        return float(metrics.get("accuracy", -metrics["loss"]))
+        if "accuracy" in metrics:
+            return float(metrics["accuracy"])
+        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
 
     line = max(lines, key=score)
     return {"round": line["round"], **line["metrics"]["validation"]}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.cli.display import format_bytes
+from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, Run
@@ -93,9 +93,9 @@ class StudyDisplay:
         if run.folder.startswith("runs/"):  # nobody looks at a tuning run's test examples
             for name, shown in (("accuracy", "{:.1%}"), ("perplexity", "{:.2f}")):
                 if name in final:
-                    facts.append(f"{name} {shown.format(final[name])}")
+                    facts.append(f"{name} {'-' if final[name] is None else shown.format(final[name])}")
         if summary["epsilon"]:
-            facts.append(f"epsilon {summary['epsilon']['max']:.3f}")
+            facts.append(f"epsilon {format_epsilon(summary['epsilon']['max'])}")
         sent = sum(traffic[f"{way}_bytes"] for way in ("initial", "downlink", "uplink"))
         facts += [f"sent {format_bytes(sent)}", f"{summary['seconds']['total']:.1f} s"]
         self._print(f"{run.folder}  {'  '.join(facts)}")

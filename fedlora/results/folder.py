@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tomllib
@@ -155,7 +156,7 @@ class RunFolder:
     ) -> None:
         """Commit a round with the checkpoint, then show it in the growing files."""
         new = {
-            "rounds.jsonl": [json.dumps(line)],
+            "rounds.jsonl": [to_json(line)],
             "communication.csv": _csv_lines(COMMUNICATION, communication),
             "privacy.csv": _csv_lines(PRIVACY, privacy),
         }
@@ -186,10 +187,10 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and mark the run as done."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
         self.checkpoint["finished"] = True
         self.checkpoint.commit()
-        return RunResult(self.path, dict(summary))
+        return self.result()
 
     def result(self) -> RunResult:
         """Read a finished run's summary."""
@@ -259,6 +260,19 @@ def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:
             key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
         )
     return Config.model_validate(tomllib.loads(resolved))
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Write JSON, with null for numbers that are not finite: JSON has no word for them."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.results import RunFolder
-from fedlora.results.folder import COMMUNICATION, PRIVACY, run_folder, write_atomically
+from fedlora.results.folder import COMMUNICATION, PRIVACY, run_folder, to_json, write_atomically
 
 BASE = {
     "model": {"name": "asset:minilm-l6"},
@@ -247,6 +250,25 @@ def test_a_finished_run_knows_its_summary(tmp_path: Path) -> None:
     assert again.finished
     assert again.result() == result
     again.close()
+
+
+@given(
+    st.recursive(
+        st.floats() | st.none() | st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_what_is_written_is_json_with_null_for_what_is_not_finite(content: Any) -> None:
+    def expected(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: expected(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [expected(inner) for inner in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(to_json(content), parse_constant=refuse) == expected(content)
 
 
 def test_the_log_is_in_the_folder_and_ends_with_it(tmp_path: Path) -> None:
