@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -326,10 +327,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it; None outside of one."""
+    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it.
+
+    Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FEDLORA_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
