@@ -27,6 +27,7 @@ from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import RunFolder
+from fedlora.study.forecast import forecast
 from strategies.federation import Progress, run_federation
 from strategies.flexmore import FlexMoRE
 from strategies.server_app import resolve
@@ -45,9 +46,13 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6), ("public", 6)):
         rows = [
-            {"text": " ".join(f"w{i}" for i in rng.choice(list(known), 8)), "domain": domain}
+            {
+                "text": " ".join(f"w{i}" for i in rng.choice(list(known), 8)),
+                "domain": domain,
+                "ward": f"{domain} {n % 2}",
+            }
             for domain, known in DOMAINS.items()
-            for _ in range(count)
+            for n in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -186,6 +191,43 @@ def test_under_privacy_the_start_is_charged(content, tmp_path):
         initial = [row for row in csv.DictReader(stream) if row["direction"] == "initial"]
     assert [int(row["payload_bytes"]) for row in initial] == [int(row["formula_bytes"]) for row in initial]
     assert [int(row["payload_bytes"]) for row in initial] == [4 * 2 * 32] * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        # Two clients an owner, of which a round asks some.
+        {"data.partition.column": "ward", "server.fraction_train": 0.4, "method.ranks": [3, 1, "full", 2, 1, 2]},
+        {"privacy.mode": "example", "privacy.target_epsilon": 20.0, "data.public": "public", "run.rounds": 1},
+    ],
+)
+def test_the_forecast_comes_true(content, changes, tmp_path):
+    if "data.public" in changes:
+        changes = {**changes, "data.public": content["data"]["test"].replace("test.jsonl", "public.jsonl")}
+    changes = {"client.local_steps": 2, "simulation.workers": 0, **changes}
+    expected = forecast(resolve(load_config(content, changes)))
+    summary = fedlora.simulate(content, changes, output=tmp_path / "run").summary
+    sent = dict.fromkeys(("initial", "down", "up"), 0)
+    with (tmp_path / "run" / "communication.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        sent[row["direction"]] += int(row["payload_bytes"])
+    assert sent == {
+        "initial": expected.initial_bytes,
+        "down": expected.downlink_bytes,
+        "up": expected.uplink_bytes,
+    }
+    assert (sent["initial"] > 0) == ("data.public" in changes)
+    assert (sent["down"] > 0) == (summary["rounds"] > 1)
+    assert summary["trainable_parameters"] == expected.trainable_parameters
+    assert expected.steps == 2 * sum(row["direction"] == "up" for row in rows)
+    ranks = changes.get("method.ranks", [3, "full", 1])
+    assert expected.ranks == ranks
+    with (tmp_path / "run" / "privacy.csv").open() as stream:
+        noise = {int(row["client"]): float(row["noise_multiplier"]) for row in csv.DictReader(stream)}
+    assert noise == dict(enumerate(expected.noise_multipliers))
+    assert len(noise) == (3 if "privacy.mode" in changes else 0)
 
 
 class Owners(FakeGrid):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
+from fedlora.experts.expert import FULL
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, Run
 from fedlora.study.processes import capacity
@@ -130,7 +132,7 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     forecasts = forecast_all(runs)
     there = {entry["run"]: entry for entry in all_entries(read_state(folder))}
     table = Table(box=None, pad_edge=False)
-    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "status"):
+    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "ranks", "status"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right", no_wrap=True)
     missing = []
     for run in runs:
@@ -161,7 +163,8 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:
     if isinstance(expected, InputError):
-        return [*["-"] * 6, f"impossible: {expected}"]
+        return [*["-"] * 7, f"impossible: {expected}"]
+    ranks = sorted(set(expected.ranks), key=lambda rank: math.inf if rank == FULL else rank)
     noise = sorted({f"{sigma:.4g}" for sigma in expected.noise_multipliers}, key=float)
     return [
         f"{expected.trainable_parameters:,}",
@@ -170,6 +173,7 @@ def _cells(expected: Forecast | InputError, status: str) -> list[str]:
         f"{expected.uplink_bytes:,}",
         f"{expected.steps:,}",
         " - ".join(dict.fromkeys((noise[0], noise[-1]))) if noise else "-",
+        ", ".join(map(str, ranks)) or "-",
         status,
     ]
 
