@@ -24,7 +24,7 @@ from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, GuardError, RunError
+from fedlora.errors import ClientErrorCode, GuardError, InputError, RunError
 from fedlora.models import load_base
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
@@ -195,6 +195,10 @@ class FederatedStrategy(Strategy):
         """Return the payload in bytes as a function of round, client and direction; equal for all by default."""
         formula = self.formula_bytes(adapted)
         return lambda server_round, client, direction: formula[direction]
+
+    def refuses(self, client: int, name: str) -> InputError | None:
+        """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
+        return None
 
     def server_device(self) -> str:
         """Where the server's model is: on the GPU where the simulation uses one."""

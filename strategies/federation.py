@@ -110,7 +110,7 @@ def run_federation(
 
     # 1. Who is there.
     federation = str(checkpoint.get("federation") or uuid.uuid4().hex)
-    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []))
+    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []), strategy.refuses)
     roster.discover()
     nodes = roster.nodes
     if roster.real:

@@ -25,7 +25,7 @@ from fedlora.errors import ClientErrorCode, InputError
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
-from fedlora.experts.ranks import client_ranks
+from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
@@ -38,6 +38,8 @@ FULL_RATE = 0.1
 """A full expert's learning rate, as a share of an adapter's."""
 
 MIXTURE = "mixture"
+RESERVED = ("public", MIXTURE)
+"""What results call models, so that no owner may be called so."""
 
 
 class FlexMoRE(FederatedStrategy):
@@ -90,7 +92,10 @@ class FlexMoRE(FederatedStrategy):
             public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
         )
         owners = self.names or client_owners(data)
-        self.register(mixture, client_ranks(self.config, self.names or data.client_names), owners)
+        ranks = client_ranks(self.config, self.names or data.client_names, complete=not self.names)
+        self.register(mixture, ranks, owners)
+        for rank in listed_ranks(self.config):  # of those too who are not there yet
+            check_rank(rank, self.projections, "method.ranks")
         return MergedModel(mixture.eval())
 
     def register(self, mixture: Mixture, ranks: list[Rank], owners: list[str]) -> None:
@@ -100,11 +105,20 @@ class FlexMoRE(FederatedStrategy):
         self.public_digest = "" if next(mixture.parameters()).is_meta else mixture.public_digest
         self.enrol(ranks, owners)
 
+    def refuses(self, client: int, name: str) -> InputError | None:
+        """A node needs a rank, and a name that is nobody else's in the results."""
+        if name in RESERVED:
+            return InputError("name", name, "is what results call a model; that node does not take part, rename it")
+        if not has_rank(self.config, client, name):
+            remedy = f"has no rank for node {name}, which does not take part; add it"
+            return InputError("method.ranks", self.config.method.ranks, remedy)
+        return None
+
     def enrol(self, ranks: list[Rank], owners: list[str]) -> None:
         """Check all clients' ranks and owners; those that are known come first."""
         known = len(self.owners)
         self.ranks, self.owners = ranks, list(owners)
-        for name in ("public", MIXTURE):
+        for name in RESERVED:
             if name in owners:
                 raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
         layers = list(self.projections.values())
@@ -176,7 +190,7 @@ class FlexMoRE(FederatedStrategy):
     ) -> Iterable[Message]:
         """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
         if len(self.names) > len(self.owners):  # nodes that came after the start
-            self.enrol(client_ranks(self.config, self.names), self.names)
+            self.enrol(client_ranks(self.config, self.names, complete=False), self.names)
         self._arrays = decode(arrays)
         self.report = RoundReport(clients=self.sample(server_round))
         experts = split_owners(self._arrays)
