@@ -495,8 +495,11 @@ def _check_experts(config: Config) -> None:
     if method.ranks is not None and not method.ranks:
         raise InputError("method.ranks", method.ranks, "is empty; give a rank for every client")
     clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
-    if isinstance(method.ranks, list) and clients is not None and len(method.ranks) != clients:
-        raise InputError("method.ranks", method.ranks, f"needs one rank for each of the {clients} clients")
+    if isinstance(method.ranks, list) and clients is not None:
+        listed = len(method.ranks)
+        # More nodes may come than the run waits for.
+        if listed < clients or (listed > clients and config.data.name != NODES):
+            raise InputError("method.ranks", method.ranks, f"needs one rank for each of the {clients} clients")
     for rank in method.device_profile or ():
         if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
             remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'

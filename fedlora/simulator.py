@@ -23,7 +23,7 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
-from fedlora.results.folder import RunFolder, RunResult
+from fedlora.results.folder import RunResult, run_folder
 from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
 from strategies import get_strategy
@@ -98,10 +98,7 @@ def simulate(
     _check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
     # The folder comes first: that it cannot be written should not show after an hour of loading.
-    folder = (
-        RunFolder.resume(path, given) if resume else RunFolder.create(path, given, _resolve_cohorts(resolve(given)))
-    )
-    try:
+    with run_folder(path, given, _resolve_cohorts(resolve(given)), resume=resume) as folder:
         if folder.finished:
             log.info("%s is finished already", path)
             return folder.result()
@@ -154,13 +151,6 @@ def simulate(
                 started=started,
                 simulated=True,
             )
-    except InputError:
-        if not resume:
-            # The user mends the config and gives the same command again.
-            folder.discard()
-        raise
-    finally:
-        folder.close()
 
 
 @contextmanager

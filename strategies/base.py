@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.wire import Arrays, decode, encode, flatten, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, GuardError, RunError
+from fedlora.errors import ClientErrorCode, GuardError, InputError, RunError
 from fedlora.models import load_base
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
@@ -80,6 +80,29 @@ class Payload:
     initial: int
     down: int
     up: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run will do, if every client answers.
+
+    Attributes
+    ----------
+    initial_bytes, downlink_bytes, uplink_bytes : int
+        Payload of all clients and rounds.
+    trainable_parameters : int
+    final_evaluations : int
+        How often the test examples are looked at after the last round.
+    ranks : tuple of int or "full"
+        Of each client, where clients have ranks of their own.
+    """
+
+    initial_bytes: int
+    downlink_bytes: int
+    uplink_bytes: int
+    trainable_parameters: int
+    final_evaluations: int = 1
+    ranks: tuple[int | Literal["full"], ...] = ()
 
 
 class FederatedStrategy(Strategy):
@@ -173,13 +196,40 @@ class FederatedStrategy(Strategy):
         formula = self.formula_bytes(adapted)
         return lambda server_round, client, direction: formula[direction]
 
+    def refuses(self, client: int, name: str) -> InputError | None:
+        """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
+        return None
+
     def server_device(self) -> str:
         """Where the server's model is: on the GPU where the simulation uses one."""
         return "cuda" if self.config.simulation.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
-    def server_model(self, data: FederatedData) -> AdaptedModel:
-        """Load the base model with the method's adapters in it."""
-        base = load_base(self.config, data.label_names, self.server_device())
+    def holds(self, client: int, answered: Collection[int]) -> bool:
+        """Whether there are arrays to send to a client once these have answered; from the start by default."""
+        return True
+
+    def planned(self, adapted: AdaptedModel) -> Planned:
+        """Say what the run will send and train, of the model's skeleton and the clients in ``nodes``."""
+        formula = self.client_formula(adapted)
+        sent = dict.fromkeys(("initial", "down", "up"), 0)
+        seen: set[int] = set()
+        for server_round in range(1, self.config.run.rounds + 1):
+            clients = self.sample(server_round)
+            for client in clients:
+                sent["initial"] += 0 if client in seen else formula(server_round, client, "initial")
+                sent["down"] += formula(server_round, client, "down") if self.holds(client, seen) else 0
+                sent["up"] += formula(server_round, client, "up")
+            seen |= set(clients)
+        return Planned(
+            initial_bytes=sent["initial"],
+            downlink_bytes=sent["down"],
+            uplink_bytes=sent["up"],
+            trainable_parameters=sum(adapted.parameter(name)[0].numel() for name in adapted.names(self.trained)),
+        )
+
+    def server_model(self, data: FederatedData, device: str | None = None) -> AdaptedModel:
+        """Load the base model with the method's adapters in it; on the device ``meta`` its skeleton."""
+        base = load_base(self.config, data.label_names, device or self.server_device())
         return adapt(base, self.config, self.parameterisation)
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:

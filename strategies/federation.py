@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import platform
 import subprocess
 import sys
@@ -108,7 +110,7 @@ def run_federation(
 
     # 1. Who is there.
     federation = str(checkpoint.get("federation") or uuid.uuid4().hex)
-    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []))
+    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []), strategy.refuses)
     roster.discover()
     nodes = roster.nodes
     if roster.real:
@@ -325,10 +327,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it; None outside of one."""
+    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it.
+
+    Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FEDLORA_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -345,7 +350,9 @@ def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     def score(line: dict[str, Any]) -> float:
         metrics = line["metrics"]["validation"]
-        return float(metrics.get("accuracy", -metrics["loss"]))
+        if "accuracy" in metrics:
+            return float(metrics["accuracy"])
+        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
 
     line = max(lines, key=score)
     return {"round": line["round"], **line["metrics"]["validation"]}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +25,12 @@ from fedlora.errors import ClientErrorCode, InputError
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
-from fedlora.experts.ranks import client_ranks
+from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
-from strategies.base import FederatedStrategy, Payload, RoundReport, check_finite
+from strategies.base import FederatedStrategy, Payload, Planned, RoundReport, check_finite
 
 log = logging.getLogger("fedlora")
 
@@ -37,6 +38,8 @@ FULL_RATE = 0.1
 """A full expert's learning rate, as a share of an adapter's."""
 
 MIXTURE = "mixture"
+RESERVED = ("public", MIXTURE)
+"""What results call models, so that no owner may be called so."""
 
 
 class FlexMoRE(FederatedStrategy):
@@ -81,28 +84,41 @@ class FlexMoRE(FederatedStrategy):
 
     # What a client is.
 
-    def server_model(self, data: FederatedData) -> MergedModel:
+    def server_model(self, data: FederatedData, device: str | None = None) -> MergedModel:
         """Load the public model as a mixture without experts; learn the clients' ranks and owners."""
         method = self.config.method
-        public = load_base(self.config, None, self.server_device())
+        public = load_base(self.config, None, device or self.server_device())
         mixture = Mixture.of(
             public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
         )
         owners = self.names or client_owners(data)
-        self.register(mixture, client_ranks(self.config, self.names or data.client_names), owners)
+        ranks = client_ranks(self.config, self.names or data.client_names, complete=not self.names)
+        self.register(mixture, ranks, owners)
+        for rank in listed_ranks(self.config):  # of those too who are not there yet
+            check_rank(rank, self.projections, "method.ranks")
         return MergedModel(mixture.eval())
 
     def register(self, mixture: Mixture, ranks: list[Rank], owners: list[str]) -> None:
         """Take note of every client's rank and owner, and of what their experts must fit."""
         self.projections, self.routers = mixture.projections(), mixture.routers()
-        self.public_digest = mixture.public_digest
+        # A skeleton has no weights to tell apart.
+        self.public_digest = "" if next(mixture.parameters()).is_meta else mixture.public_digest
         self.enrol(ranks, owners)
+
+    def refuses(self, client: int, name: str) -> InputError | None:
+        """A node needs a rank, and a name that is nobody else's in the results."""
+        if name in RESERVED:
+            return InputError("name", name, "is what results call a model; that node does not take part, rename it")
+        if not has_rank(self.config, client, name):
+            remedy = f"has no rank for node {name}, which does not take part; add it"
+            return InputError("method.ranks", self.config.method.ranks, remedy)
+        return None
 
     def enrol(self, ranks: list[Rank], owners: list[str]) -> None:
         """Check all clients' ranks and owners; those that are known come first."""
         known = len(self.owners)
         self.ranks, self.owners = ranks, list(owners)
-        for name in ("public", MIXTURE):
+        for name in RESERVED:
             if name in owners:
                 raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
         layers = list(self.projections.values())
@@ -130,14 +146,32 @@ class FlexMoRE(FederatedStrategy):
     def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
         """Each client's payload by its own rank; once, the public expert's router rows, where there is public text."""
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
-        rows = sum(self.routers.values())
-        layers = list(self.projections.values())
+        rows = sum(self.routers.values()) if self.config.data.public is not None else 0
 
         def formula(server_round: int, client: int, direction: str) -> int:
-            numbers = self.payload(layers, self.ranks[client], rows + len(self.routers))
-            return size * (rows if direction == "initial" else getattr(numbers, direction))
+            return size * (rows if direction == "initial" else self.expert_numbers(self.ranks[client]))
 
         return formula
+
+    def expert_numbers(self, rank: Rank) -> int:
+        """Count the numbers of an expert of a rank, with its router rows."""
+        head = sum(self.routers.values()) + len(self.routers)
+        return self.payload(list(self.projections.values()), rank, head).up
+
+    def holds(self, client: int, answered: Collection[int]) -> bool:
+        """A client gets its owner's expert, once there is one."""
+        return any(self.owners[other] == self.owners[client] for other in answered)
+
+    def planned(self, adapted: AdaptedModel) -> Planned:
+        """Every owner whose clients are asked has an expert at the end, which is evaluated on its own too."""
+        rounds = range(1, self.config.run.rounds + 1)
+        owners = {self.owners[client] for server_round in rounds for client in self.sample(server_round)}
+        return replace(
+            super().planned(adapted),
+            trainable_parameters=sum(self.expert_numbers(self.owner_rank(owner)) for owner in owners),
+            final_evaluations=2 + len(owners),  # the mixture, the public model
+            ranks=tuple(self.ranks),
+        )
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """The public expert's router rows, from public text; without such text they are 0 and nothing is sent."""
@@ -156,7 +190,7 @@ class FlexMoRE(FederatedStrategy):
     ) -> Iterable[Message]:
         """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
         if len(self.names) > len(self.owners):  # nodes that came after the start
-            self.enrol(client_ranks(self.config, self.names), self.names)
+            self.enrol(client_ranks(self.config, self.names, complete=False), self.names)
         self._arrays = decode(arrays)
         self.report = RoundReport(clients=self.sample(server_round))
         experts = split_owners(self._arrays)
@@ -304,19 +338,18 @@ class FlexMoRE(FederatedStrategy):
         """Return what summary.json says of the experts."""
         assert isinstance(adapted, MergedModel)
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
-        layers, head = list(self.projections.values()), sum(self.routers.values()) + len(self.routers)
         experts = {
             owner: {
                 "rank": expert.rank,
                 "clients": self.owners.count(owner),
-                "bytes": size * self.payload(layers, expert.rank, head).up,
-                "full_bytes": size * self.payload(layers, FULL, head).up,
+                "bytes": size * self.expert_numbers(expert.rank),
+                "full_bytes": size * self.expert_numbers(FULL),
             }
             for owner, expert in adapted.experts.items()
         }
         return {
             "experts": experts,
-            "break_even_rank": break_even_rank(layers),
+            "break_even_rank": break_even_rank(list(self.projections.values())),
             "router_tuned": self.config.method.router_tuning_steps > 0,
         }
 

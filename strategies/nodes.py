@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -41,6 +41,8 @@ class Roster:
         Names the run folder's run, over resumes.
     names : sequence of str
         Names of the nodes that the run knows already, by client number.
+    refuses : callable (client, name), optional
+        Why the run's method cannot have a new node as this client; None where it can.
 
     Attributes
     ----------
@@ -53,10 +55,16 @@ class Roster:
     """
 
     def __init__(
-        self, grid: Grid, config: Config, label_names: list[str] | None, federation: str, names: Sequence[str] = ()
+        self,
+        grid: Grid,
+        config: Config,
+        label_names: list[str] | None,
+        federation: str,
+        names: Sequence[str] = (),
+        refuses: Callable[[int, str], RunError | InputError | None] = lambda client, name: None,
     ) -> None:
         self.grid, self.config, self.label_names, self.federation = grid, config, label_names, federation
-        self.names = list(names)
+        self.names, self.refuses = list(names), refuses
         self.nodes: dict[int, int] = {}
         self.away: set[int] = set()
         self._refused: dict[int, RunError | InputError] = {}
@@ -81,8 +89,6 @@ class Roster:
         node_ids = self._wait_for_nodes(timeout)
         replies = AddressedGrid(self.grid).send_and_receive([self._query(n) for n in node_ids], timeout=timeout)
         self._enrol(replies)
-        for error in self._refused.values():
-            log.warning("%s", error)
         if len(self.nodes) < (self.config.server.min_replies if self.real or self._refused else 1):
             if self._refused:
                 raise next(iter(self._refused.values()))
@@ -167,12 +173,12 @@ class Roster:
             self._asked.pop(reply.metadata.reply_to_message_id, None)
             if reply.has_error():
                 if reply.error.code not in UNAVAILABLE:
-                    self._refused[node] = refusal(self.config, f"node {node}", reply.error.code, reply.error.reason)
+                    self._refuse(node, refusal(self.config, f"node {node}", reply.error.code, reply.error.reason))
             elif NODE_RECORD in reply.content:
                 about: Any = reply.content[NODE_RECORD]
                 name = str(about["name"])
                 if about["labels"] != labels_digest(self.label_names):
-                    self._refused[node] = refusal(self.config, name, ClientErrorCode.LABELS, None)
+                    self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, None))
                 elif found.get(name, node) != node or self._taken(name, node):
                     raise RunError(f"two nodes call themselves {name}; give each a name of its own in node.toml")
                 else:
@@ -182,7 +188,12 @@ class Roster:
                 self.nodes[int(metrics["partition-id"])] = node
         if found and len(self.nodes) > len(self.names):
             raise RunError("real nodes and simulated clients do not mix; give every node its node-file")
-        self.names += sorted(found.keys() - set(self.names))
+        for name in sorted(found.keys() - set(self.names)):
+            error = self.refuses(len(self.names), name)
+            if error is None:
+                self.names.append(name)
+            else:
+                self._refuse(found.pop(name), error)
         for name, node in found.items():
             client = self.names.index(name)
             if client in self.away:
@@ -192,6 +203,11 @@ class Roster:
         ordered = sorted(self.nodes.items())
         self.nodes.clear()
         self.nodes.update(ordered)
+
+    def _refuse(self, node: int, error: RunError | InputError) -> None:
+        """Go on without a node; it is not asked again."""
+        log.warning("%s", error)
+        self._refused[node] = error
 
     def _taken(self, name: str, node: int) -> bool:
         """Tell whether another node that is there has the name."""

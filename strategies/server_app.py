@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import INPUT_MARK, InputError, RunError
-from fedlora.results.folder import RunFolder
+from fedlora.results.folder import run_folder
 from strategies import get_strategy
 from strategies.federation import run_federation
 
@@ -29,18 +29,10 @@ def main(grid: Grid, context: Context) -> None:
     output = Path(str(context.run_config.get("output") or Path("runs") / config.run.name))
     resume = bool(context.run_config.get("resume", False))
     try:
-        folder = RunFolder.resume(output, config) if resume else RunFolder.create(output, config)
-        try:
+        with run_folder(output, config, resume=resume) as folder:
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 run_federation(config, grid, folder, prepare_data(config), method(config))
-        except InputError:
-            if not resume:
-                # As in simulation: the user mends the config and gives the same command again.
-                folder.discard()
-            raise
-        finally:
-            folder.close()
     except InputError as error:
         # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
         raise RunError(f"{INPUT_MARK}{error}") from None

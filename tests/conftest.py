@@ -23,6 +23,20 @@ torch.set_num_threads(2)
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fedlora")
 
+TINY_MODELS = {"adapters", "experts", "strategies", "training"}
+"""Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.parent.name not in TINY_MODELS:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,6 +49,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = fetch(name)
         (assets / folder.name).symlink_to(folder)
     return assets.parent
+
+
+@pytest.fixture(scope="module")
+def cached(cache: Path) -> Iterator[None]:
+    """Runs of a module use that cache, in their own processes too."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FEDLORA_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from safetensors.torch import load_file
 from fedlora import simulate
 from fedlora.config import load_config
 from fedlora.errors import ClientErrorCode
+from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
 from strategies import METHODS
+from strategies.federation import Progress
 from strategies.fedit import FedIT
 from tests.command import fedlora
 
@@ -63,14 +64,7 @@ FORMULA = {
     "fed-sb": (MODULES * RANK * 2 * HIDDEN, MODULES * RANK**2 + HEAD),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FEDLORA_CACHE", str(cache))
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "ray_here")]
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +244,35 @@ def test_the_adapter_is_a_lora_for_a_base_that_can_be_loaded(run: RunResult) -> 
         assert torch.isfinite(tensor).all()
     head = load_file(run.folder / "adapter" / "head.safetensors")
     assert sorted(tuple(tensor.shape) for tensor in head.values()) == [(2,), (2, HIDDEN)]
+
+
+def test_without_noise_epsilon_has_no_bound_and_every_file_is_json_all_the_same(folder: Path) -> None:
+    path = folder / "no-noise"
+    privacy = {"mode": "example", "noise_multiplier": 0.0, "target_delta": DELTA}
+    config = {**CONFIG, "privacy": privacy, "simulation": {"workers": 0}}
+
+    def stop(line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, output=path, progress=Progress(on_round=stop))
+    result = simulate(config, output=path, resume=True)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    texts = [(path / "summary.json").read_text(), *(path / "rounds.jsonl").read_text().splitlines()]
+    summary, *of_rounds = (json.loads(text, parse_constant=refuse) for text in texts)
+    assert summary == result.summary
+    assert (summary["epsilon"]["max"], summary["epsilon"]["mean"]) == (None, None)
+    assert [line["epsilon"] for line in of_rounds] == [None] * ROUNDS
+    assert {row["epsilon"] for row in table(path / "privacy.csv")} == {float("inf")}
+    config_file = folder / "no-noise.toml"
+    config_file.write_text(tomli_w.dumps(config))
+    assert "infinite at delta" in fedlora("run", config_file, "--output", path, "--resume").out
+    page, comparison = write_report([path], folder / "no-noise-report")
+    assert comparison.runs[0].summary.epsilon.max == float("inf")
+    assert page.is_file()
 
 
 # The same bits.

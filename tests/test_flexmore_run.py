@@ -26,7 +26,8 @@ from fedlora.node.names import NODE_FILE
 from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
-from fedlora.results.folder import RunFolder
+from fedlora.results.folder import RunResult, run_folder
+from fedlora.study.forecast import forecast
 from strategies.federation import Progress, run_federation
 from strategies.flexmore import FlexMoRE
 from strategies.server_app import resolve
@@ -45,9 +46,13 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6), ("public", 6)):
         rows = [
-            {"text": " ".join(f"w{i}" for i in rng.choice(list(known), 8)), "domain": domain}
+            {
+                "text": " ".join(f"w{i}" for i in rng.choice(list(known), 8)),
+                "domain": domain,
+                "ward": f"{domain} {n % 2}",
+            }
             for domain, known in DOMAINS.items()
-            for _ in range(count)
+            for n in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -188,6 +193,43 @@ def test_under_privacy_the_start_is_charged(content, tmp_path):
     assert [int(row["payload_bytes"]) for row in initial] == [4 * 2 * 32] * 3
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        # Two clients an owner, of which a round asks some.
+        {"data.partition.column": "ward", "server.fraction_train": 0.4, "method.ranks": [3, 1, "full", 2, 1, 2]},
+        {"privacy.mode": "example", "privacy.target_epsilon": 20.0, "data.public": "public", "run.rounds": 1},
+    ],
+)
+def test_the_forecast_comes_true(content, changes, tmp_path):
+    if "data.public" in changes:
+        changes = {**changes, "data.public": content["data"]["test"].replace("test.jsonl", "public.jsonl")}
+    changes = {"client.local_steps": 2, "simulation.workers": 0, **changes}
+    expected = forecast(resolve(load_config(content, changes)))
+    summary = fedlora.simulate(content, changes, output=tmp_path / "run").summary
+    sent = dict.fromkeys(("initial", "down", "up"), 0)
+    with (tmp_path / "run" / "communication.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        sent[row["direction"]] += int(row["payload_bytes"])
+    assert sent == {
+        "initial": expected.initial_bytes,
+        "down": expected.downlink_bytes,
+        "up": expected.uplink_bytes,
+    }
+    assert (sent["initial"] > 0) == ("data.public" in changes)
+    assert (sent["down"] > 0) == (summary["rounds"] > 1)
+    assert summary["trainable_parameters"] == expected.trainable_parameters
+    assert expected.steps == 2 * sum(row["direction"] == "up" for row in rows)
+    ranks = changes.get("method.ranks", [3, "full", 1])
+    assert expected.ranks == ranks
+    with (tmp_path / "run" / "privacy.csv").open() as stream:
+        noise = {int(row["client"]): float(row["noise_multiplier"]) for row in csv.DictReader(stream)}
+    assert noise == dict(enumerate(expected.noise_multipliers))
+    assert len(noise) == (3 if "privacy.mode" in changes else 0)
+
+
 class Owners(FakeGrid):
     """Real nodes in this process; the last one comes after the first round."""
 
@@ -223,24 +265,39 @@ class Owners(FakeGrid):
         return app(message, context)
 
 
-def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, cache):
-    """A node's expert bears its owner's name, at the rank of that name; its ledger is charged for the start."""
+@pytest.fixture
+def node_files(content: dict[str, Any], tmp_path: Path, cache: Path) -> list[Path]:
     files = []
     for name in ("cats", "sea", "misc+alt"):
         lines = Path(content["data"]["name"]).read_text().splitlines()
         rows = [{"note": row["text"]} for row in map(json.loads, lines) if row["domain"] == name]
         policy = {"max_epsilon": 30.0}
         files.append(write_node(tmp_path / name, cache, rows, name=name.replace("+", "-"), policy=policy))
-    data = {"name": "nodes", "test": content["data"]["test"]}
-    privacy = {"mode": "example", "target_epsilon": 20.0, "target_delta": 1e-3}
-    method = {"name": "flexmore", "device_profile": {"2": 0.5, "full": 0.5}}
-    run = {"name": "nodes", "rounds": 3}
-    given = {**content, "data": data, "method": method, "privacy": privacy, "run": run, "server": {"min_replies": 2}}
+    return files
+
+
+def run_on_nodes(
+    content: dict[str, Any], files: list[Path], folder: Path, method: dict[str, Any]
+) -> tuple[RunResult, FlexMoRE]:
+    given = {
+        **content,
+        "run": {"name": "nodes", "rounds": 3},
+        "data": {"name": "nodes", "test": content["data"]["test"]},
+        "method": {"name": "flexmore", **method},
+        "privacy": {"mode": "example", "target_epsilon": 20.0, "target_delta": 1e-3},
+        "server": {"min_replies": 2},
+    }
     config = resolve(load_config(given))
-    folder = RunFolder.create(tmp_path / "run", config)
     strategy = FlexMoRE(config)
-    result = run_federation(config, Owners(files, config), folder, prepare_data(config), strategy)
-    folder.close()
+    with run_folder(folder, config) as opened:
+        return run_federation(config, Owners(files, config), opened, prepare_data(config), strategy), strategy
+
+
+def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, node_files):
+    """A node's expert bears its owner's name, at the rank of that name; its ledger is charged for the start."""
+    files = node_files
+    method = {"device_profile": {"2": 0.5, "full": 0.5}}
+    result, strategy = run_on_nodes(content, files, tmp_path / "run", method)
     # Numbers follow names; who comes later is the last.
     assert strategy.owners == ["cats", "sea", "misc-alt"]
     assert list(result.summary["experts"]) == sorted(strategy.owners)
@@ -251,3 +308,25 @@ def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, cache):
         steps = sorted(n for _, _, n in Node.open(path).ledger.history())
         assert (steps[0], steps[-1]) == (1, 12 * rounds)
         assert 0 < Node.open(path).ledger.epsilon() <= 20.0
+
+
+@pytest.mark.parametrize("ranks", [[2, "full"], {"sea": "full", "cats": 2, "dogs": 1}])
+def test_a_node_without_a_rank_is_refused_by_name_and_the_others_go_on(content, tmp_path, node_files, ranks):
+    result, strategy = run_on_nodes(content, node_files, tmp_path / "run", {"ranks": ranks})
+    assert {owner: facts["rank"] for owner, facts in result.summary["experts"].items()} == {"cats": 2, "sea": "full"}
+    assert (strategy.owners, result.summary["clients"]) == (["cats", "sea"], 2)
+    assert "has no rank for node misc-alt" in (tmp_path / "run" / "run.log").read_text()
+    assert Node.open(node_files[2]).ledger.history() == []
+
+
+def test_ranks_that_no_model_can_have_end_a_run_before_a_node_trains(content, tmp_path, node_files):
+    with pytest.raises(InputError, match=r"method\.ranks = 99"):
+        run_on_nodes(content, node_files, tmp_path / "run", {"ranks": [2, 1, 99]})
+    assert not (tmp_path / "run").exists()
+    assert all(Node.open(path).ledger.history() == [] for path in node_files)
+
+
+def test_a_simulation_needs_a_rank_for_every_client(content, tmp_path):
+    with pytest.raises(InputError, match="needs one rank for each of the 3 clients"):
+        fedlora.simulate(content, {"method.ranks": [2, 1], "simulation.workers": 0}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -68,11 +68,11 @@ class RunDisplay:
         if "accuracy" in final:
             rows.append(("accuracy", f"{final['accuracy']:.1%} (majority class {final['majority']:.1%})"))
         if "perplexity" in final:
-            rows.append(("perplexity", f"{final['perplexity']:.2f}"))
+            rows.append(("perplexity", _number(final["perplexity"], 2)))
         if facts["epsilon"]:
             e = facts["epsilon"]
             covers = "" if e["covers_init"] else "; the start is not covered"
-            rows.append(("epsilon", f"{e['max']:.3f} at delta {e['delta']:g}, {e['unit']}{covers}"))
+            rows.append(("epsilon", f"{format_epsilon(e['max'])} at delta {e['delta']:g}, {e['unit']}{covers}"))
         up, down, once = (
             format_bytes(facts["communication"][f"{way}_bytes"]) for way in ("uplink", "downlink", "initial")
         )
@@ -129,6 +129,11 @@ class RunDisplay:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def format_epsilon(value: float | None) -> str:
+    """Write summary.json's epsilon, which has no bound where it is None."""
+    return "infinite" if value is None else f"{value:.3f}"
 
 
 def format_bytes(count: float) -> str:

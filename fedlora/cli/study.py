@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.cli.display import format_bytes
+from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
+from fedlora.experts.expert import FULL
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, Run
 from fedlora.study.processes import capacity
@@ -93,9 +95,9 @@ class StudyDisplay:
         if run.folder.startswith("runs/"):  # nobody looks at a tuning run's test examples
             for name, shown in (("accuracy", "{:.1%}"), ("perplexity", "{:.2f}")):
                 if name in final:
-                    facts.append(f"{name} {shown.format(final[name])}")
+                    facts.append(f"{name} {'-' if final[name] is None else shown.format(final[name])}")
         if summary["epsilon"]:
-            facts.append(f"epsilon {summary['epsilon']['max']:.3f}")
+            facts.append(f"epsilon {format_epsilon(summary['epsilon']['max'])}")
         sent = sum(traffic[f"{way}_bytes"] for way in ("initial", "downlink", "uplink"))
         facts += [f"sent {format_bytes(sent)}", f"{summary['seconds']['total']:.1f} s"]
         self._print(f"{run.folder}  {'  '.join(facts)}")
@@ -130,7 +132,7 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     forecasts = forecast_all(runs)
     there = {entry["run"]: entry for entry in all_entries(read_state(folder))}
     table = Table(box=None, pad_edge=False)
-    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "status"):
+    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "ranks", "status"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right", no_wrap=True)
     missing = []
     for run in runs:
@@ -161,7 +163,8 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:
     if isinstance(expected, InputError):
-        return [*["-"] * 6, f"impossible: {expected}"]
+        return [*["-"] * 7, f"impossible: {expected}"]
+    ranks = sorted(set(expected.ranks), key=lambda rank: math.inf if rank == FULL else rank)
     noise = sorted({f"{sigma:.4g}" for sigma in expected.noise_multipliers}, key=float)
     return [
         f"{expected.trainable_parameters:,}",
@@ -170,6 +173,7 @@ def _cells(expected: Forecast | InputError, status: str) -> list[str]:
         f"{expected.uplink_bytes:,}",
         f"{expected.steps:,}",
         " - ".join(dict.fromkeys((noise[0], noise[-1]))) if noise else "-",
+        ", ".join(map(str, ranks)) or "-",
         status,
     ]
 

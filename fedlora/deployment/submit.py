@@ -12,7 +12,7 @@ from typing import Any
 from fedlora.config import load_config
 from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.errors import INPUT_MARK, InputError, RunError
-from fedlora.results.folder import RunResult, write_atomically
+from fedlora.results.folder import RunResult, to_json, write_atomically
 from strategies import get_strategy
 from strategies.federation import Progress
 
@@ -132,7 +132,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
         # A run that had finished already moved nothing now.
         if first < summary["rounds"]:
             summary["communication"]["flower"] = _flowers_count(state, folder, first)
-            write_atomically(path, json.dumps(summary, indent=2) + "\n")
+            write_atomically(path, to_json(summary, indent=2) + "\n")
         return RunResult(folder, summary)
     why = " ".join(state.details.removeprefix(_FAILED).split()) or f"the server says: {state.outcome or state.status}"
     if why.startswith(INPUT_MARK):

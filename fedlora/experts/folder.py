@@ -74,7 +74,7 @@ def save_expert(expert: Expert, mixture: Mixture, folder: Path, base: str) -> No
         ).save_pretrained(str(folder))
     save_file(routers, folder / ROUTER_FILE)
     facts = {"owner": expert.owner, "rank": expert.rank, "public_digest": expert.public_digest}
-    (folder / EXPERT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / EXPERT_FILE).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_expert(folder: str | Path, mixture: Mixture) -> Expert:

@@ -50,7 +50,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log")
     if panel.y_axis.log:
         axes.set_yscale("log")
-    below = [0.0] * max(len(series.x) for series in panel.series)
+    below = [0.0] * max((len(series.x) for series in panel.series), default=0)
     for place, series in enumerate(panel.series):
         if panel.bars:
             axes.bar(

@@ -77,8 +77,8 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         points["error_y"] = {
             "type": "data",
             "symmetric": False,
-            "array": [None if t is None else t - y for t, y in zip(series.high, series.y, strict=True)],
-            "arrayminus": [None if b is None else y - b for b, y in zip(series.low, series.y, strict=True)],
+            "array": _finite([None if t is None else t - y for t, y in zip(series.high, series.y, strict=True)]),
+            "arrayminus": _finite([None if b is None else y - b for b, y in zip(series.low, series.y, strict=True)]),
             "color": _rgba(style.colour, 0.65),
             "thickness": 1.2,
             "width": 4,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 
+_not_finite = BeforeValidator(lambda value: math.nan if value is None else value)
+_no_bound = BeforeValidator(lambda value: math.inf if value is None else value)
+"""JSON has null in place of such numbers."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -31,18 +35,18 @@ class _Content(BaseModel):
 class Metrics(_Content):
     """How good a model is; which fields there are depends on the task."""
 
-    loss: float
+    loss: Annotated[float, _not_finite]
     accuracy: Share | None = None
     macro_f1: Share | None = None
     majority: Share | None = None
-    perplexity: float | None = None
+    perplexity: Annotated[float | None, _not_finite] = None
 
 
 class Epsilon(_Content):
     """Privacy spent by the clients."""
 
-    max: Annotated[float, Field(ge=0)]
-    mean: Annotated[float, Field(ge=0)]
+    max: Annotated[float, Field(ge=0), _no_bound]
+    mean: Annotated[float, Field(ge=0), _no_bound]
     delta: float
     accountant: str
     covers_init: bool

@@ -60,7 +60,7 @@ class Checkpoint:
         self.states = ClientStates(self._connection)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Set a fact; any JSON value."""
+        """Set a fact; any JSON value, or a number that is not finite: a ledger needs infinity."""
         self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def get(self, name: str, default: Any = None) -> Any:

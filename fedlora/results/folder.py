@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +156,7 @@ class RunFolder:
     ) -> None:
         """Commit a round with the checkpoint, then show it in the growing files."""
         new = {
-            "rounds.jsonl": [json.dumps(line)],
+            "rounds.jsonl": [to_json(line)],
             "communication.csv": _csv_lines(COMMUNICATION, communication),
             "privacy.csv": _csv_lines(PRIVACY, privacy),
         }
@@ -185,10 +187,10 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and mark the run as done."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
         self.checkpoint["finished"] = True
         self.checkpoint.commit()
-        return RunResult(self.path, dict(summary))
+        return self.result()
 
     def result(self) -> RunResult:
         """Read a finished run's summary."""
@@ -212,6 +214,40 @@ class RunFolder:
             write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
 
 
+@contextmanager
+def run_folder(
+    path: str | Path, config: Config, resolved: Config | None = None, *, resume: bool = False
+) -> Iterator[RunFolder]:
+    """Make a run's folder, or open it to go on with its run; close it in the end.
+
+    A new folder in which no round was done goes again if the input turns out to be wrong: the user mends the config
+    and gives the same command again.
+
+    Parameters
+    ----------
+    path : str or Path
+    config : Config
+        As given.
+    resolved : Config, optional
+        Of a new folder: with what "auto" and defaults became.
+    resume : bool
+
+    Raises
+    ------
+    InputError
+        As :meth:`RunFolder.create` and :meth:`RunFolder.resume` do.
+    """
+    folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
+    try:
+        yield folder
+    except InputError:
+        if not resume:
+            folder.discard()
+        raise
+    finally:
+        folder.close()
+
+
 def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:
     """Return the config that the folder's run has, if ``config`` is the one that it was given."""
     given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
@@ -224,6 +260,19 @@ def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:
             key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
         )
     return Config.model_validate(tomllib.loads(resolved))
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Write JSON, with null for numbers that are not finite: JSON has no word for them."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_atomically(path: Path, text: str) -> None:

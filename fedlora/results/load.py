@@ -19,7 +19,7 @@ from fedlora.experts.folder import folder_name
 from fedlora.experts.mixture import Mixture, load_mixture
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 from fedlora.results.checkpoint import Checkpoint
-from fedlora.results.folder import write_atomically
+from fedlora.results.folder import to_json, write_atomically
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
@@ -147,5 +147,5 @@ def opt_out(folder: str | Path, owner: str) -> Mixture:
     shutil.rmtree(path / "experts" / folder_name(owner), ignore_errors=True)
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     summary["opted_out"] = [*summary.get("opted_out", []), owner]
-    write_atomically(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(path / "summary.json", to_json(summary, indent=2) + "\n")
     return mixture

@@ -25,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack
+from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.worker import Worker
 
 RUN_ID = 1
@@ -341,17 +342,11 @@ def _check_listening(address: str | None) -> None:
 
 
 def _count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if gpus and not any(resources.get("GPU") for resources in nodes):
-        raise InputError("simulation.gpus_per_worker", gpus, "Ray sees no GPU; set it to 0 to run on the CPU")
-    fit = sum(
-        int(min(r.get("CPU", 0) // cpus, (r.get("GPU", 0) / gpus + 1e-9) // 1 if gpus else float("inf"))) for r in nodes
-    )
-    if fit < 1:
-        most = max((int(r.get("CPU", 0)) for r in nodes), default=0)
-        raise InputError(
-            "simulation.cpus_per_worker", cpus, f"no machine has room for a worker; the most cores are {most}"
-        )
+    needs = [
+        Need("CPU", cpus, "simulation.cpus_per_worker", cpus),
+        Need("GPU", gpus, "simulation.gpus_per_worker", gpus),
+    ]
+    fit = count_processes(needs, "worker")
     if wanted is not None and wanted > fit:
         raise InputError("simulation.workers", wanted, f"only {fit} fit; lower it, cpus_per_worker or gpus_per_worker")
     return wanted or fit

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from clients.resources import client_data
-from fedlora.adapters import adapt
+from fedlora.adapters import ExpertModel, adapt
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
+from fedlora.experts.expert import FULL, Rank
+from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
@@ -45,6 +47,8 @@ class Forecast:
         Test and validation examples, each time that they are looked at.
     noise_multipliers : list of float
         Of each client, in order; empty without privacy.
+    ranks : list of int or "full"
+        Of each client's expert, in order; empty where clients have no ranks of their own.
     """
 
     clients: int
@@ -55,6 +59,7 @@ class Forecast:
     steps: int
     evaluated_examples: int
     noise_multipliers: list[float]
+    ranks: list[Rank]
 
     @property
     def payload_bytes(self) -> int:
@@ -79,32 +84,28 @@ def forecast(config: Config) -> Forecast:
     InputError
         If the run cannot be: its data, partition, rank or privacy budget are impossible.
     """
-    if config.method.name == "flexmore":
-        remedy = "has no forecast, since its clients differ in what they send; run it with fedlora run"
-        raise InputError("method.name", config.method.name, remedy)
     data = client_data(config)
-    method = get_strategy(config.method.name)
-    adapted = adapt(load_base(config, data.label_names, "meta"), config, method.parameterisation)
-    strategy = method(config)
+    strategy = get_strategy(config.method.name)(config)
     strategy.nodes = {client: client for client in range(len(data.partition))}
-    sampled = [strategy.sample(server_round) for server_round in range(1, config.run.rounds + 1)]
-    messages, seen = sum(map(len, sampled)), set().union(*sampled)
-    formula = strategy.formula_bytes(adapted)
+    planned = strategy.planned(strategy.server_model(data, "meta"))
     sizes = [int(size) for size in data.partition.sizes]
     steps = [local_steps(config, size) for size in sizes]
     private = config.privacy.mode == "example"
-    rounds, every = config.run.rounds, config.server.evaluate_every
-    evaluations = 1 + sum(r % every == 0 or r == rounds for r in range(1, rounds + 1))
-    held_out = len(data.test) + (len(data.validation) if data.validation is not None else 0)
+    rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
+    # Before the first round, in rounds that are due, and after the last.
+    evaluations = 2 + sum(server_round % every == 0 for server_round in rounds[:-1])
+    again = planned.final_evaluations - 1
+    validation = len(data.validation) if data.validation is not None else 0
     return Forecast(
         clients=len(sizes),
-        trainable_parameters=sum(adapted.parameter(n)[0].numel() for n in adapted.names(strategy.trained)),
-        initial_bytes=len(seen) * formula["initial"],
-        downlink_bytes=messages * formula["down"],
-        uplink_bytes=messages * formula["up"],
-        steps=sum(steps[client] for clients in sampled for client in clients),
-        evaluated_examples=evaluations * held_out,
+        trainable_parameters=planned.trainable_parameters,
+        initial_bytes=planned.initial_bytes,
+        downlink_bytes=planned.downlink_bytes,
+        uplink_bytes=planned.uplink_bytes,
+        steps=sum(steps[client] for server_round in rounds for client in strategy.sample(server_round)),
+        evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,
         noise_multipliers=[plan_privacy(config, size).noise_multiplier for size in sizes] if private else [],
+        ranks=list(planned.ranks),
     )
 
 
@@ -146,10 +147,15 @@ def seconds_a_step(config: Config) -> float:
     try:
         method = get_strategy(config.method.name)
         adapted = adapt(load_base(config, data.label_names, device), config, method.parameterisation)
-        strategy = method(config)
-        arrays = strategy.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
-        names = set(adapted.names(strategy.trained))
-        adapted.set_shared(arrays)
+        if isinstance(adapted, ExpertModel):
+            # Of the largest expert, wherever clients differ.
+            ranks = client_ranks(config, data.client_names)
+            adapted.set_rank(FULL if FULL in ranks else max(rank for rank in ranks if rank != FULL))
+            arrays = adapted.arrays(adapted.names(method.trained))
+        else:
+            arrays = method(config).start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+            adapted.set_shared(arrays)
+        names = set(adapted.names(method.trained))
         trained = {name: array for name, array in arrays.items() if name in names}
         jobs = _jobs(config, data, trained, 1 if device == "cpu" else _PROBED_CLIENTS)
         one_step = config.model_copy(
@@ -166,7 +172,7 @@ def seconds_a_step(config: Config) -> float:
 def estimate_seconds(
     runs: Iterable[Run], forecasts: dict[str, Forecast | InputError], at_once: int, gpus: int
 ) -> float:
-    """Estimate the time of runs side by side, from one measured step for each model, batch size and length.
+    """Estimate the time of runs side by side, from one measured step for each model, batch size and kind of adapter.
 
     Parameters
     ----------
@@ -184,7 +190,8 @@ def estimate_seconds(
         expected = forecasts[run.folder]
         if isinstance(expected, InputError):
             continue
-        key = f"{run.config.model!r} {run.config.client.batch_size} {run.config.privacy.mode}"
+        trained = get_strategy(run.config.method.name).parameterisation
+        key = f"{run.config.model!r} {trained} {run.config.client.batch_size} {run.config.privacy.mode}"
         if key not in measured:
             measured[key] = seconds_a_step(run.config)
         batches = expected.evaluated_examples / run.config.client.batch_size

@@ -20,6 +20,7 @@ import torch
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError, RunError
 from fedlora.results.folder import RunFolder
+from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.ray_grid import start_ray
 from fedlora.simulator import simulate
 from fedlora.study.config import Study
@@ -102,31 +103,13 @@ def count_runs(study: Study, config: Config) -> int:
     InputError
         If not even one fits.
     """
-    section = config.simulation
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = {
-        "CPU": (float(section.cpus_per_worker), "simulation.cpus_per_worker", section.cpus_per_worker),
-        "GPU": (section.gpus_per_worker, "simulation.gpus_per_worker", section.gpus_per_worker),
-        "memory": (study.budget.memory_per_run * 2**30, "budget.memory_per_run", study.budget.memory_per_run),
-    }
-
-    def fit(resources: dict[str, float], names: tuple[str, ...]) -> int:
-        room = {name: resources.get(name, 0) / needs[name][0] for name in names if needs[name][0]}
-        if 0 < section.gpus_per_worker < 1 and "GPU" in room:
-            # A run's share is of one GPU.
-            room["GPU"] = int(resources.get("GPU", 0)) * int(1 / section.gpus_per_worker + 1e-9)
-        return int(min(room.values()) + 1e-9)
-
-    for name, (_, key, value) in needs.items():
-        if needs[name][0] and not any(fit(resources, (name,)) for resources in nodes):
-            most = max((resources.get(name, 0) for resources in nodes), default=0)
-            there = f"{most / 2**30:.1f} GiB" if name == "memory" else f"{most:g}"
-            if name == "GPU" and not most:
-                raise InputError(key, value, "Ray sees no GPU; set it to 0 to run on the CPU")
-            raise InputError(key, value, f"no machine has room for one run (the most there is: {there}); lower it")
-    room = sum(fit(resources, tuple(needs)) for resources in nodes)
-    if not room:
-        raise InputError("budget.memory_per_run", study.budget.memory_per_run, "no machine has room for one run")
+    section, memory = config.simulation, study.budget.memory_per_run
+    needs = [
+        Need("CPU", section.cpus_per_worker, "simulation.cpus_per_worker", section.cpus_per_worker),
+        Need("GPU", section.gpus_per_worker, "simulation.gpus_per_worker", section.gpus_per_worker),
+        Need("memory", memory * 2**30, "budget.memory_per_run", memory),
+    ]
+    room = count_processes(needs, "run")
     return min(room, study.budget.runs or room)
 
 

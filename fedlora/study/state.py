@@ -22,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from fedlora.errors import InputError
-from fedlora.results.folder import write_atomically
+from fedlora.results.folder import to_json, write_atomically
 from fedlora.study.config import Study
 from fedlora.study.plan import Run, folder_digest
 
@@ -91,7 +91,7 @@ class StudyFolder:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Write study.json."""
-        write_atomically(self.path / "study.json", json.dumps(state, indent=1) + "\n")
+        write_atomically(self.path / "study.json", to_json(state, indent=1) + "\n")
 
     def _set_aside(self, place: Path) -> None:
         set_aside(self.path, place)

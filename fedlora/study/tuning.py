@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Metrics = Mapping[str, float | None]
+"""By name; None for a number that is not finite."""
 
-def validation_score(folder: Path) -> dict[str, float]:
+
+def validation_score(folder: Path) -> Metrics:
     """Return the validation metrics of a tuning run's last round: loss, and accuracy or perplexity."""
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics: dict[str, float] = json.loads(lines[-1])["metrics"]["validation"]
+    metrics: Metrics = json.loads(lines[-1])["metrics"]["validation"]
     return metrics
 
 
-def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
+def choose(scores: Sequence[Metrics | None]) -> int | None:
     """Return the place of the best candidate: the highest accuracy, then the lowest loss, then the first.
 
     Parameters
@@ -28,8 +31,8 @@ def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
     def rank(place: int) -> tuple[float, float]:
         metrics = scores[place]
         assert metrics is not None
-        loss = metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
-        return metrics.get("accuracy", 0.0), -loss
+        loss = metrics["loss"]
+        return metrics.get("accuracy") or 0.0, -loss if loss is not None and math.isfinite(loss) else -math.inf
 
     there = [place for place, metrics in enumerate(scores) if metrics is not None]
     return max(there, key=rank, default=None)

@@ -265,6 +265,26 @@ def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> 
     assert steps(node_file) == 6
 
 
+def test_a_round_that_was_lost_and_is_redone_is_paid_for_twice(node_file: Path, tmp_path: Path) -> None:
+    """The noise of the two is not the same, so both are releases; in the end the budget lacks a round."""
+    rounds = 4
+    before = Server(tmp_path / "server", run=1)
+    app(before.describe(), before.context(node_file))
+    lost = app(before.train(1), before.context(node_file))  # the server stops before it records the round
+    after = Server(tmp_path / "server", run=2)  # of the same federation: --resume
+    app(after.describe(), after.context(node_file))
+    redone = app(after.train(1), after.context(node_file))
+    assert any(not torch.equal(a, arrays_of(redone)[name]) for name, a in arrays_of(lost).items())
+    metrics, plan = metrics_of(redone), plan_privacy(after.config, 60)
+    assert (metrics["steps"], metrics["total-steps"], steps(node_file)) == (3, 6, 6)
+    twice = spent_epsilon("rdp", 1e-3, ((plan.noise_multiplier, 12 / 60, 6),))
+    assert metrics["epsilon"] == pytest.approx(twice)
+    assert metrics["epsilon"] > metrics_of(lost)["epsilon"]
+    for server_round in range(2, rounds):
+        assert not app(after.train(server_round), after.context(node_file)).has_error()
+    assert "epsilon left" in refused(app(after.train(rounds), after.context(node_file)), ClientErrorCode.BUDGET)
+
+
 # Stale and replayed messages cost nothing.
 
 

@@ -6,16 +6,18 @@ import pytest
 
 from fedlora.errors import InputError
 from fedlora.experts import FULL
-from fedlora.experts.ranks import client_ranks
+from fedlora.experts.ranks import client_ranks, has_rank
 from tests import tiny
 
 NAMES = ["comp", "rec", "sci"]
 
 
-def ranks(names=NAMES, **method):
-    return client_ranks(
-        tiny.settings("llama", data={"partition": {"kind": "natural", "column": "c"}}, method=method), names
-    )
+def settings(**method):
+    return tiny.settings("llama", data={"partition": {"kind": "natural", "column": "c"}}, method=method)
+
+
+def ranks(names=NAMES, complete=True, **method):
+    return client_ranks(settings(**method), names, complete=complete)
 
 
 def test_every_way_of_saying_them():
@@ -40,3 +42,20 @@ def test_every_way_of_saying_them():
 def test_ranks_that_do_not_fit_the_clients(given, words):
     with pytest.raises(InputError, match=words):
         ranks(name="flexmore", ranks=given)
+
+
+def test_ranks_are_kept_for_clients_that_may_come():
+    for given in ([1, 2, 3, "full"], {"comp": 1, "1": 2, "sci": 3, "art": "full"}):
+        assert ranks(complete=False, name="flexmore", ranks=given) == [1, 2, 3]
+        config = settings(name="flexmore", ranks=given)
+        assert [has_rank(config, i, name) for i, name in enumerate([*NAMES, "art", "law"])] == [True] * 4 + [False]
+    with pytest.raises(InputError, match="one rank for each of the 3 clients"):
+        ranks(complete=False, name="flexmore", ranks=[1, 2])
+    assert has_rank(settings(name="flexmore", device_profile={"4": 1.0}), 99, "anybody")
+
+
+def test_a_drawn_rank_stays_when_clients_come():
+    profile = {"4": 0.25, "full": 0.5, "16": 0.25}
+    names = [str(i) for i in range(40)]
+    few, many = (ranks(names[:n], name="flexmore", device_profile=profile) for n in (10, 40))
+    assert many[:10] == few

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,7 +13,7 @@ from opacus.accountants.utils import get_noise_multiplier
 
 from fedlora.config import Config
 from fedlora.errors import InputError
-from fedlora.privacy import plan_privacy
+from fedlora.privacy import calibration, plan_privacy
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
 from tests import tiny
 
@@ -71,12 +72,42 @@ def test_opacus_own_search_asks_for_no_less_noise(accountant):
         assert 0.97 * stock < noise_multiplier(epsilon, 1e-5, 0.02, 60, accountant) <= stock * (1 + 1e-3)
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Accountants that were asked, each time that no answer was remembered."""
+    asked: list[str] = []
+    monkeypatch.setattr(calibration, "create_accountant", lambda name: asked.append(name) or create_accountant(name))
+    noise_multiplier.cache_clear()
+    spent_epsilon.cache_clear()
+    yield asked
+    noise_multiplier.cache_clear()
+    spent_epsilon.cache_clear()
+
+
 @pytest.mark.parametrize(("epsilon", "rate", "steps"), [(8.0, 32 / 2500, 40), (1.0, 1.0, 20), (0.3, 0.02, 100)])
-def test_the_prv_accountant_too(epsilon, rate, steps):
+def test_the_prv_accountant_too(epsilon, rate, steps, asked):
     sigma = noise_multiplier(epsilon, 1e-5, rate, steps, "prv")
+    # It takes up to seconds to answer, so it is asked close to the answer alone.
+    assert asked.count("prv") <= 5
     assert epsilon * 0.98 < opacus_epsilon("prv", sigma, rate, steps) <= epsilon
+    assert opacus_epsilon("prv", sigma * 0.998, rate, steps) > epsilon
     # It is the tighter bound.
     assert sigma < noise_multiplier(epsilon, 1e-5, rate, steps, "rdp")
+
+
+def test_the_prv_accountant_reaches_what_rdp_does_not(asked):
+    with pytest.raises(InputError, match="not reached by any noise under rdp"):
+        noise_multiplier(0.1, 1e-5, 0.01, 20, "rdp")
+    sigma = noise_multiplier(0.1, 1e-5, 0.01, 20, "prv")
+    assert opacus_epsilon("prv", sigma, 0.01, 20) <= 0.1 < opacus_epsilon("prv", sigma * 0.998, 0.01, 20)
+
+
+def test_the_prv_accountant_covers_other_steps_too(asked):
+    start = (3.0, 0.3, 1)
+    sigma = noise_multiplier(4.0, 1e-5, 0.1, 20, "prv", (start,))
+    assert spent_epsilon("prv", 1e-5, (start, (sigma, 0.1, 20))) <= 4.0
+    assert spent_epsilon("prv", 1e-5, (start, (sigma * 0.998, 0.1, 20))) > 4.0
+    assert asked.count("prv") <= 6
 
 
 def test_noise_grows_with_steps_and_rate_and_falls_with_epsilon():

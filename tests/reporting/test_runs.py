@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
+from fedlora.reporting.report import write_report
 from fedlora.reporting.runs import read_runs
 from tests.command import fedlora
 from tests.reporting.folders import make_run
@@ -66,6 +68,21 @@ def test_unfinished_runs_are_listed_and_left_out(tmp_path: Path) -> None:
     assert done.code == 0
     assert "stopped" in done.out
     assert "not finished (1 of 3 rounds)" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_diverged_is_read_and_shown(tmp_path: Path) -> None:
+    for seed in range(2):
+        run = make_run(tmp_path / f"run-{seed}", seed, {"run.seed": seed}, task="causal-lm")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["final"] = {"loss": None, "perplexity": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    diverged = [line | {"metrics": line["metrics"] and summary["final"]} for line in lines]
+    (run / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in diverged))
+    page, comparison = write_report([tmp_path])
+    assert page.is_file()
+    perplexities = [run.summary.final.perplexity for run in comparison.runs]
+    assert [value is not None and math.isfinite(value) for value in perplexities] == [True, False]
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "unfinished"])

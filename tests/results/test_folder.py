@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.results import RunFolder
-from fedlora.results.folder import COMMUNICATION, PRIVACY, write_atomically
+from fedlora.results.folder import COMMUNICATION, PRIVACY, run_folder, to_json, write_atomically
 
 BASE = {
     "model": {"name": "asset:minilm-l6"},
@@ -109,16 +112,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
         RunFolder.create(tmp_path / place, config())
 
 
-def test_a_folder_without_a_round_is_discarded_and_one_with_rounds_is_kept(tmp_path: Path) -> None:
-    first = RunFolder.create(tmp_path / "run", config())
-    first.checkpoint.set_arrays("frozen", {})
-    first.discard()
-    assert not (tmp_path / "run").exists()
-    second = RunFolder.create(tmp_path / "run", config())
-    add(second, 1)
-    second.discard()
-    second.close()
-    assert content(tmp_path / "run")
+def add_and_fail(folder: RunFolder, rounds: int, error: type[BaseException] = InputError) -> None:
+    for number in range(rounds):
+        add(folder, number + 1)
+    raise InputError("data.name", "x", "mend it") if error is InputError else error
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_wrong_input_discards_a_new_folder_without_a_round(tmp_path: Path, rounds: int) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(InputError, match="mend it"), run_folder(path, config()) as folder:
+        add_and_fail(folder, rounds)
+    assert path.exists() == (rounds > 0)
+
+
+def test_a_folder_that_was_there_or_was_interrupted_is_kept_and_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), run_folder(path, config()) as folder:
+        add_and_fail(folder, 0, KeyboardInterrupt)
+    with pytest.raises(InputError, match="mend it"), run_folder(path, config(), resume=True) as folder:
+        add_and_fail(folder, 0)
+    with run_folder(path, config(), resume=True) as folder:
+        add(folder, 1)
+    assert "rounds.jsonl" in content(path)
 
 
 @pytest.mark.parametrize("same", ["given", "resolved"])
@@ -234,6 +250,25 @@ def test_a_finished_run_knows_its_summary(tmp_path: Path) -> None:
     assert again.finished
     assert again.result() == result
     again.close()
+
+
+@given(
+    st.recursive(
+        st.floats() | st.none() | st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_what_is_written_is_json_with_null_for_what_is_not_finite(content: Any) -> None:
+    def expected(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: expected(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [expected(inner) for inner in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(to_json(content), parse_constant=refuse) == expected(content)
 
 
 def test_the_log_is_in_the_folder_and_ends_with_it(tmp_path: Path) -> None:

@@ -220,6 +220,26 @@ def test_a_node_that_means_other_classes_is_refused(three: Nodes) -> None:
         made.discover()
 
 
+def test_a_node_that_the_method_cannot_have_is_refused_by_name(three: Nodes, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start as later; the others keep their numbers, and the run goes on."""
+
+    def refuses(client: int, name: str) -> InputError | None:
+        return InputError("method.ranks", [4], f"has no rank for node {name}") if client > 0 else None
+
+    three.online = {5, 7}
+    made = Roster(three, config(), LABELS, "f1", refuses=refuses)
+    made.discover()
+    assert (made.names, made.nodes) == (["north"], {0: 7})
+    three.online.add(9)
+    for _ in range(3):
+        made.refresh()
+    assert (made.names, made.present()) == (["north"], {0: 7})
+    told = [record.getMessage() for record in caplog.records if "has no rank" in record.getMessage()]
+    assert [line.rpartition(" ")[2] for line in told] == ["south", "east"]  # each once
+    with pytest.raises(InputError, match="has no rank for node east"):
+        Roster(three, config(server__min_replies=2), LABELS, "f1", ["north", "west"], refuses).discover()
+
+
 def test_simulated_clients_keep_their_partitions() -> None:
     def answer(message: Message) -> Message:
         client = 2 - (message.metadata.dst_node_id - FIRST_NODE)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,7 @@ from tests.study.studies import TINY, tiny
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FEDLORA_CACHE", str(cache))
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "ray_here")]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,27 @@
+"""The choice of a tuned value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedlora.study.tuning import choose
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([None, {"accuracy": 0.6, "loss": 0.5}, {"accuracy": 0.7, "loss": 0.9}], 2),
+        ([{"accuracy": 0.6, "loss": 0.5}, {"accuracy": 0.6, "loss": 0.4}, {"accuracy": 0.6, "loss": 0.4}], 1),
+        # A loss that diverged is null in rounds.jsonl.
+        ([{"perplexity": None, "loss": None}, {"perplexity": 20.0, "loss": 3.0}], 1),
+        ([{"accuracy": 0.6, "loss": NAN}, {"accuracy": 0.6, "loss": 9.0}], 1),
+        ([None, {"accuracy": 0.6, "loss": None}], 1),
+        ([None, None], None),
+    ],
+)
+def test_the_best_has_the_highest_accuracy_then_the_lowest_loss(scores: list[Any], best: int | None) -> None:
+    assert choose(scores) == best
