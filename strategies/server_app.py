@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import prepare_data
-from fedlora.errors import INPUT_MARK, InputError, RunError
+from fedlora.errors import INPUT_MARK, InputError, RefusedError, RunError
 from fedlora.results.folder import RunFolder
 from strategies import get_strategy
 from strategies.federation import run_federation
@@ -34,9 +34,9 @@ def main(grid: Grid, context: Context) -> None:
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 run_federation(config, grid, folder, prepare_data(config), method(config))
-        except InputError:
+        except (InputError, RefusedError):
             if not resume:
-                # As in simulation: the user mends the config and gives the same command again.
+                # As in simulation: the user mends what is wrong and gives the same command again.
                 folder.discard()
             raise
         finally:

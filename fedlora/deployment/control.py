@@ -233,6 +233,15 @@ class Server:
                 return None
             return dict(reply.raise_for_status().json())
 
+    def lines(self, name: str, file: str) -> list[str]:
+        """Return the lines of a growing file of a run folder; none if there is no such file."""
+        with self._errors():
+            reply = self._http.get(f"{RUNS}/{quote(name)}/{quote(file)}")
+            if reply.status_code == httpx.codes.NOT_FOUND:
+                return []
+            # What follows the last line break is on its way to the disk.
+            return reply.raise_for_status().content.decode("utf-8", "replace").split("\n")[:-1]
+
     def fetch(self, name: str, file: str, target: Path) -> None:
         """Copy a file of a run folder; the target is there whole, or as it was."""
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -190,20 +190,6 @@ def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError 
 def _shut_down(child: Child, config: NodeConfig) -> None:
     """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
     marker = "fedlora.deployment.clientapp_process"
-    wait_until(lambda: not child.running or not _at_work(marker, child), _MESSAGE_SECONDS)
+    wait_until(lambda: not child.running or not child.started(marker), _MESSAGE_SECONDS)
     child.stop(_STOP_SECONDS)
     stop_worker(config)
-
-
-def _at_work(marker: str, child: Child) -> bool:
-    """Whether a process of a message runs that this SuperNode started."""
-    home = child.environment["FLWR_HOME"].encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (entry / "cmdline").read_bytes():
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if b"FLWR_HOME=" + home in variables:
-                    return True
-        except OSError:  # it ended, or is somebody else's
-            continue
-    return False

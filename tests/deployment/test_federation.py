@@ -81,18 +81,6 @@ def test_private_run_on_three_owners_files(federation: Federation, examples: Pat
     assert {path.name for path in there.iterdir()} >= {path.name for path in simulation.iterdir()} - {"partition.png"}
 
 
-@pytest.mark.federation
-def test_an_owners_budget_is_spent(federation: Federation, examples: Path) -> None:
-    federation.set_policy(max_epsilon=8.0, delta=1e-3)
-    path = federation.folder / "again.run.toml"
-    path.write_text(tomli_w.dumps(config_of(examples, "again")), encoding="utf-8")
-    done = federation.fedlora("run", path, "--on", NAME)
-    assert done.returncode == 1
-    assert "its privacy budget does not cover another round (epsilon left = " in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (federation.folder / "runs" / "again" / "summary.json").exists()
-
-
 def test_without_privacy_the_adapter_is_the_simulations(
     federation: Federation, examples: Path, simulation: Path
 ) -> None:
