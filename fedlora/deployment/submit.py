@@ -134,7 +134,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
 
 
 def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
-    """What Flower says that it moved since the run was submitted, and by how much that is more than its messages."""
+    """What Flower says that it moved for the run's messages since it was submitted, and how much more that is."""
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     before = lines[first - 1]["communication"] if first else {}
     messages = sum(
@@ -145,6 +145,7 @@ def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float
     return {
         "sent_bytes": state.sent_bytes,
         "received_bytes": state.received_bytes,
+        "message_bytes": messages,
         "overhead": moved / messages - 1 if messages else 0.0,
     }
 
