@@ -10,12 +10,13 @@ from pathlib import Path
 
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
+from clients.node_app import APP
 from fedlora.deployment.control import ONLINE, Server, UnreachableError
 from fedlora.deployment.keys import check_secret, read_file, read_public_key
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
 from fedlora.node.config import NodeConfig
-from fedlora.node.resident import stop_worker
+from fedlora.node.resident import start_worker, stop_worker
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
     )
     with Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
         try:
-            _watch(child, server, config, key, stopping)
+            _watch(child, server, file, config, key, stopping)
         finally:
             _shut_down(child, config)
 
@@ -102,13 +103,18 @@ def _programs(folder: Path) -> Path:
     return folder
 
 
-def _watch(child: Child, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event) -> None:
+def _watch(
+    child: Child, server: Server, file: Path, config: NodeConfig, key: bytes | None, stopping: threading.Event
+) -> None:
     """Keep the node in the federation: start the SuperNode when its key is free, and again whenever it fell out."""
     pauses = Pauses()
     first = True
     while not stopping.is_set():
         if _admitted(server, config, key, stopping, first):
             child.start()
+            # Its imports take seconds: the first message need not wait for them. One that is there already stays.
+            worker = start_worker(file.absolute(), config, APP)
+            threading.Thread(target=worker.wait, daemon=True).start()
             _stay(child, server, config, key, stopping)
             if stopping.is_set():
                 return
