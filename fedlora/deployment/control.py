@@ -134,13 +134,17 @@ class Server:
         InputError
             If there is no such entry, or something is wrong with it.
         """
+        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "config.toml"
+        entry_of = f'[superlink.{name}] of {home}: address = "HOST:PORT", root-certificates = "/path/of/ca.crt"'
         try:
             entry = read_superlink_connection(name)
         except click.ClickException as error:
-            raise InputError("--on", name, error.message) from None
+            # Flower's words for this mistake begin with another.
+            _, missing, _ = error.message.partition("not found in the Flower configuration file")
+            remedy = f"there is no such server; add {entry_of}" if missing else error.message
+            raise InputError("--on", name, remedy) from None
         if not entry.address or entry.address.startswith(":"):
-            home = Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "config.toml"
-            raise InputError("--on", name, f"has no address; add it to [superlink.{name}] in {home}")
+            raise InputError("--on", name, f"has no address; add {entry_of}")
         certificates = Path(entry.root_certificates).expanduser() if entry.root_certificates else None
         return cls(entry.address, certificates, bool(entry.insecure))
 

@@ -103,7 +103,8 @@ def test_one_name_is_one_node(federation: Federation) -> None:
 def test_an_unknown_server(federation: Federation) -> None:
     done = fedlora("keys", "list", "--on", "nowhere")
     assert done.code == 2
-    assert "--on = 'nowhere'" in done.err
+    assert "--on = 'nowhere': there is no such server; add [superlink.nowhere] of " in done.err
+    assert 'address = "HOST:PORT"' in done.err
     assert len(done.err.splitlines()) == 1
 
 
