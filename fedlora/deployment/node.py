@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from clients.node_app import APP
@@ -55,6 +56,12 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         config.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise InputError("state.directory", str(config.directory), f"cannot be made ({error.strerror})") from None
+    lock = FileLock(config.directory / "node.lock", mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "is another running node's; give every node its own: a ledger is one owner's"
+        raise InputError("state.directory", str(config.directory), remedy) from None
     child = Child(
         "fedlora.deployment.supernode_process",
         [
@@ -67,7 +74,7 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         config.directory / "supernode.log",
         flower_environment(config.directory / "flower", [_programs(config.directory / "bin")]),
     )
-    with Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
+    with lock, Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
         try:
             _watch(child, server, file, config, key, stopping)
         finally:
