@@ -245,7 +245,8 @@ class Roster:
 def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError | InputError:
     """Say in the server's words why a node does not take part; a node sends no text but class, key and number."""
     kind, _, detail = (reason or "no reason").partition(": ")
-    said = f"{who} refuses ({kind}, code {int(code)})"
+    verb = "refuses" if code in (*_FOR_GOOD, ClientErrorCode.INPUT) else "failed"
+    said = f"{who} {verb} ({kind}, code {int(code)})"
     if code == ClientErrorCode.POLICY:
         keys = _CONFIG_KEYS.get(detail.partition(" = ")[0], ("privacy.mode",))
         values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in keys}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,12 +59,6 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         config.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise InputError("state.directory", str(config.directory), f"cannot be made ({error.strerror})") from None
-    lock = FileLock(config.directory / "node.lock", mode=0o600)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        remedy = "is another running node's; give every node its own: a ledger is one owner's"
-        raise InputError("state.directory", str(config.directory), remedy) from None
     child = Child(
         "fedlora.deployment.supernode_process",
         [
@@ -74,11 +71,31 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         config.directory / "supernode.log",
         flower_environment(config.directory / "flower", [_programs(config.directory / "bin")]),
     )
-    with lock, Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
+    with (
+        _alone(config.directory),
+        Server(link.address, certificates, insecure=not tls) as server,
+        until_signal() as stopping,
+    ):
+        workers = _Workers(file.absolute(), config)
         try:
-            _watch(child, server, file, config, key, stopping)
+            _watch(child, workers, server, config, key, stopping)
         finally:
-            _shut_down(child, config)
+            _shut_down(child, workers)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a node's directory: its ledger is one owner's, and its worker one node's."""
+    lock = FileLock(directory / "node.lock", mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "is another running node's; give every node a directory of its own"
+        raise InputError("state.directory", str(directory), remedy) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(config: NodeConfig, tls: bool, node_auth: bool) -> bytes | None:
@@ -110,8 +127,28 @@ def _programs(folder: Path) -> Path:
     return folder
 
 
+class _Workers:
+    """The node's resident worker: its imports take seconds, for which the first message need not wait."""
+
+    def __init__(self, file: Path, config: NodeConfig) -> None:
+        self.file, self.config = file, config
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start it; one that is there already stays."""
+        self._processes = [process for process in self._processes if process.poll() is None]
+        self._processes.append(start_worker(self.file, self.config, APP))
+
+    def stop(self) -> None:
+        """End it, whoever started it, and however far its start has come."""
+        stop_worker(self.config)
+        for process in self._processes:
+            process.terminate()
+            process.wait()
+
+
 def _watch(
-    child: Child, server: Server, file: Path, config: NodeConfig, key: bytes | None, stopping: threading.Event
+    child: Child, workers: _Workers, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event
 ) -> None:
     """Keep the node in the federation: start the SuperNode when its key is free, and again whenever it fell out."""
     pauses = Pauses()
@@ -119,9 +156,7 @@ def _watch(
     while not stopping.is_set():
         if _admitted(server, config, key, stopping, first):
             child.start()
-            # Its imports take seconds: the first message need not wait for them. One that is there already stays.
-            worker = start_worker(file.absolute(), config, APP)
-            threading.Thread(target=worker.wait, daemon=True).start()
+            workers.start()
             _stay(child, server, config, key, stopping)
             if stopping.is_set():
                 return
@@ -200,9 +235,9 @@ def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError 
     return None
 
 
-def _shut_down(child: Child, config: NodeConfig) -> None:
+def _shut_down(child: Child, workers: _Workers) -> None:
     """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
     marker = "fedlora.deployment.clientapp_process"
     wait_until(lambda: not child.running or not child.started(marker), _MESSAGE_SECONDS)
     child.stop(_STOP_SECONDS)
-    stop_worker(config)
+    workers.stop()

@@ -88,7 +88,7 @@ def test_a_ledger_is_one_nodes(federation: Federation) -> None:
     path.write_text(path.read_text().replace("state-copy", "state-east"))
     done = fedlora("node", path)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "state-east': is another running node's; give every node its own" in done.err
+    assert "state-east': is another running node's; give every node a directory of its own" in done.err
 
 
 def test_no_tls_does_not_go_with_a_key(federation: Federation) -> None:

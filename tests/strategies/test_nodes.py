@@ -198,7 +198,7 @@ def test_two_nodes_of_one_name_are_refused(three: Nodes) -> None:
             ["node 7 refuses (BudgetError, code 103)", "epsilon left = 0.25", "lower privacy.target_epsilon"],
         ),
         (ClientErrorCode.INPUT, "InputError", RefusedError, ["node 7", "its own log"]),
-        (ClientErrorCode.WORKER_DIED, "WorkerDiedError", RefusedError, ["node 7", "WorkerDiedError"]),
+        (ClientErrorCode.WORKER_DIED, "WorkerDiedError", RefusedError, ["node 7 failed", "WorkerDiedError"]),
     ],
 )
 def test_a_refusal_is_told_in_the_servers_words(
