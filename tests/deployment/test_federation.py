@@ -46,10 +46,11 @@ def run_on(federation: Federation, content: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulation(examples: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+def simulation(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a simulation of the plain run; all.csv says which client holds which row."""
     content = plain(examples)
     content["data"] |= {"name": str(examples / "all.csv"), "partition": {"kind": "natural", "column": "owner"}}
+    content["simulation"] = {"workers": 0}
     return simulate(content, output=tmp_path_factory.mktemp("simulation") / "plain").folder
 
 
@@ -78,7 +79,9 @@ def test_private_run_on_three_owners_files(federation: Federation, examples: Pat
     lines = [json.loads(line) for line in (there / "rounds.jsonl").read_text().splitlines()]
     assert [line["failed"] for line in lines] == [[], [], []]
     assert tomllib.loads((there / "config.toml").read_text())["data"]["name"] == "nodes"
-    assert {path.name for path in there.iterdir()} >= {path.name for path in simulation.iterdir()} - {"partition.png"}
+    # Only a simulation knows who holds what.
+    files = {path.name for path in simulation.iterdir()} - {"partition.png", "partition.csv"}
+    assert {path.name for path in there.iterdir()} >= files
 
 
 def test_without_privacy_the_adapter_is_the_simulations(
