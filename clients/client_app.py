@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.participant import Participant, is_node, node_record, open_node, participant, run_of
+from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
 from clients.resources import client_data, client_model, forget_data, initial_arrays, keep_initial, run_config
 from fedlora.adapters import AdaptedModel, ExpertModel
 from fedlora.communication.meter import INITIAL
@@ -60,7 +60,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     federation, label_names = str(about["federation"]), list(map(str, about.get("label-names", []))) or None
     # The owner may have changed the file since the last run.
     forget_data()
-    config = node.own_config(run_config(context.run_config), label_names)
+    config = node.own_config(sent_config(context), label_names)
     examples = len(client_data(config).train)
     plan = node.admit(config, examples)
     # A resumed run has made its start already.

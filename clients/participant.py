@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message
 
 from clients.resources import client_data, run_config
 from fedlora.config import Config
-from fedlora.errors import StaleError
+from fedlora.errors import InputError, StaleError
 from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node import Node
@@ -119,12 +119,14 @@ class NodeClient(Participant):
         self.server_round = int(settings["server-round"])
         label_names = self.node.ledger.label_names(self.federation, self.run)
         self.node.ledger.check_round(self.run, self.server_round)
-        self.config = self.node.own_config(run_config(context.run_config), label_names)
+        self.config = self.node.own_config(sent_config(context), label_names)
         self.client = int(about["client"])
         self.rows = client_data(self.config).partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
         self.starts = _starts(message)
         self.secret = self.plan is not None
+        # By a clock that does not jump.
+        self._deadline = time.monotonic() + message.metadata.created_at + message.metadata.ttl - time.time()
         self._charge: Charge | None = None
 
     def admit(self, held: ExitStack) -> None:
@@ -133,7 +135,14 @@ class NodeClient(Participant):
         also = self.plan.start if self.starts and self.plan is not None else ()
         admitted = self.node.ledger.round(self.federation, self.run, self.server_round, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
-        self.on_step = self._charge.step
+        self.on_step = self._step
+
+    def _step(self) -> None:
+        """Charge a step, unless nobody waits for the round any more: what it would spend would be lost."""
+        assert self._charge is not None
+        if time.monotonic() > self._deadline:
+            raise StaleError("the server's timeout is over; the steps that are left are not taken")
+        self._charge.step()
 
     def charge_start(self) -> None:
         """Write the start to the disk before it reads an example."""
@@ -175,11 +184,21 @@ def node_record(message: Message) -> Any:
     return message.content[NODE_RECORD]
 
 
+def sent_config(context: Context) -> Config:
+    """Return the config that a server sent to a real node: TOML text, since a path would be one on the owner's disk."""
+    text = str(context.run_config["config"])
+    if "\n" not in text:
+        raise InputError("config", text, "is no TOML text; submit runs with fedlora run CONFIG --on NAME")
+    return run_config(context.run_config)
+
+
 def run_of(message: Message, context: Context) -> str:
     """Return the SuperLink's id of the run; the message must be of the run that it came with, and not too old."""
     meta = message.metadata
     if meta.run_id != context.run_id:
         raise StaleError(f"a message of run {meta.run_id} came in run {context.run_id}")
     if time.time() > meta.created_at + meta.ttl:
-        raise StaleError(f"the message waited longer than its {meta.ttl:.0f} s")
+        raise StaleError(
+            f"the message waited longer than its {meta.ttl:.0f} s, or the clocks of node and server differ"
+        )
     return str(context.run_id)

@@ -82,6 +82,10 @@ class PolicyError(RunError):
         super().__init__(f"the node's policy is {key} = {limit}, the run asks for {given}")
 
 
+class RefusedError(RunError):
+    """Nodes do not take part in a run, for a reason of their own, and too few are left."""
+
+
 class StaleError(RunError):
     """A message of an old round, of another run, or that came before."""
 

@@ -51,11 +51,14 @@ class Progress:
     on_start : callable (rounds, first round, clients a round)
     on_client : callable (client)
     on_round : callable (line of rounds.jsonl)
+    on_note : callable (text)
+        What a server tells, such as which nodes do not take part.
     """
 
     on_start: Callable[[int, int, int], None] = lambda rounds, first, clients: None
     on_client: Callable[[int], None] = lambda client: None
     on_round: Callable[[dict[str, Any]], None] = lambda line: None
+    on_note: Callable[[str], None] = lambda text: None
 
 
 @dataclass
@@ -173,7 +176,7 @@ def run_federation(
         settings["learning-rate"] = strategy.learning_rate(server_round)
         messages = rounds.configure_train(server_round, arrays, settings, wire)
         replies = _Recorded(
-            wire.send_and_receive(_in_round(messages, server_round, roster), timeout=config.server.timeout), nodes
+            wire.send_and_receive(_in_round(messages, server_round, roster), timeout=config.server.timeout), roster
         )
         aggregated, mean = rounds.aggregate_train(server_round, replies)
         exchange = time.perf_counter() - began
@@ -361,9 +364,9 @@ def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
 class _Recorded:
     """Replies on their way to a strategy of any kind, with what the run folder needs of them."""
 
-    def __init__(self, replies: Iterable[Message], nodes: dict[int, int]) -> None:
-        self._replies = replies
-        self._clients = {node: client for client, node in nodes.items()}
+    def __init__(self, replies: Iterable[Message], roster: Roster) -> None:
+        self._replies, self._roster = replies, roster
+        self._clients = roster.clients()
         self.report = RoundReport()
 
     def __iter__(self) -> Any:
@@ -371,6 +374,8 @@ class _Recorded:
             client = self._clients.get(reply.metadata.src_node_id, -1)
             self.report.clients.append(client)
             if reply.has_error():
+                node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
+                reply.error.__dict__["_reason"] = self._roster.told(node, code, reason)
                 error = {"client": client, "code": reply.error.code, "error": reply.error.reason}
                 self.report.failed.append(error)
             else:

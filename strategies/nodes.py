@@ -12,20 +12,23 @@ from flwr.serverapp import Grid
 
 from fedlora.communication.decorator import GridDecorator
 from fedlora.config import NODES, Config
-from fedlora.errors import ClientErrorCode, InputError, RunError
+from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError
 from fedlora.node.names import NODE_RECORD, labels_digest
 from strategies.base import UNAVAILABLE, RoundReport
 
 log = logging.getLogger("fedlora")
 
 _POLL_SECONDS = 3.0
+_FOR_GOOD = (ClientErrorCode.BUDGET, ClientErrorCode.POLICY, ClientErrorCode.LABELS)
+"""Codes of nodes that would refuse this run's next round as well."""
+
 _CONFIG_KEYS = {
-    "max_grad_norm": "privacy.max_grad_norm",
-    "min_noise_multiplier": "privacy.noise_multiplier",
-    "max_sample_rate": "client.batch_size",
-    "allow_non_private": "privacy.mode",
+    "max_grad_norm": ("privacy.max_grad_norm",),
+    "min_noise_multiplier": ("privacy.noise_multiplier", "privacy.target_epsilon"),
+    "max_sample_rate": ("client.batch_size",),
+    "allow_non_private": ("privacy.mode",),
 }
-"""The key of a run's config that a key of an owner's policy is about."""
+"""The keys of a run's config, of which one is given, that a key of an owner's policy is about."""
 
 
 class Roster:
@@ -67,6 +70,7 @@ class Roster:
         self.names, self.refuses = list(names), refuses
         self.nodes: dict[int, int] = {}
         self.away: set[int] = set()
+        self._registered: dict[int, str] = {}  # node to the name under which the server let it in
         self._refused: dict[int, RunError | InputError] = {}
         self._asked: dict[str, int] = {}  # queries under way: message id to node
 
@@ -80,8 +84,8 @@ class Roster:
 
         Raises
         ------
-        InputError
-            If nodes refuse the run's config, so that fewer are left than ``server.min_replies``.
+        InputError, RefusedError
+            If nodes refuse the run, so that fewer are left than ``server.min_replies``.
         RunError
             If too few answer.
         """
@@ -90,15 +94,18 @@ class Roster:
         replies = AddressedGrid(self.grid).send_and_receive([self._query(n) for n in node_ids], timeout=timeout)
         self._enrol(replies)
         if len(self.nodes) < (self.config.server.min_replies if self.real or self._refused else 1):
-            if self._refused:
-                raise next(iter(self._refused.values()))
+            self._raise_refusal()
             raise RunError(f"{len(self.nodes) or 'no'} clients answered; server.min_replies asks for more")
+        if self._refused:
+            log.warning("the run goes on with %d of %d nodes", len(self.nodes), len(self.nodes) + len(self._refused))
 
     def refresh(self) -> None:
         """See who left and who is back, without waiting; wait only while fewer than ``min_replies`` are there.
 
         Raises
         ------
+        InputError, RefusedError
+            If so many refuse that waiting would not help.
         RunError
             If too few are there after ``server.timeout`` seconds.
         """
@@ -109,6 +116,9 @@ class Roster:
             self._refresh()
             if len(self.present()) >= self.config.server.min_replies:
                 return
+            for_good = [client for client, node in self.nodes.items() if node in self._refused]
+            if len(self.names) - len(for_good) < self.config.server.min_replies:
+                self._raise_refusal()
             if time.monotonic() > deadline:
                 away = ", ".join(self.names[client] for client in sorted(self.away))
                 raise RunError(f"{len(self.present())} nodes are there, too few for server.min_replies; away: {away}")
@@ -126,13 +136,41 @@ class Roster:
         """Take note of who did not answer."""
         if not self.real:
             return
+        for fail in report.failed:
+            client = fail["client"]
+            if fail["code"] in _FOR_GOOD and client in self.present():
+                log.warning("node %s is not asked again in this run", self.names[client])
+                self._refused[self.nodes[client]] = RefusedError(fail["error"])
+                self.away.add(client)
         gone = {fail["client"] for fail in report.failed if fail["code"] in UNAVAILABLE}
         for client in sorted(gone & self.nodes.keys() - self.away):
             log.warning("node %s is away; it is not asked until it is back", self.names[client])
             self.away.add(client)
 
+    def told(self, node: int, code: int, reason: str) -> str:
+        """Say in the server's words what is behind the error of a node's reply."""
+        if not self.real or code not in list(ClientErrorCode):
+            return reason
+        client = self.clients().get(node)
+        return str(refusal(self.config, self._who(node) if client is None else self.names[client], code, reason))
+
+    def _who(self, node: int) -> str:
+        return self._registered.get(node) or f"node {node}"
+
+    def _raise_refusal(self) -> None:
+        """Raise the first refusal, by name, if there is one; it also says who else refuses."""
+        if not self._refused:
+            return
+        first, *others = sorted(self._refused, key=self._who)
+        error = self._refused[first]
+        if others:
+            error.args = (f"{error}; {', '.join(map(self._who, others))} refused as well",)
+        raise error
+
     def _refresh(self) -> None:
-        online = set(self.grid.get_node_ids())
+        nodes = list(self.grid.get_nodes())
+        online = {node.node_id for node in nodes}
+        self._registered.update({node.node_id: node.name for node in nodes})
         for client in [c for c, node in self.nodes.items() if node not in online and c not in self.away]:
             log.warning("node %s has left; it is not asked until it is back", self.names[client])
             self.away.add(client)
@@ -149,7 +187,9 @@ class Roster:
         wanted = (self.config.data.partition.clients or self.config.server.min_replies) if self._on_nodes() else 0
         deadline, told = time.monotonic() + timeout, -1
         while True:
-            node_ids = list(self.grid.get_node_ids())
+            nodes = list(self.grid.get_nodes())
+            node_ids = [node.node_id for node in nodes]
+            self._registered.update({node.node_id: node.name for node in nodes})
             if len(node_ids) >= wanted or time.monotonic() > deadline:
                 return node_ids
             if len(node_ids) != told:
@@ -173,12 +213,13 @@ class Roster:
             self._asked.pop(reply.metadata.reply_to_message_id, None)
             if reply.has_error():
                 if reply.error.code not in UNAVAILABLE:
-                    self._refuse(node, refusal(self.config, f"node {node}", reply.error.code, reply.error.reason))
+                    error = refusal(self.config, self._who(node), reply.error.code, reply.error.reason)
+                    self._refuse(node, error)
             elif NODE_RECORD in reply.content:
                 about: Any = reply.content[NODE_RECORD]
                 name = str(about["name"])
                 if about["labels"] != labels_digest(self.label_names):
-                    self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, None))
+                    self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, LabelError.__name__))
                 elif found.get(name, node) != node or self._taken(name, node):
                     raise RunError(f"two nodes call themselves {name}; give each a name of its own in node.toml")
                 else:
@@ -189,11 +230,11 @@ class Roster:
         if found and len(self.nodes) > len(self.names):
             raise RunError("real nodes and simulated clients do not mix; give every node its node-file")
         for name in sorted(found.keys() - set(self.names)):
-            error = self.refuses(len(self.names), name)
-            if error is None:
+            unfit = self.refuses(len(self.names), name)
+            if unfit is None:
                 self.names.append(name)
             else:
-                self._refuse(found.pop(name), error)
+                self._refuse(found.pop(name), unfit)
         for name, node in found.items():
             client = self.names.index(name)
             if client in self.away:
@@ -218,20 +259,24 @@ class Roster:
 
 def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError | InputError:
     """Say in the server's words why a node does not take part; a node sends no text but class, key and number."""
-    _, _, detail = (reason or "").partition(": ")
+    kind, _, detail = (reason or "no reason").partition(": ")
+    verb = "refuses" if code in (*_FOR_GOOD, ClientErrorCode.INPUT) else "failed"
+    said = f"{who} {verb} ({kind}, code {int(code)})"
     if code == ClientErrorCode.POLICY:
-        key = _CONFIG_KEYS.get(detail.partition(" = ")[0], "privacy")
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name) if name else None
-        return InputError(key, value, f"the owner of {who} accepts {detail or 'other privacy'} at most; change it")
+        keys = _CONFIG_KEYS.get(detail.partition(" = ")[0], ("privacy.mode",))
+        values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in keys}
+        key = next((key for key, value in values.items() if value is not None), keys[0])
+        return InputError(key, values[key], f"{said}: its owner's policy is {detail}; keep to it")
     if code == ClientErrorCode.LABELS:
-        remedy = f"the labels of {who} are others; name the classes of all nodes, in one spelling"
+        remedy = f"{said}: its labels are others; name the classes of all nodes, in one spelling"
         return InputError("data.label_names", config.data.label_names, remedy)
     if code == ClientErrorCode.BUDGET:
-        return RunError(f"{who} refuses: its privacy budget does not cover another round ({detail or 'spent'})")
+        left = f"{detail} does not" if detail else "its privacy budget does not"
+        remedy = "lower privacy.target_epsilon or client.local_steps, or ask its owner for a higher policy.max_epsilon"
+        return RefusedError(f"{said}: {left} cover a round of this run; {remedy}")
     if code == ClientErrorCode.INPUT:
-        return RunError(f"{who} cannot use the run's config or its own data ({reason}); its own log says why")
-    return RunError(f"{who} did not take part: {reason}")
+        return RefusedError(f"{said}: it cannot use the run's config or its own data; its own log says why")
+    return RefusedError(f"{said}: its own log says why")
 
 
 class AddressedGrid(GridDecorator):

@@ -34,7 +34,7 @@ class RunDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Hooks(on_start=self._start, on_client=self._client, on_round=self._round)
+        self.progress = Hooks(on_start=self._start, on_client=self._client, on_round=self._round, on_note=self._print)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

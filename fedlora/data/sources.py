@@ -371,6 +371,8 @@ def _other(config: Config, splits: Mapping[str, datasets.Dataset], name: str) ->
     if given in splits:
         return _shape(config, splits[given], field)
     if not is_asset(given) and not Path(given).expanduser().exists():
+        if config.data.name == NODES:
+            raise InputError(field, given, f"there is no such file on the server, in {Path.cwd()}; give its path there")
         raise InputError(field, given, f"is no split (splits: {', '.join(splits)}) and no file; give one of these")
     loaded = _load(given, field)
     table = loaded.get(name) or (next(iter(loaded.values())) if len(loaded) == 1 else None)

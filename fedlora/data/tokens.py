@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
-from fedlora.config import Config
-from fedlora.data.partition import client_names, partition_rows
+from fedlora.config import Config, PartitionSection
 from fedlora.data.sources import load_examples, source_identity
 from fedlora.errors import InputError
 from fedlora.models import load_tokenizer, model_config, pretrained_source
@@ -271,17 +270,32 @@ def _build(config: Config, target: Path) -> None:
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
     kept = {name: _write_table(config, target, name, table, tokenizer, domains) for name, table in tables.items()}
     train = kept.get("train")
-    clients = [] if train is None else partition_rows(config, train, examples.label_names)
+    clients, names = _clients(config, train, examples.label_names)
     np.save(target / "partition.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
     np.save(target / "partition.offsets.npy", _offsets([len(rows) for rows in clients]))
     meta = {
         "label_names": examples.label_names,
         "domain_names": domains,
-        "client_names": [] if train is None else client_names(config, train, clients),
+        "client_names": names,
         "pad_token_id": tokenizer.pad_token_id,
         "tables": list(tables),
     }
     (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _clients(
+    config: Config, train: datasets.Dataset | None, label_names: list[str] | None
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return each client's rows, and the clients' names."""
+    if train is None:
+        return [], []
+    if config.data.partition == PartitionSection(kind="iid", clients=1):
+        # A node's own file; the partitioners take seconds to import.
+        return [np.arange(len(train))], ["0"]
+    from fedlora.data.partition import client_names, partition_rows
+
+    clients = partition_rows(config, train, label_names)
+    return clients, client_names(config, train, clients)
 
 
 def _write_table(

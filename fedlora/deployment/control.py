@@ -134,13 +134,17 @@ class Server:
         InputError
             If there is no such entry, or something is wrong with it.
         """
+        home = Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "config.toml"
+        entry_of = f'[superlink.{name}] of {home}: address = "HOST:PORT", root-certificates = "/path/of/ca.crt"'
         try:
             entry = read_superlink_connection(name)
         except click.ClickException as error:
-            raise InputError("--on", name, error.message) from None
+            # Flower's words for this mistake begin with another.
+            _, missing, _ = error.message.partition("not found in the Flower configuration file")
+            remedy = f"there is no such server; add {entry_of}" if missing else error.message
+            raise InputError("--on", name, remedy) from None
         if not entry.address or entry.address.startswith(":"):
-            home = Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "config.toml"
-            raise InputError("--on", name, f"has no address; add it to [superlink.{name}] in {home}")
+            raise InputError("--on", name, f"has no address; add {entry_of}")
         certificates = Path(entry.root_certificates).expanduser() if entry.root_certificates else None
         return cls(entry.address, certificates, bool(entry.insecure))
 
@@ -232,6 +236,15 @@ class Server:
             if reply.status_code == httpx.codes.NOT_FOUND:
                 return None
             return dict(reply.raise_for_status().json())
+
+    def lines(self, name: str, file: str) -> list[str]:
+        """Return the lines of a growing file of a run folder; none if there is no such file."""
+        with self._errors():
+            reply = self._http.get(f"{RUNS}/{quote(name)}/{quote(file)}")
+            if reply.status_code == httpx.codes.NOT_FOUND:
+                return []
+            # What follows the last line break is on its way to the disk.
+            return reply.raise_for_status().content.decode("utf-8", "replace").split("\n")[:-1]
 
     def fetch(self, name: str, file: str, target: Path) -> None:
         """Copy a file of a run folder; the target is there whole, or as it was."""

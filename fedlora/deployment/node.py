@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
+from clients.node_app import APP
 from fedlora.deployment.control import ONLINE, Server, UnreachableError
 from fedlora.deployment.keys import check_secret, read_file, read_public_key
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
 from fedlora.node.config import NodeConfig
-from fedlora.node.resident import stop_worker
+from fedlora.node.resident import start_worker, stop_worker
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +71,31 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
         config.directory / "supernode.log",
         flower_environment(config.directory / "flower", [_programs(config.directory / "bin")]),
     )
-    with Server(link.address, certificates, insecure=not tls) as server, until_signal() as stopping:
+    with (
+        _alone(config.directory),
+        Server(link.address, certificates, insecure=not tls) as server,
+        until_signal() as stopping,
+    ):
+        workers = _Workers(file.absolute(), config)
         try:
-            _watch(child, server, config, key, stopping)
+            _watch(child, workers, server, config, key, stopping)
         finally:
-            _shut_down(child, config)
+            _shut_down(child, workers)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a node's directory: its ledger is one owner's, and its worker one node's."""
+    lock = FileLock(directory / "node.lock", mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "is another running node's; give every node a directory of its own"
+        raise InputError("state.directory", str(directory), remedy) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(config: NodeConfig, tls: bool, node_auth: bool) -> bytes | None:
@@ -102,13 +127,36 @@ def _programs(folder: Path) -> Path:
     return folder
 
 
-def _watch(child: Child, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event) -> None:
+class _Workers:
+    """The node's resident worker: its imports take seconds, for which the first message need not wait."""
+
+    def __init__(self, file: Path, config: NodeConfig) -> None:
+        self.file, self.config = file, config
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start it; one that is there already stays."""
+        self._processes = [process for process in self._processes if process.poll() is None]
+        self._processes.append(start_worker(self.file, self.config, APP))
+
+    def stop(self) -> None:
+        """End it, whoever started it, and however far its start has come."""
+        stop_worker(self.config)
+        for process in self._processes:
+            process.terminate()
+            process.wait()
+
+
+def _watch(
+    child: Child, workers: _Workers, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event
+) -> None:
     """Keep the node in the federation: start the SuperNode when its key is free, and again whenever it fell out."""
     pauses = Pauses()
     first = True
     while not stopping.is_set():
         if _admitted(server, config, key, stopping, first):
             child.start()
+            workers.start()
             _stay(child, server, config, key, stopping)
             if stopping.is_set():
                 return
@@ -187,23 +235,9 @@ def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError 
     return None
 
 
-def _shut_down(child: Child, config: NodeConfig) -> None:
+def _shut_down(child: Child, workers: _Workers) -> None:
     """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
     marker = "fedlora.deployment.clientapp_process"
-    wait_until(lambda: not child.running or not _at_work(marker, child), _MESSAGE_SECONDS)
+    wait_until(lambda: not child.running or not child.started(marker), _MESSAGE_SECONDS)
     child.stop(_STOP_SECONDS)
-    stop_worker(config)
-
-
-def _at_work(marker: str, child: Child) -> bool:
-    """Whether a process of a message runs that this SuperNode started."""
-    home = child.environment["FLWR_HOME"].encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (entry / "cmdline").read_bytes():
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if b"FLWR_HOME=" + home in variables:
-                    return True
-        except OSError:  # it ended, or is somebody else's
-            continue
-    return False
+    workers.stop()

@@ -76,6 +76,19 @@ class Child:
             stream.seek(self._offset)
             return stream.read().decode("utf-8", "replace")
 
+    def started(self, marker: str = "") -> list[int]:
+        """Ids of the processes that it and they started, by a text on their command lines; their FLWR_HOME tells."""
+        home = f"FLWR_HOME={self.environment['FLWR_HOME']}".encode()
+        own = (os.getpid(), self.process.pid if self.process is not None else None)
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            # It may have ended, or be somebody else's.
+            with suppress(OSError):
+                line, variables = ((entry / file).read_bytes() for file in ("cmdline", "environ"))
+                if int(entry.name) not in own and marker.encode() in line and home in variables.split(b"\0"):
+                    found.append(int(entry.name))
+        return found
+
     def stop(self, grace: float) -> None:
         """Ask it to end (SIGTERM); end it and all that it started (SIGKILL) if it has not after ``grace`` seconds."""
         if self.process is None:

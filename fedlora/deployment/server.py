@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fedlora.deployment.config import ServerFile
@@ -19,6 +22,7 @@ _START_SECONDS = 90.0
 _LOOK_SECONDS = 5.0
 _MISSES = 4
 _STOP_SECONDS = 20.0
+_GOODBYE_SECONDS = 5.0
 
 
 def serve(config: ServerFile, *, tls: bool = True, node_auth: bool = True) -> None:
@@ -153,3 +157,8 @@ def _shut_down(child: Child, server: Server) -> None:
             log.warning("%s", error)
     server.close()
     child.stop(_STOP_SECONDS)
+    # A ServerApp may still be trying to say goodbye.
+    wait_until(lambda: not child.started(), _GOODBYE_SECONDS)
+    for number in child.started():
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedlora.config import load_config
@@ -19,6 +19,7 @@ from strategies.federation import Progress
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
 _FAILED = "ServerApp failed with exception: "
+_WARNING = re.compile(r"\S+ \S+ (?:WARNING|ERROR) (.*)")
 
 
 def run_on(
@@ -65,17 +66,17 @@ def run_on(
         raise InputError("--output", str(folder), "exists already; choose another folder, or go on with --resume")
     progress = progress or Progress()
     with Server.named(name) as server:
-        done = _rounds(server, given.run.name)
-        if done is not None and not resume:
+        known = server.files(given.run.name) is not None
+        if known and not resume:
             remedy = f"the server has a run of this name; choose another run.name, or go on with --resume ({name})"
             raise InputError("run.name", given.run.name, remedy)
-        if done is None and resume:
+        if resume and not known:
             raise InputError("--resume", given.run.name, f"there is no such run on {name}; run without --resume")
-        first = len(done or [])
+        first, told = (len(server.lines(given.run.name, file)) for file in ("rounds.jsonl", "run.log"))
         number = server.start(given.to_toml(), resume=resume)
         progress.on_start(given.run.rounds, first, 0)
         try:
-            state = _follow(server, number, given.run.name, first, progress)
+            state = _follow(server, number, given.run.name, first, told, progress)
         except KeyboardInterrupt:
             server.stop(number)
             raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
@@ -83,15 +84,19 @@ def run_on(
     return _result(state, folder, name, first)
 
 
-def _follow(server: Server, number: int, name: str, shown: int, progress: Progress) -> RunState:
-    """Show the rounds as the server writes them, until the run has ended."""
+def _follow(server: Server, number: int, name: str, shown: int, told: int, progress: Progress) -> RunState:
+    """Show the rounds and the warnings as the server writes them, until the run has ended."""
     last = time.monotonic()
     while True:
         try:
             # The state first: what was written before the end is then in the file.
             state = server.run(number)
-            for line in (_rounds(server, name) or [])[shown:]:
-                progress.on_round(line)
+            for text in server.lines(name, "run.log")[told:]:
+                told += 1
+                if (warning := _WARNING.match(text)) is not None:
+                    progress.on_note(warning[1])
+            for line in server.lines(name, "rounds.jsonl")[shown:]:
+                progress.on_round(json.loads(line))
                 shown += 1
             last = time.monotonic()
         except UnreachableError:
@@ -101,21 +106,6 @@ def _follow(server: Server, number: int, name: str, shown: int, progress: Progre
             if state.status == "finished":
                 return state
         time.sleep(_LOOK_SECONDS)
-
-
-def _rounds(server: Server, name: str) -> list[dict[str, Any]] | None:
-    """Return the lines of the server's rounds.jsonl; None if it has no such run."""
-    files = server.files(name)
-    if files is None:
-        return None
-    if "rounds.jsonl" not in files:
-        return []
-    with TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "rounds.jsonl"
-        server.fetch(name, "rounds.jsonl", copy)
-        lines = copy.read_text(encoding="utf-8").split("\n")
-    # What follows the last line break is on its way to the disk.
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def _bring(server: Server, name: str, folder: Path) -> None:
@@ -138,11 +128,13 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if why.startswith(INPUT_MARK):
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
-    raise RunError(f"{why.rstrip('.')}; go on with: run ... --on {name} --resume")
+    # Of a run that was refused at its start nothing is left: the same command may be given again.
+    remedy = f"; go on with: run ... --on {name} --resume" if (folder / "config.toml").exists() else ""
+    raise RunError(f"{why.rstrip('.')}{remedy}")
 
 
 def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
-    """What Flower says that it moved since the run was submitted, and by how much that is more than its messages."""
+    """What Flower says that it moved for the run's messages since it was submitted, and how much more that is."""
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     before = lines[first - 1]["communication"] if first else {}
     messages = sum(
@@ -153,6 +145,7 @@ def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float
     return {
         "sent_bytes": state.sent_bytes,
         "received_bytes": state.received_bytes,
+        "message_bytes": messages,
         "overhead": moved / messages - 1 if messages else 0.0,
     }
 

@@ -8,6 +8,7 @@ the networks of ``control_from``; run folders go to whom Control goes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -82,8 +83,13 @@ def add_routes(app: FastAPI, runs: Path) -> None:
         """List a run folder's files with their sizes."""
         folder = _run_folder(runs, name)
         # Names with a leading dot are files on their way.
-        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            # A run that is refused deletes its folder while one looks.
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not path.name.startswith("."):
+                    found[str(path.relative_to(folder))] = path.stat().st_size
+        return found
 
     @app.get(RUNS + "/{name}/{file:path}", name="fedlora_run_file", response_model=None)
     def file(name: str, file: str) -> FileResponse:

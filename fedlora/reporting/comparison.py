@@ -215,9 +215,11 @@ def quantities(run: Run) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``drift`` is the
-        mean over the rounds that have one; ``seconds_NAME`` is what all rounds' messages take on the links of a
-        profile; ``client_...`` describes the spread over clients.
+        Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``socket_bytes``
+        is what Flower moved, and ``socket_overhead`` by what share that is more than the messages in it, of runs on
+        real nodes (of one that was resumed, since then). ``drift`` is the mean over the rounds that have one;
+        ``seconds_NAME`` is what all rounds' messages take on the links of a profile; ``client_...`` describes the
+        spread over clients.
     """
     summary, sent = run.summary, run.summary.communication
     row: dict[str, float | None] = {
@@ -234,6 +236,8 @@ def quantities(run: Run) -> dict[str, float]:
         "initial_bytes": sent.initial_bytes,
         "payload_bytes": sent.payload_bytes,
         "formula_bytes": sent.formula_bytes,
+        "socket_bytes": sent.flower.sent_bytes + sent.flower.received_bytes if sent.flower else None,
+        "socket_overhead": sent.flower.overhead if sent.flower else None,
         "trainable_parameters": summary.trainable_parameters,
         "drift": _mean_or_none(line.drift for line in run.rounds),
         "wall_seconds": summary.seconds.get("total"),

@@ -20,7 +20,7 @@ from fedlora.reporting.runs import Run
 from fedlora.reporting.study import Study
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
-_FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent"}
+_FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent", "socket_overhead": "percent"}
 
 
 def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[Study] = ()) -> str:
@@ -221,6 +221,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
         ("uplink_bytes", "up"),
         ("downlink_bytes", "down"),
         ("initial_bytes", "once"),
+        ("socket_bytes", "on sockets"),
+        ("socket_overhead", "overhead"),
         ("trainable_parameters", "trained"),
         ("seconds_lte", "on LTE"),
         ("drift", "drift"),

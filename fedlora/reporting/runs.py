@@ -52,14 +52,24 @@ class Epsilon(_Content):
     covers_init: bool
 
 
+class Flower(_Content):
+    """What Flower moved over the sockets of real nodes for ``message_bytes`` of messages."""
+
+    sent_bytes: Count
+    received_bytes: Count
+    message_bytes: Count
+    overhead: float
+
+
 class Communication(_Content):
-    """Bytes of all messages so far."""
+    """Bytes of all messages so far; ``flower`` of runs on real nodes alone."""
 
     initial_bytes: Count
     downlink_bytes: Count
     uplink_bytes: Count
     payload_bytes: Count
     formula_bytes: Count
+    flower: Flower | None = None
 
 
 class Environment(_Content):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RefusedError
 from fedlora.results.checkpoint import Checkpoint
 
 COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
@@ -220,8 +220,8 @@ def run_folder(
 ) -> Iterator[RunFolder]:
     """Make a run's folder, or open it to go on with its run; close it in the end.
 
-    A new folder in which no round was done goes again if the input turns out to be wrong: the user mends the config
-    and gives the same command again.
+    A new folder in which no round was done goes again if the input turns out to be wrong, or nodes refuse it: the user
+    mends what is wrong and gives the same command again.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def run_folder(
     folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
     try:
         yield folder
-    except InputError:
+    except (InputError, RefusedError):
         if not resume:
             folder.discard()
         raise

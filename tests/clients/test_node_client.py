@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fedlora.errors import (
 from fedlora.experts import Mixture
 from fedlora.models import load_base
 from fedlora.node.errors import is_outward, outward_error
+from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.node import Node
 from fedlora.privacy import plan_privacy
@@ -313,6 +315,32 @@ def test_old_replayed_and_foreign_messages_cost_nothing(node_file: Path, server:
     refused(app(server.describe(), here), ClientErrorCode.STALE)
     # What the federation spent before counts in its epsilon.
     assert metrics_of(app(resumed.train(2), resumed.context(node_file)))["total-steps"] == 6
+
+
+def test_a_round_that_nobody_waits_for_any_more_spends_no_more(
+    node_file: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = server.context(node_file)
+    app(server.describe(), here)
+    message = server.train(1)
+    charge, began = Charge.step, time.monotonic()
+
+    def slow(self: Charge) -> None:
+        charge(self)
+        # The first step takes longer than the server waits; what the wall clock does meanwhile changes nothing.
+        monkeypatch.setattr(time, "monotonic", lambda: began + 2 * message.metadata.ttl)
+
+    monkeypatch.setattr(Charge, "step", slow)
+    refused(app(message, here), ClientErrorCode.STALE)
+    assert steps(node_file) == 1
+
+
+def test_a_config_that_is_a_path_is_not_read(node_file: Path, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "owners.toml").write_text(server.config.to_toml(), encoding="utf-8")
+    here = server.context(node_file)
+    here.run_config = {"config": str(tmp_path / "owners.toml")}
+    refused(app(server.describe(), here), ClientErrorCode.INPUT)
+    refused(app(server.train(1), here), ClientErrorCode.STALE)
 
 
 def test_a_message_without_the_frozen_arrays_costs_nothing(node_file: Path, tmp_path: Path) -> None:

@@ -164,8 +164,10 @@ class Federation:
 
     def children(self, marker: str, name: str | None = None) -> list[int]:
         """Process ids of this federation with a text on their command line; a node's own if its name is given."""
-        home = str(self.folder / f"state-{name}") if name else str(self.folder)
-        return [pid for pid, line, env in _processes() if marker in line and home in line + env]
+        homes = [self.folder / f"state-{name}", self.folder / f"{name}.toml"] if name else [self.folder]
+        return [
+            pid for pid, line, env in _processes() if marker in line and any(str(home) in line + env for home in homes)
+        ]
 
     def kill(self, marker: str, name: str | None = None) -> None:
         """SIGKILL the processes of this federation with a text on their command line; there is one at least."""

@@ -11,6 +11,7 @@ import yaml
 from typer.main import get_command
 
 from fedlora.cli import app
+from fedlora.config import load_config
 from fedlora.deployment.config import load_server
 from fedlora.node.config import load_node
 
@@ -37,6 +38,11 @@ def test_node_toml(tmp_path: Path) -> None:
     node = load_node(block("node.toml", tmp_path))
     assert (node.name, node.policy.max_epsilon) == ("north", 8.0)
     assert node.superlink.private_key == str(tmp_path / "keys" / "north.key")
+
+
+def test_config_toml_is_a_runs(tmp_path: Path) -> None:
+    config = load_config(block("config.toml", tmp_path))
+    assert (config.data.name, config.privacy.target_epsilon) == ("nodes", 4.0)
 
 
 def test_flowers_entry_is_toml() -> None:

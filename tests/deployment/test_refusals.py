@@ -83,6 +83,14 @@ def test_a_server_that_speaks_plain_http(federation: Federation) -> None:
     assert "speaks plain HTTP, not TLS" in line
 
 
+def test_a_ledger_is_one_nodes(federation: Federation) -> None:
+    path = federation.write_node("copy", "east", private_key="keys/east.key")
+    path.write_text(path.read_text().replace("state-copy", "state-east"))
+    done = fedlora("node", path)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "state-east': is another running node's; give every node a directory of its own" in done.err
+
+
 def test_no_tls_does_not_go_with_a_key(federation: Federation) -> None:
     assert "cannot prove who it is without TLS" in refused(federation, "mixed", "--insecure-no-tls")
 
@@ -103,7 +111,8 @@ def test_one_name_is_one_node(federation: Federation) -> None:
 def test_an_unknown_server(federation: Federation) -> None:
     done = fedlora("keys", "list", "--on", "nowhere")
     assert done.code == 2
-    assert "--on = 'nowhere'" in done.err
+    assert "--on = 'nowhere': there is no such server; add [superlink.nowhere] of " in done.err
+    assert 'address = "HOST:PORT"' in done.err
     assert len(done.err.splitlines()) == 1
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
+import sqlite3
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -212,6 +215,43 @@ def test_a_damaged_ledger_stops_the_node(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"x" * 5000)
     with pytest.raises(InputError, match=r"state\.directory = .*owner's ledger"):
         NodeLedger(tmp_path, POLICY)
+
+
+def _take_on_a_full_disk(folder: Path) -> None:
+    ledger = NodeLedger(folder, PolicySection(max_epsilon=1e6))
+    ledger.register("f", "1", None)
+    taken = 0
+    try:
+        with ledger.round("f", "1", 1, plan(), 10) as charge:
+            charge.step()
+            taken = 1
+            # From here on no file grows.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            charge.step()
+            taken = 2
+    except InputError as error:
+        assert error.field == "state.directory"  # noqa: PT017
+        os._exit(taken)
+    os._exit(9)
+
+
+def test_on_a_full_disk_no_step_is_taken_that_is_not_charged(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_take_on_a_full_disk, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == NodeLedger(tmp_path, POLICY).steps() == 1
+
+
+def test_a_ledger_that_cannot_be_written_stops_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(NodeLedger(tmp_path, POLICY), "a", 1, 3, plan())
+    connect = sqlite3.connect
+
+    def read_only(path: Path, **options: Any) -> sqlite3.Connection:
+        return connect(f"file:{path}?mode=ro", uri=True, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    with pytest.raises(InputError, match=r"readonly database.*owner's ledger"):
+        take(NodeLedger(tmp_path, POLICY), "a", 2, 3, plan())
 
 
 def test_the_ledger_is_its_owners_alone(tmp_path: Path) -> None:

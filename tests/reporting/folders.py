@@ -16,7 +16,14 @@ CLIENT_COUNT, ROUNDS = 4, 3
 LABELS = ("fresh", "rotten")
 
 
-def make_run(path: Path, number: int, overrides: dict[str, Any], *, task: str = "sequence-classification") -> Path:
+def make_run(
+    path: Path,
+    number: int,
+    overrides: dict[str, Any],
+    *,
+    task: str = "sequence-classification",
+    on_nodes: bool = False,
+) -> Path:
     """Write a finished run's folder; its numbers are drawn from ``number``."""
     rng = np.random.default_rng(number)
     text = task != "sequence-classification"
@@ -74,6 +81,10 @@ def make_run(path: Path, number: int, overrides: dict[str, Any], *, task: str = 
         "seconds": {"total": float(rng.uniform(1, 9))},
         "environment": {"platform": "Linux", "command": f"fedlora run {path.name}", "commit": "c0ffee"},
     }
+    if on_nodes:
+        moved = {"sent_bytes": 2 * sent["down"], "received_bytes": sent["up"], "message_bytes": sum(sent.values())}
+        overhead = (moved["sent_bytes"] + moved["received_bytes"]) / moved["message_bytes"] - 1
+        summary["communication"]["flower"] = {**moved, "overhead": overhead}
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_csv(path / "communication.csv", COMMUNICATION, rows)
@@ -123,5 +134,6 @@ def make_study(folder: Path, seeds: int = 3) -> Path:
                 if method == "fedit":
                     overrides |= {"network.profile": "lte", "network.upload_mbps": 2.5}
                 overrides["client.learning_rate"] = rate / (2 if epsilon else 1)
-                make_run(folder / f"{method}-r{rank}-e{epsilon}-s{seed}", number, overrides)
+                on_nodes = method == "ffa-lora" and epsilon == 8.0
+                make_run(folder / f"{method}-r{rank}-e{epsilon}-s{seed}", number, overrides, on_nodes=on_nodes)
     return folder

@@ -50,6 +50,10 @@ class Facts:
         values = {name: s["final"][name] for name in METRICS}
         values |= {name: s["communication"][name] for name in BYTES}
         values["total_bytes"] = sum(s["communication"][name] for name in BYTES[:3])
+        if "flower" in s["communication"]:
+            moved = s["communication"]["flower"]
+            values["socket_bytes"] = moved["sent_bytes"] + moved["received_bytes"]
+            values["socket_overhead"] = values["socket_bytes"] / moved["message_bytes"] - 1
         values["trainable_parameters"] = s["trainable_parameters"]
         values["wall_seconds"] = s["seconds"]["total"]
         if s["epsilon"]:
@@ -155,7 +159,7 @@ def page(compared: tuple[Path, Path]) -> Page:
 
 def displayed(text: str) -> tuple[float, float]:
     """Value of a shown number, and how far rounding may have moved it."""
-    match = re.fullmatch(r"([\d.,]+)(?:e([+-]\d+))? ?(%|B|kB|MB|GB|s|)", text)
+    match = re.fullmatch(r"(-?[\d.,]+)(?:e([+-]\d+))? ?(%|B|kB|MB|GB|s|)", text)
     assert match, text
     digits, power, unit = match.groups()
     scale = {"%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}.get(unit, 1.0) * 10.0 ** int(power or 0)

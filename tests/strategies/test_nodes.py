@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 
 from fedlora.config import Config, load_config
-from fedlora.errors import ClientErrorCode, InputError, RunError
+from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
 from fedlora.node.names import NODE_RECORD, labels_digest
 from strategies import get_strategy
 from strategies.base import RoundReport
@@ -37,12 +39,16 @@ class Nodes(FakeGrid):
     def __init__(self, names: dict[int, str], answers: dict[int, Error] | None = None) -> None:
         super().__init__(self._answer)
         self.names, self.answers = names, answers or {}
+        self.registered: dict[int, str] = {}
         self.online = set(names)
         self.alive = set(names)
         self.pushed: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(self.online, reverse=True)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.registered.get(node, "")) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -181,25 +187,57 @@ def test_two_nodes_of_one_name_are_refused(three: Nodes) -> None:
             ClientErrorCode.POLICY,
             "PolicyError: min_noise_multiplier = 2.0",
             InputError,
-            ["privacy.noise_multiplier", "2.0"],
+            ["privacy.target_epsilon = 3.0", "node 7 refuses (PolicyError, code 107)", "min_noise_multiplier = 2.0"],
         ),
         (ClientErrorCode.POLICY, "PolicyError: allow_non_private = false", InputError, ["privacy.mode", "'none'"]),
-        (ClientErrorCode.LABELS, "LabelError", InputError, ["data.label_names", "labels of node 7"]),
-        (ClientErrorCode.BUDGET, "BudgetError: epsilon left = 0.25", RunError, ["epsilon left = 0.25"]),
-        (ClientErrorCode.INPUT, "InputError", RunError, ["node 7", "its own log"]),
-        (ClientErrorCode.WORKER_DIED, "WorkerDiedError", RunError, ["node 7", "WorkerDiedError"]),
+        (ClientErrorCode.LABELS, "LabelError", InputError, ["data.label_names", "node 7", "LabelError", "109"]),
+        (
+            ClientErrorCode.BUDGET,
+            "BudgetError: epsilon left = 0.25",
+            RefusedError,
+            ["node 7 refuses (BudgetError, code 103)", "epsilon left = 0.25", "lower privacy.target_epsilon"],
+        ),
+        (ClientErrorCode.INPUT, "InputError", RefusedError, ["node 7", "its own log"]),
+        (ClientErrorCode.WORKER_DIED, "WorkerDiedError", RefusedError, ["node 7 failed", "WorkerDiedError"]),
     ],
 )
 def test_a_refusal_is_told_in_the_servers_words(
     three: Nodes, code: int, reason: str, kind: type[Exception], parts: list[str]
 ) -> None:
     three.answers[7] = Error(code=code, reason=reason)
+    privacy = {"privacy__mode": "example", "privacy__target_epsilon": 3.0} if "noise" in reason else {}
     # The others are enough, unless the config asks for all.
-    assert roster(three).nodes == {0: 9, 1: 5}
+    assert roster(three, **privacy).nodes == {0: 9, 1: 5}
     with pytest.raises(kind) as error:
-        roster(three, server__min_replies=3)
+        roster(three, server__min_replies=3, **privacy)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_refusal_names_the_node_as_the_server_knows_it_and_who_else_refuses(three: Nodes) -> None:
+    three.registered = {7: "north", 5: "south", 9: "east"}
+    spent = Error(code=ClientErrorCode.BUDGET, reason="BudgetError: epsilon left = 0")
+    three.answers = {7: spent, 5: spent}
+    with pytest.raises(RefusedError, match=r"^north refuses .*; south refused as well$"):
+        roster(three, server__min_replies=2)
+
+
+def test_a_node_that_refuses_in_a_round_is_not_asked_again_and_nobody_waits_for_it(three: Nodes) -> None:
+    found = roster(three, server__timeout=60.0, server__min_replies=2)
+    said = found.told(7, ClientErrorCode.BUDGET, "BudgetError: epsilon left = 0.1")
+    assert said.startswith("north refuses (BudgetError, code 103): epsilon left = 0.1 does not cover a round")
+    # What the SuperLink answers in a node's place stays as it is.
+    assert found.told(7, ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable") == "Error: Node Unavailable"
+    refused = {"client": 1, "code": ClientErrorCode.BUDGET, "error": said}
+    found.after_round(RoundReport(clients=[0, 1, 2], failed=[refused]))
+    found.refresh()
+    assert found.present() == {0: 9, 2: 5}
+    assert three.pushed == {}
+    found.after_round(RoundReport(clients=[0, 2], failed=[{**refused, "client": 0}]))
+    began = time.monotonic()
+    with pytest.raises(RefusedError, match="north refuses"):
+        found.refresh()
+    assert time.monotonic() - began < 5
 
 
 def test_a_node_that_means_other_classes_is_refused(three: Nodes) -> None:
