@@ -406,9 +406,15 @@ def plot(folder: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     mean = {name: float(np.mean([losses[domain] for domain in domains])) for name, losses, _ in rows}
-    for kind, colour in (("own expert", "#009e73"), ("mixture", "#0072b2"), ("mixture, router tuned", "#cc79a7")):
+    kinds = {"own expert": "#009e73", "mixture": "#0072b2", "mixture, router tuned": "#cc79a7"}
+    for kind, colour in kinds.items():
         points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
         left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
+    for name, _, size in rows:
+        kind, mixed, ranks_of_owners = name.partition(", ranks ")
+        if mixed and size is not None and kind in kinds:
+            x, label = size / 1e6 / len(domains), f"{kind}, {ranks_of_owners}"
+            left.plot(x, mean[name], marker="*", markersize=12, linestyle="", label=label, color=kinds[kind])
     for name, value in mean.items():
         if name == "public" or name.startswith("all-data"):
             left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)
@@ -418,7 +424,8 @@ def plot(folder: Path) -> None:
         values = [np.exp(raw[f"rank {rank}"][domain][domain]) for rank in ranks]
         right.plot(range(len(ranks)), values, marker="o", label=domain)
     right.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylabel="own domain's perplexity")
-    right.legend(frameon=False, fontsize="small")
+    right.legend(frameon=False, fontsize="small", loc="upper center", ncols=3)
+    right.set_ylim(top=right.get_ylim()[1] * 1.08)
     figure.savefig(folder / "ranks.png", dpi=110)
 
     solved = [rank for rank in ranks if f"reasoning {rank}" in raw]
@@ -447,7 +454,7 @@ def main() -> None:
     two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
     two.add_argument("--output", type=Path, required=True)
     two.add_argument("--ranks", nargs="+", default=RANKS)
-    two.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    two.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
     two.add_argument("--mixed", nargs="*", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
