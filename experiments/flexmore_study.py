@@ -406,15 +406,15 @@ def plot(folder: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     mean = {name: float(np.mean([losses[domain] for domain in domains])) for name, losses, _ in rows}
-    kinds = {"own expert": "#009e73", "mixture": "#0072b2", "mixture, router tuned": "#cc79a7"}
-    for kind, colour in kinds.items():
+    colours = {"own expert": "#009e73", "mixture": "#0072b2", "mixture, router tuned": "#cc79a7"}
+    for kind, colour in colours.items():
         points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
         left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
     for name, _, size in rows:
         kind, mixed, ranks_of_owners = name.partition(", ranks ")
-        if mixed and size is not None and kind in kinds:
+        if mixed and size is not None and kind in colours:
             x, label = size / 1e6 / len(domains), f"{kind}, {ranks_of_owners}"
-            left.plot(x, mean[name], marker="*", markersize=12, linestyle="", label=label, color=kinds[kind])
+            left.plot(x, mean[name], marker="*", markersize=12, linestyle="", label=label, color=colours[kind])
     for name, value in mean.items():
         if name == "public" or name.startswith("all-data"):
             left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)

@@ -26,17 +26,20 @@ def draw(chart: Chart) -> dict[str, bytes]:
     with rc_context(_RC):
         columns = 3 if len(chart.panels) in (3, 5, 6) else min(2, len(chart.panels))
         rows = -(-len(chart.panels) // columns)
-        figure = Figure(
-            figsize=(6.4 if columns == 1 else 8.8 if columns == 2 else 11, 3.4 * rows + 0.8), layout="constrained"
-        )
+        width = 6.4 if columns == 1 else 8.8 if columns == 2 else 11
+        handles = _legend(chart)
+        # A letter is about 0.07 inches wide; the marker and the gaps take half an inch.
+        widest = 0.5 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)
+        ncols = max(1, min(4, len(handles), int(width / widest)))
+        height = 3.4 * rows + 0.8 + 0.2 * max(0, -(-len(handles) // ncols) - 4)
+        figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for axes, panel in zip(grid, chart.panels, strict=False):
             _draw_panel(axes, panel)
         for axes in grid[len(chart.panels) :]:
             axes.set_axis_off()
         figure.suptitle(chart.title, fontweight="bold")
-        handles = _legend(chart)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
         files = {}
         for ending, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
             stream = io.BytesIO()
@@ -103,6 +106,15 @@ def _draw_series(axes: Axes, series: Series) -> None:
                 markerfacecolor="white" if series.variant % 2 else style.colour,
                 alpha=1.0 if stands_out else 0.3,
             )
+            if _numbered(series):
+                axes.annotate(
+                    str(series.variant + 1), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=style.colour
+                )
+
+
+def _numbered(series: Series) -> bool:
+    """Whether a point needs a number: markers alone tell a method's first two variants apart."""
+    return series.variant > 1 and not series.line and not series.flat
 
 
 def _format(axis: Any, form: str, look: Axis) -> None:
@@ -135,7 +147,7 @@ def _legend(chart: Chart) -> list[Line2D | Patch]:
                     [],
                     [],
                     color=style.colour,
-                    label=series.label,
+                    label=f"{series.label} ({series.variant + 1})" if _numbered(series) else series.label,
                     linestyle=DASHES[series.variant % len(DASHES)][0] if series.line else "none",  # type: ignore[arg-type]
                     marker="_" if series.flat else style.marker.matplotlib if series.markers else "none",
                     markerfacecolor="white" if series.variant % 2 else style.colour,
