@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
-from fedlora.communication.wire import Arrays, decode, encode, flatten, wire_dtype
+from fedlora.communication.wire import Arrays, decode, decode_vector, encode, flatten, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, GuardError, InputError, RunError
@@ -288,14 +288,15 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the clients' arrays by their numbers of examples, as the replies come."""
-        mean, drift = WeightedMean(), Drift(decode(self._sent))
+        # As one vector: clients are many, and so are the small arrays of an adapter.
+        mean, drift = WeightedMean(), Drift({"all": decode_vector(self._sent)[1]})
         for client, message in self.valid_replies(replies):
             started = time.perf_counter()
             try:
-                arrays, metrics = self.read(message)
+                vector, metrics = self._read_vector(message)
                 weight = self.weight(metrics)
-                mean.add(arrays, weight)
-                drift.add(arrays, weight)
+                mean.add({"all": vector}, weight)
+                drift.add({"all": vector}, weight)
                 self.report.metrics[client] = metrics
             except ValueError as error:
                 self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
@@ -303,7 +304,11 @@ class FederatedStrategy(Strategy):
         started = time.perf_counter()
         result = mean.result() if len(self.report.metrics) >= self.config.server.min_replies else None
         self.report.drift = drift.result(result)
-        record = None if result is None else encode(result, wire_dtype(self.config.model.dtype))
+        record = None
+        if result is not None:
+            parts = result["all"].split([math.prod(shape) for shape in self._shapes.values()])
+            arrays = {n: part.view(shape) for (n, shape), part in zip(self._shapes.items(), parts, strict=True)}
+            record = encode(arrays, wire_dtype(self.config.model.dtype))
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()
 
@@ -315,18 +320,29 @@ class FederatedStrategy(Strategy):
         ValueError
             If something lacks, or the arrays are not finite or not of the names and shapes that were sent.
         """
-        # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
-        metrics = message.content.get("metrics")
-        records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
-        if not isinstance(metrics, MetricRecord) or len(records) != 1:
-            raise ValueError("it needs metrics and one record of arrays")
-        arrays = decode(records[0])
-        for name in sorted(arrays.keys() | self._shapes.keys()):
-            shape = tuple(arrays[name].shape) if name in arrays else None
-            if shape != self._shapes.get(name):
-                raise ValueError(f"{name} has shape {shape}, expected {self._shapes.get(name)}")
+        record, metrics = _parts(message)
+        arrays = decode(record)
+        self._check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
         check_finite(arrays)
         return arrays, metrics
+
+    def _read_vector(self, message: Message) -> tuple[torch.Tensor, MetricRecord]:
+        """Do as :meth:`read`, but return the arrays as one vector, in the order in which they were sent."""
+        record, metrics = _parts(message)
+        shapes, vector = decode_vector(record)
+        self._check_shapes(shapes)
+        if list(shapes) != list(self._shapes):
+            arrays = decode(record)
+            vector = flatten({name: arrays[name] for name in self._shapes})
+        if not vector.isfinite().all():
+            check_finite(decode(record))
+        return vector, metrics
+
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shapes == self._shapes:
+            return
+        name = min(n for n in shapes.keys() | self._shapes.keys() if shapes.get(n) != self._shapes.get(n))
+        raise ValueError(f"{name} has shape {shapes.get(name)}, expected {self._shapes.get(name)}")
 
     def weight(self, metrics: MetricRecord) -> float:
         """Return a client's weight before normalisation: its number of examples.
@@ -423,6 +439,15 @@ def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
         rank = adapted.parameter(f"{path}.lora_A").shape[1]
         arrays |= {f"{path}.{factor}": value for factor, value in initial(*shape, rank, generator).items()}
     return arrays
+
+
+def _parts(message: Message) -> tuple[ArrayRecord, MetricRecord]:
+    # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
+    metrics = message.content.get("metrics")
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    if not isinstance(metrics, MetricRecord) or len(records) != 1:
+        raise ValueError("it needs metrics and one record of arrays")
+    return records[0], metrics
 
 
 def check_finite(arrays: Arrays) -> None:

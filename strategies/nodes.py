@@ -70,7 +70,7 @@ class Roster:
         self.names, self.refuses = list(names), refuses
         self.nodes: dict[int, int] = {}
         self.away: set[int] = set()
-        self._registered: dict[int, str] = {}  # node to the name under which the server let it in
+        self._registered: dict[int, str] = {}  # node to the name under which the server let it in, or else its own
         self._refused: dict[int, RunError | InputError] = {}
         self._asked: dict[str, int] = {}  # queries under way: message id to node
 
@@ -170,7 +170,7 @@ class Roster:
     def _refresh(self) -> None:
         nodes = list(self.grid.get_nodes())
         online = {node.node_id for node in nodes}
-        self._registered.update({node.node_id: node.name for node in nodes})
+        self._registered.update({node.node_id: node.name for node in nodes if node.name})
         for client in [c for c, node in self.nodes.items() if node not in online and c not in self.away]:
             log.warning("node %s has left; it is not asked until it is back", self.names[client])
             self.away.add(client)
@@ -189,7 +189,7 @@ class Roster:
         while True:
             nodes = list(self.grid.get_nodes())
             node_ids = [node.node_id for node in nodes]
-            self._registered.update({node.node_id: node.name for node in nodes})
+            self._registered.update({node.node_id: node.name for node in nodes if node.name})
             if len(node_ids) >= wanted or time.monotonic() > deadline:
                 return node_ids
             if len(node_ids) != told:
@@ -218,6 +218,7 @@ class Roster:
             elif NODE_RECORD in reply.content:
                 about: Any = reply.content[NODE_RECORD]
                 name = str(about["name"])
+                self._registered[node] = self._registered.get(node) or name
                 if about["labels"] != labels_digest(self.label_names):
                     self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, LabelError.__name__))
                 elif found.get(name, node) != node or self._taken(name, node):

@@ -50,6 +50,31 @@ def decode(record: ArrayRecord) -> Arrays:
         raise ValueError(f"an array cannot be read: {error}") from None
 
 
+def decode_vector(record: ArrayRecord) -> tuple[dict[str, tuple[int, ...]], torch.Tensor]:
+    """Turn a Flower ArrayRecord into the shapes of its arrays, by name, and all their numbers as one vector.
+
+    The same as :func:`decode` and :func:`flatten`, without a tensor for each of many small arrays.
+
+    Raises
+    ------
+    ValueError
+        As :func:`decode`.
+    """
+    shapes, parts, dtypes = {}, [], set()
+    for name, array in record.items():
+        plain = _plain(array)
+        if plain is None:
+            break
+        start, shapes[name], dtype = plain
+        parts.append(memoryview(array.data)[start:])
+        dtypes.add(dtype)
+    if len(parts) == len(record) and len(dtypes) == 1:
+        numbers = bytearray().join(parts)  # writable, as torch wants it
+        return shapes, torch.from_numpy(np.frombuffer(numbers, dtypes.pop()))
+    arrays = decode(record)
+    return {name: tuple(array.shape) for name, array in arrays.items()}, flatten(arrays)
+
+
 # Flower's Array holds a .npy file: a short header, then the numbers. numpy's own functions print and parse the header
 # anew each time, which takes ten times as long as the copy for the small arrays that adapters are.
 
@@ -70,17 +95,24 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return npy.read_array_header_1_0(io.BytesIO(header[8:]))
 
 
-def _decode(array: Array) -> np.ndarray:
+def _plain(array: Array) -> tuple[int, tuple[int, ...], np.dtype] | None:
+    """Return where an array's numbers start, its shape and dtype; None where numpy itself must read it."""
     data = array.data
     if array.stype != "numpy.ndarray" or data[:8] != b"\x93NUMPY\x01\x00":
-        return np.ascontiguousarray(array.numpy())
+        return None
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran_order, dtype = _layout(data[:start])
     if dtype.hasobject or len(data) - start != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{len(data) - start} bytes are no array of shape {shape} and dtype {dtype}")
-    if fortran_order:
+    return None if fortran_order else (start, shape, dtype)
+
+
+def _decode(array: Array) -> np.ndarray:
+    plain = _plain(array)
+    if plain is None:
         return np.ascontiguousarray(array.numpy())
-    return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()
+    start, shape, dtype = plain
+    return np.frombuffer(array.data, dtype, offset=start).reshape(shape).copy()
 
 
 def digest(arrays: Mapping[str, torch.Tensor]) -> str:

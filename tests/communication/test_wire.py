@@ -10,7 +10,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
+from fedlora.communication.wire import decode, decode_vector, digest, encode, flatten, payload_bytes, wire_dtype
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -39,6 +39,23 @@ def test_what_is_decoded_is_what_was_encoded(
     assert payload_bytes(record) == numbers * torch.finfo(wire).bits // 8
 
 
+@given(named_arrays(), named_arrays(), st.booleans())
+def test_a_vector_holds_the_same_numbers(
+    arrays: dict[str, torch.Tensor], others: dict[str, torch.Tensor], fortran: bool
+) -> None:
+    record = encode(arrays)
+    for name, array in others.items():
+        # Of another dtype, and written by somebody else.
+        numbers = array.double().numpy()
+        record[name] = Array(np.asfortranarray(numbers) if fortran else numbers)
+    decoded = decode(record)
+    shapes, vector = decode_vector(record)
+    assert shapes == {name: tuple(array.shape) for name, array in decoded.items()}
+    assert list(shapes) == list(decoded)
+    assert torch.equal(vector, flatten(decoded))
+    vector += 1  # it is the caller's own
+
+
 @given(named_arrays(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_bytes_are_those_that_flower_writes(arrays: dict[str, torch.Tensor], wire: torch.dtype) -> None:
     for name, array in encode(arrays, wire).items():
@@ -53,8 +70,9 @@ def test_bytes_that_are_no_array_are_refused(rest: bytes, cut: int) -> None:
     for data in (whole.data[:-cut] if cut else whole.data + b"\0", whole.data[:10] + rest, rest):
         if data == whole.data:
             continue
-        with pytest.raises(ValueError, match=r"."):
-            decode(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))
+        for read in (decode, decode_vector):
+            with pytest.raises(ValueError, match=r"."):
+                read(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))
 
 
 def test_arrays_of_other_orders_and_kinds_are_read_or_refused() -> None:
