@@ -89,10 +89,20 @@ class Roster:
         RunError
             If too few answer.
         """
-        timeout = self.config.server.timeout
-        node_ids = self._wait_for_nodes(timeout)
-        replies = AddressedGrid(self.grid).send_and_receive([self._query(n) for n in node_ids], timeout=timeout)
-        self._enrol(replies)
+        deadline = time.monotonic() + self.config.server.timeout
+        heard: dict[int, Message] = {}
+        while True:
+            left = max(1.0, deadline - time.monotonic())
+            queries = [self._query(node) for node in self._wait_for_nodes(left) if node not in heard]
+            for reply in AddressedGrid(self.grid).send_and_receive(queries, timeout=left):
+                if not (reply.has_error() and reply.error.code in UNAVAILABLE):
+                    heard[reply.metadata.src_node_id] = reply
+            # A node that lost its connection counts as online for a while; it is asked again once it is back.
+            if len(heard) >= self._wanted() or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        # All at once, so that numbers follow names.
+        self._enrol(heard.values())
         if len(self.nodes) < (self.config.server.min_replies if self.real or self._refused else 1):
             self._raise_refusal()
             raise RunError(f"{len(self.nodes) or 'no'} clients answered; server.min_replies asks for more")
@@ -184,7 +194,7 @@ class Roster:
 
     def _wait_for_nodes(self, timeout: float) -> list[int]:
         """Return the node ids; in a run on nodes, wait until as many are there as the config says."""
-        wanted = (self.config.data.partition.clients or self.config.server.min_replies) if self._on_nodes() else 0
+        wanted = self._wanted()
         deadline, told = time.monotonic() + timeout, -1
         while True:
             nodes = list(self.grid.get_nodes())
@@ -197,8 +207,11 @@ class Roster:
                 log.info("%d of %d nodes are there", told, wanted)
             time.sleep(_POLL_SECONDS)
 
-    def _on_nodes(self) -> bool:
-        return self.config.data.name == NODES
+    def _wanted(self) -> int:
+        """So many nodes are waited for at the start; a simulation's are there or never."""
+        if self.config.data.name != NODES:
+            return 0
+        return self.config.data.partition.clients or self.config.server.min_replies
 
     def _query(self, node: int) -> Message:
         about = ConfigRecord({"federation": self.federation, "label-names": list(self.label_names or [])})

@@ -91,6 +91,22 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strategies.nodes._POLL_SECONDS", 0.01)
 
 
+def test_nodes_that_lost_their_connection_are_asked_again_until_the_timeout(three: Nodes) -> None:
+    asked = []
+
+    def answer(message: Message) -> Message | None:
+        node = message.metadata.dst_node_id
+        asked.append(node)
+        if node != 5 and asked.count(node) <= 2:
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+        return Nodes._answer(three, message)
+
+    three.answer = answer
+    made = roster(three, data__partition__clients=3, server__timeout=5.0)
+    assert made.names == ["east", "north", "south"]
+    assert sorted(asked) == [5, 7, 7, 7, 9, 9, 9]
+
+
 def test_clients_are_numbered_by_name(three: Nodes) -> None:
     found = roster(three)
     assert found.names == ["east", "north", "south"]
