@@ -247,11 +247,15 @@ class Server:
             return reply.raise_for_status().content.decode("utf-8", "replace").split("\n")[:-1]
 
     def fetch(self, name: str, file: str, target: Path) -> None:
-        """Copy a file of a run folder; the target is there whole, or as it was."""
+        """Copy a file of a run folder, if it is there; the target is there whole, or as it was."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             with self._errors(), self._http.stream("GET", f"{RUNS}/{quote(name)}/{quote(file)}") as reply:
+                if reply.status_code == httpx.codes.NOT_FOUND:
+                    return  # it went since the folder was listed: what a run writes beside its files is short-lived
+                if reply.is_error:
+                    reply.read()  # what it says is wrong
                 reply.raise_for_status()
                 with temporary.open("wb") as stream:
                     for chunk in reply.iter_bytes():
@@ -269,7 +273,7 @@ class Server:
             if response.status_code == httpx.codes.FORBIDDEN:
                 remedy = "takes no orders from this machine; add its address to control_from in the server's TOML"
                 raise InputError("address", self.address, remedy) from None
-            flowers = FlowerError.from_json(response.text) if response.is_closed else None
+            flowers = FlowerError.from_json(response.text)
             said = f"[{flowers.code}] {flowers.message}" if flowers else f"HTTP {response.status_code}"
             raise RunError(f"{self.address} refuses: {said}") from None
         except httpx.TransportError as error:
