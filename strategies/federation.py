@@ -141,6 +141,8 @@ def run_federation(
         frozen = {name: array for name, array in start.items() if name not in names}
         trained = {name: array for name, array in start.items() if name in names}
         checkpoint.set_arrays("frozen", frozen)
+    # In the model's order, which is that of the clients' replies; a file has another.
+    trained = {name: trained[name] for name in adapted.names(strategy.trained) if name in trained} | trained
     adapted.set_shared(frozen | trained)
 
     # 3. The wire: every message is metered, frozen arrays go along with a client's first.
