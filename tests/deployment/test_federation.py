@@ -67,7 +67,6 @@ def column(folder: Path, *names: str) -> list[tuple[str, ...]]:
 WHO_AND_PAYLOAD = ("round", "client", "direction", "payload_bytes", "formula_bytes")
 
 
-@pytest.mark.federation
 def test_private_run_on_three_owners_files(federation: Federation, examples: Path, simulation: Path) -> None:
     federation.set_policy(max_epsilon=8.0, delta=1e-3)
     there = run_on(federation, config_of(examples, "private"))
