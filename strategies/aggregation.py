@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from flwr.app import Message
 
-from fedlora.communication.wire import flatten
-
 Arrays = dict[str, torch.Tensor]
 
 
@@ -21,8 +19,8 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self.total_weight = 0.0
-        self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        self._sum = torch.empty(0)
+        self._sums: Arrays = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def add(self, arrays: Mapping[str, torch.Tensor], weight: float) -> None:
         """Add one client's arrays.
@@ -34,29 +32,23 @@ class WeightedMean:
         """
         if weight < 0:
             raise ValueError(f"weight {weight} is negative")
-        layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        flat = flatten(arrays).double()
-        if not self._layout:
-            self._layout, self._sum = layout, torch.zeros_like(flat)
-        if layout.keys() != self._layout.keys():
-            raise ValueError(f"names differ: {sorted(layout.keys() ^ self._layout.keys())[:3]}")
-        for name, (shape, _) in layout.items():
-            if shape != self._layout[name][0]:
-                raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(self._layout[name][0])}")
-        if list(layout) != list(self._layout):
-            flat = flatten({name: arrays[name] for name in self._layout}).double()
-        self._sum.add_(flat, alpha=weight)
+        if not self._sums:
+            self._sums = {name: torch.zeros(a.shape, dtype=torch.float64) for name, a in arrays.items()}
+            self._dtypes = {name: a.dtype for name, a in arrays.items()}
+        if arrays.keys() != self._sums.keys():
+            raise ValueError(f"names differ: {sorted(arrays.keys() ^ self._sums.keys())[:3]}")
+        for name, array in arrays.items():
+            if array.shape != self._sums[name].shape:
+                raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(self._sums[name].shape)}")
+        sums = list(self._sums.values())
+        torch._foreach_add_(sums, [arrays[name].double() for name in self._sums], alpha=weight)
         self.total_weight += weight
 
     def result(self) -> Arrays | None:
         """Return the mean in the arrays' own dtype, or None if nothing of any weight was added."""
         if self.total_weight == 0:
             return None
-        parts = (self._sum / self.total_weight).split([shape.numel() for shape, _ in self._layout.values()])
-        return {
-            name: part.reshape(shape).to(dtype)
-            for (name, (shape, dtype)), part in zip(self._layout.items(), parts, strict=True)
-        }
+        return {name: (s / self.total_weight).to(self._dtypes[name]) for name, s in self._sums.items()}
 
 
 class Drift:
@@ -73,8 +65,7 @@ class Drift:
     """
 
     def __init__(self, start: Mapping[str, torch.Tensor]) -> None:
-        self.names = list(start)
-        self.start = flatten(start)
+        self.start = start
         self.total_weight = self._squares = 0.0
 
     def add(self, arrays: Mapping[str, torch.Tensor], weight: float) -> None:
@@ -90,10 +81,8 @@ class Drift:
         return max(0.0, self._squares / self.total_weight / moved - 1) if moved else None
 
     def _square(self, arrays: Mapping[str, torch.Tensor]) -> float:
-        if list(arrays) != self.names:
-            arrays = {name: arrays[name] for name in self.names}
-        # torch.dist makes no copy of the difference.
-        return float(torch.dist(flatten(arrays), self.start)) ** 2
+        # torch.dist makes no copy of the difference: less than averaging costs, for small arrays and large ones.
+        return sum(float(torch.dist(array, self.start[name])) ** 2 for name, array in arrays.items())
 
 
 def weighted_mean(clients: Iterable[tuple[Mapping[str, torch.Tensor], float]]) -> Arrays | None:

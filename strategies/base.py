@@ -323,7 +323,7 @@ class FederatedStrategy(Strategy):
         record, metrics = _parts(message)
         arrays = decode(record)
         self._check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
-        check_finite(arrays)
+        _check_finite(arrays)
         return arrays, metrics
 
     def _read_vector(self, message: Message) -> tuple[torch.Tensor, MetricRecord]:
@@ -335,7 +335,7 @@ class FederatedStrategy(Strategy):
             arrays = decode(record)
             vector = flatten({name: arrays[name] for name in self._shapes})
         if not vector.isfinite().all():
-            check_finite(decode(record))
+            _check_finite(decode(record))
         return vector, metrics
 
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -450,7 +450,7 @@ def _parts(message: Message) -> tuple[ArrayRecord, MetricRecord]:
     return records[0], metrics
 
 
-def check_finite(arrays: Arrays) -> None:
+def _check_finite(arrays: Arrays) -> None:
     """Refuse arrays with a number that is infinite or none (ValueError)."""
     if flatten(arrays).isfinite().all():
         return
