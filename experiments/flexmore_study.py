@@ -6,7 +6,9 @@
 
 ``run`` needs no network. It trains, for every rank, the five owners' experts in one pass each (see
 :func:`fedlora.training.train_cohort`), merges them, and evaluates the public model, every expert with the public one,
-the mixture, and one LoRA on all data, which is the upper line. Rates are tuned for every rank on validation text.
+the mixture, and one LoRA on all data, which is the upper line. Learning rate and scale are tuned for every rank at full
+length, until the best in the mean over owners lies inside what was tried; then each owner keeps the expert that its own
+validation text prefers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ import torch
 
 from experiments.benchmarks.machine import machine
 from fedlora.adapters import AdaptedModel, ExpertModel, adapt
+from fedlora.adapters.expert import ALPHA
 from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
 from fedlora.experts.expert import FULL, Rank, break_even_rank
 from fedlora.experts.mixture import Mixture
 from fedlora.models import load_base, pretrained_source
-from fedlora.training import ClientJob, evaluate, train_cohort
+from fedlora.results.folder import to_json
+from fedlora.training import ClientJob, evaluate, evaluate_clients, train_cohort
 from fedlora.training.expert_start import mean_states, router_row, start_expert
 from fedlora.training.router import tune_router
 from strategies.base import drawn_factors
@@ -83,7 +88,7 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
         parts["test"] += rows(examples.test)[:tests]
     for name, lines in parts.items():
         _write(output / f"{name}.jsonl", lines)
-    for split, seed, count in (("train", 0, reasoning), ("test", 10**6, tests * 2)):
+    for split, seed, count in (("train", 0, reasoning), ("validation", 10**7, tests * 2), ("test", 10**6, tests * 2)):
         # Different seeds make different problems.
         found = []
         for k, task in enumerate(TASKS):
@@ -98,6 +103,34 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 # Training and evaluating without a federation around it: the same parts that a run uses.
+
+
+Experts = dict[str, dict[str, torch.Tensor]]
+"""Arrays by owner."""
+
+
+@dataclass
+class Tuned:
+    """What tuning a rank gave.
+
+    Attributes
+    ----------
+    experts : dict
+        Of every owner the one that its validation text prefers.
+    best : dict of str to (float, float, float)
+        Its validation loss, learning rate and alpha.
+    tried : list of dict
+        rate, alpha, and every owner's validation loss.
+    """
+
+    experts: Experts = field(default_factory=dict)
+    best: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    def mean(self) -> tuple[float, float]:
+        """Rate and alpha of the lowest mean over owners."""
+        row = min(self.tried, key=lambda row: float(np.mean(list(row["validation"].values()))))
+        return row["rate"], row["alpha"]
 
 
 class Bench:
@@ -120,7 +153,8 @@ class Bench:
         data |= {"public": str(folder / "public.jsonl")}
         if reasoning:
             data = {"name": str(folder / "reasoning-train.jsonl"), "partition": {"kind": "iid", "clients": 1}}
-            data |= {"test": str(folder / "reasoning-test.jsonl"), "prompt": "prompt", "answer": "answer"}
+            data |= {"prompt": "prompt", "answer": "answer"}
+            data |= {split: str(folder / f"reasoning-{split}.jsonl") for split in ("test", "validation")}
         model = {
             "name": str(folder / "model"),
             "task": "causal-lm",
@@ -129,7 +163,8 @@ class Bench:
         }
         if options.layers:
             model["num_hidden_layers"] = options.layers
-        client = {"batch_size": options.batch, "physical_batch_size": options.physical, "local_steps": options.steps}
+        steps = options.reasoning_steps if reasoning else options.steps
+        client = {"batch_size": options.batch, "physical_batch_size": options.physical, "local_steps": steps}
         self.content = {
             "run": {"seed": options.seed, "rounds": 1},
             "model": model,
@@ -158,9 +193,9 @@ class Bench:
         """Return a mixture without experts."""
         return MergedModel(Mixture.of(load_base(self.config(), None, self.device)).eval())
 
-    def train(self, rank: Rank, rate: float, steps: int, zero_row: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    def train(self, rank: Rank, rate: float, alpha: float, zero_row: bool = False) -> Experts:
         """Train all owners' experts of a rank, each alone, in one pass; return them by owner."""
-        config = self.config(client__local_steps=steps)
+        config = self.config(method__alpha=alpha)
         adapted = adapt(load_base(config, None, self.device), config, FlexMoRE.parameterisation)
         assert isinstance(adapted, ExpertModel)
         adapted.prepare({"rank": str(rank)})
@@ -186,12 +221,49 @@ class Bench:
         domains: dict[str, float] = found.get("by_domain") or {"all": found["perplexity"]}
         return {name: float(np.log(value)) for name, value in domains.items()}
 
-    def judge(self, merged: MergedModel, experts: dict[str, dict[str, torch.Tensor]], zero_row: bool = False) -> Any:
-        """Evaluate each expert with the public one, the mixture, and the mixture with a tuned router."""
+    def validate(self, merged: MergedModel, experts: Experts) -> dict[str, float]:
+        """Loss of every owner's expert on the validation text of its own domain."""
+        table = self.data.validation
+        assert table is not None
+        self.merge(merged, experts)
+        found = {}
+        for owner in experts:
+            merged.show([owner])
+            rows = np.arange(len(table))
+            if table.domain is not None:
+                rows = rows[np.asarray(table.domain) == self.data.domain_names.index(owner)]
+            found[owner] = evaluate_clients(merged, table, [rows], self.options.physical * 4)[0]["loss"]
+        merged.show([])
+        return found
+
+    def tune(self, merged: MergedModel, rank: Rank) -> Tuned:
+        """Train a rank's experts at several rates, then several scales."""
+        tuned = Tuned()
+
+        def attempt(rate: float, alpha: float) -> None:
+            experts = self.train(rank, rate, alpha)
+            losses = {o: loss if np.isfinite(loss) else np.inf for o, loss in self.validate(merged, experts).items()}
+            tuned.tried.append({"rate": rate, "alpha": alpha, "validation": losses})
+            for owner, loss in losses.items():
+                if loss < tuned.best.get(owner, (np.inf,))[0]:
+                    tuned.best[owner], tuned.experts[owner] = (loss, rate, alpha), experts[owner]
+
+        _widen(self.options.rates, lambda rate: attempt(rate, ALPHA), lambda: tuned.mean()[0])
+        if rank != FULL:
+            rate = tuned.mean()[0]
+            _widen([ALPHA * 2], lambda alpha: attempt(rate, alpha), lambda: tuned.mean()[1], [ALPHA])
+        return tuned
+
+    def merge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> None:
+        """Put experts, and the public expert's router rows, into a mixture."""
         merged.show([])
         rows = {n: torch.zeros_like(r) if zero_row else r for n, r in self.public_rows.items()}
         arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
         merged.set_shared(rows | arrays)
+
+    def judge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> Any:
+        """Evaluate each expert with the public one, the mixture, and the mixture with a tuned router."""
+        self.merge(merged, experts, zero_row)
         found: dict[str, dict[str, float]] = {}
         for owner in experts:
             merged.show([owner])
@@ -243,7 +315,7 @@ class Record:
         began = time.perf_counter()
         self.content[key] = work()
         self.content.setdefault("seconds", {})[key] = time.perf_counter() - began
-        self.path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        self.path.write_text(to_json(self.content, indent=1), encoding="utf-8")
         print(f"{key}: {self.content['seconds'][key]:.1f} s", flush=True)
         return self.content[key]
 
@@ -259,19 +331,16 @@ def run(options: argparse.Namespace) -> None:
     layers = list(merged.mixture.projections().values())
     record.part("sizes", lambda: {"break_even": break_even_rank(layers), **{str(r): bench.size(r) for r in ranks}})
     record.part("public", lambda: bench.losses(merged))
-    rates: dict[Rank, float] = {}
-    for rank in ranks:
-        found = record.part(f"rates {rank}", partial(_tune, bench, merged, rank))
-        rates[rank] = float(min(found, key=found.get)) if found else options.rates[0]
-    kept: dict[Rank, dict[str, dict[str, torch.Tensor]]] = {}
+    kept: dict[Rank, Experts] = {}
     for rank in ranks:
         path = options.output / f"experts-{rank}.pt"
 
         def work(r: Rank = rank, path: Path = path) -> Any:
-            kept[r] = bench.train(r, rates[r], options.steps)
+            tuned = bench.tune(merged, r)
+            kept[r] = {owner: tuned.experts[owner] for owner in bench.owners}
             if r != FULL and r in options.mixed:
                 torch.save(kept[r], path)
-            return bench.judge(merged, kept[r]) | {"rate": rates[r]}
+            return bench.judge(merged, kept[r]) | _settings(tuned)
 
         record.part(f"rank {rank}", work)
         if rank not in kept and path.is_file():
@@ -287,9 +356,11 @@ def run(options: argparse.Namespace) -> None:
         record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
 
     def zero_row() -> Any:
-        return bench.judge(merged, bench.train(16, rates.get(16, options.rates[0]), options.steps, True), True)
+        rate, alpha = record.content["rank 16"]["settings"]
+        experts = bench.train(16, rate, alpha, zero_row=True)
+        return bench.judge(merged, experts, zero_row=True)
 
-    if 16 in ranks:
+    if "rank 16" in record.content:
         record.part("rank 16, public row 0", zero_row)
     del merged
     reasoning = Bench(options, reasoning=True)
@@ -298,9 +369,27 @@ def run(options: argparse.Namespace) -> None:
     for rank in ranks:
 
         def solve(r: Rank = rank) -> Any:
-            return reasoning.judge(merged, reasoning.train(r, rates[r], options.reasoning_steps))
+            tuned = reasoning.tune(merged, r)
+            return reasoning.judge(merged, tuned.experts) | _settings(tuned)
 
         record.part(f"reasoning {rank}", solve)
+
+
+def _settings(tuned: Tuned) -> dict[str, Any]:
+    return {"settings": tuned.mean(), "best": tuned.best, "tried": tuned.tried}
+
+
+def _widen(
+    values: list[float], attempt: Callable[[float], None], best: Callable[[], float], tried: Sequence[float] = ()
+) -> None:
+    """Attempt values, then twice the largest or half the smallest while that end is the best."""
+    for value in values:
+        attempt(value)
+    known = sorted([*tried, *values])
+    while best() in (known[0], known[-1]):
+        value = known[-1] * 2 if best() == known[-1] else known[0] / 2
+        attempt(value)
+        known = sorted([*known, value])
 
 
 def join(parts: list[Path], output: Path) -> None:
@@ -310,39 +399,23 @@ def join(parts: list[Path], output: Path) -> None:
         for key, value in json.loads((part / "raw.json").read_text(encoding="utf-8")).items():
             several = key in ("sizes", "seconds") and key in joined
             joined[key] = joined[key] | value if several else joined.get(key, value)
-    order = {f"{kind} {rank}": i for i, rank in enumerate(RANKS) for kind in ("rates", "rank", "reasoning")}
+    order = {f"{kind} {rank}": i for i, rank in enumerate(RANKS) for kind in ("rank", "reasoning")}
     joined = dict(sorted(joined.items(), key=lambda item: order.get(item[0], -1)))
     output.mkdir(parents=True, exist_ok=True)
     (output / "raw.json").write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
-
-
-def _tune(bench: Bench, merged: MergedModel, rank: Rank) -> dict[str, float]:
-    """Mean loss of the owners' experts on their own domain's validation text, by learning rate."""
-    found = {}
-    for rate in bench.options.rates:
-        experts = bench.train(rank, rate, bench.options.tune_steps)
-        arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
-        merged.show([])
-        merged.set_shared(bench.public_rows | arrays)
-        own = []
-        for owner in experts:
-            merged.show([owner])
-            own.append(bench.losses(merged, bench.data.validation)[owner])
-        found[str(rate)] = float(np.mean(own))
-        merged.show([])
-    return found
 
 
 def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
     """One LoRA on all owners' text: as many examples in all as the owners' experts see together."""
     owners = len(bench.owners)
     rows = np.sort(np.concatenate([np.asarray(part) for part in bench.data.partition]))
-    found: dict[str, Any] = {}
     names = sorted({path.rpartition(".")[2] for path in bench.merged().mixture.projections()})
-    for rate in bench.options.rates:
+    found: dict[float, dict[str, Any]] = {}
+
+    def attempt(rate: float) -> None:
         overrides: dict[str, Any] = {
             "method__rank": rank,
-            "method__alpha": 8 * rank**0.5,
+            "method__alpha": ALPHA * rank**0.5,
             "method__target_modules": names,
         }
         batch, physical = bench.options.batch * owners, bench.options.physical * owners
@@ -353,9 +426,13 @@ def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
         adapted.set_shared(result.arrays)
         assert bench.data.validation is not None
         chosen = np.mean(list(bench.losses(adapted, bench.data.validation).values()))
-        if not found or chosen < found["validation"]:
-            found = {"rate": rate, "validation": float(chosen), "test": bench.losses(adapted)}
-    return found
+        found[rate] = {"rate": rate, "validation": float(chosen), "test": bench.losses(adapted)}
+
+    def best() -> float:
+        return min(found, key=lambda rate: float(found[rate]["validation"]))
+
+    _widen(bench.options.rates, attempt, best)
+    return found[best()] | {"tried": {rate: row["validation"] for rate, row in found.items()}}
 
 
 # The picture.
@@ -401,6 +478,11 @@ def plot(folder: Path) -> None:
             + " | ".join(cells)
             + f" | {gain(losses):.3f} | {share} | {'-' if size is None else f'{size / 1e6:.1f}'} |"
         )
+    lines += ["", "| learning rate, alpha | " + " | ".join(domains) + " | tried |", "|---" * (len(domains) + 2) + "|"]
+    for rank in ranks:
+        best, tried = raw[f"rank {rank}"]["best"], raw[f"rank {rank}"]["tried"]
+        cells = [_setting(rank, *best[domain][1:]) for domain in domains]
+        lines.append(f"| rank {rank} | " + " | ".join(cells) + f" | {len(tried)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -441,6 +523,10 @@ def plot(folder: Path) -> None:
         figure.savefig(folder / "reasoning.png", dpi=110)
 
 
+def _setting(rank: str, rate: float, alpha: float) -> str:
+    return f"{rate * FULL_RATE:.2g}" if rank == FULL else f"{rate:.2g}, {alpha:g}"
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -454,15 +540,14 @@ def main() -> None:
     two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
     two.add_argument("--output", type=Path, required=True)
     two.add_argument("--ranks", nargs="+", default=RANKS)
-    two.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
+    two.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="where the search begins")
     two.add_argument("--mixed", nargs="*", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
-    two.add_argument("--tune-steps", type=int, default=30)
     two.add_argument("--router-steps", type=int, default=60)
     two.add_argument("--reasoning-steps", type=int, default=100)
     two.add_argument("--batch", type=int, default=16)
-    two.add_argument("--physical", type=int, default=8, help="rows of an owner in one pass over the model")
+    two.add_argument("--physical", type=int, default=16, help="rows of an owner in one pass over the model")
     two.add_argument("--length", type=int, default=256)
     two.add_argument("--layers", type=int, default=0)
     two.add_argument("--dtype", default="bfloat16")
