@@ -47,9 +47,14 @@ TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting
 """Of reasoning-gym: the procedural side of the second study."""
 
 RANKS = ["1", "4", "16", "64", "256", "full"]
+MIXED = [[16, 4, 16, 64, 4], [64, 16, 64, 16, 16]]
 
-PUBLIC, VALIDATION = 60, 40
-"""Examples of each domain that are public, and that tuning looks at; no owner trains on them."""
+PUBLIC, VALIDATION = 60, 100
+"""Examples of each domain that are public, and that tuning looks at; no owner trains on them.
+
+Posts quote one another, so that training posts hold a third of the words of others of their time. Validation posts come
+from the later time that test posts come from.
+"""
 
 
 # The data.
@@ -82,10 +87,11 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
             return [found[i] for i in rng.permutation(len(found))]
 
         train = rows(examples.train)
+        later = rows(examples.test)
         parts["public"] += train[:PUBLIC]
-        parts["validation"] += train[PUBLIC : PUBLIC + VALIDATION]
-        parts["train"] += train[PUBLIC + VALIDATION :]
-        parts["test"] += rows(examples.test)[:tests]
+        parts["train"] += train[PUBLIC:]
+        parts["test"] += later[:tests]
+        parts["validation"] += later[tests : tests + VALIDATION]
     for name, lines in parts.items():
         _write(output / f"{name}.jsonl", lines)
     for split, seed, count in (("train", 0, reasoning), ("validation", 10**7, tests * 2), ("test", 10**6, tests * 2)):
@@ -248,10 +254,11 @@ class Bench:
                 if loss < tuned.best.get(owner, (np.inf,))[0]:
                     tuned.best[owner], tuned.experts[owner] = (loss, rate, alpha), experts[owner]
 
-        _widen(self.options.rates, lambda rate: attempt(rate, ALPHA), lambda: tuned.mean()[0])
-        if rank != FULL:
+        first, *others = self.options.alphas
+        _widen(self.options.rates, lambda rate: attempt(rate, first), lambda: tuned.mean()[0])
+        if rank != FULL and others:
             rate = tuned.mean()[0]
-            _widen([ALPHA * 2], lambda alpha: attempt(rate, alpha), lambda: tuned.mean()[1], [ALPHA])
+            _widen(others, lambda alpha: attempt(rate, alpha), lambda: tuned.mean()[1], [first])
         return tuned
 
     def merge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> None:
@@ -332,25 +339,26 @@ def run(options: argparse.Namespace) -> None:
     record.part("sizes", lambda: {"break_even": break_even_rank(layers), **{str(r): bench.size(r) for r in ranks}})
     record.part("public", lambda: bench.losses(merged))
     kept: dict[Rank, Experts] = {}
+    options.mixed = options.mixed or MIXED
+    mixing = set(itertools.chain(*options.mixed))
     for rank in ranks:
         path = options.output / f"experts-{rank}.pt"
 
         def work(r: Rank = rank, path: Path = path) -> Any:
             tuned = bench.tune(merged, r)
             kept[r] = {owner: tuned.experts[owner] for owner in bench.owners}
-            if r != FULL and r in options.mixed:
+            if r in mixing:
                 torch.save(kept[r], path)
             return bench.judge(merged, kept[r]) | _settings(tuned)
 
         record.part(f"rank {rank}", work)
         if rank not in kept and path.is_file():
             kept[rank] = torch.load(path)
-        if rank not in options.mixed:
+        if rank not in mixing:
             kept.pop(rank, None)
-    mixed = {owner: rank for owner, rank in zip(bench.owners, itertools.cycle(options.mixed), strict=False)}
-    if mixed and all(rank in kept for rank in mixed.values()):
-        chosen = {owner: kept[rank][owner] for owner, rank in mixed.items()}
-        record.part("mixed ranks", lambda: bench.judge(merged, chosen) | {"ranks": mixed})
+    for mixed in options.mixed:
+        if all(rank in kept for rank in mixed):
+            record.part(f"mixed ranks {mixed}", partial(_mix, bench, merged, kept, mixed))
     kept.clear()
     for rank in options.lora:
         record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
@@ -373,6 +381,11 @@ def run(options: argparse.Namespace) -> None:
             return reasoning.judge(merged, tuned.experts) | _settings(tuned)
 
         record.part(f"reasoning {rank}", solve)
+
+
+def _mix(bench: Bench, merged: MergedModel, kept: dict[Rank, Experts], mixed: list[int]) -> dict[str, Any]:
+    ranks = dict(zip(bench.owners, itertools.cycle(mixed), strict=False))
+    return bench.judge(merged, {owner: kept[rank][owner] for owner, rank in ranks.items()}) | {"ranks": ranks}
 
 
 def _settings(tuned: Tuned) -> dict[str, Any]:
@@ -455,10 +468,9 @@ def plot(folder: Path) -> None:
     for rank in ranks:
         kinds = [name for name in raw[f"rank {rank}"] if name.startswith("mixture")]
         rows += [(f"{name}, rank {rank}", raw[f"rank {rank}"][name], len(domains) * sizes[rank]) for name in kinds]
-    if "mixed ranks" in raw:
-        found = raw["mixed ranks"]
-        total = sum(sizes[str(rank)] for rank in found["ranks"].values())
-        label = "/".join(str(found["ranks"][domain]) for domain in domains)
+    for found in (raw[key] for key in raw if key.startswith("mixed ranks")):
+        mixed = [str(found["ranks"][domain]) for domain in domains]
+        total, label = sum(sizes[rank] for rank in mixed), "/".join(mixed)
         rows += [(f"{name}, ranks {label}", found[name], total) for name in found if name.startswith("mixture")]
     rows += [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
 
@@ -493,8 +505,8 @@ def plot(folder: Path) -> None:
         points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
         left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
     for name, _, size in rows:
-        kind, mixed, ranks_of_owners = name.partition(", ranks ")
-        if mixed and size is not None and kind in colours:
+        kind, several, ranks_of_owners = name.partition(", ranks ")
+        if several and size is not None and kind in colours:
             x, label = size / 1e6 / len(domains), f"{kind}, {ranks_of_owners}"
             left.plot(x, mean[name], marker="*", markersize=12, linestyle="", label=label, color=colours[kind])
     for name, value in mean.items():
@@ -541,7 +553,8 @@ def main() -> None:
     two.add_argument("--output", type=Path, required=True)
     two.add_argument("--ranks", nargs="+", default=RANKS)
     two.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="where the search begins")
-    two.add_argument("--mixed", nargs="*", type=int, default=[16, 4, 16, 64, 4], help="ranks of the owners, in order")
+    two.add_argument("--alphas", nargs="+", type=float, default=[ALPHA, 2 * ALPHA], help="one: scales are not tuned")
+    two.add_argument("--mixed", nargs="*", type=int, action="append", default=[], help="ranks of the owners, in order")
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--router-steps", type=int, default=60)
