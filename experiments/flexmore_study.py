@@ -370,6 +370,8 @@ def run(options: argparse.Namespace) -> None:
 
     if "rank 16" in record.content:
         record.part("rank 16, public row 0", zero_row)
+    if not options.reasoning_steps:
+        return
     del merged
     reasoning = Bench(options, reasoning=True)
     merged = reasoning.merged()
@@ -558,7 +560,7 @@ def main() -> None:
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--router-steps", type=int, default=60)
-    two.add_argument("--reasoning-steps", type=int, default=100)
+    two.add_argument("--reasoning-steps", type=int, default=100, help="0: newsgroups alone")
     two.add_argument("--batch", type=int, default=16)
     two.add_argument("--physical", type=int, default=16, help="rows of an owner in one pass over the model")
     two.add_argument("--length", type=int, default=256)
