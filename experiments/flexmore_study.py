@@ -47,7 +47,7 @@ TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting
 """Of reasoning-gym: the procedural side of the second study."""
 
 RANKS = ["1", "4", "16", "64", "256", "full"]
-MIXED = [[16, 4, 16, 64, 4], [64, 16, 64, 16, 16]]
+MIXED = [[16, 4, 16, 64, 4], [16, 16, 16, 64, 64]]
 
 PUBLIC, VALIDATION = 60, 100
 """Examples of each domain that are public, and that tuning looks at; no owner trains on them.
@@ -171,6 +171,8 @@ class Bench:
             model["num_hidden_layers"] = options.layers
         steps = options.reasoning_steps if reasoning else options.steps
         client = {"batch_size": options.batch, "physical_batch_size": options.physical, "local_steps": steps}
+        if options.max_grad_norm:
+            client["max_grad_norm"] = options.max_grad_norm
         self.content = {
             "run": {"seed": options.seed, "rounds": 1},
             "model": model,
@@ -409,9 +411,11 @@ def _widen(
 
 def join(parts: list[Path], output: Path) -> None:
     """Make one raw.json of runs over different ranks, as on several GPUs."""
-    joined: dict[str, Any] = {}
+    joined: dict[str, Any] = {"options": {}}
     for part in parts:
-        for key, value in json.loads((part / "raw.json").read_text(encoding="utf-8")).items():
+        raw = json.loads((part / "raw.json").read_text(encoding="utf-8"))
+        joined["options"][part.name] = raw.pop("options")
+        for key, value in raw.items():
             several = key in ("sizes", "seconds") and key in joined
             joined[key] = joined[key] | value if several else joined.get(key, value)
     order = {f"{kind} {rank}": i for i, rank in enumerate(RANKS) for kind in ("rank", "reasoning")}
@@ -524,15 +528,17 @@ def plot(folder: Path) -> None:
     right.set_ylim(top=right.get_ylim()[1] * 1.08)
     figure.savefig(folder / "ranks.png", dpi=110)
 
-    solved = [rank for rank in ranks if f"reasoning {rank}" in raw]
+    solved = [rank for rank in RANKS if f"reasoning {rank}" in raw]
     if solved:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        reasoning = [raw["reasoning public"]["all"] - raw[f"reasoning {rank}"]["reasoning"]["all"] for rank in solved]
-        knowledge = [gain({d: raw[f"rank {rank}"][d][d] for d in domains}) for rank in solved]
+        reasoning = {r: raw["reasoning public"]["all"] - raw[f"reasoning {r}"]["reasoning"]["all"] for r in solved}
+        knowledge = {r: gain({d: raw[f"rank {r}"][d][d] for d in domains}) for r in ranks}
         for name, gains, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
-            axes.plot(range(len(solved)), np.array(gains) / gains[-1], marker="o", label=name, color=colour)
-        axes.set(xticks=range(len(solved)), xticklabels=solved, xlabel="rank", ylabel=f"gain, of rank {solved[-1]}'s")
+            highest = gains[max(gains, key=RANKS.index)]
+            shares = [value / highest for value in gains.values()]
+            axes.plot([RANKS.index(rank) for rank in gains], shares, marker="o", label=name, color=colour)
+        axes.set(xticks=range(len(RANKS)), xticklabels=RANKS, xlabel="rank", ylabel="gain, of the highest rank's")
         axes.legend(frameon=False)
         figure.savefig(folder / "reasoning.png", dpi=110)
 
@@ -563,6 +569,7 @@ def main() -> None:
     two.add_argument("--reasoning-steps", type=int, default=100, help="0: newsgroups alone")
     two.add_argument("--batch", type=int, default=16)
     two.add_argument("--physical", type=int, default=16, help="rows of an owner in one pass over the model")
+    two.add_argument("--max-grad-norm", type=float, default=1.0, help="of an owner's gradient; 0: not clipped")
     two.add_argument("--length", type=int, default=256)
     two.add_argument("--layers", type=int, default=0)
     two.add_argument("--dtype", default="bfloat16")
