@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,34 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         assert (killed / name).read_text() == (whole / name).read_text()
     summaries = [json.loads((path / "summary.json").read_text()) for path in (killed, whole)]
     assert comparable(summaries[0]) == comparable(summaries[1])
+
+
+def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cache: Path) -> None:
+    stopped = folder / "stopped"
+    command = [
+        sys.executable,
+        "-c",
+        "from fedlora.cli import main; main()",
+        "run",
+        str(config_file),
+        "--output",
+        str(stopped),
+    ]
+    environment = {**os.environ, "FEDLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(
+        [*command, "--set", "run.rounds=200"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rounds = stopped / "rounds.jsonl"
+    while run.poll() is None and not (rounds.exists() and rounds.read_text()):
+        time.sleep(0.1)
+    run.terminate()
+    _, told = run.communicate(timeout=60)
+    assert (run.returncode, told) == (1, "fedlora: stopped; go on with --resume\n")
+    assert not (stopped / "summary.json").exists()
 
 
 # What a user may bring along.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -320,6 +322,7 @@ def start_ray(address: str | None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         _check_listening(address)
         ray.init(
@@ -331,6 +334,8 @@ def start_ray(address: str | None) -> bool:
     except (OSError, ValueError, RuntimeError) as error:
         remedy = f"Ray cannot be reached or started ({error}); give the HOST:PORT of a running cluster, or leave it out"
         raise InputError("simulation.address", address, remedy) from None
+    if callable(terminated) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)  # Ray's own prints a stack and aborts
     return True
 
 
