@@ -18,9 +18,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import ray
 
 from experiments.benchmarks.machine import ROOT, machine
 from fedlora import simulate
@@ -32,16 +35,46 @@ PARTS = ("train", "communicate", "aggregate", "evaluate")
 """Of a round, as rounds.jsonl has them; what is left of its wall time is written to the run folder."""
 
 
+class Blocked:
+    """Seconds that the driver waits for Ray: for training, and for what the worker does beside it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> Blocked:
+        self._before = ray.wait, ray.get
+        ray.wait, ray.get = self._timed(ray.wait), self._timed(ray.get)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.wait, ray.get = self._before
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            began = perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds += perf_counter() - began
+
+        return call
+
+
 def measure_ours(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Simulate the config with RayGrid; a round's ``wall`` is from its predecessor's end to its own."""
-    ends: list[float] = []
-    result = simulate(
-        config, overrides, output=folder, progress=Progress(on_round=lambda line: ends.append(perf_counter()))
-    )
+    """Simulate the config with RayGrid.
+
+    A round's ``wall`` is from its predecessor's end to its own. ``wait`` is the part of ``communicate`` in which the
+    driver waits for the worker to encode and send; in the rest it makes, packs, unpacks and counts messages.
+    """
+    ends: list[tuple[float, float]] = []
+    with Blocked() as blocked:
+        progress = Progress(on_round=lambda line: ends.append((perf_counter(), blocked.seconds)))
+        result = simulate(config, overrides, output=folder, progress=progress)
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     rounds = _rounds(lines)
-    for seconds, began, ended in zip(rounds[1:], ends[:-1], ends[1:], strict=True):
+    for seconds, (began, waited), (ended, waited_then) in zip(rounds[1:], ends[:-1], ends[1:], strict=True):
         seconds["wall"] = ended - began
+        seconds["wait"] = min(seconds["communicate"], max(0.0, waited_then - waited - seconds["train"]))
     return {"summary": result.summary, "rounds": rounds, "config": (folder / "config.toml").read_text()}
 
 
@@ -106,7 +139,10 @@ def main() -> None:
         parts = {name: sum(r[name] for r in ours["rounds"][1:]) for name in PARTS}
         total = sum(r["wall"] for r in ours["rounds"][1:])
         print(f"rounds 2 to {len(ours['rounds'])}: {total:.1f} s, {_typical(ours['rounds']):.3f} s a round")
-        for name, seconds in (parts | {"record": total - sum(parts.values())}).items():
+        parts["record"] = total - sum(parts.values())
+        parts["wait"] = sum(r["wait"] for r in ours["rounds"][1:])
+        parts["serialise"] = parts.pop("communicate") - parts["wait"]
+        for name, seconds in parts.items():
             print(f"  {name:12} {seconds:7.2f} s {seconds / total:6.1%}")
         print("  whole run   ", {k: round(v, 1) for k, v in ours["summary"]["seconds"].items()})
         _write(arguments.output, results)
