@@ -124,7 +124,7 @@ class Tuned:
     experts : dict
         Of every owner the one that its validation text prefers.
     best : dict of str to (float, float, float)
-        Its validation loss, learning rate and alpha.
+        Its validation loss, learning rate (before a full expert's is scaled by FULL_RATE) and alpha.
     tried : list of dict
         rate, alpha, and every owner's validation loss.
     """
@@ -560,8 +560,8 @@ def main() -> None:
     two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
     two.add_argument("--output", type=Path, required=True)
     two.add_argument("--ranks", nargs="+", default=RANKS)
-    two.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="where the search begins")
-    two.add_argument("--alphas", nargs="+", type=float, default=[ALPHA, 2 * ALPHA], help="one: scales are not tuned")
+    two.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="where the search begins")
+    two.add_argument("--alphas", nargs="+", type=float, default=[2 * ALPHA, ALPHA], help="one: scales are not tuned")
     two.add_argument("--mixed", nargs="*", type=int, action="append", default=[], help="ranks of the owners, in order")
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)

@@ -91,8 +91,8 @@ def test_messages_hold_each_clients_own_rank_and_rate():
     for message, rank in zip(messages, RANKS, strict=True):
         settings: Any = message.content["config"]
         assert settings["rank"] == str(rank)
-        # A full expert's rate is a tenth of an adapter's.
-        assert settings["learning-rate"] == pytest.approx(0.002 if rank == FULL else 0.02)
+        # A full expert's rate is four tenths of an adapter's.
+        assert settings["learning-rate"] == pytest.approx(0.008 if rank == FULL else 0.02)
         shapes = {name: tuple(array.shape) for name, array in decode(message.content["arrays"]).items()}
         assert shapes == array_shapes(strategy.projections, strategy.routers, rank)
     # Its domain's expert has rank 3; client 2 gets the best approximation of rank 2.
