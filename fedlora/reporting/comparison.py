@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from fedlora.communication.links import PROFILES, link_seed, network_profile, round_network
-from fedlora.config import Config
+from fedlora.config import Config, Section
 from fedlora.errors import InputError
 from fedlora.reporting.runs import Found, Run, Unfinished, score_name
 
@@ -304,22 +304,31 @@ def axis_label(axis: str, value: Value) -> str:
         return f"{value} clients"
     if axis == "data.partition.alpha":
         return f"α {value}"
-    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(value)
+    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(in_a_cell(value))
     return f"{axis.rpartition('.')[2].replace('_', ' ')} {shown}"
+
+
+def in_a_cell(value: Value) -> Value:
+    """Return a value as a table's cell can hold it: a list and a table of values as words."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def flatten(config: Config) -> dict[str, Value]:
     """Return a config's values by ``section.key``, with ``privacy`` for its mode and target."""
     flat: dict[str, Value] = {}
 
-    def visit(content: dict[str, Any], prefix: str) -> None:
-        for key, value in content.items():
-            if isinstance(value, dict):
+    def visit(section: Section, prefix: str) -> None:
+        for key in type(section).model_fields:
+            value = getattr(section, key)
+            if isinstance(value, Section):
                 visit(value, f"{prefix}{key}.")
             else:
+                # A table of values, such as ranks by client, is one value: other runs have others, or none.
                 flat[f"{prefix}{key}"] = value
 
-    visit(config.model_dump(), "")
+    visit(config, "")
     return flat | {PRIVACY: privacy_label(config)}
 
 
@@ -354,6 +363,8 @@ def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
 
 
 def _hashable(value: Value) -> Value:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
     return tuple(value) if isinstance(value, list) else value
 
 
