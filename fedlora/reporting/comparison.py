@@ -162,11 +162,14 @@ class Comparison:
     @cached_property
     def front(self) -> list[Group]:
         """Groups that no other is at least as good as in score, epsilon and bytes, and better in one."""
-        return [self.groups[i] for i in pareto([self.costs(group) for group in self.groups])]
+        converged = [group for group in self.groups if self.costs(group)[0] < math.inf]
+        return [converged[i] for i in pareto([self.costs(group) for group in converged])]
 
     def costs(self, group: Group) -> tuple[float, float, float]:
         """Return score (negated where higher is better), epsilon and bytes: lower is better."""
         score = group.means[self.score].mean
+        if math.isnan(score):  # a loss that diverged
+            score = math.inf
         return (-score if self.score == "accuracy" else score, group_epsilon(group), group.means["total_bytes"].mean)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def test_a_noise_multiplier_is_a_level_of_privacy(runs: Callable[..., Comparison
 def test_the_same_run_again_is_left_out(runs: Callable[..., Comparison]) -> None:
     found = runs({"run.seed": 1}, {"run.seed": 1})
     assert (len(found.runs), len(found.duplicates)) == (1, 1)
+
+
+def test_a_run_that_diverged_is_behind_all_others(tmp_path: Path) -> None:
+    for number, rate in enumerate((0.1, 0.2)):
+        make_run(tmp_path / f"run{number}", number, {"client.learning_rate": rate}, task="causal-lm")
+    summary = json.loads((tmp_path / "run0/summary.json").read_text())
+    summary["final"] = {"loss": None, "perplexity": None}
+    summary["communication"] |= {"initial_bytes": 1, "downlink_bytes": 1, "uplink_bytes": 1}
+    (tmp_path / "run0/summary.json").write_text(json.dumps(summary))
+    found = compare(read_runs([tmp_path]))
+    assert [group.label for group in found.front] == ["fed-sb · learning rate 0.2"]
+    assert sorted(found.groups, key=found.costs)[-1].label == "fed-sb · learning rate 0.1"
 
 
 def test_different_tasks_are_refused(tmp_path: Path) -> None:
