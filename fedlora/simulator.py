@@ -105,6 +105,7 @@ def simulate(
         resolved = folder.resolved
         for note in unused_keys(given):
             log.info("note: %s", note)
+        rounds = _make_strategy(strategy, resolved)
         tokens = prepare_data(resolved)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
@@ -139,7 +140,6 @@ def simulate(
                 on_cohort_size=keep_cohort_size,
             ) as grid,
         ):
-            rounds = strategy(resolved) if callable(strategy) else strategy
             return run_federation(
                 resolved,
                 grid,
@@ -169,6 +169,16 @@ def _check_here(config: Config) -> None:
         raise InputError("data.name", NODES, "lie on real nodes; name the examples to simulate on, or run on nodes")
     if config.data.test == SERVER:
         raise InputError("data.test", SERVER, "is a node's word; name a split or a file")
+
+
+def _make_strategy(given: Strategy | Callable[[Config], Strategy] | None, config: Config) -> Strategy | None:
+    if isinstance(given, type) and given.__module__.startswith("flwr."):
+        raise InputError("strategy", given.__name__, "is made from no config, as a class of Flower's; give an instance")
+    made = given(config) if callable(given) else given
+    if made is not None and not isinstance(made, Strategy):
+        remedy = "is no Strategy; give one of flwr.serverapp.strategy, or a function that makes one from the config"
+        raise InputError("strategy", type(made).__name__, remedy)
+    return made
 
 
 def _check_device(config: Config) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from fedlora import simulate
 from fedlora.config import load_config
-from fedlora.errors import ClientErrorCode
+from fedlora.errors import ClientErrorCode, InputError
 from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
@@ -518,3 +518,12 @@ def test_flowers_own_strategy_can_be_brought(folder: Path) -> None:
     rows = table(result.folder / "communication.csv")
     assert {row["payload_bytes"] - row["formula_bytes"] for row in rows} == {0}
     assert len(rows) == 2 * CLIENTS * ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("strategy", "remedy"), [("fedavg", "no Strategy"), (lambda config: 3, "no Strategy"), (FedAvg, "an instance")]
+)
+def test_what_is_no_strategy_is_told_before_anything_is_loaded(strategy: Any, remedy: str, folder: Path) -> None:
+    with pytest.raises(InputError, match=f"^strategy = .*{remedy}"):
+        simulate(CONFIG, {"data.name": "nowhere.csv"}, output=folder / "none", strategy=strategy)
+    assert not (folder / "none").exists()

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from fedlora.communication.links import PROFILES, link_seed, network_profile, round_network
-from fedlora.config import Config
+from fedlora.config import Config, Section
 from fedlora.errors import InputError
 from fedlora.reporting.runs import Found, Run, Unfinished, score_name
 
@@ -162,11 +162,14 @@ class Comparison:
     @cached_property
     def front(self) -> list[Group]:
         """Groups that no other is at least as good as in score, epsilon and bytes, and better in one."""
-        return [self.groups[i] for i in pareto([self.costs(group) for group in self.groups])]
+        converged = [group for group in self.groups if self.costs(group)[0] < math.inf]
+        return [converged[i] for i in pareto([self.costs(group) for group in converged])]
 
     def costs(self, group: Group) -> tuple[float, float, float]:
         """Return score (negated where higher is better), epsilon and bytes: lower is better."""
         score = group.means[self.score].mean
+        if math.isnan(score):  # a loss that diverged
+            score = math.inf
         return (-score if self.score == "accuracy" else score, group_epsilon(group), group.means["total_bytes"].mean)
 
 
@@ -304,22 +307,31 @@ def axis_label(axis: str, value: Value) -> str:
         return f"{value} clients"
     if axis == "data.partition.alpha":
         return f"α {value}"
-    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(value)
+    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(in_a_cell(value))
     return f"{axis.rpartition('.')[2].replace('_', ' ')} {shown}"
+
+
+def in_a_cell(value: Value) -> Value:
+    """Return a value as a table's cell can hold it: a list and a table of values as words."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def flatten(config: Config) -> dict[str, Value]:
     """Return a config's values by ``section.key``, with ``privacy`` for its mode and target."""
     flat: dict[str, Value] = {}
 
-    def visit(content: dict[str, Any], prefix: str) -> None:
-        for key, value in content.items():
-            if isinstance(value, dict):
+    def visit(section: Section, prefix: str) -> None:
+        for key in type(section).model_fields:
+            value = getattr(section, key)
+            if isinstance(value, Section):
                 visit(value, f"{prefix}{key}.")
             else:
+                # A table of values, such as ranks by client, is one value: other runs have others, or none.
                 flat[f"{prefix}{key}"] = value
 
-    visit(config.model_dump(), "")
+    visit(config, "")
     return flat | {PRIVACY: privacy_label(config)}
 
 
@@ -354,6 +366,8 @@ def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
 
 
 def _hashable(value: Value) -> Value:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pandas as pd
 
-from fedlora.reporting.comparison import Comparison, flatten, quantities
+from fedlora.reporting.comparison import Comparison, flatten, in_a_cell, quantities
 
 
 def runs_table(comparison: Comparison) -> pd.DataFrame:
@@ -23,7 +24,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     "run": run.name,
                     "method": group.method,
                     "privacy": group.privacy,
-                    **{key: _cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+                    **{key: in_a_cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
                     "seed": run.config.run.seed,
                     "rounds": run.summary.rounds,
                     "clients": run.summary.clients,
@@ -33,7 +34,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     "commit": run.summary.environment.commit,
                 }
             )
-    return pd.DataFrame(rows)
+    return _table(rows)
 
 
 def groups_table(comparison: Comparison) -> pd.DataFrame:
@@ -46,7 +47,7 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
             "group": group.name,
             "method": group.method,
             "privacy": group.privacy,
-            **{key: _cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+            **{key: in_a_cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
             "n": len(group.runs),
             "seeds": " ".join(str(run.config.run.seed) for run in group.runs),
             "pareto": group.name in front,
@@ -54,7 +55,7 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
         for name, mean in group.means.items():
             row |= {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return _table(rows)
 
 
 def groups_shown(comparison: Comparison) -> pd.DataFrame:
@@ -96,5 +97,10 @@ def _shown(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def _cell(value: object) -> object:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Make a table; words and numbers in one column, which Parquet does not take, are all words."""
+    table = pd.DataFrame(rows)
+    for name in table.columns:
+        if len({isinstance(value, str) for value in table[name].dropna()}) > 1:
+            table[name] = table[name].map(str, na_action="ignore")
+    return table

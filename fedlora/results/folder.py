@@ -193,8 +193,19 @@ class RunFolder:
         return self.result()
 
     def result(self) -> RunResult:
-        """Read a finished run's summary."""
-        return RunResult(self.path, json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+        """Read a finished run's summary.
+
+        Raises
+        ------
+        InputError
+            If it is gone or damaged.
+        """
+        path = self.path / "summary.json"
+        try:
+            return RunResult(self.path, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError("--resume", str(path), f"of a finished run cannot be read ({reason}); run anew") from None
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return the lines of rounds.jsonl."""

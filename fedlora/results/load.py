@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE
@@ -38,20 +40,29 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If the folder holds no finished run.
+        If the folder holds no finished run, or one whose files are damaged.
 
     Examples
     --------
     >>> model, tokenizer = load("runs/quickstart")  # doctest: +SKIP
     >>> logits = model(**tokenizer("A joy to watch.", return_tensors="pt")).logits  # doctest: +SKIP
     """
-    path = Path(folder)
+    try:
+        return _load(Path(folder))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError("FOLDER", str(folder), f"holds a damaged run ({reason}); run again into another") from None
+
+
+def _load(path: Path) -> tuple[Any, Any]:
     if (path / "mixture" / "config.json").is_file():
         return load_mixture(path / "mixture"), load_tokenizer(_config(path))
     adapter = path / "adapter"
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(
-            "FOLDER", str(folder), "holds no finished run (neither adapter/ nor mixture/); give a run folder"
+            "FOLDER", str(path), "holds no finished run (neither adapter/ nor mixture/); give a run folder"
         )
     config = _config(path)
     labels = adapter / LABELS_FILE
@@ -88,18 +99,23 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     Raises
     ------
     InputError
-        If the folder holds no finished run, or the output exists.
+        If the folder holds no finished run, or the output exists or cannot be written.
     """
     target = Path(output) if output is not None else Path(folder) / ("merged" if merged else "export")
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError("--output", str(target), "exists already; choose another folder")
     with torch.no_grad():
         model, tokenizer = load(folder)
-    if merged or isinstance(model, Mixture):
-        model.save_pretrained(target)
-    else:
-        shutil.copytree(Path(folder) / "adapter", target)
-    tokenizer.save_pretrained(target)
+    try:
+        target.mkdir(parents=True)
+        if merged or isinstance(model, Mixture):
+            model.save_pretrained(target)
+        else:
+            shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
+        tokenizer.save_pretrained(target)
+    except (OSError, SafetensorError) as error:
+        remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
+        raise InputError("--output", str(target), remedy) from None
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -137,6 +138,10 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, A
     if "base" not in content:
         raise InputError("base", None, "is required; give the path of a config, or its sections as [base.SECTION]")
     content["base"] = _base(content["base"], beside)
+    for key, value in (overrides or {}).items():
+        section = key.split(".")[0]
+        own = section in Study.model_fields and section not in Config.model_fields
+        override(content if own else content["base"], key, value)
     if isinstance(content.get("axes"), dict):
         content["axes"] = flatten(content["axes"])
     if isinstance(content.get("points"), list):
@@ -144,10 +149,6 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, A
     draw = content.get("draw")
     if isinstance(draw, dict) and isinstance(draw.get("distributions"), dict):
         draw["distributions"] = flatten(draw["distributions"], leaf="kind")
-    for key, value in (overrides or {}).items():
-        section = key.split(".")[0]
-        own = section in Study.model_fields and section not in Config.model_fields
-        override(content if own else content["base"], key, value)
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -185,11 +186,16 @@ def _base(given: Any, beside: Path) -> dict[str, Any]:
 
 
 def _check(study: Study, overrides: set[str]) -> None:
+    for name, section in study.base.items():
+        if not isinstance(section, dict):
+            raise InputError(f"base.{name}", section, f"is a section; write [base.{name}] and its keys below")
     for name, values in study.axes.items():
         _check_axis(name, values)
     varied: dict[str, str] = {}
     for place, keys in _keys(study):
         for key in keys:
+            if "." not in key:
+                raise InputError(place, key, "is no key of a config; write section.key, for example run.seed")
             if key == "run.name" or key.startswith(("simulation.", "tracking.")):
                 raise InputError(place, key, "cannot be varied: it says how runs are named, placed or logged")
             if varied.setdefault(key, place) != place:
@@ -202,6 +208,8 @@ def _check(study: Study, overrides: set[str]) -> None:
     tuning = study.tuning
     if tuning is None:
         return
+    if "." not in tuning.over:
+        raise InputError("tuning.over", tuning.over, "is no key of a config; write section.key")
     if tuning.over in varied:
         raise InputError("tuning.over", tuning.over, f"is varied by {varied[tuning.over]}; tune it or vary it")
     for key in tuning.by or ():
@@ -249,6 +257,8 @@ def _check_distribution(place: str, given: DistributionSection) -> None:
         return
     if given.low is None or given.high is None or not given.low < given.high:
         raise InputError(f"{place}.low", given.low, f"give low < high with kind {given.kind}")
+    if given.kind == "integer" and math.ceil(given.low) > math.floor(given.high):
+        raise InputError(f"{place}.low", given.low, f"no whole number lies between it and high = {given.high:g}")
     if given.kind == "log-uniform" and given.low <= 0:
         raise InputError(f"{place}.low", given.low, "must be above 0 with kind log-uniform")
 

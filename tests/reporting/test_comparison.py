@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +18,7 @@ from scipy import stats
 from fedlora.errors import InputError
 from fedlora.reporting.comparison import Comparison, Mean, compare, pareto
 from fedlora.reporting.runs import read_runs
+from fedlora.reporting.tables import groups_table, runs_table, table_files
 from tests.reporting.folders import make_run
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6)
@@ -83,6 +87,35 @@ def test_two_single_runs_are_compared_by_what_differs(runs: Callable[..., Compar
     assert [group.label for group in found.groups] == ["fed-sb · learning rate 0.1", "fed-sb · learning rate 0.2"]
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("method.ranks", [{"a": 4, "b": 8}, {"a": 4, "b": 4, "c": 4}, None]),
+        ("method.device_profile", [None, {"4": 0.5, "full": 0.5}, {"4": 1.0}]),
+    ],
+)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_table_of_values_is_one_value(key: str, values: list[Any], backwards: bool, tmp_path: Path) -> None:
+    for number, value in enumerate(reversed(values) if backwards else values):
+        overrides = {"model.task": "causal-lm", "method.name": "flexmore", key: value}
+        make_run(tmp_path / f"run{number}", number, overrides, task="causal-lm")
+    found = compare(read_runs([tmp_path]))
+    assert found.axes == [key]
+    assert (len(found.groups), len(found.duplicates)) == (len(values), 0)
+    assert f"flexmore · {key.partition('.')[2].replace('_', ' ')} default" in [group.label for group in found.groups]
+    written = runs_table(found)[key].dropna()
+    assert sorted(written) == sorted(" ".join(f"{name}={item}" for name, item in v.items()) for v in values if v)
+
+
+def test_a_column_of_words_and_numbers_is_one_of_words(runs: Callable[..., Comparison]) -> None:
+    found = runs({"data.validation": 0.1}, {"data.validation": "held_out.csv"}, {})
+    for table in (runs_table(found), groups_table(found)):
+        files = table_files("table", table)
+        read = pd.read_parquet(io.BytesIO(files["table.parquet"]))["data.validation"]
+        assert sorted(read.dropna()) == ["0.1", "held_out.csv"]
+        assert read.isna().sum() == 1
+
+
 def test_privacy_goes_from_strict_to_none(runs: Callable[..., Comparison]) -> None:
     private = [{"privacy.mode": "example", "privacy.target_epsilon": e} for e in (10.0, 2.0, 0.5)]
     found = runs({"privacy.mode": "none"}, *private)
@@ -98,6 +131,18 @@ def test_a_noise_multiplier_is_a_level_of_privacy(runs: Callable[..., Comparison
 def test_the_same_run_again_is_left_out(runs: Callable[..., Comparison]) -> None:
     found = runs({"run.seed": 1}, {"run.seed": 1})
     assert (len(found.runs), len(found.duplicates)) == (1, 1)
+
+
+def test_a_run_that_diverged_is_behind_all_others(tmp_path: Path) -> None:
+    for number, rate in enumerate((0.1, 0.2)):
+        make_run(tmp_path / f"run{number}", number, {"client.learning_rate": rate}, task="causal-lm")
+    summary = json.loads((tmp_path / "run0/summary.json").read_text())
+    summary["final"] = {"loss": None, "perplexity": None}
+    summary["communication"] |= {"initial_bytes": 1, "downlink_bytes": 1, "uplink_bytes": 1}
+    (tmp_path / "run0/summary.json").write_text(json.dumps(summary))
+    found = compare(read_runs([tmp_path]))
+    assert [group.label for group in found.front] == ["fed-sb · learning rate 0.2"]
+    assert sorted(found.groups, key=found.costs)[-1].label == "fed-sb · learning rate 0.1"
 
 
 def test_different_tasks_are_refused(tmp_path: Path) -> None:

@@ -290,3 +290,14 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomically(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_finished_run_without_its_summary_is_told_in_one_line(damage: Any, tmp_path: Path) -> None:
+    with run_folder(tmp_path / "run", config()) as folder:
+        folder.finish({"method": "fedit"})
+    damage(tmp_path / "run/summary.json")
+    with run_folder(tmp_path / "run", config(), resume=True) as folder:
+        assert folder.finished
+        with pytest.raises(InputError, match=r"^--resume = .*summary.json': .*cannot be read .*; run anew$"):
+            folder.result()

@@ -78,6 +78,35 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         fedlora.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.toml", None),
+        ("config.toml", b"[run"),
+        ("config.toml", b"[run]\nrounds = 0"),
+        ("adapter/adapter_config.json", b"{"),
+        ("adapter/adapter_model.safetensors", b"cut"),
+        ("adapter/head.safetensors", None),
+        ("adapter/labels.json", b"\xff"),
+    ],
+)
+def test_a_damaged_run_is_told_in_one_line(file: str, content: bytes | None, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", pooling="mean")
+    path = tmp_path / "run" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=r"^FOLDER = .*/run': holds a damaged run.*; run again into another$"):
+        export_run(tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_output_that_cannot_be_written_is_told_in_one_line(merged: bool, tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", pooling="mean")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^--output = .*cannot be written .*; choose another folder$"):
+        export_run(tmp_path / "run", tmp_path / "file" / "below", merged=merged)
+
+
 @pytest.mark.slow
 def test_a_language_model_generates_what_the_merged_one_generates(tmp_path: Path) -> None:
     content = {

@@ -31,6 +31,11 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
         ({"axes": {"ranks": [1, 2]}}, "axes.ranks", "section.key"),
         ({"axes": {"run.seed": [1], "more": [{"run.seed": 2}]}}, "axes.more", "axes.run.seed too"),
         ({"axes": {"run.seed": [1]}, "points": [{"run": {"seed": 2}}]}, "points", "axes.run.seed too"),
+        ({"axes": {"method": [{"name": "fedit"}, {"name": "fed-sb"}]}}, "axes.method", "section.key"),
+        ({"points": [{"rank": 2}]}, "points", "section.key"),
+        ({"tuning": {"values": [1.0], "over": "learning_rate"}}, "tuning.over", "section.key"),
+        ({"base": BASE | {"data": 1}, "tuning": {"values": [1.0]}}, "base.data", "[base.data]"),
+        ({"base": BASE | {"run": "x"}}, "base.run", "[base.run]"),
         ({"axes": {"run.name": ["a", "b"]}}, "axes.run.name", "cannot be varied"),
         ({"axes": {"simulation.workers": [1, 2]}}, "axes.simulation.workers", "cannot be varied"),
         ({"draw": {"number": 0, "distributions": {}}}, "draw.number", "greater than"),
@@ -39,6 +44,11 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
             {"draw": {"number": 1, "distributions": {"method.rank": {"kind": "integer", "low": 3, "high": 3}}}},
             "draw.distributions.method.rank.low",
             "low < high",
+        ),
+        (
+            {"draw": {"number": 1, "distributions": {"method.rank": {"kind": "integer", "low": 2.1, "high": 2.9}}}},
+            "draw.distributions.method.rank.low",
+            "no whole number",
         ),
         (
             {"draw": {"number": 1, "distributions": {"method.alpha": {"kind": "log-uniform", "low": 0, "high": 3}}}},
@@ -112,6 +122,13 @@ def test_set_changes_the_base_and_the_studys_own_keys() -> None:
     assert {run.config.model.name for run in make_plan(study).runs} == {"/models/x"}
     assert {run.config.run.rounds for run in make_plan(study).runs} == {7}
     assert study.budget.runs == 3
+
+
+@pytest.mark.parametrize("axes", [{"run.seed": [1, 2], "method.rank": [2]}, {"run": {"seed": [1, 2]}}])
+def test_set_changes_an_axis(axes: dict[str, Any]) -> None:
+    study = load_study(planned(axes=axes), {"axes.run.seed": "[3, 4, 5]"})
+    assert [run.config.run.seed for run in make_plan(study).runs] == [3, 4, 5]
+    assert next(iter(study.axes)) == "run.seed"
 
 
 def test_set_of_a_varied_key_is_refused() -> None:
