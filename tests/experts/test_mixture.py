@@ -9,7 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BertLMHeadModel, OPTConfig, OPTForCausalLM, T5Config, T5EncoderModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertLMHeadModel,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fedlora.errors import InputError
 from fedlora.experts import FULL, Expert, Mixture, MixtureConfig
@@ -273,6 +284,23 @@ def test_a_model_without_known_blocks_is_refused():
     t5 = T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(InputError, match="no known form"):
         find_feed_forwards(t5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_block_that_takes_more_than_its_input_is_refused(device):
+    """MPT's names are those of a known form, but its blocks add the residual themselves."""
+    with torch.device(device):
+        model = MptForCausalLM(MptConfig(vocab_size=50, d_model=16, n_heads=2, n_layers=1, max_seq_len=16))
+    with pytest.raises(InputError, match="no known form"):
+        find_feed_forwards(model)
+
+
+def test_a_block_that_does_more_than_its_projections_is_refused():
+    """BERT's names, but a normalisation lies in the module that a mixture's block would replace."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = RobertaPreLayerNormForCausalLM(RobertaPreLayerNormConfig(vocab_size=50, is_decoder=True, **shape))
+    with pytest.raises(InputError, match="no known form"):
+        find_feed_forwards(model)
 
 
 def test_an_empty_config_is_one_of_no_owners():
