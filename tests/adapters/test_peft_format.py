@@ -46,6 +46,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.2)
+        if name == "llama":
+            tiny.save_llama(found[name])  # with a tokenizer, which a decoder's own head needs
         model.save_pretrained(found[name])
     return found
 
