@@ -324,3 +324,25 @@ def test_two_rounds(kind, extraction):
     assert mean(strategy.evaluate(merged, data, 1)["by_domain"]["mixture"]) < mean(untuned)
     assert all(float(block.router_bias[0]) == 0 and (block.router_bias <= 0).all() for block in merged.mixture.blocks)
     tune_router(merged, data.public, tuned)
+
+
+def test_an_owners_larger_client_uses_its_whole_rank_after_a_smaller_one_began():
+    """Client 0 has rank 4 but does not answer in round 1; the expert that it gets in round 2 has one direction."""
+    strategy = strategy_of([4, 1], ["a", "a"], client={"local_steps": 8})
+    messages = list(strategy.configure_train(1, encode({}), ConfigRecord(), FakeGrid(None)))
+    arrays, _ = strategy.aggregate_train(1, [answer(strategy, messages[1])])
+    assert arrays is not None
+    messages = list(strategy.configure_train(2, arrays, ConfigRecord(), FakeGrid(None)))
+    adapted: Any = adapt(tiny.base_model("llama"), strategy.config, "expert")
+    adapted.prepare(messages[0].content["config"])
+    received = decode(messages[0].content["arrays"])
+    start = adapted.begin(received)
+    path = next(iter(strategy.projections))
+    before = dense(expert_of("a", received).update(path))
+    assert int(torch.linalg.matrix_rank(before)) == 1
+    torch.testing.assert_close(dense(expert_of("a", adapted.finish(start)).update(path)), before, rtol=0, atol=1e-6)
+    rows = np.arange(12)
+    result = train_cohort(adapted, tiny.table("llama", 12), tiny.jobs_of([start], [rows]), strategy.config)[0]
+    for path in strategy.projections:
+        update = dense(expert_of("a", adapted.finish(result.arrays)).update(path))
+        assert int(torch.linalg.matrix_rank(update)) == 4
