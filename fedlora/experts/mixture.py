@@ -215,6 +215,7 @@ class Mixture(PreTrainedModel, GenerationMixin):
             model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
             public = model_class(base)
         self.public = public
+        self.generation_config = public.generation_config
         self.forms = find_feed_forwards(public)
         self.blocks: list[MixtureBlock] = []
         self._digest: str | None = None
@@ -244,6 +245,8 @@ class Mixture(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the public model does, with the experts in it."""
+        # A folder has one generation config, which loading gives the mixture.
+        self.public.generation_config = self.generation_config
         return self.public.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -247,6 +248,30 @@ def test_it_generates_saves_and_loads(kind, dtype, tmp_path):
             known, loaded = mixture.expert(owner), again.expert(owner)
             assert tiny.difference(known.arrays, loaded.arrays) == 0
             assert known.public_digest == loaded.public_digest
+
+
+def test_it_generates_as_the_public_model_is_configured_to(tmp_path):
+    """An instruct model ends at tokens that only its generation config names."""
+    public_model("llama", torch.float32).save_pretrained(tmp_path / "public")
+    settings = {"eos_token_id": [2, 7], "max_new_tokens": 3, "temperature": 0.6}
+    (tmp_path / "public" / "generation_config.json").write_text(json.dumps(settings))
+    mixture = Mixture.of(AutoModelForCausalLM.from_pretrained(tmp_path / "public")).eval()
+    mixture.save_pretrained(tmp_path / "mixture")
+    for model in (mixture, load_mixture(tmp_path / "mixture")):
+        assert model.generation_config.eos_token_id == [2, 7]
+        assert model.generate(IDS[:1], do_sample=False, eos_token_id=-1, pad_token_id=0).shape[1] == 9 + 3
+        model.generation_config.max_new_tokens = 5
+        assert model.generate(IDS[:1], do_sample=False, eos_token_id=-1, pad_token_id=0).shape[1] == 9 + 5
+
+
+def test_padding_on_the_left_changes_nothing_that_is_generated():
+    mixture = mixture_of("llama", torch.float32, num_experts_per_tok=2)
+    for seed, rank in enumerate((3, FULL, 1)):
+        mixture.add_expert(drawn(mixture, f"owner {seed}", rank, seed))
+    alone = mixture.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    padded = torch.stack([torch.cat([torch.zeros(4, dtype=torch.long), IDS[0, :5]]), IDS[1]])
+    both = mixture.generate(padded, attention_mask=padded != 0, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(both[0, 9:], alone[0, 5:])
 
 
 def test_generating_with_a_cache_equals_generating_without():
