@@ -224,7 +224,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     Returns
     -------
     nn.Module
-        A transformers model with a head, or a :class:`MeanPoolingClassifier` with pooling mean.
+        A transformers model with a head, or a :class:`MeanPoolingClassifier` with pooling mean. ``drawn`` names the
+        parameters before the head that the checkpoint lacks, such as a pooler's; they are drawn like the head.
 
     Raises
     ------
@@ -272,6 +273,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
     _check_complete(config, missing, head[0] if head else None)
     fresh = set() if mean else missing
+    # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
+    model.drawn = sorted(n for n in fresh if head is None or not n.startswith(f"{head[0]}."))
     if head is not None:
         fresh |= {f"{head[0]}.{name}" for name, _ in head[1].named_parameters()}
     _draw(model, fresh, config.run.seed, getattr(pretrained, "initializer_range", None) or 0.02)
