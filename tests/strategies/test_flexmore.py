@@ -346,3 +346,21 @@ def test_an_owners_larger_client_uses_its_whole_rank_after_a_smaller_one_began()
     for path in strategy.projections:
         update = dense(expert_of("a", adapted.finish(result.arrays)).update(path))
         assert int(torch.linalg.matrix_rank(update)) == 4
+
+
+def test_half_precision_loses_no_small_step_of_router_tuning():
+    method = {"name": "flexmore", "router_tuning_steps": 60, "router_tuning_learning_rate": 1e-4}
+    config = tiny.settings("llama", method=method, data={"public": "text.csv"})
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        mixture = Mixture.of(tiny.base_model("llama", dtype))
+        shapes = array_shapes(mixture.projections(), mixture.routers(), 3)
+        generator = torch.Generator().manual_seed(0)
+        arrays = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        mixture.add_expert(expert_of("a", arrays))
+        before = [block.router.detach().double() for block in mixture.blocks]
+        tune_router(MergedModel(mixture), tiny.table("llama", 12), config)
+        assert all(block.router.dtype == block.router_bias.dtype == dtype for block in mixture.blocks)
+        after = [block.router.detach().double() for block in mixture.blocks]
+        moved.append(float(sum((a - b).abs().sum() for a, b in zip(after, before, strict=True))))
+    assert moved[1] == pytest.approx(moved[0], rel=0.2)
