@@ -34,6 +34,7 @@ _HEADS = ("classifier", "score")
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
 # Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
 _PADDED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"}
+_PADDED_POSITIONS |= {"mpnet", "longformer", "luke", "xmod", "ibert"}
 
 
 class MeanPoolingConfig(PreTrainedConfig):
@@ -223,7 +224,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     Returns
     -------
     nn.Module
-        A transformers model with a head, or a :class:`MeanPoolingClassifier` with pooling mean.
+        A transformers model with a head, or a :class:`MeanPoolingClassifier` with pooling mean. ``drawn`` names the
+        parameters before the head that the checkpoint lacks, such as a pooler's; they are drawn like the head.
 
     Raises
     ------
@@ -240,8 +242,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         pretrained.num_labels = len(label_names)
         pretrained.id2label = dict(enumerate(label_names))
         pretrained.label2id = {name: index for index, name in enumerate(label_names)}
-        if getattr(pretrained, "pad_token_id", None) is None:
-            # A decoder's own head reads the last token before the padding.
+        if not mean and (not _sees_ahead(pretrained) or getattr(pretrained, "pad_token_id", None) is None):
+            # A decoder's own head reads the last token before the padding, which is this tokenizer's.
             pretrained.pad_token_id = load_tokenizer(config).pad_token_id
     model_class = _model_class(config, pretrained, mean)
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
@@ -263,11 +265,16 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         if mean:
             labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), **labels), model)
-    fresh = set() if mean else set(report["missing_keys"])
+    if mean and getattr(pretrained, "is_encoder_decoder", False):
+        _check_one_text(config, model)
+    missing = set(report["missing_keys"])
     head = head_of(model) if classify else None
     if classify and head is None:
         raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
-    _check_complete(config, fresh, head[0] if head else None)
+    _check_complete(config, missing, head[0] if head else None)
+    fresh = set() if mean else missing
+    # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
+    model.drawn = sorted(n for n in fresh if head is None or not n.startswith(f"{head[0]}."))
     if head is not None:
         fresh |= {f"{head[0]}.{name}" for name, _ in head[1].named_parameters()}
     _draw(model, fresh, config.run.seed, getattr(pretrained, "initializer_range", None) or 0.02)
@@ -283,7 +290,16 @@ def _without_pooler(model_class: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes else {}
 
 
+def _sees_ahead(pretrained: Any) -> bool:
+    """Whether a model is an encoder, whose tokens see those behind them."""
+    encoder = type(pretrained) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return encoder and not any(getattr(pretrained, name, False) for name in ("is_decoder", "is_encoder_decoder"))
+
+
 def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
+    if config.model.task == "causal-lm" and _sees_ahead(pretrained):
+        remedy = f"would see the tokens that it predicts: a {pretrained.model_type} model is an encoder; take a decoder"
+        raise InputError("model.task", config.model.task, remedy)
     if mean:
         mapping = transformers.MODEL_MAPPING
     elif config.model.task == "causal-lm":
@@ -296,6 +312,16 @@ def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
         remedy = f"transformers has no such model of type {pretrained.model_type}; choose another model or task"
         raise InputError("model.task", config.model.task, remedy) from None
     return found[0] if isinstance(found, tuple | list) else found
+
+
+@torch.no_grad()
+def _check_one_text(config: Config, model: nn.Module) -> None:
+    """Refuse an encoder-decoder like T5, whose decoder wants a text of its own; others, like BART, give it the same."""
+    try:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+    except _LOADING_ERRORS as error:
+        remedy = "its decoder wants a text beside the encoder's; take a model of one text, such as an encoder"
+        raise InputError("model.name", config.model.name, remedy) from error
 
 
 def _check_complete(config: Config, missing: set[str], head: str | None) -> None:

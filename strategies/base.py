@@ -403,7 +403,7 @@ class FederatedStrategy(Strategy):
         if all("loss" in row for row in rows):
             losses = np.array([row["loss"] for row in rows], dtype=float)
             known = np.isfinite(losses)
-            if known.any():
+            if weights[known].any():
                 mean["loss"] = float(np.average(losses[known], weights=weights[known]))
         return mean
 

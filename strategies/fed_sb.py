@@ -47,7 +47,8 @@ class FedSB(FederatedStrategy):
             factors = {p: sb.factors_from_weight(dense_weight(a.base).cpu(), rank) for p, a in adapted.adapters.items()}
         else:
             gradients = mean_gradients(adapted, *self._start_examples(data), self.config.server.batch_size)
-            rate = self.config.method.init_learning_rate
+            # s multiplies R as well: dW = s B R A is to start at the step, whatever alpha.
+            rate = self.config.method.init_learning_rate / self.config.scaling()
             factors = {path: sb.factors_from_gradient(g, rank, rate) for path, g in gradients.items()}
         return {f"{path}.{name}": value for path, parts in factors.items() for name, value in parts.items()}
 

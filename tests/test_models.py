@@ -1,13 +1,33 @@
 """Base models are frozen, without dropout, and alike in every process."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    MPNetConfig,
+    T5Config,
+    T5Model,
+)
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
-from fedlora.models import MeanPoolingClassifier, head_of, load_base, load_tokenizer, pretrained_source
+from fedlora.models import (
+    MeanPoolingClassifier,
+    head_of,
+    load_base,
+    load_tokenizer,
+    model_config,
+    pretrained_source,
+)
+from tests.tiny import save_llama
 
 LABELS = ["no", "yes", "perhaps"]
 
@@ -133,6 +153,48 @@ def test_damaged_weights_are_named(tiny, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match=r"model\.name.*cannot be loaded"):
         load_base(config(tmp_path, max_length=40), LABELS)
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_a_checkpoint_that_lacks_layers_is_refused(tiny, tmp_path, pooling):
+    model = BertModel.from_pretrained(tiny)
+    kept = {name: value for name, value in model.state_dict().items() if "layer.2" not in name}
+    model.save_pretrained(tmp_path)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.name.*has no weights for .*encoder\.layer\.2"):
+        load_base(config(tmp_path, pooling=pooling), LABELS)
+
+
+def test_an_encoder_is_no_causal_language_model(tiny, tmp_path):
+    """Its checkpoint has the head, but a token would see the one that it predicts."""
+    BertForMaskedLM(BertConfig.from_pretrained(tiny)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.task.*would see the tokens that it predicts"):
+        load_base(config(tmp_path, task="causal-lm"), None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_of_two_texts_is_refused(tmp_path, device):
+    T5Model(T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.name.*its decoder wants a text"):
+        load_base(config(tmp_path, pooling="mean"), LABELS, device)
+
+
+def test_a_decoders_head_reads_the_last_token_before_this_tokenizers_padding(tmp_path):
+    """Not before that of the model's config, which may be another token."""
+    save_llama(tmp_path)
+    name = tmp_path / "config.json"
+    name.write_text(json.dumps(json.loads(name.read_text()) | {"pad_token_id": 7}))
+    model, tokenizer = load_base(config(tmp_path), LABELS), load_tokenizer(config(tmp_path))
+    texts = ["w5 w6", "w5 w6 w9 w9 w8"]
+    both, alone = (model(**tokenizer(t, return_tensors="pt", padding=True)).logits for t in (texts, texts[:1]))
+    torch.testing.assert_close(both[:1], alone)
+
+
+def test_positions_reserved_for_padding_are_not_counted(tmp_path):
+    MPNetConfig(max_position_embeddings=34).save_pretrained(tmp_path)
+    assert model_config(config(tmp_path)).max_position_embeddings == 34
+    with pytest.raises(InputError, match="the model has 32 positions"):
+        model_config(config(tmp_path, max_length=33))
 
 
 @pytest.mark.slow

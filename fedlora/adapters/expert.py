@@ -170,14 +170,16 @@ class ExpertModel(AdaptedModel):
         self.set_rank(parse_rank(str(settings["rank"])))
 
     def begin(self, arrays: Arrays) -> Arrays:
-        """Turn an expert that came into what is trained: dW = B A becomes s (B / s) A."""
+        """Turn an expert that came into what is trained, the same dW: B A becomes s (B / s) A."""
         scaling = expert_scaling(self.config, trained_rank(self.config, self.rank))
         trains_full = trained_rank(self.config, self.rank) == FULL
+        generator = torch.Generator().manual_seed(self.config.run.seed)
         found: Arrays = {}
         for path in self.adapters:
             if not trains_full:
-                found[f"{path}.lora_A"] = arrays[f"{path}.lora_A"]
-                found[f"{path}.lora_B"] = arrays[f"{path}.lora_B"] / scaling
+                a, b = arrays[f"{path}.lora_A"], arrays[f"{path}.lora_B"]
+                found[f"{path}.lora_A"] = _without_idle_rows(a, b, generator)
+                found[f"{path}.lora_B"] = b / scaling
             elif self.rank == FULL:
                 found[f"{path}.delta"] = arrays[f"{path}.delta"]
             else:
@@ -206,6 +208,18 @@ class ExpertModel(AdaptedModel):
             found[f"{path}.router"] = arrays[f"{path}.router"]
             found[f"{path}.router_bias"] = arrays[f"{path}.router_bias"].clamp(max=0)
         return found
+
+
+def _without_idle_rows(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw the rows of A [r, n] anew that are zero and meet a zero column of B [m, r]: dW stays, and they learn.
+
+    Such zeros fill up an expert to which only clients of a lower rank contributed; neither factor has a gradient there.
+    """
+    idle = (a == 0).all(1) & (b == 0).all(0)
+    if not idle.any():
+        return a
+    drawn = lora.initial_factors(len(b), a.shape[1], len(a), generator)["lora_A"]
+    return torch.where(idle[:, None], drawn.to(a.dtype), a)
 
 
 def check_rank(rank: Rank, projections: Mapping[str, tuple[int, int]], field: str) -> None:

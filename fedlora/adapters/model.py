@@ -320,7 +320,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, exclude:
     Raises
     ------
     InputError
-        If nothing matches, or a match is neither a Linear nor a Conv1D layer.
+        If nothing matches, or a match is neither a Linear nor a Conv1D layer, or shares its weight with the embeddings.
     """
     field = "method.target_modules"
     if targets is None:
@@ -350,10 +350,14 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, exclude:
     if not found:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if isinstance(m, linear)})
         raise InputError(field, targets, f"matches no module of the model; its linear layers are {', '.join(names)}")
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     for path in found:
         if not isinstance(modules[path], linear):
             kind = type(modules[path]).__name__
             raise InputError(field, targets, f"matches {path}, a {kind}; only Linear and Conv1D layers take adapters")
+        if modules[path].weight is getattr(embeddings, "weight", None):
+            remedy = f"matches {path}, whose weight is the embeddings' too, so it could not be merged; leave it out"
+            raise InputError(field, targets, remedy)
     return found
 
 

@@ -35,19 +35,26 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     Notes
     -----
     The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
-    and ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model.
+    and ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose
+    weights the checkpoint lacks are in it whole, like the head.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mean_pooled = isinstance(adapted.model, MeanPoolingClassifier)
     prefix = "encoder." if mean_pooled else ""
     tensors: dict[str, torch.Tensor] = {}
+    whole = {} if mean_pooled else _whole(adapted)
     for path, adapter in adapted.adapters.items():
         arrays = adapted.arrays([f"{path}.{factor}" for factor in adapter.factors])
         factors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
         a, b = PARAMETERISATIONS[adapted.kind].to_lora(factors)
+        if path in whole:
+            whole[path]["weight"] += config.scaling() * (b @ a)
+            continue
         stock = path.removeprefix(prefix)
         tensors[f"base_model.model.{stock}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
+    for path, weights in whole.items():
+        tensors |= {f"base_model.model.{path}.{name}": weight for name, weight in weights.items()}
     if label_names is not None:
         (folder / LABELS_FILE).write_text(json.dumps(label_names) + "\n", encoding="utf-8")
     head = adapted.arrays(adapted.head_names)
@@ -59,10 +66,10 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     peft_config = LoraConfig(
         r=config.method.rank,
         lora_alpha=config.scaling() * config.method.rank,  # type: ignore[arg-type]
-        target_modules=_targets(adapted, prefix),
+        target_modules=_targets(adapted, [path for path in adapted.adapters if path not in whole], prefix),
         lora_dropout=config.method.dropout,
         task_type=_task_type(config),
-        modules_to_save=sorted({n.split(".")[0] for n in adapted.head_names}) if head and not mean_pooled else None,
+        modules_to_save=[*_heads(adapted), *sorted(whole)] if head and not mean_pooled else None,
         fan_in_fan_out=any(isinstance(adapter.base, Conv1D) for adapter in adapted.adapters.values()),
         base_model_name_or_path=pretrained_source(config),
         inference_mode=True,
@@ -70,13 +77,32 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     peft_config.save_pretrained(str(folder))
 
 
-def _targets(adapted: AdaptedModel, prefix: str) -> list[str]:
+def _heads(adapted: AdaptedModel) -> list[str]:
+    return sorted({name.split(".")[0] for name in adapted.head_names})
+
+
+def _whole(adapted: AdaptedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Copy the weights of the layers that are saved whole, by path; an adapter in one of them is not added yet.
+
+    These are the layers that were drawn, and adapted ones that end like the head (DistilBERT's ``pre_classifier``):
+    PEFT takes them for the head.
+    """
+    drawn: list[str] = getattr(adapted.model, "drawn", [])
+    paths = {name.rpartition(".")[0] for name in drawn}
+    paths |= {path for path in adapted.adapters if path.endswith(tuple(_heads(adapted)))}
+    found = {}
+    for path in paths:
+        layer = adapted.adapters[path].base if path in adapted.adapters else adapted.model.get_submodule(path)
+        weights = {name: p.detach().cpu().clone() for name, p in layer.named_parameters()}
+        found[path] = {name: w if w.dtype == torch.float64 else w.float() for name, w in weights.items()}
+    return found
+
+
+def _targets(adapted: AdaptedModel, paths: list[str], prefix: str) -> list[str]:
     """Short names where they choose the same modules, else whole paths."""
-    names = sorted({path.rpartition(".")[2] for path in adapted.adapters})
-    others = [
-        p for p, _ in adapted.model.named_modules() if p.rpartition(".")[2] in names and p not in adapted.adapters
-    ]
-    return [path.removeprefix(prefix) for path in adapted.adapters] if others else names
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    others = [p for p, _ in adapted.model.named_modules() if p.rpartition(".")[2] in names and p not in paths]
+    return [path.removeprefix(prefix) for path in paths] if others else names
 
 
 def _task_type(config: Config) -> TaskType:

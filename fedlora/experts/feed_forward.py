@@ -72,7 +72,8 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     InputError
         If there is none of a known form.
     """
-    found = [form for path, module in model.named_modules() if (form := _form(path, module)) is not None]
+    forms = [form for path, module in model.named_modules() if (form := _form(path, module)) is not None]
+    found = [form for form in forms if _is_all_of(form, model)]
     if not found:
         remedy = "its feed-forward layers have no known form (gate/up/down or two linear layers); choose another model"
         raise InputError("model.name", getattr(getattr(model, "config", None), "model_type", "?"), remedy)
@@ -96,6 +97,31 @@ def _form(path: str, module: nn.Module) -> FeedForward | None:
         act_fn: Callable[[torch.Tensor], torch.Tensor] = inner.intermediate_act_fn  # type: ignore[assignment]
         return FeedForward(path, f"{path}.intermediate", f"{path}.output.dense", paths, act_fn)
     return None
+
+
+@torch.no_grad()
+def _is_all_of(form: FeedForward, model: nn.Module) -> bool:
+    """Whether a block computes down(act(gate(x)) up(x)) and no more, as its experts will; tried on one token.
+
+    Names do not tell: some blocks of these forms normalise first, drop small activations, or take a residual.
+    """
+    module = model.get_submodule(form.place)
+    layers = {role: model.get_submodule(path) for role, path in form.projections.items()}
+    weight: torch.Tensor = layers["up"].weight  # type: ignore[assignment]
+    x = torch.linspace(-1, 1, linear_shape(layers["up"])[1], dtype=weight.dtype, device=weight.device)[None, None]
+    training = module.training
+    module.eval()  # without dropout
+    try:
+        stock: torch.Tensor = module(x)
+    except TypeError:
+        return False
+    finally:
+        module.train(training)
+    if form.emptied is not None:
+        stock = layers["down"](stock)
+    up = layers["up"](x)
+    own = layers["down"](form.activation(layers["gate"](x)) * up if "gate" in layers else form.activation(up))
+    return own.is_meta or bool((stock - own).norm() <= 1e-2 * stock.norm())
 
 
 def replace(model: nn.Module, form: FeedForward, block: nn.Module) -> None:

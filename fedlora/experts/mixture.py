@@ -130,16 +130,17 @@ class MixtureBlock(nn.Module):
         expert = ExpertUpdates(self.shapes, rank, self.router.dtype, self.router.device)
         self.experts.append(expert)
         zero = torch.zeros_like(self.router[:1])
-        self._set_router(torch.cat([self.router, zero]), torch.cat([self.router_bias, zero[0, :1]]))
+        self.set_router(torch.cat([self.router, zero]), torch.cat([self.router_bias, zero[0, :1]]))
         return expert
 
     def remove(self, index: int) -> None:
         """Delete an expert and its router row."""
         del self.experts[index]
         kept = [i for i in range(len(self.router)) if i != index + 1]
-        self._set_router(self.router[kept], self.router_bias[kept])
+        self.set_router(self.router[kept], self.router_bias[kept])
 
-    def _set_router(self, rows: torch.Tensor, bias: torch.Tensor) -> None:
+    def set_router(self, rows: torch.Tensor, bias: torch.Tensor) -> None:
+        """Replace the router's rows [experts, d] and biases [experts]."""
         self.router = nn.Parameter(rows.detach().clone(), requires_grad=False)
         self.router_bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -215,6 +216,7 @@ class Mixture(PreTrainedModel, GenerationMixin):
             model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
             public = model_class(base)
         self.public = public
+        self.generation_config = public.generation_config
         self.forms = find_feed_forwards(public)
         self.blocks: list[MixtureBlock] = []
         self._digest: str | None = None
@@ -244,6 +246,8 @@ class Mixture(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the public model does, with the experts in it."""
+        # A folder has one generation config, which loading gives the mixture.
+        self.public.generation_config = self.generation_config
         return self.public.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:

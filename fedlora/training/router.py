@@ -26,6 +26,11 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     config : Config
     """
     blocks = merged.mixture.blocks
+    dtype = blocks[0].router.dtype
+    # Half precision would lose most of what a step adds to a row.
+    wide = dtype if dtype == torch.float64 else torch.float32
+    for block in blocks:
+        block.set_router(block.router.to(wide), block.router_bias.to(wide))
     parameters = [p.requires_grad_(True) for block in blocks for p in (block.router, block.router_bias)]
     optimizer = torch.optim.AdamW(parameters, lr=config.method.router_tuning_learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(
@@ -45,5 +50,5 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
         with torch.no_grad():
             for block in blocks:
                 block.router_bias.clamp_(max=0)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    for block in blocks:
+        block.set_router(block.router.to(dtype), block.router_bias.to(dtype))

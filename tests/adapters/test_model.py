@@ -86,6 +86,13 @@ def test_targets_that_cannot_be_are_named(targets, said):
     assert re.search(said.replace("an Emb", "a[n]? Emb"), str(caught.value))
 
 
+def test_a_head_tied_to_the_embeddings_takes_no_adapter():
+    """Merging its update would change what the model reads as well; GPT-2's is tied, Llama's is not."""
+    with pytest.raises(InputError, match="matches lm_head, whose weight is the embeddings' too"):
+        adapters("gpt2", ["lm_head"])
+    assert list(adapters("llama", ["lm_head"])) == ["lm_head"]
+
+
 def test_an_unknown_architecture_has_no_default():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(InputError, match='name the modules, or "all-linear"'):

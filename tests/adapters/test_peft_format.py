@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
@@ -36,6 +38,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     torch.manual_seed(0)
     models = {
         "bert": BertModel(tiny.bert_config()),
+        "bert without pooler": BertModel(tiny.bert_config(), add_pooling_layer=False),
+        "distilbert": DistilBertModel(
+            DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=32)
+        ),
         "llama": LlamaForCausalLM(tiny.llama_config()),
         "gpt2": GPT2LMHeadModel(tiny.gpt2_config(pad_token_id=0)),
     }
@@ -46,6 +52,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.2)
+        if name == "llama":
+            tiny.save_llama(found[name])  # with a tokenizer, which a decoder's own head needs
         model.save_pretrained(found[name])
     return found
 
@@ -109,6 +117,21 @@ def test_a_classifier_has_the_same_logits(method, targets, folders, tmp_path):
     assert saved["modules_to_save"] == ["classifier"]
     assert saved["lora_alpha"] / saved["r"] == pytest.approx(1.5)
     assert json.loads((tmp_path / "adapter" / LABELS_FILE).read_text()) == NAMES
+
+
+@pytest.mark.parametrize("targets", [r".*(query|q_lin)", "all-linear"])
+@pytest.mark.parametrize("name", ["bert without pooler", "distilbert"])
+@pytest.mark.parametrize("method", ["fed-sb", "ffa-lora"])
+def test_layers_that_were_drawn_are_in_the_folder(method, name, targets, folders, tmp_path):
+    """The checkpoint lacks what lies between the body and the classifier: stock transformers draws other weights."""
+    adapted, config = trained(folders[name], method, "bert", target_modules=targets)
+    export_peft(adapted, config, tmp_path, NAMES)
+    batch = batch_of("bert")
+    torch.manual_seed(1)
+    stock = AutoModelForSequenceClassification.from_pretrained(folders[name], num_labels=3)
+    output, merged = loaded(stock, tmp_path, batch)
+    torch.testing.assert_close(output.logits, logits(adapted, batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged.logits, logits(adapted, batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["query", "intermediate.dense"]])

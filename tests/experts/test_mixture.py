@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BertLMHeadModel, OPTConfig, OPTForCausalLM, T5Config, T5EncoderModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertLMHeadModel,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fedlora.errors import InputError
 from fedlora.experts import FULL, Expert, Mixture, MixtureConfig
@@ -238,6 +250,30 @@ def test_it_generates_saves_and_loads(kind, dtype, tmp_path):
             assert known.public_digest == loaded.public_digest
 
 
+def test_it_generates_as_the_public_model_is_configured_to(tmp_path):
+    """An instruct model ends at tokens that only its generation config names."""
+    public_model("llama", torch.float32).save_pretrained(tmp_path / "public")
+    settings = {"eos_token_id": [2, 7], "max_new_tokens": 3, "temperature": 0.6}
+    (tmp_path / "public" / "generation_config.json").write_text(json.dumps(settings))
+    mixture = Mixture.of(AutoModelForCausalLM.from_pretrained(tmp_path / "public")).eval()
+    mixture.save_pretrained(tmp_path / "mixture")
+    for model in (mixture, load_mixture(tmp_path / "mixture")):
+        assert model.generation_config.eos_token_id == [2, 7]
+        assert model.generate(IDS[:1], do_sample=False, eos_token_id=-1, pad_token_id=0).shape[1] == 9 + 3
+        model.generation_config.max_new_tokens = 5
+        assert model.generate(IDS[:1], do_sample=False, eos_token_id=-1, pad_token_id=0).shape[1] == 9 + 5
+
+
+def test_padding_on_the_left_changes_nothing_that_is_generated():
+    mixture = mixture_of("llama", torch.float32, num_experts_per_tok=2)
+    for seed, rank in enumerate((3, FULL, 1)):
+        mixture.add_expert(drawn(mixture, f"owner {seed}", rank, seed))
+    alone = mixture.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    padded = torch.stack([torch.cat([torch.zeros(4, dtype=torch.long), IDS[0, :5]]), IDS[1]])
+    both = mixture.generate(padded, attention_mask=padded != 0, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(both[0, 9:], alone[0, 5:])
+
+
 def test_generating_with_a_cache_equals_generating_without():
     mixture = mixture_of("llama", torch.float32)
     mixture.add_expert(drawn(mixture, "o", 3))
@@ -273,6 +309,23 @@ def test_a_model_without_known_blocks_is_refused():
     t5 = T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(InputError, match="no known form"):
         find_feed_forwards(t5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_block_that_takes_more_than_its_input_is_refused(device):
+    """MPT's names are those of a known form, but its blocks add the residual themselves."""
+    with torch.device(device):
+        model = MptForCausalLM(MptConfig(vocab_size=50, d_model=16, n_heads=2, n_layers=1, max_seq_len=16))
+    with pytest.raises(InputError, match="no known form"):
+        find_feed_forwards(model)
+
+
+def test_a_block_that_does_more_than_its_projections_is_refused():
+    """BERT's names, but a normalisation lies in the module that a mixture's block would replace."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = RobertaPreLayerNormForCausalLM(RobertaPreLayerNormConfig(vocab_size=50, is_decoder=True, **shape))
+    with pytest.raises(InputError, match="no known form"):
+        find_feed_forwards(model)
 
 
 def test_an_empty_config_is_one_of_no_owners():

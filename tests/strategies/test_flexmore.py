@@ -324,3 +324,43 @@ def test_two_rounds(kind, extraction):
     assert mean(strategy.evaluate(merged, data, 1)["by_domain"]["mixture"]) < mean(untuned)
     assert all(float(block.router_bias[0]) == 0 and (block.router_bias <= 0).all() for block in merged.mixture.blocks)
     tune_router(merged, data.public, tuned)
+
+
+def test_an_owners_larger_client_uses_its_whole_rank_after_a_smaller_one_began():
+    """Client 0 has rank 4 but does not answer in round 1; the expert that it gets in round 2 has one direction."""
+    strategy = strategy_of([4, 1], ["a", "a"], client={"local_steps": 8})
+    messages = list(strategy.configure_train(1, encode({}), ConfigRecord(), FakeGrid(None)))
+    arrays, _ = strategy.aggregate_train(1, [answer(strategy, messages[1])])
+    assert arrays is not None
+    messages = list(strategy.configure_train(2, arrays, ConfigRecord(), FakeGrid(None)))
+    adapted: Any = adapt(tiny.base_model("llama"), strategy.config, "expert")
+    adapted.prepare(messages[0].content["config"])
+    received = decode(messages[0].content["arrays"])
+    start = adapted.begin(received)
+    path = next(iter(strategy.projections))
+    before = dense(expert_of("a", received).update(path))
+    assert int(torch.linalg.matrix_rank(before)) == 1
+    torch.testing.assert_close(dense(expert_of("a", adapted.finish(start)).update(path)), before, rtol=0, atol=1e-6)
+    rows = np.arange(12)
+    result = train_cohort(adapted, tiny.table("llama", 12), tiny.jobs_of([start], [rows]), strategy.config)[0]
+    for path in strategy.projections:
+        update = dense(expert_of("a", adapted.finish(result.arrays)).update(path))
+        assert int(torch.linalg.matrix_rank(update)) == 4
+
+
+def test_half_precision_loses_no_small_step_of_router_tuning():
+    method = {"name": "flexmore", "router_tuning_steps": 60, "router_tuning_learning_rate": 1e-4}
+    config = tiny.settings("llama", method=method, data={"public": "text.csv"})
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        mixture = Mixture.of(tiny.base_model("llama", dtype))
+        shapes = array_shapes(mixture.projections(), mixture.routers(), 3)
+        generator = torch.Generator().manual_seed(0)
+        arrays = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        mixture.add_expert(expert_of("a", arrays))
+        before = [block.router.detach().double() for block in mixture.blocks]
+        tune_router(MergedModel(mixture), tiny.table("llama", 12), config)
+        assert all(block.router.dtype == block.router_bias.dtype == dtype for block in mixture.blocks)
+        after = [block.router.detach().double() for block in mixture.blocks]
+        moved.append(float(sum((a - b).abs().sum() for a, b in zip(after, before, strict=True))))
+    assert moved[1] == pytest.approx(moved[0], rel=0.2)

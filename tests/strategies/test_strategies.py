@@ -91,6 +91,15 @@ def test_clients_weigh_by_their_examples(method: str) -> None:
     assert sorted(rounds.report.metrics) == [0, 1, 2, 3]
 
 
+def test_clients_that_all_hold_no_examples_change_nothing() -> None:
+    def answer(message: Message, client: int) -> Message:
+        return Message(records(ARRAYS, num_examples=0, loss=1.0), reply_to=message)
+
+    record, metrics = run_round(strategy(), answer)
+    assert record is None
+    assert metrics == MetricRecord({"num-examples": 0.0})
+
+
 @pytest.mark.parametrize(("dtype", "wire"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")])
 def test_the_aggregate_has_the_wires_dtype(dtype: str, wire: str) -> None:
     record, _ = run_round(strategy(model__dtype=dtype))
