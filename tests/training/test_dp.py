@@ -140,6 +140,19 @@ def test_products_that_are_not_multiplied_out_have_the_same_norms_and_sums(seed,
     assert torch.allclose(both.norms(), 3 * products.norms(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e2, 1e4, 1e6])
+def test_positions_that_cancel_are_clipped_all_the_same(common):
+    """As those of attention's keys do, whose gradients sum to 0: their norm is lost in the rounding of its terms."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(8, 16, d, generator=generator) for d in (48, 64))
+    g, x = g - g.mean(1, keepdim=True), x + common * torch.randn(64, generator=generator)
+    layout = RowLayout()
+    layout.set_rows([1] * 8)
+    products = RowProducts(g, x)
+    clipped = products.sum_rows(layout, (1 / (products.norms() + 1e-6)).clamp(max=1.0))
+    assert float(clipped.flatten(1).norm(dim=1).max()) < 1.002
+
+
 @pytest.mark.parametrize("ghost", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 def test_a_gradient_that_overflowed_is_left_out(ghost, value):
