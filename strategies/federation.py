@@ -134,6 +134,10 @@ def run_federation(
     if isinstance(rounds, FederatedStrategy):
         rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
 
+    if config.privacy.mode == "example" and config.privacy.accountant == "gdp":
+        # A central limit theorem of many steps: Opacus warns of it too.
+        log.warning("privacy.accountant = gdp can give several times too small an epsilon; rdp and prv are bounds")
+
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
     done = int(checkpoint.get("round", 0))

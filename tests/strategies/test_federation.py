@@ -1,4 +1,4 @@
-"""Going on with a run: what was spent before is counted, or the run is refused."""
+"""A run on a grid whose clients keep nothing: what was spent before is counted, or the run is refused."""
 
 from __future__ import annotations
 
@@ -55,3 +55,15 @@ def test_a_private_run_whose_clients_forgot_what_they_spent_is_not_resumed(
             run(tmp_path / "run", privacy, resume=True)
     else:
         assert run(tmp_path / "run", privacy, resume=True).summary["rounds"] == 2
+
+
+def test_an_accountant_that_may_count_too_little_is_told(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(cache))
+    for accountant in ("gdp", "prv"):
+        caplog.clear()
+        privacy = {"mode": "example", "noise_multiplier": 2.0, "target_delta": 1e-3, "accountant": accountant}
+        run(tmp_path / accountant, privacy, resume=False)
+        told = [record for record in caplog.records if "too small an epsilon" in record.getMessage()]
+        assert len(told) == (accountant == "gdp")
