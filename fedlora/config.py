@@ -139,13 +139,16 @@ class ClientSection(Section):
 
 
 class PrivacySection(Section):
-    """``[privacy]``: differential privacy; names follow Opacus."""
+    """``[privacy]``: differential privacy; names follow Opacus.
+
+    ``max_grad_norm`` has a lower bound: noise in proportion to a norm that float32 hardly holds is rounded to 0.
+    """
 
     mode: Literal["none", "example", "client"] = "none"
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=1e-6)] = 1.0
     accountant: Literal["rdp", "prv", "gdp"] = "rdp"
 
 

@@ -163,7 +163,8 @@ def model_config(config: Config) -> Any:
     Raises
     ------
     InputError
-        If it cannot be loaded, has fewer layers than asked for, or fewer positions than ``model.max_length``.
+        If it cannot be loaded, has fewer layers than asked for, or fewer positions than ``model.max_length`` (or fewer
+        at which an example does not depend on its batch).
     """
     with _loading(config):
         pretrained = AutoConfig.from_pretrained(pretrained_source(config), revision=_revision(config))
@@ -185,7 +186,22 @@ def model_config(config: Config) -> Any:
         longest = config.model.max_length
         if longest > positions:
             raise InputError("model.max_length", longest, f"the model has {positions} positions; lower it")
+    alone = _positions_alone(pretrained)
+    if alone is not None and config.model.max_length > alone:
+        remedy = f"beyond {alone} tokens this model's positions depend on the longest row of a batch; lower it"
+        raise InputError("model.max_length", config.model.max_length, remedy)
     return pretrained
+
+
+def _positions_alone(pretrained: Any) -> int | None:
+    """Return up to how many tokens a row's positions do not depend on the others in its batch; None for any number.
+
+    LongRoPE changes all rows' frequencies as soon as one row is longer: an example's gradient would not be its own.
+    """
+    parameters = getattr(pretrained, "rope_parameters", None) or {}
+    # Some models have such parameters for each type of layer.
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return min((p["original_max_position_embeddings"] for p in kinds if p.get("rope_type") == "longrope"), default=None)
 
 
 def load_tokenizer(config: Config) -> Any:

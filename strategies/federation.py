@@ -30,7 +30,7 @@ from fedlora.communication.meter import MeteredGrid, row_dict
 from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import RunError
+from fedlora.errors import InputError, RunError
 from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.plot import plot_rounds
@@ -106,6 +106,11 @@ def run_federation(
     Returns
     -------
     RunResult
+
+    Raises
+    ------
+    InputError
+        If a private run is resumed whose clients' ledgers are gone.
     """
     clock = started or time.perf_counter()
     progress, rounds = progress or Progress(), training or strategy
@@ -116,6 +121,10 @@ def run_federation(
     roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []), strategy.refuses)
     roster.discover()
     nodes = roster.nodes
+    if folder.resumed and config.privacy.mode == "example" and not (simulated or roster.real):
+        # Flower's runtimes keep a client's state for one of their runs: epsilon would begin at 0 again.
+        remedy = "the clients' ledgers ended with Flower's run; run anew with another output, or with fedlora run"
+        raise InputError("resume", True, remedy)
     if roster.real:
         # Kept at once: what nodes spend in a round that is lost belongs to this run all the same.
         checkpoint["federation"], checkpoint["names"] = federation, roster.names
@@ -124,6 +133,10 @@ def run_federation(
     strategy.on_reply = progress.on_client
     if isinstance(rounds, FederatedStrategy):
         rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
+
+    if config.privacy.mode == "example" and config.privacy.accountant == "gdp":
+        # A central limit theorem of many steps: Opacus warns of it too.
+        log.warning("privacy.accountant = gdp can give several times too small an epsilon; rdp and prv are bounds")
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,14 @@ def test_the_schema_is_the_documented_one() -> None:
         server.fraction_train server.min_replies simulation.workers simulation.cpus_per_worker
         simulation.gpus_per_worker simulation.cohort_size simulation.address"""
     assert set(named.split()) <= set(KEYS)
+
+
+def test_a_clipping_norm_whose_noise_would_be_rounded_to_nothing_is_refused() -> None:
+    """At 1e-45, float32's smallest number, noise of multiplier 0.4 is 0 and a clipped gradient is not."""
+    assert not torch.empty(1000).normal_(0, 0.4 * 1e-45).any()
+    assert refused(BASE, {"privacy.max_grad_norm": 1e-45}).field == "privacy.max_grad_norm"
+    smallest = load_config(BASE, {"privacy.max_grad_norm": 1e-6}).privacy.max_grad_norm
+    assert torch.empty(1000).normal_(0, 1e-4 * smallest).std() == pytest.approx(1e-4 * smallest, rel=0.1)
 
 
 # Round trip.

@@ -12,6 +12,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    LlamaForCausalLM,
     MPNetConfig,
     T5Config,
     T5Model,
@@ -27,6 +28,7 @@ from fedlora.models import (
     model_config,
     pretrained_source,
 )
+from tests import tiny as tiny_models
 from tests.tiny import save_llama
 
 LABELS = ["no", "yes", "perhaps"]
@@ -145,6 +147,20 @@ def test_mistakes_are_named(tiny, field, model):
     with pytest.raises(InputError) as caught:
         load_base(config(**{"name": tiny, "max_length": 40, **model}), LABELS)
     assert caught.value.field == field
+
+
+def test_positions_that_depend_on_the_batch_are_refused(tmp_path):
+    """LongRoPE: one long row would change the gradients of all others, which clipping by example does not bound."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    shape = tiny_models.llama_config(rope_parameters={**rope, "original_max_position_embeddings": 16})
+    model = LlamaForCausalLM(shape).eval()
+    short = torch.arange(3, 11)[None]
+    alone, beside = (model(nn.functional.pad(short, (0, n))).logits[:, :8] for n in (0, 20))
+    assert float((alone - beside).detach().abs().max()) > 1e-4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.max_length = 17: beyond 16 tokens"):
+        load_base(config(tmp_path, task="causal-lm", max_length=17), None)
+    load_base(config(tmp_path, task="causal-lm", max_length=16), None)
 
 
 def test_damaged_weights_are_named(tiny, tmp_path):

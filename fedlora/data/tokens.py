@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
-from fedlora.config import Config, PartitionSection
+from fedlora.config import SERVER, Config, PartitionSection
 from fedlora.data.sources import load_examples, source_identity
 from fedlora.errors import InputError
 from fedlora.models import load_tokenizer, model_config, pretrained_source
@@ -31,7 +31,7 @@ IGNORED = -100
 """The label of a position that has no loss."""
 
 # Part of the cache's key: raise it when the same config would give other files.
-_LAYOUT = 1
+_LAYOUT = 2
 _CHUNK = 1000
 _TABLES = ("train", "test", "validation", "public")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
@@ -223,7 +223,8 @@ def prepare_data(config: Config) -> FederatedData:
 
     For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
     prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
-    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning.
+    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps it
+    without a loss, since the number of its examples is public.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
     sources as :func:`~fedlora.data.sources.source_identity` sees them.
@@ -315,10 +316,13 @@ def _write_table(
     if config.model.task == "causal-lm":
         keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
         dropped = len(rows) - len(keep)
-        if not keep:
+        if dropped and config.data.test == SERVER:
+            # The server chose tokenizer and length: how many rows are left would answer its question about them.
+            logger.warning("%d of %d rows have no loss: model.max_length cuts their answers off", dropped, len(rows))
+        elif not keep:
             remedy = f"every prompt of {name} is longer than that, so no answer is left; raise it"
             raise InputError("model.max_length", config.model.max_length, remedy)
-        if dropped:
+        elif dropped:
             logger.warning(
                 "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
             )

@@ -40,13 +40,14 @@ class NodeDataSection(Section):
 class PolicySection(Section):
     """``[policy]``: what the owner accepts, whatever config a server sends.
 
-    ``max_epsilon`` at ``delta`` is the ceiling over all runs together. ``allow_non_private`` accepts runs without
-    privacy, which no ceiling can count; so one of the two is given.
+    ``max_epsilon`` at ``delta`` is the ceiling over all runs together, by an accountant that never counts too little:
+    gdp, which a run may use, does. ``allow_non_private`` accepts runs without privacy, which no ceiling can count; so
+    one of the two is given.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    accountant: Literal["rdp", "prv", "gdp"] = "rdp"
+    accountant: Literal["rdp", "prv"] = "rdp"
     min_noise_multiplier: Annotated[float, Field(ge=0)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     max_sample_rate: Fraction | None = None

@@ -55,10 +55,12 @@ class RunFolder:
     checkpoint : Checkpoint
     resolved : Config
         The config that the run has; on resume that of the folder.
+    resumed : bool
+        Whether the folder was opened to go on with its run.
     """
 
-    def __init__(self, path: Path, config: Config, checkpoint: Checkpoint) -> None:
-        self.path, self.checkpoint = path, checkpoint
+    def __init__(self, path: Path, config: Config, checkpoint: Checkpoint, resumed: bool = False) -> None:
+        self.path, self.checkpoint, self.resumed = path, checkpoint, resumed
         self.resolved = config
         self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -119,7 +121,7 @@ class RunFolder:
         except InputError:
             checkpoint.close()
             raise
-        folder = cls(path, resolved, checkpoint)
+        folder = cls(path, resolved, checkpoint, resumed=True)
         write_atomically(path / "config.toml", resolved.to_toml())
         folder._rewrite_growing_files()
         return folder

@@ -205,7 +205,9 @@ class _Generators:
             sequence = np.random.SeedSequence([seed, job.server_round, job.client])
         noise, sampling, self._dropout = sequence.spawn(3)
         self._device = device
-        self.noise = _generator(device, noise)
+        # The GPU's generator is no linear one, and its key is fresh.
+        from_entropy = job.secret and device.type == "cpu"
+        self.noise = None if from_entropy else _generator(device, noise)
         self.sampling = _generator(torch.device("cpu"), sampling)
 
     def dropout(self) -> torch.Generator:

@@ -85,7 +85,9 @@ def _router_rows(
     chosen = rows[rng.random(len(rows)) < plan.start_sample_rate]
     total = torch.zeros(len(paths), next(iter(adapted.routers().values())))
     for states in document_states(adapted, adapted.blocks, table, chosen, size):
-        total += (states / states.norm(dim=-1, keepdim=True).clamp(min=1e-6)).sum(0) / math.sqrt(len(paths))
+        unit = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        # A state that overflowed is left out: the NaN that it would make of the sum tells that its document is there.
+        total += unit.nan_to_num(0.0, 0.0, 0.0).sum(0) / math.sqrt(len(paths))
     noise = torch.from_numpy(rng.standard_normal(total.shape)).to(total.dtype)
     mean = (total + plan.start_noise_multiplier * noise) / (plan.start_sample_rate * len(rows))
     return dict(zip(paths, mean * math.sqrt(len(paths)), strict=True))

@@ -394,6 +394,20 @@ def test_a_changed_file_is_read_by_the_next_run(node_file: Path, server: Server)
     assert metrics_of(app(later.describe(), later.context(node_file))) == {"num-examples": 90}
 
 
+def test_the_number_of_examples_does_not_depend_on_what_the_server_asks(tmp_path: Path, cache: Path) -> None:
+    """Rows that were dropped by a server's tokenizer and length would count what it looks for, without noise."""
+    rows = [{"question": "w5 " * (2 + 4 * (row % 3)), "answer": "w7"} for row in range(30)]
+    node_file = write_node(tmp_path / "clinic", cache, rows, data={"prompt": "question", "answer": "answer"})
+    sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    for run, length in enumerate((16, 8, 2)):
+        server = Server(
+            tmp_path / "server", "fedit", run, f"f{run}", **sections, model__pooling="default", model__max_length=length
+        )
+        here = server.context(node_file)
+        assert metrics_of(app(server.describe(), here)) == {"num-examples": 30}
+        assert metrics_of(app(server.train(1), here))["sample-rate"] == 12 / 30
+
+
 # Nothing of the data is in an error.
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
+from scipy.stats import norm
 
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.node.config import PolicySection
 from fedlora.privacy import calibration, plan_privacy
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
 from tests import tiny
@@ -188,3 +191,13 @@ def test_unlike_steps_add_up(accountant):
     # Steps of one kind in two entries are the same steps.
     halves = spent_epsilon(accountant, 1e-5, ((1.0, 0.05, 150), (1.0, 0.05, 50)))
     assert halves == pytest.approx(spent_epsilon(accountant, 1e-5, (first,)), rel=1e-3)
+
+
+@pytest.mark.parametrize("accountant", get_args(PolicySection.model_fields["accountant"].annotation))
+@pytest.mark.parametrize(("sigma", "rate"), [(0.4, 0.001), (0.5, 0.01), (0.7, 0.05), (1.0, 0.1), (2.0, 0.5)])
+def test_what_an_owner_counts_by_is_never_less_than_one_steps_own_epsilon(accountant, sigma, rate):
+    """The exact delta of (1 - q) N(0, sigma^2) + q N(1, sigma^2) against N(0, sigma^2), at the epsilon that is told."""
+    epsilon = spent_epsilon(accountant, 1e-5, ((sigma, rate, 1),))
+    edge = sigma**2 * math.log((math.exp(epsilon) - 1 + rate) / rate) + 0.5
+    with_it, without = norm.sf((edge - 1) / sigma), norm.sf(edge / sigma)
+    assert rate * with_it + (1 - rate - math.exp(epsilon)) * without <= 1e-5

@@ -255,6 +255,21 @@ def test_randomness_follows_seed_client_and_round():
     torch.set_rng_state(state)
 
 
+def test_a_nodes_noise_on_the_cpu_comes_from_no_generator_that_can_be_computed(monkeypatch):
+    """A Mersenne Twister's state follows from numbers of it that a server has seen, and all noise from its state."""
+    adapted, config = model("bert", "fedit", 0.0, "float32")
+    config = config.model_copy(update={"client": type(config.client)(optimizer="sgd", local_steps=1)})
+    start = adapted.arrays(tiny.trained_names(adapted, config))
+    monkeypatch.setattr(cohort, "_generator", lambda device, sequence: torch.Generator().manual_seed(0))
+
+    def run(secret: bool) -> dict[str, torch.Tensor]:
+        job = replace(tiny.jobs_of([start], tiny.split([4]), [tiny.plan(1.0, 0.1, 0.5)])[0], secret=secret)
+        return train_cohort(adapted, tiny.table("bert", 4), [job], config)[0].arrays
+
+    assert tiny.difference(run(False), run(False)) == 0
+    assert tiny.difference(run(True), run(True)) > 0.001
+
+
 def test_generators_use_more_than_the_32_bits_of_a_seed():
     """torch.Generator.manual_seed on the CPU ignores all but the lowest 32 bits."""
     one = torch.Generator().manual_seed(1)

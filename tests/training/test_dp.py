@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from scipy.stats import kstest
 from torch import nn
 
 from fedlora.adapters import AdaptedModel, RowLayout
@@ -22,7 +23,7 @@ from fedlora.config import Config
 from fedlora.errors import GuardError
 from fedlora.training import ClientJob, cohort, train_cohort
 from fedlora.training import dp as dp_module
-from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms
+from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms, fill_from_entropy
 from fedlora.training.loss import per_example_loss
 from tests import tiny
 
@@ -138,6 +139,19 @@ def test_products_that_are_not_multiplied_out_have_the_same_norms_and_sums(seed,
     assert torch.allclose(products.sum_rows(layout, weights), layout.sum_rows(explicit, weights), rtol=1e-12)
     both = products + RowProducts(2 * g, x)
     assert torch.allclose(both.norms(), 3 * products.norms(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e2, 1e4, 1e6])
+def test_positions_that_cancel_are_clipped_all_the_same(common):
+    """As those of attention's keys do, whose gradients sum to 0: their norm is lost in the rounding of its terms."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(8, 16, d, generator=generator) for d in (48, 64))
+    g, x = g - g.mean(1, keepdim=True), x + common * torch.randn(64, generator=generator)
+    layout = RowLayout()
+    layout.set_rows([1] * 8)
+    products = RowProducts(g, x)
+    clipped = products.sum_rows(layout, (1 / (products.norms() + 1e-6)).clamp(max=1.0))
+    assert float(clipped.flatten(1).norm(dim=1).max()) < 1.002
 
 
 @pytest.mark.parametrize("ghost", [False, True])
@@ -408,6 +422,37 @@ class _Folded(nn.Module):
 class _NoHooks:
     def cleanup(self) -> None:
         pass
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 2**20 + 3])
+def test_noise_from_entropy_is_normal(count):
+    block = torch.full((1, count), torch.nan)
+    fill_from_entropy(block)
+    assert torch.isfinite(block).all()
+    if count > 2**20:
+        assert kstest(block[0].numpy(), "norm").statistic < 2.5 / count**0.5
+        neighbours = torch.corrcoef(torch.stack([block[0, :-1], block[0, 1:]]))[0, 1]
+        assert abs(float(neighbours)) < 5 / count**0.5
+        other = torch.empty_like(block)
+        fill_from_entropy(other)
+        assert abs(float(torch.corrcoef(torch.cat([block, other]))[0, 1])) < 5 / count**0.5
+
+
+def test_noise_from_entropy_has_the_plans_size():
+    weight = nn.Parameter(torch.zeros(2, 100, 300))
+    layout = RowLayout()
+    layout.set_rows([0, 0])
+    optimizer = StackedDPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        noise_multipliers=[0.5, 3.0],
+        max_grad_norm=0.2,
+        expected_batch_sizes=[1.0, 4.0],
+        generators=[None, None],
+        layout=layout,
+    )
+    optimizer.step()
+    assert float(weight[0].detach().std()) == pytest.approx(0.5 * 0.2, rel=0.03)
+    assert float(weight[1].detach().std()) == pytest.approx(3.0 * 0.2 / 4, rel=0.03)
 
 
 def test_a_step_adds_up_physical_batches_before_its_noise():

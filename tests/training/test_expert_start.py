@@ -127,3 +127,22 @@ def test_under_privacy_each_document_counts_with_norm_one_and_the_noise_is_that_
     assert 0.3 < np.mean(np.array(sums) > 0.5) < 0.7
     with pytest.raises(ValueError, match="needs a noise multiplier"):
         rows(np.arange(9), tiny.plan(), 0)
+
+
+def test_under_privacy_a_document_whose_state_overflows_does_not_show():
+    """A public model can be made so that a word of its choice gives NaN, which no noise would cover."""
+    adapted = model()
+    table = tiny.table("llama", 9)
+    # The last document alone holds its first token: the others avoid it.
+    marked = int(table.tokens[table.offsets[8]])
+    others = np.array([row for row in range(8) if marked not in table.batch([row])["input_ids"]])
+    assert len(others) > 2
+    with torch.no_grad():
+        adapted.model.get_input_embeddings().weight[marked] = torch.nan
+    plan = dataclasses.replace(tiny.plan(), start_noise_multiplier=0.0, start_sample_rate=1.0)
+    with_it, without = (start_expert(adapted, table, rows, plan, seed()) for rows in (np.append(others, 8), others))
+    for path in adapted.routers():
+        row = with_it[f"{path}.router"]
+        assert torch.isfinite(row).all()
+        scale = len(others) / (len(others) + 1)
+        torch.testing.assert_close(row, without[f"{path}.router"] * scale, rtol=0, atol=1e-5)
