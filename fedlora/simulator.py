@@ -145,7 +145,8 @@ def simulate(
                 grid,
                 folder,
                 tokens,
-                method(resolved),
+                # One of the method's own kind knows more of the run than its rounds.
+                rounds if isinstance(rounds, method) else method(resolved),
                 training=rounds,
                 progress=progress,
                 started=started,

@@ -334,6 +334,8 @@ class FederatedStrategy(Strategy):
         if list(shapes) != list(self._shapes):
             arrays = decode(record)
             vector = flatten({name: arrays[name] for name in self._shapes})
+        if not vector.is_floating_point():
+            raise ValueError(f"its arrays are of {vector.dtype}")
         if not vector.isfinite().all():
             _check_finite(decode(record))
         return vector, metrics
@@ -400,7 +402,7 @@ class FederatedStrategy(Strategy):
             return None
         weights = np.array([self.weight(row) for row in rows])
         mean = MetricRecord({"num-examples": float(weights.sum())})
-        if all("loss" in row for row in rows):
+        if all(isinstance(row.get("loss"), int | float) for row in rows):
             losses = np.array([row["loss"] for row in rows], dtype=float)
             known = np.isfinite(losses)
             if weights[known].any():
@@ -451,8 +453,11 @@ def _parts(message: Message) -> tuple[ArrayRecord, MetricRecord]:
 
 
 def _check_finite(arrays: Arrays) -> None:
-    """Refuse arrays with a number that is infinite or none (ValueError)."""
-    if flatten(arrays).isfinite().all():
+    """Refuse arrays with a number that is infinite or none, or that are of another kind (ValueError)."""
+    vector = flatten(arrays)
+    if not vector.is_floating_point():
+        raise ValueError(f"its arrays are of {vector.dtype}")
+    if vector.isfinite().all():
         return
     for name, array in arrays.items():
         if not torch.isfinite(array).all():

@@ -147,6 +147,19 @@ def test_a_resumed_run_gives_the_same_bits(run, content, tmp_path):
     assert tiny.difference(one.state_dict(), other.state_dict()) == 0
 
 
+def test_a_strategy_of_ones_own_can_build_on_flexmore(run, content, tmp_path):
+    class Watched(FlexMoRE):
+        seen = 0
+
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            Watched.seen += 1
+            return super().aggregate_train(server_round, replies)
+
+    result = fedlora.simulate(content, output=tmp_path / "own", strategy=Watched)
+    assert Watched.seen == 2
+    assert result.summary["final"] == json.loads((run / "summary.json").read_text())["final"]
+
+
 def test_an_owner_leaves_a_finished_run(run):
     before, tokenizer = fedlora.load(run)
     with pytest.raises(InputError, match="has no expert here"):

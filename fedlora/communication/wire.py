@@ -70,7 +70,10 @@ def decode_vector(record: ArrayRecord) -> tuple[dict[str, tuple[int, ...]], torc
         dtypes.add(dtype)
     if len(parts) == len(record) and len(dtypes) == 1:
         numbers = bytearray().join(parts)  # writable, as torch wants it
-        return shapes, torch.from_numpy(np.frombuffer(numbers, dtypes.pop()))
+        try:
+            return shapes, torch.from_numpy(np.frombuffer(numbers, dtypes.pop()))
+        except TypeError as error:
+            raise ValueError(f"an array cannot be read: {error}") from None
     arrays = decode(record)
     return {name: tuple(array.shape) for name, array in arrays.items()}, flatten(arrays)
 

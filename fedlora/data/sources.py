@@ -407,7 +407,8 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
                 remedy = f"row {row + 1} of {value} has no label; fill it in or remove the row"
                 raise InputError("data.label", data.label, remedy)
     if "domain" in table.column_names:
-        columns["domain"] = ["(none)" if domain is None else str(domain) for domain in table["domain"][:]]
+        domains = ("" if domain is None else str(domain) for domain in table["domain"][:])
+        columns["domain"] = [domain if domain.strip() else "(none)" for domain in domains]
     skewed = data.partition.column
     if skewed is not None and is_train:
         _need(table, skewed, "data.partition.column")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -26,11 +27,16 @@ FULL_FILE = "full.safetensors"
 
 EXPERT_FILE = "expert.json"
 
+_LONGEST = 255  # characters of a folder's name that file systems take
+
 
 def folder_name(owner: str) -> str:
-    """Return the owner as the name of a folder: itself, where that is one."""
-    name = quote(owner, safe=" +,=@()!")
-    return re.sub(r"^\.", "%2E", name) or "%"
+    """Return the owner as the name of a folder: itself, where that is one; cut, with a hash, where it is too long."""
+    name = re.sub(r"^\.", "%2E", quote(owner, safe=" +,=@()!")) or "%"
+    if len(name) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(owner.encode()).hexdigest()[:16]
+    return f"{name[: _LONGEST - 17]}~{digest}"
 
 
 def save_expert(expert: Expert, mixture: Mixture, folder: Path, base: str) -> None:

@@ -141,6 +141,13 @@ def test_domain_and_the_column_of_the_partition_are_kept(tmp_path):
     assert set(by_label.train["partition"]) == {"good", "bad"}
 
 
+def test_a_domain_without_a_name_gets_one(tmp_path):
+    """Owners of experts are called after their domains, and no name is none."""
+    path = write(table(domain=["a", "", " ", None] * 10), tmp_path / "a.parquet")
+    examples = load_examples(config(path))
+    assert set(examples.train["domain"]) | set(examples.test["domain"]) == {"a", "(none)"}
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "held", "classes"),
     [

@@ -79,3 +79,12 @@ def test_every_owner_has_a_folder_of_its_own(owner, tmp_path):
     assert name not in {folder_name(other) for other in others}
     if owner in ("comp", "misc+alt", "a b"):
         assert name == owner
+
+
+def test_long_names_become_folders_too(tmp_path):
+    """A name of 40 Chinese characters is 360 when quoted; what tells two of them apart may come last."""
+    names = {folder_name("漢" * 40 + end) for end in ("", "a", "b")}
+    assert len(names) == 3
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert folder_name("x" * 255) == "x" * 255

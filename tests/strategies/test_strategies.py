@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +98,17 @@ def test_clients_that_all_hold_no_examples_change_nothing() -> None:
     record, metrics = run_round(strategy(), answer)
     assert record is None
     assert metrics == MetricRecord({"num-examples": 0.0})
+
+
+def test_a_loss_that_is_no_number_is_left_out() -> None:
+    def answer(message: Message, client: int) -> Message:
+        content = records(filled(client), num_examples=client + 1)
+        content["metrics"]["loss"] = [1.0, 2.0] if client == 1 else 1.0  # type: ignore[index]
+        return Message(content, reply_to=message)
+
+    record, metrics = run_round(strategy(), answer)
+    assert only_value(record) == pytest.approx(mean_of(range(4)))
+    assert metrics == MetricRecord({"num-examples": 10.0})
 
 
 @pytest.mark.parametrize(("dtype", "wire"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")])
@@ -263,12 +274,21 @@ def test_arrays_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     assert 3 not in rounds.report.metrics
 
 
+def of_dtype(dtype: type) -> RecordDict:
+    content = records(num_examples=5)
+    content["arrays"] = ArrayRecord({name: Array(np.ones(a.shape).astype(dtype)) for name, a in ARRAYS.items()})
+    return content
+
+
 WRONG: dict[str, Callable[[], RecordDict]] = {
     "shape": lambda: records({**filled(0), "classifier.bias": torch.zeros(4)}, num_examples=5),
     "missing array": lambda: records({"classifier.bias": torch.zeros(3)}, num_examples=5),
     "unknown array": lambda: records({**filled(0), "extra": torch.zeros(1)}, num_examples=5),
     "negative weight": lambda: records(filled(0), num_examples=-5),
     "weight that is no number": lambda: records(filled(0), num_examples=float("nan")),
+    "truth values": lambda: of_dtype(bool),
+    "complex numbers": lambda: of_dtype(np.complex64),
+    "text": lambda: of_dtype(str),
     "no arrays": lambda: RecordDict({"metrics": MetricRecord({"num-examples": 5})}),
     "no metrics": lambda: RecordDict({"arrays": encode(filled(0))}),
     "no number of examples": lambda: records(filled(0), loss=1.0),
