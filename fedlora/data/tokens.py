@@ -223,8 +223,8 @@ def prepare_data(config: Config) -> FederatedData:
 
     For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
     prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
-    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps it
-    without a loss, since the number of its examples is public.
+    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
+    it, without a loss: the number of its examples is public.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
     sources as :func:`~fedlora.data.sources.source_identity` sees them.

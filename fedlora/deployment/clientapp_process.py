@@ -1,7 +1,8 @@
 """The process of one message: Flower's ``flwr-clientapp``, with the ClientApp that is installed here.
 
 A SuperLink sends the app along with a run, and Flower runs it: whoever controls the server would run their own code
-on the owner's machine. A node of fedlora never imports what it was sent: it runs the ClientApp that is installed.
+on the owner's machine. A node of fedlora neither unpacks nor imports what it was sent: it runs the ClientApp that is
+installed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context]
     return load
 
 
+def ignore(app: bytes, **_: object) -> None:
+    """Stand in for Flower's unpacking of the app, which would lie wherever the version in it says, ``../`` and all."""
+
+
 def installed_app(message: Message, context: Context) -> Message:
     """Handle a message with the installed app; what leaves of an exception is its class, never its text."""
     try:
@@ -46,7 +51,10 @@ def installed_app(message: Message, context: Context) -> Message:
 
 def main() -> None:
     """Run ``flwr-clientapp`` with this command line."""
-    setattr(run_clientapp, "get_load_client_app_fn", loader)  # noqa: B010 - a hook that Flower does not declare
+    # Hooks that Flower does not declare.
+    for name, ours in {"get_load_client_app_fn": loader, "install_from_fab": ignore}.items():
+        getattr(run_clientapp, name)  # another Flower, which has no such hook, stops here
+        setattr(run_clientapp, name, ours)
     sys.argv[0] = "flwr-clientapp"
     flwr_clientapp()
 

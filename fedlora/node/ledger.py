@@ -62,13 +62,34 @@ class NodeLedger:
         self._lock = FileLock(directory / "ledger.lock", mode=0o600)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            if not self.path.exists():
+                self._create()
+            os.close(os.open(self.path, os.O_RDWR))
         except OSError as error:
             remedy = f"cannot hold the node's ledger ({error.strerror}); give a folder that can be written"
             raise InputError("state.directory", str(directory), remedy) from None
         with self._transaction() as database:
-            for statement in _TABLES.split(";"):
-                database.execute(statement)
+            found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not found >= {"runs", "charges"}:
+            remedy = "has lost what it held; bring back a copy, or delete it if nothing was ever trained here"
+            raise InputError("state.directory", str(self.path), remedy)
+
+    def _create(self) -> None:
+        """Make a ledger without a charge, whole or not at all, so that an empty file is known as one that was lost."""
+        new = self.path.with_suffix(".new")
+        with self._lock:
+            if self.path.exists():
+                return
+            new.unlink(missing_ok=True)
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
+            with self._open(new) as database:
+                database.executescript(_TABLES)
+            os.replace(new, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def register(self, federation: str, run: str, label_names: list[str] | None) -> None:
         """Take note of a run that a server describes; an earlier run of the same federation ends with it.
@@ -213,9 +234,9 @@ class NodeLedger:
             yield database
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self, path: Path | None = None) -> Iterator[sqlite3.Connection]:
         try:
-            database = sqlite3.connect(self.path, timeout=60.0, isolation_level=None)
+            database = sqlite3.connect(path or self.path, timeout=60.0, isolation_level=None)
             try:
                 # A transaction is over once it is on the disk; with a write-ahead log that takes one flush, not three.
                 database.execute("PRAGMA journal_mode = WAL")

@@ -16,6 +16,8 @@ from fedlora.config import Config, PrivacySection
 from fedlora.errors import InputError
 
 _MAX_SIGMA = 1e4
+_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 80, 128, 256, 512]
+"""Opacus' own orders end at 63, at which no noise comes below epsilon 0.1 for delta 1e-5, a start's share of 1."""
 
 
 @dataclass(frozen=True)
@@ -235,14 +237,14 @@ def spent_epsilon(accountant: str, delta: float, history: tuple[tuple[float, flo
 
 
 def _rdp_epsilon(delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
-    """Do as Opacus' accountant, which takes a step's Renyi divergences anew for every question."""
+    """Do as Opacus' accountant, which takes a step's Renyi divergences anew for every question, with more orders."""
     spent = sum(_step_rdp(sigma, q) * n for sigma, q, n in history)
-    return float(rdp.get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent, delta=delta)[0])
+    return float(rdp.get_privacy_spent(orders=_ORDERS, rdp=spent, delta=delta)[0])
 
 
 @lru_cache(maxsize=65536)
 def _step_rdp(sigma: float, sample_rate: float) -> np.ndarray:
-    return rdp.compute_rdp(q=sample_rate, noise_multiplier=sigma, steps=1, orders=RDPAccountant.DEFAULT_ALPHAS)
+    return rdp.compute_rdp(q=sample_rate, noise_multiplier=sigma, steps=1, orders=_ORDERS)
 
 
 def _gdp_epsilon(delta: float, history: tuple[tuple[float, float, int], ...]) -> float:

@@ -217,6 +217,18 @@ def test_a_damaged_ledger_stops_the_node(tmp_path: Path) -> None:
         NodeLedger(tmp_path, POLICY)
 
 
+def test_an_emptied_ledger_is_not_a_new_one(tmp_path: Path) -> None:
+    """A copy on a full disk, or a file system after a power cut, leaves a file without content."""
+    take(NodeLedger(tmp_path, POLICY), "a", 1, 3, plan())
+    (tmp_path / "ledger.sqlite").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"state\.directory = .*bring back a copy"):
+            NodeLedger(tmp_path, POLICY)
+    # One that was stopped while it was made never became the ledger.
+    (tmp_path / "ledger.sqlite").rename(tmp_path / "ledger.new")
+    assert NodeLedger(tmp_path, POLICY).steps() == 0
+
+
 def _take_on_a_full_disk(folder: Path) -> None:
     ledger = NodeLedger(folder, PolicySection(max_epsilon=1e6))
     ledger.register("f", "1", None)

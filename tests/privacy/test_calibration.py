@@ -13,7 +13,7 @@ from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from scipy.stats import norm
 
-from fedlora.config import Config
+from fedlora.config import Config, MethodSection
 from fedlora.errors import InputError
 from fedlora.node.config import PolicySection
 from fedlora.privacy import calibration, plan_privacy
@@ -98,11 +98,19 @@ def test_the_prv_accountant_too(epsilon, rate, steps, asked):
     assert sigma < noise_multiplier(epsilon, 1e-5, rate, steps, "rdp")
 
 
-def test_the_prv_accountant_reaches_what_rdp_does_not(asked):
+def test_small_epsilons_are_reached(asked):
+    by_rdp, by_prv = (noise_multiplier(0.1, 1e-5, 0.01, 20, accountant) for accountant in ("rdp", "prv"))
+    assert by_prv < by_rdp
+    assert opacus_epsilon("prv", by_prv, 0.01, 20) <= 0.1 < opacus_epsilon("prv", by_prv * 0.998, 0.01, 20)
     with pytest.raises(InputError, match="not reached by any noise under rdp"):
-        noise_multiplier(0.1, 1e-5, 0.01, 20, "rdp")
-    sigma = noise_multiplier(0.1, 1e-5, 0.01, 20, "prv")
-    assert opacus_epsilon("prv", sigma, 0.01, 20) <= 0.1 < opacus_epsilon("prv", sigma * 0.998, 0.01, 20)
+        noise_multiplier(0.001, 1e-5, 0.01, 20, "rdp")
+
+
+def test_an_experts_start_fits_into_a_tenth_of_epsilon_1():
+    plan = plan_privacy(config(target_epsilon=1.0).model_copy(update={"method": MethodSection(name="flexmore")}), 400)
+    assert 0.09 < spent_epsilon("rdp", 1e-5, tuple(plan.start)) <= 0.1
+    steps = (plan.noise_multiplier, plan.sample_rate, plan.steps)
+    assert 0.99 < spent_epsilon("rdp", 1e-5, (*plan.start, steps)) <= 1.0
 
 
 def test_the_prv_accountant_covers_other_steps_too(asked):
