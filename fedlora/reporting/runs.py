@@ -207,7 +207,11 @@ def read_runs(folders: Sequence[str | Path]) -> Found:
             raise InputError(
                 "DIR", str(folder), "there is no such folder; give a run folder, a study, or a folder of runs"
             )
-        found = dict.fromkeys(each.resolve() for each in _run_folders(path, _DEPTH))
+        try:
+            found = dict.fromkeys(each.resolve() for each in _run_folders(path, _DEPTH))
+        except OSError as error:
+            remedy = f"cannot be searched ({error.strerror}: {error.filename}); give the folders of runs in it"
+            raise InputError("DIR", str(folder), remedy) from None
         if not found:
             raise InputError("DIR", str(folder), "holds no run; give a run folder, a study, or a folder of runs")
         paths |= found

@@ -37,7 +37,7 @@ class Checkpoint:
     Raises
     ------
     InputError
-        If another process has it open, or it is no checkpoint.
+        If another process has it open, it cannot be opened, or it is no checkpoint.
 
     Notes
     -----
@@ -47,7 +47,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, timeout=0.0, isolation_level="DEFERRED")
+        try:
+            self._connection = sqlite3.connect(path, timeout=0.0, isolation_level="DEFERRED")
+        except sqlite3.OperationalError as error:
+            raise InputError("--resume", str(path), f"cannot be opened ({error}); make it writable") from None
         try:
             # The lock lasts until close() or the end of the process: two runs in one folder would mix their rounds.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -109,7 +109,7 @@ class RunFolder:
         Raises
         ------
         InputError
-            If it is no run folder, or the config is another than the run's.
+            If it is no run folder, cannot be written, or the config is another than the run's.
         """
         path = Path(path)
         database = path / "checkpoint" / "state.sqlite"
@@ -118,12 +118,16 @@ class RunFolder:
         checkpoint = Checkpoint(database)
         try:
             resolved = _resumable(path, checkpoint, config)
+            write_atomically(path / "config.toml", resolved.to_toml())
+            folder = cls(path, resolved, checkpoint, resumed=True)
+            folder._rewrite_growing_files()
         except InputError:
             checkpoint.close()
             raise
-        folder = cls(path, resolved, checkpoint, resumed=True)
-        write_atomically(path / "config.toml", resolved.to_toml())
-        folder._rewrite_growing_files()
+        except OSError as error:
+            checkpoint.close()
+            remedy = f"cannot be written ({error.strerror}); make it writable"
+            raise InputError("--resume", str(path), remedy) from None
         return folder
 
     def close(self) -> None:

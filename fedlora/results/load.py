@@ -40,7 +40,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If the folder holds no finished run, or one whose files are damaged.
+        If the folder holds no finished run, or its files cannot be read.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError("FOLDER", str(folder), f"holds a damaged run ({reason}); run again into another") from None
+        raise InputError("FOLDER", str(folder), f"cannot be read ({reason}); run again into another") from None
 
 
 def _load(path: Path) -> tuple[Any, Any]:

@@ -60,8 +60,18 @@ class StudyFolder:
         self._lock.release()
 
     def begin(self, study: Study, planned: Iterable[Run]) -> None:
-        """Write the study's file, and bring the run folders in line with the plan; nothing is deleted."""
-        write_atomically(self.path / "study.toml", study.to_toml())
+        """Write the study's file, and bring the run folders in line with the plan; nothing is deleted.
+
+        Raises
+        ------
+        InputError
+            If the folder cannot be written.
+        """
+        try:
+            write_atomically(self.path / "study.toml", study.to_toml())
+        except OSError as error:
+            remedy = f"cannot be written ({error.strerror}); make it writable, or choose another folder"
+            raise InputError("--output", str(self.path), remedy) from None
         wanted = {run.folder: run for run in planned}
         for kind in ("runs", "tuning"):
             for place in sorted((self.path / kind).glob("*/")):
@@ -124,12 +134,12 @@ def check_output(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a study folder's study.json, or an empty dict where there is none."""
+    """Return a study folder's study.json, or an empty dict where there is none that can be read: it is made anew."""
     try:
-        state: dict[str, Any] = json.loads((path / "study.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        state = json.loads((path / "study.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def all_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:

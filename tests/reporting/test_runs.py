@@ -162,3 +162,17 @@ def test_files_that_a_run_may_lack_are_not_needed(good: Path, tmp_path: Path) ->
     figures = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
     assert not figures & {"fairness", "partition", "score-epsilon"}
     assert "score-bytes" in figures
+
+
+def test_a_folder_that_cannot_be_searched_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs/one", 1, {})
+    (tmp_path / "runs/locked").mkdir()
+
+    def is_file(path: Path) -> bool:  # to root every folder is open
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.exists()
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(InputError, match=r"^DIR = .*cannot be searched \(Permission denied: .*locked.*; give"):
+        read_runs([tmp_path / "runs"])

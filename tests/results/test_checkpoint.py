@@ -179,3 +179,8 @@ def test_arrays_beyond_what_one_value_holds_are_kept_in_pieces(tmp_path: Path, m
     checkpoint.set_arrays("x", {})
     assert checkpoint.get_arrays("x") == {}
     checkpoint.close()
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--resume = .*cannot be opened .*; make it writable$"):
+        Checkpoint(tmp_path / "nowhere" / "state.sqlite")

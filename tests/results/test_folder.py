@@ -301,3 +301,13 @@ def test_a_finished_run_without_its_summary_is_told_in_one_line(damage: Any, tmp
         assert folder.finished
         with pytest.raises(InputError, match=r"^--resume = .*summary.json': .*cannot be read .*; run anew$"):
             folder.result()
+
+
+def test_resuming_where_nothing_can_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    with run_folder(tmp_path / "run", config()) as folder:
+        add(folder, 1)
+    (tmp_path / "run/config.toml").unlink()
+    (tmp_path / "run/config.toml").mkdir()
+    assert "cannot be written" in refused(tmp_path / "run", config(), "--resume").remedy
+    (tmp_path / "run/config.toml").rmdir()
+    RunFolder.resume(tmp_path / "run", config()).close()  # nothing holds it

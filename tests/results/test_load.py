@@ -94,7 +94,7 @@ def test_a_damaged_run_is_told_in_one_line(file: str, content: bytes | None, tmp
     finished_run(tmp_path / "run", pooling="mean")
     path = tmp_path / "run" / file
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match=r"^FOLDER = .*/run': holds a damaged run.*; run again into another$"):
+    with pytest.raises(InputError, match=r"^FOLDER = .*/run': cannot be read .*; run again into another$"):
         export_run(tmp_path / "run")
     assert not (tmp_path / "run" / "export").exists()
 
