@@ -108,7 +108,11 @@ WITH_THE_DATA = {
     "hub out of reach": ({"model.name": "somebody/some-model"}, "model.name", ["somebody/some-model"]),
     "too many layers": ({"model.num_hidden_layers": "99"}, "model.num_hidden_layers", ["99"]),
     "too many tokens": ({"model.max_length": "10000"}, "model.max_length", ["10000"]),
-    "budget out of reach": ({"privacy.target_epsilon": "1e-9"}, "privacy.target_epsilon", ["1e-09"]),
+    "budget out of reach": (
+        {"privacy.target_epsilon": "1e-9", "privacy.target_delta": "1e-9"},
+        "privacy.target_epsilon",
+        ["1e-09"],
+    ),
 }
 
 WITH_THE_MODEL = {

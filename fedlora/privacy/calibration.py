@@ -239,7 +239,8 @@ def spent_epsilon(accountant: str, delta: float, history: tuple[tuple[float, flo
 def _rdp_epsilon(delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
     """Do as Opacus' accountant, which takes a step's Renyi divergences anew for every question, with more orders."""
     spent = sum(_step_rdp(sigma, q) * n for sigma, q, n in history)
-    return float(rdp.get_privacy_spent(orders=_ORDERS, rdp=spent, delta=delta)[0])
+    # The conversion can come out below 0, where (0, delta) holds.
+    return max(0.0, float(rdp.get_privacy_spent(orders=_ORDERS, rdp=spent, delta=delta)[0]))
 
 
 @lru_cache(maxsize=65536)

@@ -178,6 +178,7 @@ def test_extreme_budgets_have_an_answer():
     assert 0 < noise_multiplier(1000.0, 1e-5, 1.0, 10, "rdp") < 0.1
     assert noise_multiplier(0.005, 1e-5, 0.5, 10, "gdp") > 100
     assert spent_epsilon("gdp", 1e-5, ((5.0, 1e-6, 1),)) == 0
+    assert spent_epsilon("rdp", 1e-3, ((1000.0, 1.0, 1),)) == 0
     assert spent_epsilon("gdp", 1e-5, ((0.02, 1.0, 10),)) == math.inf
 
 
