@@ -52,8 +52,8 @@ MIXED = [[16, 4, 16, 64, 4], [16, 16, 16, 64, 64]]
 PUBLIC, VALIDATION = 60, 100
 """Examples of each domain that are public, and that tuning looks at; no owner trains on them.
 
-Posts quote one another, so that training posts hold a third of the words of others of their time. Validation posts come
-from the later time that test posts come from.
+Posts quote one another: training posts hold a third of the sequences of others of their time, as ``export`` prints.
+Validation posts come from the later time that test posts come from.
 """
 
 
@@ -94,6 +94,9 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
         parts["validation"] += later[tests : tests + VALIDATION]
     for name, lines in parts.items():
         _write(output / f"{name}.jsonl", lines)
+    for name in ("public", "validation", "test"):
+        shares = _shares_known(parts[name], parts["train"])
+        print(f"{name}: sequences of eight words that training posts hold:", ", ".join(shares))
     for split, seed, count in (("train", 0, reasoning), ("validation", 10**7, tests * 2), ("test", 10**6, tests * 2)):
         # Different seeds make different problems.
         found = []
@@ -102,6 +105,21 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
                 found.append({"prompt": item["question"].strip() + "\n", "answer": str(item["answer"])})
         _write(output / f"reasoning-{split}.jsonl", found)
     shutil.copytree(pretrained_source(config), output / "model")
+
+
+def _shares_known(rows: list[dict[str, Any]], train: list[dict[str, Any]]) -> list[str]:
+    """Say for each domain's posts which share of their sequences its training posts hold, on average."""
+
+    def sequences(row: dict[str, Any], length: int = 8) -> set[tuple[str, ...]]:
+        words = row["text"].split()[:200]
+        return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+    told = []
+    for domain in sorted({row["domain"] for row in rows}):
+        known = set().union(*(sequences(row) for row in train if row["domain"] == domain))
+        found = [found for row in rows if row["domain"] == domain and (found := sequences(row))]
+        told.append(f"{domain} {np.mean([len(each & known) / len(each) for each in found]):.0%}")
+    return told
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -33,8 +33,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS = ("classifier", "score")
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
 # Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
-_PADDED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"}
-_PADDED_POSITIONS |= {"mpnet", "longformer", "luke", "xmod", "ibert"}
+_PADDED_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
+    *("mpnet", "longformer", "luke", "xmod", "ibert"),
+}
 
 
 class MeanPoolingConfig(PreTrainedConfig):

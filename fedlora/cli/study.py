@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +15,10 @@ from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
-from fedlora.study.plan import Plan, Run, folder_digest
+from fedlora.study.plan import Plan, Run
 from fedlora.study.processes import capacity
 from fedlora.study.runner import StudyProgress
-from fedlora.study.state import all_entries, check_output, read_state
+from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
 
 
 class StudyDisplay:
@@ -163,16 +162,6 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
     shown = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     _say(console, f"about {shown} on this machine, {at_once} side by side, by one measured step of each kind")
-
-
-def is_unchanged(plan: Plan, run: Run, entry: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the run folder has the planned config, with the tuned value that study.json's ``entry`` tells of it."""
-    over = plan.study.tuning.over if plan.study.tuning else None
-    if run in plan.runs and over is not None:
-        if over not in entry["values"]:
-            return False
-        run = plan.chosen(plan.runs.index(run), entry["values"][over])
-    return folder_digest(folder / run.folder) == run.digest
 
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:

@@ -168,9 +168,10 @@ class Comparison:
     def costs(self, group: Group) -> tuple[float, float, float]:
         """Return score (negated where higher is better), epsilon and bytes: lower is better."""
         score = group.means[self.score].mean
-        if math.isnan(score):  # a loss that diverged
-            score = math.inf
-        return (-score if self.score == "accuracy" else score, group_epsilon(group), group.means["total_bytes"].mean)
+        cost = -score if self.score == "accuracy" else score
+        if math.isnan(cost):  # a loss that diverged
+            cost = math.inf
+        return (cost, group_epsilon(group), group.means["total_bytes"].mean)
 
 
 def compare(found: Found) -> Comparison:

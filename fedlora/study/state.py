@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from fedlora.errors import InputError
 from fedlora.results.folder import to_json, write_atomically
 from fedlora.study.config import Study
-from fedlora.study.plan import Run, folder_digest
+from fedlora.study.plan import Plan, Run, folder_digest
 
 Found = Literal["done", "started", "missing"]
 
@@ -146,3 +146,13 @@ def all_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what study.json says of every run: those of the comparison, then those of the tuning stage."""
     groups = (state.get("tuning") or {}).get("groups", [])
     return [*state.get("points", []), *(candidate for group in groups for candidate in group["candidates"])]
+
+
+def is_unchanged(plan: Plan, run: Run, entry: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the run folder has the planned config, with the tuned value that study.json's ``entry`` tells of it."""
+    over = plan.study.tuning.over if plan.study.tuning else None
+    if run in plan.runs and over is not None:
+        if over not in entry["values"]:
+            return False
+        run = plan.chosen(plan.runs.index(run), entry["values"][over])
+    return folder_digest(folder / run.folder) == run.digest

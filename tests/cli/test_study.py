@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.cli.study import StudyDisplay, is_unchanged
+from fedlora.cli.study import StudyDisplay
 from fedlora.study.config import load_study
 from fedlora.study.plan import Run, make_plan
 from tests.command import fedlora
@@ -77,21 +77,6 @@ def test_the_choice_of_a_rate_and_what_it_cost_are_told() -> None:
         "seconds     99.0",
         "folder      runs/x",
     ]
-
-
-@pytest.mark.parametrize("tuning", [None, {"values": [0.1, 0.2]}])
-def test_a_run_of_another_config_is_not_done(tuning: dict[str, Any] | None, tmp_path: Path) -> None:
-    sections = {"axes": {"method.rank": [3]}} | ({"tuning": tuning} if tuning else {})
-    plan = make_plan(load_study(planned(**sections)))
-    changed = make_plan(load_study(planned(**sections), {"run.rounds": "9"}))
-    (run,), (other,) = plan.runs, changed.runs
-    found = plan.chosen(0, 0.2) if tuning else run
-    (tmp_path / run.folder).mkdir(parents=True)
-    (tmp_path / run.folder / "config.toml").write_text(found.config.to_toml())
-    assert is_unchanged(plan, run, {"values": found.values}, tmp_path)
-    assert not is_unchanged(changed, other, {"values": found.values}, tmp_path)
-    assert is_unchanged(plan, run, {"values": run.values}, tmp_path) == (tuning is None)
-    assert not is_unchanged(plan, run, {"values": found.values}, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
