@@ -8,7 +8,7 @@
 :func:`fedlora.training.train_cohort`), merges them, and evaluates the public model, every expert with the public one,
 the mixture, and one LoRA on all data, which is the upper line. Learning rate and scale are tuned for every rank at full
 length, until the best in the mean over owners lies inside what was tried; then each owner keeps the expert that its own
-validation text prefers.
+validation text prefers. ``--settings`` of another run's raw.json takes what that run chose, for more seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from fedlora.adapters.expert import ALPHA
 from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
-from fedlora.experts.expert import FULL, Rank, break_even_rank
+from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate
 from fedlora.experts.mixture import Mixture
 from fedlora.models import load_base, pretrained_source
 from fedlora.results.folder import to_json
@@ -47,7 +48,9 @@ TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting
 """Of reasoning-gym: the procedural side of the second study."""
 
 RANKS = ["1", "4", "16", "64", "256", "full"]
-MIXED = [[16, 4, 16, 64, 4], [16, 16, 16, 64, 64]]
+MIXED: list[list[Rank]] = [[16, 4, 16, 64, 4]]
+BUDGETS = [0.05, 0.1]
+"""Shares of full experts' bytes: for each, validation chooses the owners' ranks (:func:`_affordable`)."""
 
 PUBLIC, VALIDATION = 60, 100
 """Examples of each domain that are public, and that tuning looks at; no owner trains on them.
@@ -219,8 +222,10 @@ class Bench:
         """Return a mixture without experts."""
         return MergedModel(Mixture.of(load_base(self.config(), None, self.device)).eval())
 
-    def train(self, rank: Rank, rate: float, alpha: float, zero_row: bool = False) -> Experts:
-        """Train all owners' experts of a rank, each alone, in one pass; return them by owner."""
+    def train(
+        self, rank: Rank, rate: float, alpha: float, owners: Sequence[str] = (), zero_row: bool = False
+    ) -> Experts:
+        """Train the experts of all owners, or of some, at a rank, each alone, in one pass; return them by owner."""
         config = self.config(method__alpha=alpha)
         adapted = adapt(load_base(config, None, self.device), config, FlexMoRE.parameterisation)
         assert isinstance(adapted, ExpertModel)
@@ -228,18 +233,19 @@ class Bench:
         if not zero_row:
             adapted.set_shared(self.public_rows)
         jobs = []
-        for client, rows in enumerate(self.data.partition):
+        for client in (self.owners.index(owner) for owner in owners or self.owners):
+            rows = np.asarray(self.data.partition[client])
             sequence = np.random.SeedSequence([config.run.seed, 0, client])
             known = self.router_rows.get(client)
             method = config.method.model_copy(update={"router_init": "documents" if known is None else "public"})
             adapted.config = config.model_copy(update={"method": method})
-            start = start_expert(adapted, self.data.train, np.asarray(rows), None, sequence)
+            start = start_expert(adapted, self.data.train, rows, None, sequence)
             start |= known or {}
             self.router_rows[client] = {name: array for name, array in start.items() if ".router" in name}
-            jobs.append(ClientJob(client, 1, np.asarray(rows), start, rate * (FULL_RATE if rank == FULL else 1)))
+            jobs.append(ClientJob(client, 1, rows, start, rate * (FULL_RATE if rank == FULL else 1)))
         adapted.config = config
         results = train_cohort(adapted, self.data.train, jobs, config)
-        return {owner: adapted.finish(r.arrays) for owner, r in zip(self.owners, results, strict=True)}
+        return {self.owners[j.client]: adapted.finish(r.arrays) for j, r in zip(jobs, results, strict=True)}
 
     def losses(self, adapted: AdaptedModel, table: TokenTable | None = None) -> dict[str, float]:
         """Loss in nats a token by domain."""
@@ -281,6 +287,31 @@ class Bench:
             _widen(others, lambda alpha: attempt(rate, alpha), lambda: tuned.mean()[1], [first])
         return tuned
 
+    def repeat(self, merged: MergedModel, rank: Rank, settings: dict[str, list[float]]) -> Tuned:
+        """Train every owner's expert at the rate and alpha of another run's ``best``."""
+        trained: Experts = {}
+        for rate, alpha in sorted({(rate, alpha) for _, rate, alpha in settings.values()}):
+            trained |= self.train(rank, rate, alpha, [o for o in self.owners if settings[o][1:] == [rate, alpha]])
+        experts = {owner: trained[owner] for owner in self.owners}
+        losses = self.validate(merged, experts)
+        best = {owner: (losses[owner], rate, alpha) for owner, (_, rate, alpha) in settings.items()}
+        return Tuned(experts, best)
+
+    def truncate(self, experts: Experts, ranks: Sequence[int]) -> dict[Rank, Experts]:
+        """Truncate full experts by SVD, as ``extraction = "svd"`` does; a lower rank is a part of the highest."""
+        found: dict[Rank, Experts] = {rank: {} for rank in ranks}
+        with ThreadPoolExecutor() as pool:
+            for owner, arrays in experts.items():
+                deltas = {name: array for name, array in arrays.items() if name.endswith(".delta")}
+                pairs = list(pool.map(lambda delta: truncate(delta, max(ranks)), deltas.values()))
+                for rank in ranks:
+                    kept = {name: array for name, array in arrays.items() if name not in deltas}
+                    for name, (b, a) in zip(deltas, pairs, strict=True):
+                        path = name.removesuffix(".delta")
+                        kept |= {f"{path}.lora_A": a[:rank].clone(), f"{path}.lora_B": b[:, :rank].clone()}
+                    found[rank][owner] = kept
+        return found
+
     def merge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> None:
         """Put experts, and the public expert's router rows, into a mixture."""
         merged.show([])
@@ -288,11 +319,11 @@ class Bench:
         arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
         merged.set_shared(rows | arrays)
 
-    def judge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> Any:
+    def judge(self, merged: MergedModel, experts: Experts, zero_row: bool = False, alone: bool = True) -> Any:
         """Evaluate each expert with the public one, the mixture, and the mixture with a tuned router."""
         self.merge(merged, experts, zero_row)
         found: dict[str, dict[str, float]] = {}
-        for owner in experts:
+        for owner in experts if alone else ():
             merged.show([owner])
             found[owner] = self.losses(merged)
         merged.show(list(experts))
@@ -354,31 +385,44 @@ def run(options: argparse.Namespace) -> None:
     record = Record(options.output / "raw.json", options)
     bench = Bench(options)
     ranks: list[Rank] = [FULL if rank == "full" else int(rank) for rank in options.ranks]
+    known = json.loads(options.settings.read_text(encoding="utf-8")) if options.settings else {}
     merged = bench.merged()
+    sizes = {str(rank): bench.size(rank) for rank in {*ranks, *options.extract, FULL}}
     layers = list(merged.mixture.projections().values())
-    record.part("sizes", lambda: {"break_even": break_even_rank(layers), **{str(r): bench.size(r) for r in ranks}})
+    record.content["sizes"] = record.content.get("sizes", {}) | {"break_even": break_even_rank(layers), **sizes}
     record.part("public", lambda: bench.losses(merged))
-    kept: dict[Rank, Experts] = {}
-    options.mixed = options.mixed or MIXED
-    mixing = set(itertools.chain(*options.mixed))
+    kept: dict[str, dict[Rank, Experts]] = {"rank": {}, "extracted": {}}
+    mixed = {
+        kind: [list(known[key]["ranks"].values()) for key in known if key.startswith(f"mixed {kind}")] for kind in kept
+    }
+    largest = max(options.budgets, default=0) * len(bench.owners) * sizes[FULL]
+    needed = {rank for rank in ranks if sizes[str(rank)] <= largest} | set(itertools.chain(*mixed["rank"], *MIXED))
+    needed |= {FULL} if options.extract else set()
     for rank in ranks:
         path = options.output / f"experts-{rank}.pt"
 
         def work(r: Rank = rank, path: Path = path) -> Any:
-            tuned = bench.tune(merged, r)
-            kept[r] = {owner: tuned.experts[owner] for owner in bench.owners}
-            if r in mixing:
-                torch.save(kept[r], path)
-            return bench.judge(merged, kept[r]) | _settings(tuned)
+            tuned = bench.repeat(merged, r, known[f"rank {r}"]["best"]) if known else bench.tune(merged, r)
+            experts = {owner: tuned.experts[owner] for owner in bench.owners}
+            if r in needed:
+                torch.save(experts, path)
+            return bench.judge(merged, experts) | _settings(tuned)
 
         record.part(f"rank {rank}", work)
-        if rank not in kept and path.is_file():
-            kept[rank] = torch.load(path)
-        if rank not in mixing:
-            kept.pop(rank, None)
-    for mixed in options.mixed:
-        if all(rank in kept for rank in mixed):
-            record.part(f"mixed ranks {mixed}", partial(_mix, bench, merged, kept, mixed))
+        if f"rank {rank}" in record.content and path.is_file():
+            kept["rank"][rank] = torch.load(path)
+    if options.extract and FULL in kept["rank"]:
+        kept["extracted"] = bench.truncate(kept["rank"].pop(FULL), options.extract)
+    for r, experts in kept["extracted"].items():
+        record.part(f"extracted {r}", partial(_extracted, bench, merged, experts))
+    for kind, found in kept.items():
+        choices: list[list[Rank]] = mixed[kind] or [*MIXED]
+        ready = [rank for rank in found if f"{kind} {rank}" in record.content]
+        if ready and not known:
+            choices += [_affordable(record.content, kind, ready, bench.owners, share) for share in options.budgets]
+        for these in choices:
+            if all(rank in found for rank in these):
+                record.part(f"mixed {kind} {these}", partial(_mix, bench, merged, found, these))
     kept.clear()
     for rank in options.lora:
         record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
@@ -388,15 +432,15 @@ def run(options: argparse.Namespace) -> None:
         experts = bench.train(16, rate, alpha, zero_row=True)
         return bench.judge(merged, experts, zero_row=True)
 
-    if "rank 16" in record.content:
+    if "rank 16" in record.content and not known:
         record.part("rank 16, public row 0", zero_row)
-    if not options.reasoning_steps:
+    if not options.reasoning_ranks:
         return
     del merged
     reasoning = Bench(options, reasoning=True)
     merged = reasoning.merged()
     record.part("reasoning public", lambda: reasoning.losses(merged))
-    for rank in ranks:
+    for rank in (FULL if rank == "full" else int(rank) for rank in options.reasoning_ranks):
 
         def solve(r: Rank = rank) -> Any:
             tuned = reasoning.tune(merged, r)
@@ -405,13 +449,30 @@ def run(options: argparse.Namespace) -> None:
         record.part(f"reasoning {rank}", solve)
 
 
-def _mix(bench: Bench, merged: MergedModel, kept: dict[Rank, Experts], mixed: list[int]) -> dict[str, Any]:
-    ranks = dict(zip(bench.owners, itertools.cycle(mixed), strict=False))
-    return bench.judge(merged, {owner: kept[rank][owner] for owner, rank in ranks.items()}) | {"ranks": ranks}
+def _extracted(bench: Bench, merged: MergedModel, experts: Experts) -> Any:
+    losses = bench.validate(merged, experts)
+    return bench.judge(merged, experts) | {"best": {owner: [loss] for owner, loss in losses.items()}}
+
+
+def _affordable(raw: dict[str, Any], kind: str, ranks: list[Rank], owners: list[str], share: float) -> list[Rank]:
+    """Choose the owners' ranks whose summed validation loss is lowest, within a share of full experts' bytes."""
+    sizes, limit = raw["sizes"], share * len(owners) * raw["sizes"][FULL]
+
+    def loss(these: Sequence[Rank]) -> float:
+        return float(sum(raw[f"{kind} {rank}"]["best"][owner][0] for owner, rank in zip(owners, these, strict=True)))
+
+    every = [list(these) for these in itertools.product(ranks, repeat=len(owners))]
+    return min((these for these in every if sum(sizes[str(rank)] for rank in these) <= limit), key=loss)
+
+
+def _mix(bench: Bench, merged: MergedModel, kept: dict[Rank, Experts], mixed: list[Rank]) -> dict[str, Any]:
+    ranks = dict(zip(bench.owners, mixed, strict=True))
+    return bench.judge(merged, {o: kept[rank][o] for o, rank in ranks.items()}, alone=False) | {"ranks": ranks}
 
 
 def _settings(tuned: Tuned) -> dict[str, Any]:
-    return {"settings": tuned.mean(), "best": tuned.best, "tried": tuned.tried}
+    settings = {"settings": tuned.mean()} if tuned.tried else {}
+    return settings | {"best": tuned.best, "tried": tuned.tried}
 
 
 def _widen(
@@ -475,45 +536,76 @@ def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
 # The picture.
 
 
+Row = tuple[str, dict[str, float], float | None]
+"""What it is, loss by domain, and bytes that are sent for it."""
+
+
+def _rows(raw: dict[str, Any]) -> list[Row]:
+    """Read one seed's raw.json."""
+    public, sizes = raw["public"], raw["sizes"]
+    rows: list[Row] = [("public", public, None)]
+    for kind in ("rank", "extracted"):
+        names = [key for key in raw if key.startswith(f"{kind} ") and "," not in key]
+        found = {key.removeprefix(f"{kind} "): raw[key] for key in names}
+        label = "rank" if kind == "rank" else "SVD rank"
+        for rank, losses in found.items():
+            own = {domain: losses[domain][domain] for domain in public}
+            rows.append((f"own expert, {label} {rank}", own, sizes[rank]))
+        for rank, losses in found.items():
+            kinds = [name for name in losses if name.startswith("mixture")]
+            rows += [(f"{name}, {label} {rank}", losses[name], len(public) * sizes[rank]) for name in kinds]
+        for found in (raw[key] for key in raw if key.startswith(f"mixed {kind}")):
+            mixed = [str(found["ranks"][domain]) for domain in public]
+            total, names = sum(sizes[rank] for rank in mixed), [name for name in found if name.startswith("mixture")]
+            rows += [(f"{name}, {label}s {'/'.join(mixed)}", found[name], total) for name in names]
+    return rows + [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
+
+
 def plot(folder: Path) -> None:
-    """Write table.md, ranks.png and reasoning.png from raw.json."""
+    """Write table.md, ranks.png and reasoning.png from raw.json and, for more seeds, seed-*.json."""
     from matplotlib.figure import Figure
 
     raw = json.loads((folder / "raw.json").read_text(encoding="utf-8"))
-    public = raw["public"]
+    seeds = [raw, *(json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*.json")))]
+    public, sizes = raw["public"], raw["sizes"]
     domains = list(public)
     ranks = [key.removeprefix("rank ") for key in raw if key.startswith("rank ") and "," not in key]
-    sizes = raw["sizes"]
-    rows: list[tuple[str, dict[str, float], float | None]] = [("public", public, None)]
-    for rank in ranks:
-        found = raw[f"rank {rank}"]
-        own = {domain: found[domain][domain] for domain in domains}
-        rows.append((f"own expert, rank {rank}", own, sizes[rank]))
-    for rank in ranks:
-        kinds = [name for name in raw[f"rank {rank}"] if name.startswith("mixture")]
-        rows += [(f"{name}, rank {rank}", raw[f"rank {rank}"][name], len(domains) * sizes[rank]) for name in kinds]
-    for found in (raw[key] for key in raw if key.startswith("mixed ranks")):
-        mixed = [str(found["ranks"][domain]) for domain in domains]
-        total, label = sum(sizes[rank] for rank in mixed), "/".join(mixed)
-        rows += [(f"{name}, ranks {label}", found[name], total) for name in found if name.startswith("mixture")]
-    rows += [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
+    by_seed = [{name: losses for name, losses, _ in _rows(each)} for each in seeds]
+    several = {name: [found[name] for found in by_seed if name in found] for name, *_ in _rows(raw)}
 
-    def gain(losses: dict[str, float]) -> float:
-        return float(np.mean([public[domain] - losses[domain] for domain in domains]))
+    def loss(name: str) -> dict[str, float]:
+        return {domain: float(np.mean([losses[domain] for losses in several[name]])) for domain in domains}
 
-    best = {kind: gain(raw[f"rank {FULL}"][kind]) for kind in raw.get(f"rank {FULL}", {}) if kind.startswith("mixture")}
-    if best:
-        best["own expert"] = gain({domain: raw[f"rank {FULL}"][domain][domain] for domain in domains})
-    lines = ["| | " + " | ".join(domains) + " | gain (nats) | of full | MB sent |", "|---" * (len(domains) + 4) + "|"]
+    def gains(name: str) -> list[float]:
+        return [float(np.mean([public[domain] - losses[domain] for domain in domains])) for losses in several[name]]
+
+    def gain(name: str) -> str:
+        found = gains(name)
+        return f"{np.mean(found):.3f}" + (f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else "")
+
+    rows = [(name, loss(name), size) for name, _, size in _rows(raw)]
+    lines = [
+        "| | " + " | ".join(domains) + " | gain (nats) | of full | MB sent | seeds |",
+        "|---" * (len(domains) + 5) + "|",
+    ]
     for name, losses, size in rows:
         cells = [f"{np.exp(losses[domain]):.1f}" for domain in domains]
-        full = best.get(name.rpartition(", rank")[0])
-        share = f"{gain(losses) / full:.0%}" if full else "-"
-        lines.append(
-            f"| {name} | "
-            + " | ".join(cells)
-            + f" | {gain(losses):.3f} | {share} | {'-' if size is None else f'{size / 1e6:.1f}'} |"
-        )
+        full = f"{name.replace(', SVD rank', ', rank').rpartition(', rank')[0]}, rank {FULL}"
+        shares = [a / b for a, b in zip(gains(name), gains(full), strict=False)] if full in several else []
+        cells += [gain(name), f"{np.mean(shares):.1%}" if shares else "-"]
+        cells += ["-" if size is None else f"{size / 1e6:.1f}", str(len(several[name]))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    own = {
+        rank: loss(f"own expert, rank {rank}") for rank in sorted(ranks, key=lambda r: np.inf if r == FULL else int(r))
+    }
+    worse, pairs = [], list(itertools.pairwise(own))
+    for (low, high), domain in itertools.product(pairs, domains):
+        if own[high][domain] > own[low][domain]:
+            worse.append(f"{domain} {high} ({np.exp(own[high][domain]):.1f}) against {low}")
+    lines += [
+        "",
+        f"Own expert worse than the next lower rank's, of {len(pairs) * len(domains)}: {', '.join(worse) or 0}.",
+    ]
     lines += ["", "| learning rate, alpha | " + " | ".join(domains) + " | tried |", "|---" * (len(domains) + 2) + "|"]
     for rank in ranks:
         best, tried = raw[f"rank {rank}"]["best"], raw[f"rank {rank}"]["tried"]
@@ -521,6 +613,8 @@ def plot(folder: Path) -> None:
         lines.append(f"| rank {rank} | " + " | ".join(cells) + f" | {len(tried)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    if not own:
+        return
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     mean = {name: float(np.mean([losses[domain] for domain in domains])) for name, losses, _ in rows}
@@ -528,20 +622,22 @@ def plot(folder: Path) -> None:
     for kind, colour in colours.items():
         points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
         left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
-    for name, _, size in rows:
-        kind, several, ranks_of_owners = name.partition(", ranks ")
-        if several and size is not None and kind in colours:
-            x, label = size / 1e6 / len(domains), f"{kind}, {ranks_of_owners}"
-            left.plot(x, mean[name], marker="*", markersize=12, linestyle="", label=label, color=colours[kind])
+        cut = [(sizes[r] / 1e6, mean[f"{kind}, SVD rank {r}"]) for r in sizes if f"{kind}, SVD rank {r}" in mean]
+        if cut:
+            left.plot(*zip(*sorted(cut), strict=True), marker="x", linestyle=":", color=colour, label=f"{kind}, by SVD")
+        mixes = [
+            (size / 1e6 / len(domains), mean[n]) for n, _, size in rows if size and n.startswith(f"{kind}, ranks ")
+        ]
+        if mixes:
+            left.plot(*zip(*mixes, strict=True), "*", markersize=12, label=f"{kind}, mixed ranks", color=colour)
     for name, value in mean.items():
         if name == "public" or name.startswith("all-data"):
             left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)
     left.set(xscale="log", xlabel="MB that an owner sends", ylabel="test loss (nats a token), mean over domains")
     left.legend(frameon=False, fontsize="small")
     for domain in domains:
-        values = [np.exp(raw[f"rank {rank}"][domain][domain]) for rank in ranks]
-        right.plot(range(len(ranks)), values, marker="o", label=domain)
-    right.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylabel="own domain's perplexity")
+        right.plot(range(len(own)), [np.exp(found[domain]) for found in own.values()], marker="o", label=domain)
+    right.set(xticks=range(len(own)), xticklabels=list(own), xlabel="rank", ylabel="own domain's perplexity")
     right.legend(frameon=False, fontsize="small", loc="upper center", ncols=3)
     right.set_ylim(top=right.get_ylim()[1] * 1.08)
     figure.savefig(folder / "ranks.png", dpi=110)
@@ -551,11 +647,11 @@ def plot(folder: Path) -> None:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         reasoning = {r: raw["reasoning public"]["all"] - raw[f"reasoning {r}"]["reasoning"]["all"] for r in solved}
-        knowledge = {r: gain({d: raw[f"rank {r}"][d][d] for d in domains}) for r in ranks}
-        for name, gains, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
-            highest = gains[max(gains, key=RANKS.index)]
-            shares = [value / highest for value in gains.values()]
-            axes.plot([RANKS.index(rank) for rank in gains], shares, marker="o", label=name, color=colour)
+        knowledge = {r: float(np.mean(gains(f"own expert, rank {r}"))) for r in own if r in RANKS}
+        for name, found, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
+            highest = found[max(found, key=RANKS.index)]
+            shares = [value / highest for value in found.values()]
+            axes.plot([RANKS.index(rank) for rank in found], shares, marker="o", label=name, color=colour)
         axes.set(xticks=range(len(RANKS)), xticklabels=RANKS, xlabel="rank", ylabel="gain, of the highest rank's")
         axes.legend(frameon=False)
         figure.savefig(folder / "reasoning.png", dpi=110)
@@ -577,14 +673,19 @@ def main() -> None:
     two = commands.add_parser("run")
     two.add_argument("--data", type=Path, required=True, help="the folder that export wrote")
     two.add_argument("--output", type=Path, required=True)
-    two.add_argument("--ranks", nargs="+", default=RANKS)
+    two.add_argument("--ranks", nargs="*", default=RANKS)
+    two.add_argument(
+        "--extract", nargs="*", type=int, default=[4, 16, 64, 256], help="ranks to truncate full experts to"
+    )
+    two.add_argument("--settings", type=Path, help="raw.json of another run, whose rates, scales and mixes are taken")
     two.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="where the search begins")
     two.add_argument("--alphas", nargs="+", type=float, default=[2 * ALPHA, ALPHA], help="one: scales are not tuned")
-    two.add_argument("--mixed", nargs="*", type=int, action="append", default=[], help="ranks of the owners, in order")
+    two.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="shares of full experts' bytes")
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--router-steps", type=int, default=60)
-    two.add_argument("--reasoning-steps", type=int, default=100, help="0: newsgroups alone")
+    two.add_argument("--reasoning-ranks", nargs="*", default=RANKS, help="none: newsgroups alone")
+    two.add_argument("--reasoning-steps", type=int, default=60)
     two.add_argument("--batch", type=int, default=16)
     two.add_argument("--physical", type=int, default=16, help="rows of an owner in one pass over the model")
     two.add_argument("--max-grad-norm", type=float, default=1.0, help="of an owner's gradient; 0: not clipped")
@@ -599,6 +700,7 @@ def main() -> None:
     three.add_argument(
         "--parts", nargs="*", type=Path, default=[], help="outputs of runs with other ranks, to be joined"
     )
+    three.add_argument("--seeds", nargs="*", type=Path, default=[], help="outputs of runs with other seeds")
     options = parser.parse_args()
     if options.command == "export":
         export(options.output, options.model, options.tests, options.reasoning)
@@ -608,6 +710,9 @@ def main() -> None:
     else:
         if options.parts:
             join(options.parts, options.output)
+        for part in options.seeds:
+            seed = json.loads((part / "raw.json").read_text(encoding="utf-8"))["options"]["seed"]
+            shutil.copyfile(part / "raw.json", options.output / f"seed-{seed}.json")
         plot(options.output)
 
 
