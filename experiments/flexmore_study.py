@@ -300,7 +300,7 @@ class Bench:
     def truncate(self, experts: Experts, ranks: Sequence[int]) -> dict[Rank, Experts]:
         """Truncate full experts by SVD, as ``extraction = "svd"`` does; a lower rank is a part of the highest."""
         found: dict[Rank, Experts] = {rank: {} for rank in ranks}
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for owner, arrays in experts.items():
                 deltas = {name: array for name, array in arrays.items() if name.endswith(".delta")}
                 pairs = list(pool.map(lambda delta: truncate(delta, max(ranks)), deltas.values()))
@@ -387,7 +387,8 @@ def run(options: argparse.Namespace) -> None:
     ranks: list[Rank] = [FULL if rank == "full" else int(rank) for rank in options.ranks]
     known = json.loads(options.settings.read_text(encoding="utf-8")) if options.settings else {}
     merged = bench.merged()
-    sizes = {str(rank): bench.size(rank) for rank in {*ranks, *options.extract, FULL}}
+    jointly = [[FULL if rank == "full" else int(rank) for rank in these] for these in options.joint]
+    sizes = {str(rank): bench.size(rank) for rank in {*ranks, *options.extract, *itertools.chain(*jointly), FULL}}
     layers = list(merged.mixture.projections().values())
     record.content["sizes"] = record.content.get("sizes", {}) | {"break_even": break_even_rank(layers), **sizes}
     record.part("public", lambda: bench.losses(merged))
@@ -424,6 +425,8 @@ def run(options: argparse.Namespace) -> None:
             if all(rank in found for rank in these):
                 record.part(f"mixed {kind} {these}", partial(_mix, bench, merged, found, these))
     kept.clear()
+    for these in jointly:
+        record.part(f"joint {these}", partial(_joint, bench, merged, these))
     for rank in options.lora:
         record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
 
@@ -468,6 +471,25 @@ def _affordable(raw: dict[str, Any], kind: str, ranks: list[Rank], owners: list[
 def _mix(bench: Bench, merged: MergedModel, kept: dict[Rank, Experts], mixed: list[Rank]) -> dict[str, Any]:
     ranks = dict(zip(bench.owners, mixed, strict=True))
     return bench.judge(merged, {o: kept[rank][o] for o, rank in ranks.items()}, alone=False) | {"ranks": ranks}
+
+
+def _joint(bench: Bench, merged: MergedModel, ranks: list[Rank]) -> dict[str, Any]:
+    """Train all owners at one rate and one scale, which the mixture's validation loss chooses."""
+    owned = dict(zip(bench.owners, ranks, strict=True))
+    tried: list[dict[str, float]] = []
+    best: Experts = {}
+    scales = bench.options.alphas if any(rank != FULL for rank in ranks) else bench.options.alphas[:1]
+    for rate, alpha in itertools.product(bench.options.rates, scales):
+        experts: Experts = {}
+        for rank in dict.fromkeys(ranks):
+            experts |= bench.train(rank, rate, alpha, [owner for owner in bench.owners if owned[owner] == rank])
+        bench.merge(merged, experts)
+        merged.show(list(experts))
+        loss = float(np.mean(list(bench.losses(merged, bench.data.validation).values())))
+        tried.append({"rate": rate, "alpha": alpha, "validation": loss})
+        if loss == min(row["validation"] for row in tried):
+            best = experts
+    return bench.judge(merged, best, alone=False) | {"ranks": owned, "tried": tried}
 
 
 def _settings(tuned: Tuned) -> dict[str, Any]:
@@ -558,6 +580,11 @@ def _rows(raw: dict[str, Any]) -> list[Row]:
             mixed = [str(found["ranks"][domain]) for domain in public]
             total, names = sum(sizes[rank] for rank in mixed), [name for name in found if name.startswith("mixture")]
             rows += [(f"{name}, {label}s {'/'.join(mixed)}", found[name], total) for name in names]
+    for found in (raw[key] for key in raw if key.startswith("joint")):
+        mixed = list(dict.fromkeys(found["ranks"].values()))
+        label = f"rank {mixed[0]}" if len(mixed) == 1 else f"ranks {'/'.join(map(str, found['ranks'].values()))}"
+        total, names = sum(sizes[str(rank)] for rank in found["ranks"].values()), [n for n in found if "mixture" in n]
+        rows += [(f"{name}, one scale, {label}", found[name], total) for name in names]
     return rows + [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
 
 
@@ -681,6 +708,9 @@ def main() -> None:
     two.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="where the search begins")
     two.add_argument("--alphas", nargs="+", type=float, default=[2 * ALPHA, ALPHA], help="one: scales are not tuned")
     two.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="shares of full experts' bytes")
+    two.add_argument(
+        "--joint", nargs="+", action="append", default=[], help="the owners' ranks, all to train at one rate and scale"
+    )
     two.add_argument("--lora", nargs="*", type=int, default=[16])
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--router-steps", type=int, default=60)
