@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from experiments.benchmarks.machine import machine
+from experiments.flexmore_plot import RANKS, add_seeds, join, plot
 from fedlora.adapters import AdaptedModel, ExpertModel, adapt
 from fedlora.adapters.expert import ALPHA
 from fedlora.adapters.merged import MergedModel
@@ -47,7 +48,6 @@ from strategies.flexmore import FULL_RATE, FlexMoRE
 TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting", "simple_equations", "syllogism")
 """Of reasoning-gym: the procedural side of the second study."""
 
-RANKS = ["1", "4", "16", "64", "256", "full"]
 MIXED: list[list[Rank]] = [[16, 4, 16, 64, 4]]
 BUDGETS = [0.05, 0.1]
 """Shares of full experts' bytes: for each, validation chooses the owners' ranks (:func:`_affordable`)."""
@@ -510,21 +510,6 @@ def _widen(
         known = sorted([*known, value])
 
 
-def join(parts: list[Path], output: Path) -> None:
-    """Make one raw.json of runs over different ranks, as on several GPUs."""
-    joined: dict[str, Any] = {"options": {}}
-    for part in parts:
-        raw = json.loads((part / "raw.json").read_text(encoding="utf-8"))
-        joined["options"][part.name] = raw.pop("options")
-        for key, value in raw.items():
-            several = key in ("sizes", "seconds") and key in joined
-            joined[key] = joined[key] | value if several else joined.get(key, value)
-    order = {f"{kind} {rank}": i for i, rank in enumerate(RANKS) for kind in ("rank", "reasoning")}
-    joined = dict(sorted(joined.items(), key=lambda item: order.get(item[0], -1)))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "raw.json").write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
-
-
 def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
     """One LoRA on all owners' text: as many examples in all as the owners' experts see together."""
     owners = len(bench.owners)
@@ -553,139 +538,6 @@ def _all_data(bench: Bench, rank: int) -> dict[str, Any]:
 
     _widen(bench.options.rates, attempt, best)
     return found[best()] | {"tried": {rate: row["validation"] for rate, row in found.items()}}
-
-
-# The picture.
-
-
-Row = tuple[str, dict[str, float], float | None]
-"""What it is, loss by domain, and bytes that are sent for it."""
-
-
-def _rows(raw: dict[str, Any]) -> list[Row]:
-    """Read one seed's raw.json."""
-    public, sizes = raw["public"], raw["sizes"]
-    rows: list[Row] = [("public", public, None)]
-    for kind in ("rank", "extracted"):
-        names = [key for key in raw if key.startswith(f"{kind} ") and "," not in key]
-        found = {key.removeprefix(f"{kind} "): raw[key] for key in names}
-        label = "rank" if kind == "rank" else "SVD rank"
-        for rank, losses in found.items():
-            own = {domain: losses[domain][domain] for domain in public}
-            rows.append((f"own expert, {label} {rank}", own, sizes[rank]))
-        for rank, losses in found.items():
-            kinds = [name for name in losses if name.startswith("mixture")]
-            rows += [(f"{name}, {label} {rank}", losses[name], len(public) * sizes[rank]) for name in kinds]
-        for found in (raw[key] for key in raw if key.startswith(f"mixed {kind}")):
-            mixed = [str(found["ranks"][domain]) for domain in public]
-            total, names = sum(sizes[rank] for rank in mixed), [name for name in found if name.startswith("mixture")]
-            rows += [(f"{name}, {label}s {'/'.join(mixed)}", found[name], total) for name in names]
-    for found in (raw[key] for key in raw if key.startswith("joint")):
-        mixed = list(dict.fromkeys(found["ranks"].values()))
-        label = f"rank {mixed[0]}" if len(mixed) == 1 else f"ranks {'/'.join(map(str, found['ranks'].values()))}"
-        total, names = sum(sizes[str(rank)] for rank in found["ranks"].values()), [n for n in found if "mixture" in n]
-        rows += [(f"{name}, one scale, {label}", found[name], total) for name in names]
-    return rows + [(key, raw[key]["test"], None) for key in raw if key.startswith("all-data")]
-
-
-def plot(folder: Path) -> None:
-    """Write table.md, ranks.png and reasoning.png from raw.json and, for more seeds, seed-*.json."""
-    from matplotlib.figure import Figure
-
-    raw = json.loads((folder / "raw.json").read_text(encoding="utf-8"))
-    seeds = [raw, *(json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*.json")))]
-    public, sizes = raw["public"], raw["sizes"]
-    domains = list(public)
-    ranks = [key.removeprefix("rank ") for key in raw if key.startswith("rank ") and "," not in key]
-    by_seed = [{name: losses for name, losses, _ in _rows(each)} for each in seeds]
-    several = {name: [found[name] for found in by_seed if name in found] for name, *_ in _rows(raw)}
-
-    def loss(name: str) -> dict[str, float]:
-        return {domain: float(np.mean([losses[domain] for losses in several[name]])) for domain in domains}
-
-    def gains(name: str) -> list[float]:
-        return [float(np.mean([public[domain] - losses[domain] for domain in domains])) for losses in several[name]]
-
-    def gain(name: str) -> str:
-        found = gains(name)
-        return f"{np.mean(found):.3f}" + (f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else "")
-
-    rows = [(name, loss(name), size) for name, _, size in _rows(raw)]
-    lines = [
-        "| | " + " | ".join(domains) + " | gain (nats) | of full | MB sent | seeds |",
-        "|---" * (len(domains) + 5) + "|",
-    ]
-    for name, losses, size in rows:
-        cells = [f"{np.exp(losses[domain]):.1f}" for domain in domains]
-        full = f"{name.replace(', SVD rank', ', rank').rpartition(', rank')[0]}, rank {FULL}"
-        shares = [a / b for a, b in zip(gains(name), gains(full), strict=False)] if full in several else []
-        cells += [gain(name), f"{np.mean(shares):.1%}" if shares else "-"]
-        cells += ["-" if size is None else f"{size / 1e6:.1f}", str(len(several[name]))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    own = {
-        rank: loss(f"own expert, rank {rank}") for rank in sorted(ranks, key=lambda r: np.inf if r == FULL else int(r))
-    }
-    worse, pairs = [], list(itertools.pairwise(own))
-    for (low, high), domain in itertools.product(pairs, domains):
-        if own[high][domain] > own[low][domain]:
-            worse.append(f"{domain} {high} ({np.exp(own[high][domain]):.1f}) against {low}")
-    lines += [
-        "",
-        f"Own expert worse than the next lower rank's, of {len(pairs) * len(domains)}: {', '.join(worse) or 0}.",
-    ]
-    lines += ["", "| learning rate, alpha | " + " | ".join(domains) + " | tried |", "|---" * (len(domains) + 2) + "|"]
-    for rank in ranks:
-        best, tried = raw[f"rank {rank}"]["best"], raw[f"rank {rank}"]["tried"]
-        cells = [_setting(rank, *best[domain][1:]) for domain in domains]
-        lines.append(f"| rank {rank} | " + " | ".join(cells) + f" | {len(tried)} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    if not own:
-        return
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    mean = {name: float(np.mean([losses[domain] for domain in domains])) for name, losses, _ in rows}
-    colours = {"own expert": "#009e73", "mixture": "#0072b2", "mixture, router tuned": "#cc79a7"}
-    for kind, colour in colours.items():
-        points = [(sizes[rank] / 1e6, mean[f"{kind}, rank {rank}"]) for rank in ranks if f"{kind}, rank {rank}" in mean]
-        left.plot(*zip(*points, strict=True), marker="o", label=kind, color=colour)
-        cut = [(sizes[r] / 1e6, mean[f"{kind}, SVD rank {r}"]) for r in sizes if f"{kind}, SVD rank {r}" in mean]
-        if cut:
-            left.plot(*zip(*sorted(cut), strict=True), marker="x", linestyle=":", color=colour, label=f"{kind}, by SVD")
-        mixes = [
-            (size / 1e6 / len(domains), mean[n]) for n, _, size in rows if size and n.startswith(f"{kind}, ranks ")
-        ]
-        if mixes:
-            left.plot(*zip(*mixes, strict=True), "*", markersize=12, label=f"{kind}, mixed ranks", color=colour)
-    for name, value in mean.items():
-        if name == "public" or name.startswith("all-data"):
-            left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)
-    left.set(xscale="log", xlabel="MB that an owner sends", ylabel="test loss (nats a token), mean over domains")
-    left.legend(frameon=False, fontsize="small")
-    for domain in domains:
-        right.plot(range(len(own)), [np.exp(found[domain]) for found in own.values()], marker="o", label=domain)
-    right.set(xticks=range(len(own)), xticklabels=list(own), xlabel="rank", ylabel="own domain's perplexity")
-    right.legend(frameon=False, fontsize="small", loc="upper center", ncols=3)
-    right.set_ylim(top=right.get_ylim()[1] * 1.08)
-    figure.savefig(folder / "ranks.png", dpi=110)
-
-    solved = [rank for rank in RANKS if f"reasoning {rank}" in raw]
-    if solved:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        reasoning = {r: raw["reasoning public"]["all"] - raw[f"reasoning {r}"]["reasoning"]["all"] for r in solved}
-        knowledge = {r: float(np.mean(gains(f"own expert, rank {r}"))) for r in own if r in RANKS}
-        for name, found, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
-            highest = found[max(found, key=RANKS.index)]
-            shares = [value / highest for value in found.values()]
-            axes.plot([RANKS.index(rank) for rank in found], shares, marker="o", label=name, color=colour)
-        axes.set(xticks=range(len(RANKS)), xticklabels=RANKS, xlabel="rank", ylabel="gain, of the highest rank's")
-        axes.legend(frameon=False)
-        figure.savefig(folder / "reasoning.png", dpi=110)
-
-
-def _setting(rank: str, rate: float, alpha: float) -> str:
-    return f"{rate * FULL_RATE:.2g}" if rank == FULL else f"{rate:.2g}, {alpha:g}"
 
 
 def main() -> None:
@@ -740,9 +592,7 @@ def main() -> None:
     else:
         if options.parts:
             join(options.parts, options.output)
-        for part in options.seeds:
-            seed = json.loads((part / "raw.json").read_text(encoding="utf-8"))["options"]["seed"]
-            shutil.copyfile(part / "raw.json", options.output / f"seed-{seed}.json")
+        add_seeds(options.seeds, options.output)
         plot(options.output)
 
 
