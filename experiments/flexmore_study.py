@@ -209,10 +209,12 @@ class Bench:
         self.router_rows: dict[int, dict[str, torch.Tensor]] = {}  # of each client's documents, for all ranks alike
         if self.data.public is not None:
             merged = self.merged()
-            rows = np.arange(len(self.data.public))
-            states = mean_states(merged, merged.mixture.blocks, self.data.public, rows, options.physical * 4)
-            names = (f"{path}.public_router" for path in merged.mixture.routers())
-            self.public_rows = {name: router_row(row)[None] for name, row in zip(names, states, strict=True)}
+            self.public_rows = merged.mixture.public_rows()
+            if options.public_row == "text":
+                rows = np.arange(len(self.data.public))
+                states = mean_states(merged, merged.mixture.blocks, self.data.public, rows, options.physical * 4)
+                found = zip(self.public_rows, states, strict=True)
+                self.public_rows = {name: router_row(row)[None] for name, row in found}
 
     def config(self, **overrides: Any) -> Config:
         """Return the config with ``section__key`` overridden."""
@@ -222,16 +224,13 @@ class Bench:
         """Return a mixture without experts."""
         return MergedModel(Mixture.of(load_base(self.config(), None, self.device)).eval())
 
-    def train(
-        self, rank: Rank, rate: float, alpha: float, owners: Sequence[str] = (), zero_row: bool = False
-    ) -> Experts:
+    def train(self, rank: Rank, rate: float, alpha: float, owners: Sequence[str] = ()) -> Experts:
         """Train the experts of all owners, or of some, at a rank, each alone, in one pass; return them by owner."""
         config = self.config(method__alpha=alpha)
         adapted = adapt(load_base(config, None, self.device), config, FlexMoRE.parameterisation)
         assert isinstance(adapted, ExpertModel)
         adapted.prepare({"rank": str(rank)})
-        if not zero_row:
-            adapted.set_shared(self.public_rows)
+        adapted.set_shared(self.public_rows)
         jobs = []
         for client in (self.owners.index(owner) for owner in owners or self.owners):
             rows = np.asarray(self.data.partition[client])
@@ -312,16 +311,15 @@ class Bench:
                     found[rank][owner] = kept
         return found
 
-    def merge(self, merged: MergedModel, experts: Experts, zero_row: bool = False) -> None:
+    def merge(self, merged: MergedModel, experts: Experts) -> None:
         """Put experts, and the public expert's router rows, into a mixture."""
         merged.show([])
-        rows = {n: torch.zeros_like(r) if zero_row else r for n, r in self.public_rows.items()}
         arrays = {f"{owner}/{name}": array for owner, part in experts.items() for name, array in part.items()}
-        merged.set_shared(rows | arrays)
+        merged.set_shared(self.public_rows | arrays)
 
-    def judge(self, merged: MergedModel, experts: Experts, zero_row: bool = False, alone: bool = True) -> Any:
+    def judge(self, merged: MergedModel, experts: Experts, alone: bool = True) -> Any:
         """Evaluate each expert with the public one, the mixture, and the mixture with a tuned router."""
-        self.merge(merged, experts, zero_row)
+        self.merge(merged, experts)
         found: dict[str, dict[str, float]] = {}
         for owner in experts if alone else ():
             merged.show([owner])
@@ -429,14 +427,6 @@ def run(options: argparse.Namespace) -> None:
         record.part(f"joint {these}", partial(_joint, bench, merged, these))
     for rank in options.lora:
         record.part(f"all-data LoRA {rank}", partial(_all_data, bench, rank))
-
-    def zero_row() -> Any:
-        rate, alpha = record.content["rank 16"]["settings"]
-        experts = bench.train(16, rate, alpha, zero_row=True)
-        return bench.judge(merged, experts, zero_row=True)
-
-    if "rank 16" in record.content and not known:
-        record.part("rank 16, public row 0", zero_row)
     if not options.reasoning_ranks:
         return
     del merged
@@ -564,6 +554,7 @@ def main() -> None:
         "--joint", nargs="+", action="append", default=[], help="the owners' ranks, all to train at one rate and scale"
     )
     two.add_argument("--lora", nargs="*", type=int, default=[16])
+    two.add_argument("--public-row", choices=["zero", "text"], default="zero", help="the public expert's router row")
     two.add_argument("--steps", type=int, default=120)
     two.add_argument("--router-steps", type=int, default=60)
     two.add_argument("--reasoning-ranks", nargs="*", default=RANKS, help="none: newsgroups alone")

@@ -58,7 +58,7 @@ class FlexMoRE(FederatedStrategy):
 
     *Ours*: running it as a federation; training the low-rank expert directly (``direct``, the default), with
     s = alpha / sqrt(r); router rows from the hidden states at each router's own input instead of an embedder's; the
-    public row 0 unless there is public text; renormalising the kept weights when fewer than all experts are active;
+    public expert's row 0; renormalising the kept weights when fewer than all experts are active;
     several clients of one domain, whose experts are combined exactly in dW; further rounds, which refine the owners'
     experts against the same public model; and DP-SGD, the start of the router rows charged. With public text the rows
     under privacy may start from that instead (``method.router_init = "public"``).
@@ -144,9 +144,9 @@ class FlexMoRE(FederatedStrategy):
         return Payload(initial=0, down=count, up=count)
 
     def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
-        """Each client's payload by its own rank; once, the public expert's router rows, where there is public text."""
+        """Each client's payload by its own rank; once, the router rows' start, where public text makes it."""
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
-        rows = sum(self.routers.values()) if self.config.data.public is not None else 0
+        rows = sum(self.routers.values()) if self.config.method.router_init == "public" else 0
 
         def formula(server_round: int, client: int, direction: str) -> int:
             return size * (rows if direction == "initial" else self.expert_numbers(self.ranks[client]))
@@ -174,9 +174,14 @@ class FlexMoRE(FederatedStrategy):
         )
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """The public expert's router rows, from public text; without such text they are 0 and nothing is sent."""
-        if data.public is None:
+        """All experts' router rows, the public one's too, from public text if so configured.
+
+        Else the public expert's are 0, and nothing is sent. FlexOlmo's come from public documents; beside rows from the
+        owners' documents, 0 makes the better mixture (experiments/studies).
+        """
+        if self.config.method.router_init != "public":
             return {}
+        assert data.public is not None
         assert isinstance(adapted, MergedModel)
         rows = np.arange(len(data.public))
         chosen = np.sort(np.random.default_rng(self.config.run.seed).permutation(rows))

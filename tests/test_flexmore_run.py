@@ -181,7 +181,7 @@ def test_an_owner_leaves_a_finished_run(run):
 
 
 def test_under_privacy_the_start_is_charged(content, tmp_path):
-    """Epsilon after the run is that of all noisy steps and of one noisy start; public rows travel once."""
+    """Epsilon after the run is that of all noisy steps and of one noisy start; no router row travels."""
     changes = {
         "privacy.mode": "example",
         "privacy.target_epsilon": 20.0,
@@ -202,8 +202,26 @@ def test_under_privacy_the_start_is_charged(content, tmp_path):
     assert result.summary["router_tuned"] is True
     with (tmp_path / "private" / "communication.csv").open() as stream:
         initial = [row for row in csv.DictReader(stream) if row["direction"] == "initial"]
+    assert all(int(row["payload_bytes"]) == int(row["formula_bytes"]) == 0 for row in initial)
+
+
+def test_router_rows_from_public_text_travel_once_and_cost_no_epsilon(content, tmp_path):
+    changes = {
+        "privacy.mode": "example",
+        "privacy.target_epsilon": 20.0,
+        "data.public": content["data"]["test"].replace("test.jsonl", "public.jsonl"),
+        "method.router_init": "public",
+        "client.local_steps": 3,
+    }
+    fedlora.simulate(content, changes, output=tmp_path / "run")
+    with (tmp_path / "run" / "communication.csv").open() as stream:
+        initial = [row for row in csv.DictReader(stream) if row["direction"] == "initial"]
     assert [int(row["payload_bytes"]) for row in initial] == [int(row["formula_bytes"]) for row in initial]
     assert [int(row["payload_bytes"]) for row in initial] == [4 * 2 * 32] * 3
+    with (tmp_path / "run" / "privacy.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["client"] == "0"]
+    step = (float(rows[0]["noise_multiplier"]), float(rows[0]["sample_rate"]))
+    assert float(rows[-1]["epsilon"]) == pytest.approx(spent_epsilon("rdp", 1e-5, ((*step, 6),)))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +230,13 @@ def test_under_privacy_the_start_is_charged(content, tmp_path):
         {},
         # Two clients an owner, of which a round asks some.
         {"data.partition.column": "ward", "server.fraction_train": 0.4, "method.ranks": [3, 1, "full", 2, 1, 2]},
-        {"privacy.mode": "example", "privacy.target_epsilon": 20.0, "data.public": "public", "run.rounds": 1},
+        {
+            "privacy.mode": "example",
+            "privacy.target_epsilon": 20.0,
+            "data.public": "public",
+            "method.router_init": "public",
+            "run.rounds": 1,
+        },
     ],
 )
 def test_the_forecast_comes_true(content, changes, tmp_path):
