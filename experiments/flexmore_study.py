@@ -476,6 +476,7 @@ def _joint(bench: Bench, merged: MergedModel, ranks: list[Rank]) -> dict[str, An
         bench.merge(merged, experts)
         merged.show(list(experts))
         loss = float(np.mean(list(bench.losses(merged, bench.data.validation).values())))
+        loss = loss if np.isfinite(loss) else np.inf
         tried.append({"rate": rate, "alpha": alpha, "validation": loss})
         if loss == min(row["validation"] for row in tried):
             best = experts
