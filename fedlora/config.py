@@ -311,6 +311,10 @@ def unused_keys(config: Config) -> list[str]:
         "network.seed network.download_mbps network.upload_mbps network.latency_ms",
         "network.profile is none",
     )
+    if config.data.name != NODES:
+        note(
+            kind == "natural", "data.partition.clients", "the partition is natural: one client per value of its column"
+        )
     note(kind != "dirichlet", "data.partition.alpha", f"the partition is {kind}")
     note(kind != "pathological", "data.partition.classes_per_client", f"the partition is {kind}")
     note(kind != "shard", "data.partition.shards_per_client", f"the partition is {kind}")

@@ -426,6 +426,8 @@ def test_keys_without_use_are_noted_and_only_those() -> None:
     noted = {note.split()[0] for note in unused_keys(config)}
     assert {"privacy.target_epsilon", "method.init", "client.momentum", "data.partition.alpha"} <= noted
     assert "client.batch_size" not in noted
+    natural = {"data.partition.kind": "natural", "data.partition.column": "site", "data.partition.clients": 5}
+    assert "data.partition.clients" in {note.split()[0] for note in unused_keys(load_config(BASE, natural))}
     used = load_config(
         BASE,
         {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 import socket
 import stat
 from collections.abc import Sequence
@@ -109,8 +110,10 @@ def make_node_key(folder: Path, name: str) -> list[Path]:
     Raises
     ------
     InputError
-        If one of the files exists.
+        If one of the files exists, or the name is none for a file.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError("NAME", name, "is no name for a file; use letters, digits, dots, dashes and underscores")
     key, public = _new_files(folder, (f"{name}.key", f"{name}.pub"))
     private = ec.generate_private_key(ec.SECP384R1())
     pem = private.private_bytes(

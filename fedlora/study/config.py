@@ -216,10 +216,13 @@ def _check(study: Study, overrides: set[str]) -> None:
         if key not in varied or key == "run.seed":
             remedy = f"is not varied by the study; choose among {', '.join(k for k in varied if k != 'run.seed')}"
             raise InputError("tuning.by", key, remedy)
-    if isinstance(tuning.values, dict):
-        for method, values in tuning.values.items():
-            if not values:
-                raise InputError(f"tuning.values.{method}", values, "is empty; list the candidates")
+    candidates = tuning.values if isinstance(tuning.values, dict) else {"": tuning.values}
+    for method, values in candidates.items():
+        place = f"tuning.values.{method}".rstrip(".")
+        if not values:
+            raise InputError(place, values, "is empty; list the candidates")
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise InputError(place, values, "holds a value twice; remove one")
 
 
 def _check_axis(name: str, values: Any) -> None:

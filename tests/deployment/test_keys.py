@@ -57,6 +57,14 @@ def test_a_half_made_pair_is_left_alone_too(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["south.pub"]
 
 
+@pytest.mark.parametrize("name", ["../south", "/south", "a/b", "", ".", "-south", "a b", "south\nssh-rsa"])
+def test_a_nodes_keys_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "keys").mkdir()
+    with pytest.raises(InputError, match="NAME"):
+        keys.make_node_key(tmp_path / "keys", name)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.parametrize("name", [HOST, "localhost", "127.0.0.1"])
 def test_a_client_that_trusts_the_authority_trusts_the_server(made: Path, name: str) -> None:
     there = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

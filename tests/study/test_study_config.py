@@ -69,6 +69,8 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
         ),
         ({"tuning": {"values": [1.0], "by": ["method.rank"]}, "axes": {"run.seed": [1]}}, "tuning.by", "not varied"),
         ({"tuning": {"values": {"fedit": []}}}, "tuning.values.fedit", "empty"),
+        ({"tuning": {"values": {"fedit": [0.1, 0.2, 0.1]}}}, "tuning.values.fedit", "twice"),
+        ({"tuning": {"values": [0.1, 0.1]}}, "tuning.values", "twice"),
         ({"budget": {"runs": 0}}, "budget.runs", "greater than"),
     ],
 )
