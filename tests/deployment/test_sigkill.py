@@ -32,7 +32,7 @@ def whole(federation: Federation) -> None:
 class Run:
     """A run that goes on while the test does its harm."""
 
-    def __init__(self, federation: Federation, examples: Path, name: str) -> None:
+    def __init__(self, federation: Federation, examples: Path, name: str, ceiling: bool = True) -> None:
         self.federation, self.name = federation, name
         self.before = {node: set(self._charges(node)) for node in federation.data}
         # Enough steps that a round can be hit in its middle.
@@ -40,6 +40,9 @@ class Run:
             examples, name, run={"rounds": ROUNDS}, client={"local_steps": STEPS, "learning_rate": 0.1},
             server={"timeout": TIMEOUT, "min_replies": 2},
         )  # fmt: skip
+        if not ceiling:
+            del content["privacy"]["target_epsilon"]
+            content["privacy"]["noise_multiplier"] = 1.0
         self.path = federation.folder / f"{name}.run.toml"
         self.path.write_text(tomli_w.dumps(content), encoding="utf-8")
         self.folder = federation.folder / "runs" / name
@@ -122,7 +125,8 @@ def test_a_resident_worker_that_is_killed_in_a_round(federation: Federation, exa
 
 
 def test_a_superlink_that_is_killed_between_rounds(federation: Federation, examples: Path) -> None:
-    run = Run(federation, examples, "server-killed")
+    # A target leaves no epsilon for a round that is trained twice; how many nodes do that is a matter of milliseconds.
+    run = Run(federation, examples, "server-killed", ceiling=False)
     run.until_round(2)
     federation.kill("superlink_process")
     code = run.end()
