@@ -221,8 +221,12 @@ def _check(study: Study, overrides: set[str]) -> None:
         place = f"tuning.values.{method}".rstrip(".")
         if not values:
             raise InputError(place, values, "is empty; list the candidates")
-        if any(value in values[:i] for i, value in enumerate(values)):
-            raise InputError(place, values, "holds a value twice; remove one")
+        _check_values(place, values)
+
+
+def _check_values(place: str, values: list[Any]) -> None:
+    if any(value in values[:i] for i, value in enumerate(values)):
+        raise InputError(place, values, "holds a value twice; remove one")
 
 
 def _check_axis(name: str, values: Any) -> None:
@@ -231,8 +235,7 @@ def _check_axis(name: str, values: Any) -> None:
         raise InputError(place, values, "give a list of values, or of tables of keys that vary together")
     tables = [isinstance(value, dict) for value in values]
     if "." in name and not any(tables):
-        if any(value in values[:i] for i, value in enumerate(values)):
-            raise InputError(place, values, "holds a value twice; remove one")
+        _check_values(place, values)
         return
     if not all(tables):
         remedy = "is no section.key; write one, or a list of tables of keys that vary together"
