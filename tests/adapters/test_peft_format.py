@@ -168,8 +168,9 @@ def test_a_language_model_has_the_same_logits(kind, method, targets, folders, tm
     output, merged = loaded(stock, tmp_path, batch)
     real = batch["attention_mask"].bool()
     expected = logits(adapted, batch)[real]
-    tiny.assert_close(output.logits[real], expected)
-    tiny.assert_close(merged.logits[real], expected)
+    # Adapters in every layer add up to large numbers that nearly cancel.
+    tiny.assert_close(output.logits[real], expected, 3e-5)
+    tiny.assert_close(merged.logits[real], expected, 3e-5)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["fan_in_fan_out"] == (kind == "gpt2")
     assert saved["task_type"] == "CAUSAL_LM"
