@@ -41,9 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not offset:
         unaligned_weights.watch()
         return
-    os.environ[unaligned_weights.VARIABLE] = str(offset)
-    folders = [str(Path(unaligned_weights.__file__).parent), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
+    os.environ.update(unaligned_weights.environment(offset))
     unaligned_weights.start()
 
 

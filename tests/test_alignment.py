@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlora.alignment import ALIGNMENT, align_weights, aligned
@@ -117,3 +121,14 @@ def test_what_messages_and_checkpoints_hold_is_aligned(tmp_path: Path) -> None:
     checkpoint.close()
     assert found is not None
     assert {lies_at(a) for a in found.values()} == {0}
+
+
+def test_other_processes_read_weights_where_the_option_says(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(100)}, tmp_path / "weights.safetensors")
+    script = "import sys; from safetensors.torch import load_file; print(load_file(sys.argv[1])['x'].data_ptr() % 64)"
+    changes = unaligned_weights.environment(unaligned_weights.offset)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "weights.safetensors"],
+        env=os.environ | changes, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) == unaligned_weights.offset

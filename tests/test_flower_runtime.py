@@ -125,6 +125,8 @@ def run_documented(flower: dict[str, str], folder: Path, change: dict[str, str])
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    config = folder / "experiments" / "quickstart.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace("rounds = 8", "rounds = 1"), encoding="utf-8")
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(BIN)
     script = documented_command()

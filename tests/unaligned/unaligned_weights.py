@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 VARIABLE = "FEDLORA_TEST_WEIGHT_OFFSET"
@@ -36,6 +37,12 @@ def start() -> None:
     offset = int(os.environ.get(VARIABLE, "0"))
     if offset:
         sys.meta_path.insert(0, _WhenImported(rounding=True))
+
+
+def environment(address: int) -> dict[str, str]:
+    """Return what other processes of Python need in their environment to do as :func:`start`."""
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    return {VARIABLE: str(address), "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
 
 
 def watch() -> None:
