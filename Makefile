@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-deployment clean
+.PHONY: help install quickstart test test-unaligned test-deployment clean
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/pytest
 
+test-unaligned: .venv/.installed-dev  ## Run the tests with weights where files and processors differ: 8, 24, 40 modulo 64.
+	for offset in 8 24 40; do $(OFFLINE) $(BIN)/pytest --weight-offset $$offset || exit 1; done
+
 test-deployment: .venv/.installed-dev  ## Test real nodes on this machine, with what happens when parts of them die.
-	$(OFFLINE) $(BIN)/pytest tests/deployment -m "federation or not federation"
+	$(OFFLINE) $(BIN)/pytest tests/deployment tests/test_flower_runtime.py -m "federation or not federation"
 
 clean:  ## Remove .venv, build output and caches; runs/ stays.
 	rm -rf .venv build dist *.egg-info *.fab .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

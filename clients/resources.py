@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from fedlora.adapters import AdaptedModel, adapt
+from fedlora.alignment import aligned
 from fedlora.assets import cache_dir
 from fedlora.communication.wire import Arrays, digest
 from fedlora.config import Config, MethodSection, RunSection, ServerSection, SimulationSection, load_config
@@ -107,7 +108,7 @@ def initial_arrays(key: str) -> Arrays | None:
     path = _initial_path(key)
     if not path.exists():
         return None
-    arrays: Arrays = load(path.read_bytes())
+    arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
     return arrays if digest(arrays) == key else None
 
 

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
@@ -75,6 +76,11 @@ class MeanPoolingClassifier(PreTrainedModel):
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, int(config.num_labels or 2), dtype=encoder.dtype)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load as every transformers model does, with the weights aligned, so that the same bits come out again."""
+        return align_loaded(super().from_pretrained(*arguments, **options))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights alone: they are loaded, or drawn from the run's seed."""
@@ -300,7 +306,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         if "dropout" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
             module.p = 0.0
     model.requires_grad_(False)
-    return model.to(device)
+    return align_weights(model.to(device))
 
 
 def _without_pooler(model_class: Any) -> dict[str, bool]:

@@ -121,6 +121,11 @@ def run_federation(
     roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []), strategy.refuses)
     roster.discover()
     nodes = roster.nodes
+    if not roster.real and len(nodes) < len(data.partition):
+        remedy = f"{len(nodes)} nodes are there, and every client needs one; give flwr run --federation-config"
+        raise InputError(
+            "data.partition.clients", len(data.partition), f"{remedy} num-supernodes={len(data.partition)}"
+        )
     if folder.resumed and config.privacy.mode == "example" and not (simulated or roster.real):
         # Flower's runtimes keep a client's state for one of their runs: epsilon would begin at 0 again.
         remedy = "the clients' ledgers ended with Flower's run; run anew with another output, or with fedlora run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,13 +23,19 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the config that Flower's run config names.
 
-    ``config`` is a path or TOML text, ``output`` the run folder, and ``resume`` says to go on with the run in it.
+    ``config`` is a path or TOML text, ``output`` the run folder (runs/NAME, or
+    runs/NAME-2 and so on where that exists), and ``resume`` says to go on with the run in it.
     """
     source = str(context.run_config["config"])
     beside = Path(__file__).parents[1] / source if "\n" not in source else Path(source)
     config = resolve(load_config(source if "\n" in source or Path(source).is_file() else beside))
-    output = Path(str(context.run_config.get("output") or Path("runs") / config.run.name))
     resume = bool(context.run_config.get("resume", False))
+    given = str(context.run_config.get("output") or "")
+    output = Path(given or Path("runs") / config.run.name)
+    # Who sends a config as text (fedlora run --on) looks for the run by its name.
+    if not given and not resume and "\n" not in source:
+        output = free_folder(output)
+    print(f"The run folder is {output.absolute()}", flush=True)
     try:
         with run_folder(output, config, resume=resume) as folder:
             if not folder.finished:
@@ -36,6 +44,12 @@ def main(grid: Grid, context: Context) -> None:
     except InputError as error:
         # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
         raise RunError(f"{INPUT_MARK}{error}") from None
+
+
+def free_folder(path: Path) -> Path:
+    """Return the path, or the first of PATH-2, PATH-3, ... that is not there, if it is."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not os.path.lexists(found))
 
 
 def resolve(config: Config) -> Config:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.unaligned import unaligned_weights
+
 torch.set_num_threads(2)
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
@@ -25,6 +27,22 @@ settings.load_profile("fedlora")
 
 TINY_MODELS = {"adapters", "experts", "strategies", "training"}
 """Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let all tests run as on processors whose products round by address."""
+    help_text = "move every weight that is read from safetensors to this address modulo 64: 8, 24 or 40"
+    parser.addoption("--weight-offset", type=int, default=0, help=help_text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Change this process, and all Python processes that start from it."""
+    offset = config.getoption("--weight-offset")
+    if not offset:
+        unaligned_weights.watch()
+        return
+    os.environ.update(unaligned_weights.environment(offset))
+    unaligned_weights.start()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 
+from fedlora.alignment import aligned
+
 Arrays = dict[str, torch.Tensor]
 
 
@@ -37,7 +39,7 @@ def flatten(arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def decode(record: ArrayRecord) -> Arrays:
-    """Turn a Flower ArrayRecord into named CPU tensors.
+    """Turn a Flower ArrayRecord into named CPU tensors, aligned.
 
     Raises
     ------
@@ -45,7 +47,7 @@ def decode(record: ArrayRecord) -> Arrays:
         If an array's bytes are not those of a numeric numpy array.
     """
     try:
-        return {name: torch.from_numpy(_decode(array)) for name, array in record.items()}
+        return {name: aligned(torch.from_numpy(_decode(array))) for name, array in record.items()}
     except (TypeError, EOFError) as error:
         raise ValueError(f"an array cannot be read: {error}") from None
 

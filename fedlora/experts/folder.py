@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.alignment import aligned
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Arrays, Expert
 from fedlora.experts.mixture import Mixture
@@ -106,7 +107,7 @@ def load_expert(folder: str | Path, mixture: Mixture) -> Expert:
     else:
         tensors = load_file(path / "adapter_model.safetensors")
         arrays |= {n.removeprefix("base_model.model.").removesuffix(".weight"): a for n, a in tensors.items()}
-    return Expert(facts["owner"], facts["rank"], arrays, facts["public_digest"])
+    return Expert(facts["owner"], facts["rank"], {n: aligned(a) for n, a in arrays.items()}, facts["public_digest"])
 
 
 def _layers(mixture: Mixture) -> dict[str, nn.Module]:

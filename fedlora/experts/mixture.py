@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from fedlora.alignment import align_loaded
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Arrays, Expert, Rank, array_shapes
 from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
@@ -236,6 +237,11 @@ class Mixture(PreTrainedModel, GenerationMixin):
             public.config.to_dict(), num_experts_per_tok=num_experts_per_tok, norm_topk_prob=norm_topk_prob
         )
         return cls(config, public)
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load as every transformers model does, with the weights aligned: the mixture computes what was saved."""
+        return align_loaded(super().from_pretrained(*arguments, **options))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights alone: they are loaded."""

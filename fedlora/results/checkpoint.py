@@ -14,6 +14,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from safetensors.torch import load, save
 
+from fedlora.alignment import aligned
 from fedlora.errors import InputError
 
 _PART_BYTES = 2**28
@@ -81,7 +82,7 @@ class Checkpoint:
         """Return named tensors, or None."""
         rows = self._connection.execute("SELECT value FROM arrays WHERE name = ? ORDER BY part", (name,))
         chunks = [load(value) for (value,) in rows]
-        return {key: array for chunk in chunks for key, array in chunk.items()} if chunks else None
+        return {key: aligned(array) for chunk in chunks for key, array in chunk.items()} if chunks else None
 
     def add_lines(self, file: str, lines: list[str]) -> None:
         """Add lines to one of the run folder's growing files."""

@@ -110,8 +110,8 @@ def test_a_classifier_has_the_same_logits(method, targets, folders, tmp_path):
     output, merged = loaded(stock, tmp_path / "adapter", batch)
     expected = logits(adapted, batch)
     assert (before - expected).abs().max() > 0.05
-    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(merged.logits, expected, rtol=0, atol=1e-5)
+    tiny.assert_close(output.logits, expected)
+    tiny.assert_close(merged.logits, expected)
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(folders["bert"])
     assert saved["modules_to_save"] == ["classifier"]
@@ -130,8 +130,8 @@ def test_layers_that_were_drawn_are_in_the_folder(method, name, targets, folders
     torch.manual_seed(1)
     stock = AutoModelForSequenceClassification.from_pretrained(folders[name], num_labels=3)
     output, merged = loaded(stock, tmp_path, batch)
-    torch.testing.assert_close(output.logits, logits(adapted, batch), rtol=0, atol=1e-5)
-    torch.testing.assert_close(merged.logits, logits(adapted, batch), rtol=0, atol=1e-5)
+    tiny.assert_close(output.logits, logits(adapted, batch))
+    tiny.assert_close(merged.logits, logits(adapted, batch))
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["query", "intermediate.dense"]])
@@ -146,15 +146,15 @@ def test_a_mean_pooled_encoder_has_the_same_hidden_states(method, targets, folde
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     stock = AutoModel.from_pretrained(folders["bert"], add_pooling_layer=False)
     output, merged = loaded(stock, tmp_path, batch)
-    torch.testing.assert_close(output.last_hidden_state, hidden, rtol=0, atol=1e-5)
-    torch.testing.assert_close(merged.last_hidden_state, hidden, rtol=0, atol=1e-5)
+    tiny.assert_close(output.last_hidden_state, hidden)
+    tiny.assert_close(merged.last_hidden_state, hidden)
     # The head lies beside it: a linear layer on the mean over tokens.
     head = load_file(tmp_path / HEAD_FILE)
     assert set(head) == {"classifier.weight", "classifier.bias"}
     mask = batch["attention_mask"][..., None]
     pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
     got = pooled @ head["classifier.weight"].T + head["classifier.bias"]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    tiny.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
@@ -168,8 +168,9 @@ def test_a_language_model_has_the_same_logits(kind, method, targets, folders, tm
     output, merged = loaded(stock, tmp_path, batch)
     real = batch["attention_mask"].bool()
     expected = logits(adapted, batch)[real]
-    torch.testing.assert_close(output.logits[real], expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(merged.logits[real], expected, rtol=0, atol=2e-5)
+    # Adapters in every layer add up to large numbers that nearly cancel.
+    tiny.assert_close(output.logits[real], expected, 3e-5)
+    tiny.assert_close(merged.logits[real], expected, 3e-5)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["fan_in_fan_out"] == (kind == "gpt2")
     assert saved["task_type"] == "CAUSAL_LM"
@@ -186,8 +187,8 @@ def test_a_decoder_with_a_classifier(method, folders, tmp_path):
     batch = batch_of("bert")
     stock = AutoModelForSequenceClassification.from_pretrained(folders["llama"], num_labels=3)
     output, merged = loaded(stock, tmp_path, batch)
-    torch.testing.assert_close(output.logits, logits(adapted, batch), rtol=0, atol=1e-5)
-    torch.testing.assert_close(merged.logits, logits(adapted, batch), rtol=0, atol=1e-5)
+    tiny.assert_close(output.logits, logits(adapted, batch))
+    tiny.assert_close(merged.logits, logits(adapted, batch))
 
 
 def test_a_half_precision_model_exports_full_precision(folders, tmp_path):
@@ -220,4 +221,4 @@ def test_the_real_minilm(tmp_path):
         encoder = adapted.model.encoder.eval()
         adapted.layout.set_rows([5])
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(output.last_hidden_state, hidden, rtol=0, atol=1e-5)
+    tiny.assert_close(output.last_hidden_state, hidden)

@@ -16,6 +16,7 @@ from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.models import load_base, load_tokenizer
 from fedlora.results.load import export_run
+from tests import tiny
 
 TEXTS = ["A joy to watch.", "A dull and lifeless mess of a film."]
 LABELS = ["fresh", "rotten"]
@@ -54,11 +55,11 @@ def test_the_loaded_and_the_exported_model_give_the_runs_logits(pooling: str, tm
         expected = adapted.logits(batch)
     assert expected.std() > 0.01
     model, tokenizer = fedlora.load(tmp_path / "run")
-    torch.testing.assert_close(logits(model, tokenizer), expected, rtol=0, atol=1e-5)
+    tiny.assert_close(logits(model, tokenizer), expected)
     assert [model.config.id2label[i] for i in range(2)] == LABELS
     target = export_run(tmp_path / "run", merged=True)
     merged = AutoModelForSequenceClassification.from_pretrained(target).eval()
-    torch.testing.assert_close(logits(merged, AutoTokenizer.from_pretrained(target)), expected, rtol=0, atol=1e-5)
+    tiny.assert_close(logits(merged, AutoTokenizer.from_pretrained(target)), expected)
     assert merged.config.id2label == dict(enumerate(LABELS))
     with pytest.raises(InputError, match="exists already"):
         export_run(tmp_path / "run", merged=True)

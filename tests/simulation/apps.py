@@ -15,10 +15,16 @@ from fedlora.simulation import CohortClientApp
 
 
 def handle(message: Message, context: Context, cohort: int = 1) -> Message:
-    """Sleep, raise or end the process as told; answer with the arrays that came and with what can be seen here."""
+    """Sleep, wait for a file, raise or end the process as told; answer with the arrays and what is seen here."""
     client = int(context.node_config["partition-id"])
     do = message.content["do"] if "do" in message.content else ConfigRecord()
     time.sleep(float(do.get(f"sleep-{client}", 0.0)))  # type: ignore[arg-type]
+    awaited = str(do.get(f"await-{client}", ""))
+    deadline = time.monotonic() + 100
+    while awaited and not os.path.exists(awaited):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"client {client} waited in vain")
+        time.sleep(0.01)
     calls = int(context.state["count"]["calls"]) + 1 if "count" in context.state else 1
     context.state["count"] = MetricRecord({"calls": calls})
     if f"die-{client}" in do:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,21 @@ def messages(
     return [Message(content, FIRST_NODE_ID + i, "train", group_id="1") for i in clients]
 
 
+def exchange(
+    grid: RayGrid, do: dict[str, Any], after: dict[int, int], folder: Path, clients: Any = range(CLIENTS)
+) -> Iterator[Message]:
+    """Yield replies; clients in ``after`` wait until so many of them have arrived.
+
+    A worker that ends takes finished replies along that are still under way: their arrival must not depend on luck.
+    """
+    awaited = {f"await-{client}": str(folder / str(client)) for client in after}
+    for arrived, reply in enumerate(grid.send_and_receive(messages(do | awaited, clients)), 1):
+        for client, count in after.items():
+            if arrived == count:
+                (folder / str(client)).touch()
+        yield reply
+
+
 def clients_of(replies: list[Message]) -> list[int]:
     return [reply.metadata.src_node_id - FIRST_NODE_ID for reply in replies]
 
@@ -83,12 +99,10 @@ def test_replies_come_in_order_whatever_ends_first(grid: RayGrid) -> None:
     assert len(set(ids)) == 5
 
 
-def test_a_reply_is_there_before_the_last_client_is_done(grid: RayGrid) -> None:
-    replies = grid.send_and_receive(messages({"sleep-7": 1.0}))
-    started = time.monotonic()
-    first = next(iter(replies))
-    assert time.monotonic() - started < 0.9
-    assert clients_of([first, *replies]) == list(range(CLIENTS))
+def test_a_reply_is_there_before_the_last_client_is_done(grid: RayGrid, tmp_path: Path) -> None:
+    replies = list(exchange(grid, {}, {7: 1}, tmp_path))
+    assert clients_of(replies) == list(range(CLIENTS))
+    assert not any(reply.has_error() for reply in replies)
 
 
 def test_replies_answer_their_messages(grid: RayGrid) -> None:
@@ -141,9 +155,9 @@ def test_an_answer_that_is_no_message_is_that_clients_failure(grid: RayGrid) -> 
     assert good.has_content()
 
 
-def test_a_worker_that_ends_takes_only_its_client_along(grid: RayGrid) -> None:
+def test_a_worker_that_ends_takes_only_its_client_along(grid: RayGrid, tmp_path: Path) -> None:
     before = [calls(grid, client) for client in range(CLIENTS)]
-    replies = list(grid.send_and_receive(messages({"die-2": True, "die-5": True})))
+    replies = list(exchange(grid, {"die-2": True, "die-5": True}, {2: 2, 5: 5}, tmp_path))
     assert clients_of(replies) == list(range(CLIENTS))
     failed = {c: r.error for c, r in zip(clients_of(replies), replies, strict=True) if r.has_error()}
     assert {client: error.code for client, error in failed.items()} == {
@@ -162,8 +176,8 @@ def test_late_replies_are_given_up_and_the_grid_goes_on(grid: RayGrid) -> None:
     list(grid.send_and_receive(messages()))  # both workers are up
     before = calls(grid, 0)
     started = time.monotonic()
-    replies = list(grid.send_and_receive(messages({"sleep-0": 60.0}, [0, 1, 2, 3]), timeout=2.0))
-    assert time.monotonic() - started < 10
+    replies = list(grid.send_and_receive(messages({"sleep-0": 60.0}, [0, 1, 2, 3]), timeout=5.0))
+    assert time.monotonic() - started < 50
     assert 0 not in clients_of(replies)
     # Those that the other worker had time for came, in order, though they waited for client 0.
     assert clients_of(replies) == sorted(clients_of(replies))
@@ -254,23 +268,20 @@ def test_an_automatic_cohort_is_what_fits_and_leaves_some_for_every_worker(ray_h
         assert metric(replies, "cohort")[0] == expected
 
 
-def test_the_first_replies_of_a_cohort_are_there_before_the_last_are_made(ray_here: None) -> None:
+def test_the_first_replies_of_a_cohort_are_there_before_the_last_are_made(ray_here: None, tmp_path: Path) -> None:
     with RayGrid("tests.simulation.apps:streaming", 5, workers=1, cohort_size=5) as grid:
         list(grid.send_and_receive(messages(clients=range(5))))  # the worker is up
-        replies = grid.send_and_receive(messages({"sleep-4": 2.0}, range(5)))
-        began = time.monotonic()
-        first = [next(replies), next(replies)]
-        assert time.monotonic() - began < 1.5
-        rest = list(replies)
-        assert time.monotonic() - began > 1.5
-        assert clients_of([*first, *rest]) == list(range(5))
-        assert metric([*first, *rest], "cohort") == [5] * 5
+        replies = list(exchange(grid, {}, {4: 2}, tmp_path, range(5)))
+        assert clients_of(replies) == list(range(5))
+        assert metric(replies, "cohort") == [5] * 5
         assert [calls(grid, client) for client in range(5)] == [2] * 5
 
 
-def test_a_worker_that_ends_in_a_cohort_leaves_what_it_answered_and_what_it_had_not_begun(ray_here: None) -> None:
+def test_a_worker_that_ends_in_a_cohort_leaves_what_it_answered_and_what_it_had_not_begun(
+    ray_here: None, tmp_path: Path
+) -> None:
     with RayGrid("tests.simulation.apps:streaming", 10, workers=1, cohort_size=5) as grid:
-        replies = list(grid.send_and_receive(messages({"die-3": True}, range(10))))
+        replies = list(exchange(grid, {"die-3": True}, {3: 2}, tmp_path, range(10)))
         assert clients_of(replies) == list(range(10))
         assert [reply.has_error() for reply in replies] == [False, False, True, True, True, *[False] * 5]
         assert [calls(grid, client) for client in range(10)] == [1, 1, 0, 0, 0, *[1] * 5]
@@ -303,8 +314,8 @@ def test_after_an_exception_a_cohort_runs_one_by_one_from_where_it_was(cohort_gr
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_a_worker_that_ends_takes_its_cohort_along(cohort_grid: RayGrid) -> None:
-    replies = list(cohort_grid.send_and_receive(messages({"die-4": True})))
+def test_a_worker_that_ends_takes_its_cohort_along(cohort_grid: RayGrid, tmp_path: Path) -> None:
+    replies = list(exchange(cohort_grid, {"die-4": True}, {4: 3}, tmp_path))
     codes = [reply.error.code if reply.has_error() else 0 for reply in replies]
     assert codes == [0, 0, 0, *[ClientErrorCode.WORKER_DIED] * 3, 0, 0]
 
