@@ -383,7 +383,8 @@ class FederatedStrategy(Strategy):
         elif self.report.clients and not (self.waits and self.report.only_absent):
             self._failing |= set(self.report.clients)
             if len(self._failing) >= min(2, len(self.nodes)):
-                raise RunError(f"every client of the round failed; the first said: {self.report.failed[0]['error']}")
+                said = self.report.failed[0]["error"].strip().rpartition("\n")[2]  # a traceback's last line
+                raise RunError(f"every client of the round failed; the first said: {said} (run.log has all)")
 
     def fail(self, client: int, code: int, error: str) -> None:
         """Count and log a client's failure."""

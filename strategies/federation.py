@@ -202,7 +202,8 @@ def run_federation(
         # fedlora's own strategies say themselves when a round of failures ends the run, and what is no mean.
         if not isinstance(rounds, FederatedStrategy):
             if report.clients and len(report.failed) == len(report.clients):
-                raise RunError(f"every client of round {server_round} failed: {report.failed[0]['error']}")
+                said = str(report.failed[0]["error"]).strip().rpartition("\n")[2]
+                raise RunError(f"every client of round {server_round} failed: {said}")
             if aggregated is not None and not is_finite(decode(aggregated).values()):
                 aggregated, report.uncounted = None, "the aggregate is not finite"
         if aggregated is not None:
