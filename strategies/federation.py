@@ -142,8 +142,7 @@ def run_federation(
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
     check_model(folder, config, adapted)
-    for note in note_environment(folder, environment(config)):
-        folder.tell(note)
+    note_environment(folder, environment(config))
     for note in folder.notes:
         progress.on_note(note)
     done = int(checkpoint.get("round", 0))

@@ -23,6 +23,7 @@ from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, qui
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.outputs import check_sums, find_outputs, write_sums
+from fedlora.storage import is_full, writes_to
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
@@ -111,12 +112,21 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
         model, tokenizer = load(folder)
     try:
         target.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            "--output", str(target), f"cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    try:
         if merged or isinstance(model, Mixture):
             model.save_pretrained(target)
         else:
             shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(target, ignore_errors=True)  # a part of a model would be in the way of the next attempt
+        if is_full(error):
+            with writes_to(target):
+                raise
         remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
         raise InputError("--output", str(target), remedy) from None
     return target
