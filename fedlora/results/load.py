@@ -118,7 +118,8 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
         ) from None
     try:
         if merged or isinstance(model, Mixture):
-            model.save_pretrained(target)
+            with quiet():
+                model.save_pretrained(target)
         else:
             shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
