@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedlora.config import Config, Name, Positive, Section, input_error, override, read_toml
+from fedlora.config import Config, Name, Positive, Section, Seed, input_error, override, read_toml
 from fedlora.errors import InputError
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Values = dict[str, Any]
 """``section.key`` to value; an empty string removes the key."""
 
