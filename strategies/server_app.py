@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,6 +14,8 @@ from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
 from strategies import get_strategy
 from strategies.federation import run_federation
+
+log = logging.getLogger("fedlora")
 
 app = ServerApp()
 
@@ -32,7 +35,10 @@ def main(grid: Grid, context: Context) -> None:
         with run_folder(output, config, resume=resume) as folder:
             if not folder.finished:
                 method = get_strategy(config.method.name)
-                run_federation(config, grid, folder, prepare_data(config), method(config))
+                tokens = prepare_data(config)
+                for note in tokens.notes:
+                    log.info("note: %s", note)
+                run_federation(config, grid, folder, tokens, method(config))
     except InputError as error:
         # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
         raise RunError(f"{INPUT_MARK}{error}") from None

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
+from fedlora.paths import beside, find_path
 
 _FORMATS = get_args(FileFormat)
 
@@ -112,7 +113,7 @@ def load_node(path: str | Path) -> NodeConfig:
     InputError
         If the file cannot be read, is no TOML, a key or value is wrong, or there is no data file.
     """
-    file = Path(path).expanduser().absolute()
+    file = (find_path(str(path), "NODE") or Path(path)).absolute()
     try:
         node = NodeConfig.model_validate(read_toml(file, "NODE"))
     except ValidationError as error:
@@ -131,10 +132,7 @@ def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
     }.items():
         content = getattr(node, section)
         given = {key: value for key in keys if (value := getattr(content, key)) is not None}
-        for key, value in given.items():
-            if "\0" in value:
-                raise InputError(f"{section}.{key}", value, "is no path; give one without NUL characters")
-        absolute = {key: str(folder / Path(value).expanduser()) for key, value in given.items()}
+        absolute = {key: str(beside(folder, value, f"{section}.{key}")) for key, value in given.items()}
         changed[section] = content.model_copy(update=absolute)
     return node.model_copy(update=changed)
 
@@ -149,11 +147,8 @@ def _check(node: NodeConfig) -> None:
     if policy.max_epsilon is not None and policy.allow_non_private:
         remedy = "no ceiling holds over runs without privacy; remove it, or allow_non_private"
         raise InputError("policy.max_epsilon", policy.max_epsilon, remedy)
-    try:
-        found = Path(data.path).is_file()
-    except OSError as error:
-        raise InputError("data.path", data.path, f"cannot be read ({error.strerror}); give another path") from None
-    if not found:
+    found = find_path(data.path, "data.path")
+    if found is None or not found.is_file():
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
         remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
