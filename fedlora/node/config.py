@@ -6,10 +6,12 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
@@ -18,10 +20,26 @@ from fedlora.paths import beside, find_path
 _FORMATS = get_args(FileFormat)
 
 
+_HOST_PORT = re.compile(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):(\d{1,5})")
+
+
+def _address(text: str) -> str:
+    found = _HOST_PORT.fullmatch(text)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise PydanticCustomError("address", "should be HOST:PORT, with a port from 1 to 65535")
+    return text
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda:\d{1,4}", text) is None:
+        raise PydanticCustomError("device", "should be auto, cpu or cuda:NUMBER")
+    return text
+
+
 class SuperlinkSection(Section):
     """``[superlink]``: where the federation is, and how the node and the server prove who they are."""
 
-    address: Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    address: Annotated[str, AfterValidator(_address)]
     root_certificates: str | None = None
     private_key: str | None = None
     port: Annotated[int, Field(ge=1, le=65535)] = 9094
@@ -58,9 +76,9 @@ class PolicySection(Section):
 class WorkerSection(Section):
     """``[worker]``: the process that keeps model and tokens loaded between messages."""
 
-    idle_seconds: Annotated[float, Field(gt=0)] = 600.0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    idle_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 600.0
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class StateSection(Section):
