@@ -108,7 +108,7 @@ class Tries:
         began, took, fault = time.monotonic(), False, ""
         try:
             took = attempt()
-        except Exception:
+        except BaseException:
             fault = traceback.format_exc()
         seconds = (reached[0] if reached else time.monotonic()) - began
         if seconds > SECONDS:

@@ -95,7 +95,7 @@ def read_file(path: Path, file_format: str | None = None) -> Table:
     suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     kind = f".{file_format}" if file_format else suffix
     if kind not in SUFFIXES:
-        raise ValueError("its format is unknown")
+        raise ValueError(f"its format is unknown: give {FORMATS}, or set data.format")
     if kind == ".parquet":
         return _read_parquet(path)
     text = _decoded(path.read_bytes())
@@ -113,7 +113,9 @@ def _decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = 1 + len(_NEWLINE.findall(content[: error.start].decode("latin-1")))
         byte = content[error.start]
-        raise ValueError(f"line {line}: byte 0x{byte:02x} is no {encoding[:6]} text; save it as UTF-8") from None
+        raise ValueError(
+            f"line {line}: byte 0x{byte:02x} is not {encoding.upper()[:6].rstrip('-')} text; save it as UTF-8"
+        ) from None
     if "\0" in text:
         line = 1 + len(_NEWLINE.findall(text[: text.index("\0")]))
         raise ValueError(f"line {line}: a NUL character is no text; save it as UTF-8")
@@ -200,7 +202,8 @@ def _records(text: str, delimiter: str) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            why = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
+            unclosed = "end of data" in str(error)
+            why = "a quote is opened and never closed" if unclosed else "text follows a closing quote"
             remedy = "enclose the whole cell in quotes and double those within, or save the rows as JSON lines"
             raise ValueError(f"{_lines(first, reader.line_num)}: {why}; {remedy}") from None
         finally:

@@ -317,7 +317,7 @@ def _load_file(path: Path, field: str, name: str, file_format: str | None = None
     try:
         table = read_file(path, file_format)
     except Exception as error:  # the file may be damaged in any way
-        remedy = f"cannot be read ({first_line(error)}); mend the file, or give {FORMATS}"
+        remedy = f"cannot be read ({first_line(error)}); mend the file"
         raise InputError(field, name, remedy) from error
     if table.rows == 0:
         raise InputError(field, name, "holds no rows; give a file with examples")
