@@ -1,7 +1,7 @@
 """Mutated configs and data files: a run begins to train or ends with 2 and one line, soon and without a traceback.
 
-The suite tries a few of each. ``FEDLORA_FUZZ=10 pytest tests/test_fuzzed_input.py`` tries ten times as many (2,000
-configs, 600 data files), and ``FEDLORA_FUZZ_LOG=FILE`` writes a line of JSON for each, to look through what was
+The suite tries a few. ``FEDLORA_FUZZ=2000 pytest tests/test_fuzzed_input.py`` tries that many configs and a quarter as
+many of each other kind of file; ``FEDLORA_FUZZ_LOG=FILE`` writes a line of JSON for each, to look through what was
 accepted. With ``FEDLORA_FUZZ_TRAIN`` set, runs that take next to no time do train.
 """
 
@@ -37,7 +37,7 @@ from tests.command import fedlora
 from tests.configs import KEYS, accepted, keys, put
 from tests.tiny import base_model, save_llama
 
-TIMES = int(os.environ.get("FEDLORA_FUZZ", "1"))
+NUMBER = int(os.environ.get("FEDLORA_FUZZ", "80"))
 TRAIN = "FEDLORA_FUZZ_TRAIN" in os.environ
 LOG = os.environ.get("FEDLORA_FUZZ_LOG")
 SECONDS = 20.0
@@ -109,6 +109,8 @@ class Tries:
         began, took, fault = time.monotonic(), False, ""
         try:
             took = attempt()
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             fault = traceback.format_exc()
         seconds = (reached[0] if reached else time.monotonic()) - began
@@ -123,10 +125,10 @@ class Tries:
             with Path(LOG).open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
-    def check(self) -> None:
-        """Fail if there was a fault, or if too little was accepted to say much."""
+    def check(self, least: float = 0.2) -> None:
+        """Fail if there was a fault, or if too small a share was accepted to say much."""
         assert not self.faults, f"{len(self.faults)} faults of {self.number}, the first: {self.faults[0]}"
-        assert self.accepted > self.number / 5, f"{self.accepted} of {self.number} accepted"
+        assert self.accepted > least * self.number, f"{self.accepted} of {self.number} accepted"
 
 
 def grid(*arguments: Any, **options: Any) -> LocalGrid:
@@ -268,7 +270,7 @@ def configs(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
 def test_any_config_trains_or_is_one_line(here: Path) -> None:
     tries = Tries()
 
-    @settings(draws, max_examples=200 * TIMES)
+    @settings(draws, max_examples=NUMBER)
     @given(configs())
     def run(given: tuple[dict[str, Any], list[str]]) -> None:
         content, pairs = given
@@ -332,7 +334,7 @@ def test_any_other_file_is_taken_or_one_line(
 ) -> None:
     tries = Tries()
 
-    @settings(draws, max_examples=50 * TIMES)
+    @settings(draws, max_examples=NUMBER // 4)
     @given(mutated(base, known))
     def run(content: dict[str, Any]) -> None:
         path = here / "file.toml"
@@ -340,7 +342,7 @@ def test_any_other_file_is_taken_or_one_line(
         tries.add(content, lambda: loads(load, path))
 
     run()
-    tries.check()
+    tries.check(0.05)
 
 
 # Data files.
@@ -483,7 +485,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 def test_any_data_file_trains_or_is_one_line(here: Path) -> None:
     tries = Tries()
 
-    @settings(draws, max_examples=60 * TIMES)
+    @settings(draws, max_examples=NUMBER // 4)
     @given(files(), st.sampled_from(["sequence-classification", "causal-lm"]), st.booleans())
     def run(file: tuple[str, bytes], task: str, natural: bool) -> None:
         kind, content = file
