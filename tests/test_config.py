@@ -463,3 +463,32 @@ def test_an_error_is_one_line_and_survives_pickling(field: str, value: Any, reme
     assert (again.field, again.remedy) == (error.field, error.remedy)
     assert len(str(error).splitlines()) == 1
     assert len(str(error)) < 300 + len(remedy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("client.learning_rate", 1e30),
+        ("client.batch_size", 10**12),
+        ("client.local_steps", 10**9),
+        ("run.rounds", 10**12),
+        ("model.max_length", 10**9),
+        ("data.partition.alpha", 1e-300),
+        ("method.alpha", 1e30),
+        ("method.target_modules", []),
+        ("server.timeout", 1e300),
+        ("simulation.workers", 10**6),
+        ("simulation.cohort_size", 10**12),
+        ("data.text", "a\nb"),
+        ("data.name", "x" * 100_000),
+        ("model.revision", ""),
+    ],
+)
+def test_values_that_nobody_means_are_refused(key: str, value: Any) -> None:
+    assert refused(override(key, value)).field == key
+
+
+def test_a_byte_order_mark_before_toml_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(load_config(BASE).to_toml(), encoding="utf-8-sig")
+    assert load_config(path) == load_config(path.read_text(encoding="utf-8")) == load_config(BASE)
