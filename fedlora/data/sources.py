@@ -7,10 +7,11 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ import pyarrow.parquet as pq
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
 from fedlora.errors import InputError, LabelError
+
+log = logging.getLogger("fedlora")
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
@@ -86,14 +89,14 @@ def load_examples(config: Config) -> Examples:
     data = config.data
     if data.name == NODES:
         return _server_examples(config)
+    if data.test == SERVER:
+        return _own_examples(config)
     seed = _seed(config)
     splits = _load(data.name, "data.name", data.format)
     train_name = _train_split(config, splits)
     train = _shape(config, splits[train_name], "data.name", is_train=True)
     other = {name: _other(config, splits, name) for name in ("test", "validation", "public")}
-    if data.test == SERVER:
-        other["test"] = None
-    elif data.test is None and "test" in splits and train_name != "test":
+    if data.test is None and "test" in splits and train_name != "test":
         other["test"] = _shape(config, splits["test"], "data.name")
     label_names = None
     if config.model.task == "sequence-classification":
@@ -103,7 +106,7 @@ def load_examples(config: Config) -> Examples:
                 field = f"data.{name}" if getattr(data, name) else "data.name"
                 other[name] = _encode(config, table, label_names, field)
     test = other["test"]
-    if test is None and data.test != SERVER:
+    if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
         train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
@@ -138,6 +141,96 @@ def _server_examples(config: Config) -> Examples:
             if table is not None:
                 tables[name] = _encode(config, table, label_names, f"data.{name}")
     return Examples(None, _subset_of_test(config, tables["test"]), tables["validation"], tables["public"], label_names)
+
+
+# A node's own file. What it answers must not depend on its texts: every row counts, and every value is a text.
+
+
+def count_own(config: Config) -> int:
+    """Count the examples of a node's own file, once its columns and its labels fit the run; texts are not looked at.
+
+    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, a column is not there, or a row has no label.
+    LabelError
+        If a label is none of ``data.label_names``.
+
+    Notes
+    -----
+    A file is read once, until it changes: how long an answer takes tells nothing of its size from the second on.
+    """
+    try:
+        stat = Path(config.data.name).stat()
+    except OSError as error:
+        raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); mend the file") from None
+    same = config.data.model_copy(update={"label_names": None}).model_dump_json()
+    key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
+    if not _last_own or _last_own[0][0] != key:
+        _last_own[:] = [(key, _raw_labels(config, _own_table(config)))]
+    return len(_own_labels(config, _last_own[0][1]))
+
+
+_last_own: list[tuple[tuple[Any, ...], list[Any]]] = []
+
+
+def _own_examples(config: Config) -> Examples:
+    table = _own_table(config)
+    labels = _own_labels(config, _raw_labels(config, table))
+    texts = {name: _any_texts(table, column) for name, column in _text_columns(config).items()}
+    empty = sum(not all(text.strip() for text in row) for row in zip(*texts.values(), strict=True))
+    if empty:
+        log.warning("%d of %d rows have no text in %s", empty, len(labels), " and ".join(_text_columns(config)))
+    if config.model.task == "causal-lm":
+        return Examples(datasets.Dataset.from_dict(texts), None, None, None, None)
+    train = datasets.Dataset.from_dict({**texts, "label": np.array(labels, np.int64)})
+    return Examples(train, None, None, None, config.data.label_names)
+
+
+def _own_table(config: Config) -> datasets.Dataset:
+    """Read the file, without its blank rows."""
+    data, texts = config.data, _text_columns(config)
+    label = {} if config.model.task == "causal-lm" else {"label": data.label}
+    used = {**texts, **label}
+    table = _load_file(Path(data.name), "data.name", data.name, data.format, used.values(), texts.values())
+    for name, column in used.items():
+        _need(table, column, f"data.{name}")
+    if len(table.column_names) == 1:
+        return table
+    blank = np.logical_and.reduce([np.asarray(column.is_null()) for column in table.data.columns])
+    if blank.all():
+        raise InputError("data.name", data.name, "holds no rows; give a file with examples")
+    return table.select(np.flatnonzero(~blank)).flatten_indices() if blank.any() else table
+
+
+def _raw_labels(config: Config, table: datasets.Dataset) -> list[Any]:
+    return [None] * len(table) if config.model.task == "causal-lm" else _labels(table, config.data.label)
+
+
+def _own_labels(config: Config, labels: list[Any]) -> list[Any]:
+    """Return the number of each row's class; None for a language model."""
+    if config.model.task == "causal-lm":
+        return labels
+    data = config.data
+    for row, label in enumerate(labels, 1):
+        if _is_missing(label):
+            raise InputError("data.label", data.label, f"row {row} has no label; fill it in or remove the row")
+    only = datasets.Dataset.from_dict({"label": labels})
+    found: list[int] = _encode(config, only, list(data.label_names or ()), "data.name")["label"][:]
+    return found
+
+
+def _any_texts(table: datasets.Dataset, column: str) -> list[str]:
+    """Return a column as texts, whatever it holds: what is missing is empty, and bytes that are no UTF-8 are marked."""
+    values = table.data.column(column)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = values.cast(pa.large_binary())
+    cells = values.to_pylist()
+    return ["" if c is None else c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in cells]
 
 
 def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
@@ -278,12 +371,20 @@ def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Datase
     return {str(split): table for split, table in loaded.items()}
 
 
-def _load_file(path: Path, field: str, name: str, file_format: str | None = None) -> datasets.Dataset:
+def _load_file(
+    path: Path,
+    field: str,
+    name: str,
+    file_format: str | None = None,
+    columns: Collection[str] = (),
+    texts: Collection[str] = (),
+) -> datasets.Dataset:
+    """Read a file; of JSON only ``columns``, if any are named; values in the columns ``texts`` become texts."""
     readers: dict[str, Callable[[Path], datasets.Dataset]] = {
-        ".csv": lambda file: _read_table(file, ","),
-        ".tsv": lambda file: _read_table(file, "\t"),
-        ".jsonl": _read_json,
-        ".json": _read_json,
+        ".csv": lambda file: _read_table(file, ",", texts),
+        ".tsv": lambda file: _read_table(file, "\t", texts),
+        ".jsonl": lambda file: _read_json(file, columns, texts),
+        ".json": lambda file: _read_json(file, columns, texts),
         ".parquet": lambda file: datasets.Dataset(pq.read_table(file)),
     }
     reader = readers.get(f".{file_format}" if file_format else path.suffix.lower())
@@ -298,9 +399,9 @@ def _load_file(path: Path, field: str, name: str, file_format: str | None = None
     return table
 
 
-def _read_table(path: Path, separator: str) -> datasets.Dataset:
+def _read_table(path: Path, separator: str, texts: Collection[str] = ()) -> datasets.Dataset:
     # "NA" and "null" are words like any other; only an empty cell is missing.
-    missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(texts, str)}
     with warnings.catch_warnings():
         # Rows with more cells than the header has: pandas would shift or cut them.
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -308,7 +409,7 @@ def _read_table(path: Path, separator: str) -> datasets.Dataset:
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
 
 
-def _read_json(path: Path) -> datasets.Dataset:
+def _read_json(path: Path, columns: Collection[str] = (), texts: Collection[str] = ()) -> datasets.Dataset:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         rows = json.loads(text)
@@ -323,7 +424,16 @@ def _read_json(path: Path) -> datasets.Dataset:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("every row must be an object of columns")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    if columns:
+        rows = [row for row in rows if len(names) == 1 or any(value is not None for value in row.values())]
+        names = [name for name in names if name in columns] or names
+    made = {name: [row.get(name) for row in rows] for name in names}
+    return datasets.Dataset.from_dict(made | {name: list(map(_as_text, made[name])) for name in texts if name in made})
+
+
+def _as_text(value: Any) -> str | None:
+    """Return any JSON value as a text that can be written: JSON allows halves of characters."""
+    return None if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def _identity(name: str, field: str) -> list[Any]:
@@ -365,7 +475,7 @@ def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
 
 def _other(config: Config, splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset | None:
     given = getattr(config.data, name)
-    if not isinstance(given, str) or (name == "test" and given == SERVER):
+    if not isinstance(given, str):
         return None  # not there, or a share of train
     field = f"data.{name}"
     if given in splits:
@@ -388,10 +498,7 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
     """Pick the columns under their standard names, labels still raw; drop rows without text."""
     data, causal = config.data, config.model.task == "causal-lm"
     value = getattr(data, field.removeprefix("data."))
-    if causal and data.prompt is not None and data.answer is not None:
-        texts = {"prompt": data.prompt, "answer": data.answer}
-    else:
-        texts = {"text": data.text}
+    texts = _text_columns(config)
     columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
         _need(table, column, f"data.{name}")
@@ -403,7 +510,7 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
         _need(table, data.label, "data.label")
         columns["label"] = _labels(table, data.label)
         for row, label in enumerate(columns["label"]):
-            if keep[row] and (label is None or label != label or (isinstance(label, str) and not label.strip())):
+            if keep[row] and _is_missing(label):
                 remedy = f"row {row + 1} of {value} has no label; fill it in or remove the row"
                 raise InputError("data.label", data.label, remedy)
     if "domain" in table.column_names:
@@ -416,6 +523,14 @@ def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool =
     rows = np.flatnonzero(keep)
     kept = {name: [values[row] for row in rows] for name, values in columns.items()}
     return datasets.Dataset.from_dict(kept)
+
+
+def _text_columns(config: Config) -> dict[str, str]:
+    """Return the columns of the texts by their standard names."""
+    data = config.data
+    if config.model.task == "causal-lm" and data.prompt is not None and data.answer is not None:
+        return {"prompt": data.prompt, "answer": data.answer}
+    return {"text": data.text}
 
 
 def _need(table: datasets.Dataset, column: str, field: str) -> None:
@@ -432,6 +547,10 @@ def _texts(table: datasets.Dataset, column: str, field: str) -> list[str | None]
 
 
 # Labels.
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or label != label or (isinstance(label, str) and not label.strip())
 
 
 def _labels(table: datasets.Dataset, column: str) -> list[Any]:
