@@ -1,0 +1,323 @@
+"""What a server can learn from a node's replies: n, the labels, and nothing of the texts, whatever it sends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+
+import clients.client_app
+from clients.client_app import app
+from fedlora.communication.meter import INITIAL
+from fedlora.communication.wire import digest, encode
+from fedlora.node.names import NODE_FILE, NODE_RECORD
+from fedlora.node.node import Node
+from tests import tiny
+from tests.messages import FIRST_NODE, train_message
+from tests.owner import LABELS, listed, write_node
+
+ROWS = 24
+PLAIN = [f"w{4 + row} w7 w{9 + row % 5}" for row in range(ROWS)]
+ODD = [
+    "", " ", "4711", "patient hiv 4711", "w5 " * 20_000, "x" * 100_000, "w5", "0", "1e999", "nan", "NA", "-", '"', "'",
+    "=1+1", "a,b;c\td", "two\nlines", "\u202eright to left", "\U0001f600" * 50, "\x01\x7f", "e\u0301", "\ufeff",
+    "<pad>", "</s> [CLS] w8",
+]  # fmt: skip
+HALVES = ["\ud800", "w4 \udfff w5", *ODD[2:]]
+assert len(ODD) == len(HALVES) == ROWS
+
+
+def tokenizer(folder: Path, words: int, unknown: str | None) -> None:
+    """Save a tokenizer of w4, w5, ...; without an unknown token it fails on any other word."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, words)}}
+    made = Tokenizer(models.WordLevel(vocabulary, **({"unk_token": unknown} if unknown else {})))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **special, unk_token=unknown).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that an owner may list: one like any other, and one whose tokenizer fails or knows too many words."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: folder / name for name in ("decoder", "encoder", "fails", "beyond", "stranger")}
+    for name in ("decoder", "fails", "beyond", "stranger"):
+        tiny.save_llama(made[name])
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny.bert_config()).save_pretrained(made["encoder"])
+    tokenizer(made["encoder"], tiny.VOCABULARY, "<unk>")
+    tokenizer(made["fails"], tiny.VOCABULARY, None)
+    tokenizer(made["beyond"], 2 * tiny.VOCABULARY, "<unk>")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    yield
+    clients.client_app.forget_data()
+
+
+def write_file(path: Path, texts: list[Any], prompt: bool) -> None:
+    """Write texts with the labels bad, good, bad, ...; or as questions, with the same texts reversed as answers."""
+    names = ("note", "verdict") if not prompt else ("question", "answer")
+    other = [LABELS[row % 2] for row in range(len(texts))] if not prompt else texts[::-1]
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([names, *zip(texts, other, strict=True)])
+    elif path.suffix == ".jsonl":
+        rows = [dict(zip(names, row, strict=True)) for row in zip(texts, other, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table(dict(zip(names, (pa.array(texts), pa.array(other)), strict=True))), path)
+
+
+def nodes(
+    folder: Path,
+    folders: dict[str, Path],
+    suffix: str,
+    texts: tuple[list[Any], list[Any]],
+    prompt: bool = False,
+    **policy: Any,
+) -> list[Path]:
+    """Make two nodes that differ in their texts alone."""
+    own = [folders[name] for name in ("decoder", "encoder", "fails", "beyond")]
+    rules = {"max_epsilon": 60.0, "max_describes_per_day": 10_000, "models": listed(*own), **policy}
+    columns = {"prompt": "question", "answer": "answer", "text": "question"} if prompt else {}
+    made = []
+    for number, own_texts in enumerate(texts):
+        path = write_node(
+            folder / str(number), folder / f"cache{number}", policy=rules, data={"path": f"own.{suffix}", **columns}
+        )
+        write_file(path.parent / f"own.{suffix}", own_texts, prompt)
+        made.append(path)
+    return made
+
+
+def told(reply: Message) -> Any:
+    """Return all that a reply tells, but for the noised numbers and the clock."""
+    if reply.has_error():
+        return reply.error.code, reply.error.reason
+    found = {}
+    for name, record in reply.content.items():
+        if isinstance(record, ArrayRecord):
+            found[name] = [(key, array.dtype, array.shape, len(array.data)) for key, array in record.items()]
+        else:
+            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "loss")}
+    return repr(found)
+
+
+class Attacker:
+    """A server that sends what it likes; the same to both nodes.
+
+    Parameters
+    ----------
+    names : dict of str to Path
+        Models.
+    seed : int
+    """
+
+    def __init__(self, names: dict[str, Path], seed: int) -> None:
+        self.draw, self.names = random.Random(seed), names
+        self.run, self.round = 100, 0
+        self.described: tuple[str, str] | None = None
+        self.frozen = encode({"x": torch.ones(3)})
+
+    def config(self, valid: float) -> str:
+        """Draw a config; that share of its keys is left as a sane server has it."""
+        draw = self.draw
+        classify = draw.random() < 0.5
+        content: dict[str, dict[str, Any]] = {
+            "run": {"rounds": draw.choice([1, 2, 3]), "seed": draw.choice([0, 1])},
+            "model": {
+                "name": str(self.names[draw.choice(["encoder"] if classify else ["decoder", "fails", "beyond"])]),
+                "task": "sequence-classification" if classify else "causal-lm",
+                "max_length": draw.choice([2, 5, 16]),
+            },
+            "data": {"name": "nodes", "test": "test.csv"},
+            "method": {"name": "fedit", "rank": 2},
+            "client": {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": draw.choice([4, 12]), "local_steps": 2},
+            "privacy": {"mode": "example", "noise_multiplier": 6.0, "target_delta": 1e-3},
+        }
+        wrong: dict[str, list[Any]] = {
+            "run.rounds": [0, 10**6, "x"],
+            "run.seed": [-1, 2**62],
+            "model.name": [
+                str(self.names["stranger"]),
+                "/",
+                "..",
+                "nobody/none",
+                "asset:none",
+                "asset:20newsgroups",
+                "\0",
+            ],
+            "model.task": ["causal-lm", "sequence-classification", "none"],
+            "model.max_length": [1, 33, 10**9],
+            "model.revision": ["main", "0" * 40],
+            "model.dtype": ["float64", "bfloat16"],
+            "model.num_hidden_layers": [1, 99],
+            "model.pooling": ["mean"],
+            "data.text": ["verdict", "secret"],
+            "data.label": ["note", "secret"],
+            "data.name": ["/etc/passwd", "asset:rotten-tomatoes"],
+            "data.max_examples": [1, 3],
+            "data.label_names": [["hiv", "good"], ["one"]],
+            "data.partition": [{"kind": "natural", "column": "note"}, {"clients": 7}],
+            "method.name": ["none", "flexmore", "fed-sb", "ffa-lora"],
+            "method.rank": [10**5, 0],
+            "method.target_modules": ["all-linear", "none", "(", ["q_proj"]],
+            "client.batch_size": [1, 10**9],
+            "client.local_steps": [10**7],
+            "client.learning_rate": [1e300, -1.0],
+            "privacy.mode": ["none", "client"],
+            "privacy.noise_multiplier": [0.0, 0.1],
+            "privacy.target_epsilon": [3.0],
+            "privacy.target_delta": [0.5],
+            "privacy.max_grad_norm": [1e-9, 1e9],
+            "simulation.compile": [True],
+        }
+        for key, values in wrong.items():
+            if draw.random() > valid ** (1 / 8):
+                section, _, name = key.partition(".")
+                content.setdefault(section, {})[name] = draw.choice(values)
+        return tomli_w.dumps(content)
+
+    def messages(self, count: int) -> Iterator[tuple[Message, str, int]]:
+        """Yield messages, with the config and the run that they come in."""
+        for _ in range(count):
+            text = self.config(self.draw.choice([0.2, 0.6, 1.0]))
+            if self.described is None or self.draw.random() < 0.5:
+                yield self.describe(text)
+            else:
+                yield self.train(text)
+
+    def describe(self, text: str) -> tuple[Message, str, int]:
+        draw = self.draw
+        self.run += 1
+        federation = f"f{self.run}"
+        about: dict[str, Any] = {"federation": federation, "label-names": LABELS}
+        if draw.random() < 0.3:
+            about["label-names"] = draw.choice(
+                [[], ["hiv", "good"], ["good", "bad", "x"], ["a"], ["bad"] * 2, 7, ["x" * 200_000, "y"]]
+            )
+        if draw.random() < 0.1:
+            about["federation"] = draw.choice(["", "x" * 500, 7, "f101"])
+        if draw.random() < 0.05:
+            del about["federation"]
+        content = RecordDict({NODE_RECORD: ConfigRecord(about)} if draw.random() < 0.97 else {})
+        text = "" if draw.random() < 0.03 else draw.choice(["/etc/passwd", "a = [\n"]) if draw.random() < 0.03 else text
+        if "causal-lm" in text and "label-names" in about:
+            about.update({"label-names": []})
+            content = RecordDict({NODE_RECORD: ConfigRecord(about)})
+        self.described, self.round = (text, str(about.get("federation"))), 0
+        return self._of_run(Message(content, FIRST_NODE, "query", group_id="0")), text, self.run
+
+    def train(self, text: str) -> tuple[Message, str, int]:
+        draw = self.draw
+        assert self.described is not None
+        text = text if draw.random() < 0.2 else self.described[0]
+        self.round += draw.choice([1, 1, 1, 0, -1])
+        settings: dict[str, Any] = {
+            "server-round": self.round, "learning-rate": 0.1, "parameterisation": "lora", "initial-digest": "",
+            "rank": "2",
+        }  # fmt: skip
+        if draw.random() < 0.2:
+            settings["initial-digest"] = draw.choice([digest({"x": torch.ones(3)}), "../../own", "0" * 64])
+        if draw.random() < 0.1:
+            settings |= draw.choice([{"learning-rate": 1e300}, {"parameterisation": "none"}, {"server-round": 10**12}])
+        if draw.random() < 0.05:
+            del settings[draw.choice(sorted(settings))]
+        content: dict[str, Any] = {
+            "arrays": encode(self.arrays(text)) if draw.random() < 0.8 else encode({"x": torch.ones(2)}),
+            "config": ConfigRecord(settings),
+            NODE_RECORD: ConfigRecord({"federation": self.described[1], "client": 0}),
+        }
+        if draw.random() < 0.1:
+            content[INITIAL] = self.frozen
+        if draw.random() < 0.05:
+            del content[draw.choice(sorted(content))]
+        return self._of_run(train_message(FIRST_NODE, RecordDict(content), self.round)), text, self.run
+
+    def arrays(self, text: str) -> dict[str, torch.Tensor]:
+        """Return the arrays of the run's adapters, as far as the config is sane."""
+        layers, classify = 1 if "num_hidden_layers = 1" in text else 2, str(self.names["encoder"]) in text
+        made = {}
+        for layer in range(layers):
+            for name in ("query", "value") if classify else ("q_proj", "v_proj"):
+                path = f"bert.encoder.layer.{layer}.attention.self" if classify else f"model.layers.{layer}.self_attn"
+                rows = 16 if name == "v_proj" else 32
+                made[f"{path}.{name}.lora_A"] = torch.full((2, 32), 0.1)
+                made[f"{path}.{name}.lora_B"] = torch.zeros(rows, 2)
+        if classify:
+            made |= {"classifier.weight": torch.zeros(2, 32), "classifier.bias": torch.zeros(2)}
+        return made
+
+    def _of_run(self, message: Message) -> Message:
+        message.metadata.__dict__["_run_id"] = self.run
+        return message
+
+
+def ask(node_file: Path, message: Message, text: str, run: int) -> Message:
+    where = {NODE_FILE: str(node_file)}
+    return app(message, Context(run, FIRST_NODE, where, RecordDict(), {"config": text}))
+
+
+def attack(files: list[Path], attacker: Attacker, count: int) -> Counter[str]:
+    """Send messages to two nodes; both must tell the same. Return how the replies ended."""
+    ended: Counter[str] = Counter()
+    for message, text, run in attacker.messages(count):
+        first, second = (ask(path, message, text, run) for path in files)
+        assert told(first) == told(second), (message, text)
+        if message.metadata.message_type == "query" and not first.has_error():
+            assert first.content.object_id == second.content.object_id
+        kind = message.metadata.message_type
+        ended[f"{kind}: {first.error.reason.partition(':')[0]}" if first.has_error() else kind] += 1
+    assert Node.open(files[0]).ledger.history() == Node.open(files[1]).ledger.history()
+    return ended
+
+
+def test_a_thousand_messages_tell_nothing_of_the_texts(tmp_path: Path, folders: dict[str, Path]) -> None:
+    files = nodes(tmp_path, folders, "csv", (PLAIN, ODD))
+    ended = attack(files, Attacker(folders, 0), 1000)
+    print(ended)
+    # The messages reached all of what they are about.
+    assert ended["query"] > 100
+    assert ended["train"] > 30
+    kinds = {kind for kind in ended if ": " in kind}
+    assert {"query: InputError", "query: PolicyError", "query: LabelError", "query: BudgetError"} < kinds
+    assert {"train: InputError", "train: PolicyError", "train: ValueError", "train: NeedsInitialError"} < kinds
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "odd"),
+    [
+        ("tsv", ODD),
+        ("csv", [str(4711 + row) for row in range(ROWS)]),
+        ("jsonl", HALVES),
+        ("jsonl", [4711, 0.5, True, None, ["w5"], {"w6": 7}, *ODD[6:]]),
+        ("parquet", ODD),
+        ("parquet", [b"\xff\xfe", *(text.encode() for text in ODD[1:])]),
+        ("parquet", list(range(ROWS))),
+    ],
+)
+def test_other_formats_tell_as_little(
+    tmp_path: Path, folders: dict[str, Path], suffix: str, odd: list[Any], prompt: bool
+) -> None:
+    files = nodes(tmp_path, folders, suffix, (PLAIN, odd), prompt)
+    ended = attack(files, Attacker(folders, 1), 25)
+    print(ended)
