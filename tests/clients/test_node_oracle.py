@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ import clients.client_app
 from clients.client_app import app
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import digest, encode
+from fedlora.errors import ClientErrorCode, InputError
+from fedlora.node import ledger as node_ledger
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node import Node
 from tests import tiny
@@ -293,7 +297,6 @@ def attack(files: list[Path], attacker: Attacker, count: int) -> Counter[str]:
 def test_a_thousand_messages_tell_nothing_of_the_texts(tmp_path: Path, folders: dict[str, Path]) -> None:
     files = nodes(tmp_path, folders, "csv", (PLAIN, ODD))
     ended = attack(files, Attacker(folders, 0), 1000)
-    print(ended)
     # The messages reached all of what they are about.
     assert ended["query"] > 100
     assert ended["train"] > 30
@@ -302,22 +305,170 @@ def test_a_thousand_messages_tell_nothing_of_the_texts(tmp_path: Path, folders: 
     assert {"train: InputError", "train: PolicyError", "train: ValueError", "train: NeedsInitialError"} < kinds
 
 
-@pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize(
-    ("suffix", "odd"),
+    ("suffix", "prompt", "odd"),
     [
-        ("tsv", ODD),
-        ("csv", [str(4711 + row) for row in range(ROWS)]),
-        ("jsonl", HALVES),
-        ("jsonl", [4711, 0.5, True, None, ["w5"], {"w6": 7}, *ODD[6:]]),
-        ("parquet", ODD),
-        ("parquet", [b"\xff\xfe", *(text.encode() for text in ODD[1:])]),
-        ("parquet", list(range(ROWS))),
+        ("tsv", False, ODD),
+        ("csv", False, [str(4711 + row) for row in range(ROWS)]),
+        ("csv", True, ODD),
+        ("jsonl", True, HALVES),
+        ("jsonl", False, [4711, 0.5, True, None, ["w5"], {"w6": 7}, *ODD[6:]]),
+        ("parquet", False, [b"\xff\xfe", *(text.encode() for text in ODD[1:])]),
+        ("parquet", True, list(range(ROWS))),
     ],
 )
 def test_other_formats_tell_as_little(
-    tmp_path: Path, folders: dict[str, Path], suffix: str, odd: list[Any], prompt: bool
+    tmp_path: Path, folders: dict[str, Path], suffix: str, prompt: bool, odd: list[Any]
 ) -> None:
     files = nodes(tmp_path, folders, suffix, (PLAIN, odd), prompt)
     ended = attack(files, Attacker(folders, 1), 25)
-    print(ended)
+    assert ended["query"] >= 5
+    assert ended["train"]
+
+
+def guess(folder: Path, text: str) -> Path:
+    """Make a model whose tokenizer fails where a row begins as a server guesses."""
+    tiny.save_llama(folder)
+    made = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "[yes]": 3}))
+    made.pre_tokenizer = pre_tokenizers.Split(text, "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def query(run: int, labels: list[str]) -> Message:
+    about = ConfigRecord({"federation": f"f{run}", "label-names": labels})
+    message = Message(RecordDict({NODE_RECORD: about}), FIRST_NODE, "query", group_id="0")
+    message.metadata.__dict__["_run_id"] = run
+    return message
+
+
+def a_config(name: object, **sections: dict[str, Any]) -> str:
+    content = {
+        "model": {"name": str(name), "task": "causal-lm", "max_length": 16},
+        "data": {"name": "nodes", "test": "test.csv"},
+        "method": {"name": "fedit", "rank": 2},
+        "privacy": {"mode": "example", "noise_multiplier": 6.0, "target_delta": 1e-3},
+    }
+    return tomli_w.dumps({key: {**content.get(key, {}), **sections.get(key, {})} for key in {*content, *sections}})
+
+
+def test_a_servers_own_tokenizer_reads_no_digit(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """The attack that read "patient hiv 4711" from a node's file in 15 questions."""
+    files = nodes(tmp_path, folders, "csv", (["patient hiv 4711", *PLAIN[1:]], PLAIN))
+    for number, text in enumerate(["patient hiv 4", "patient hiv 5", "w4"]):
+        model = guess(tmp_path / f"guess{number}", text)
+        for name in (model, model / ".." / model.name, f"{folders['decoder']}/../../{tmp_path.name}/{model.name}"):
+            replies = [ask(path, query(number, []), a_config(name), number) for path in files]
+            assert [told(reply) for reply in replies] == [(ClientErrorCode.POLICY, "PolicyError: models = 4")] * 2
+    for path in files:
+        assert Node.open(path).ledger.steps() == 0
+        assert not list(path.parents[1].glob("cache*/tokens/*"))
+
+
+def test_a_describe_looks_at_no_text(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD))[0]
+
+    def read(*_: Any) -> Any:
+        raise AssertionError
+
+    for name in ("fedlora.data.sources._any_texts", "fedlora.data.tokens._encode", "clients.client_app.client_data"):
+        monkeypatch.setattr(name, read)
+    sections = {"model": {"task": "sequence-classification"}}
+    for run, text in enumerate((a_config(folders["decoder"]), a_config(folders["encoder"], **sections)), 1):
+        reply = ask(file, query(run, LABELS if run == 2 else []), text, run)
+        assert reply.content["metrics"]["num-examples"] == ROWS  # type: ignore[index,call-overload]
+
+
+def test_a_class_that_the_server_does_not_name_is_not_counted(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Without names the head would have as many rows as the file has classes."""
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD))[0]
+    text = a_config(folders["encoder"], model={"task": "sequence-classification"})
+    assert told(ask(file, query(1, []), text, 1)) == (ClientErrorCode.INPUT, "InputError")
+
+
+def test_describes_are_limited_over_federations_and_restarts(tmp_path: Path, folders: dict[str, Path]) -> None:
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD), max_describes_per_day=5)[0]
+    text = a_config(folders["decoder"])
+    for run in range(1, 6):
+        # Whether they are any good does not matter.
+        reply = ask(file, query(run, []), text if run % 2 else "nonsense", run)
+        assert reply.has_error() is (run % 2 == 0)
+    limit = (ClientErrorCode.POLICY, "PolicyError: max_describes_per_day = 5")
+    for run in (6, 5):
+        assert told(ask(file, query(run, []), text, run)) == limit
+    clients.client_app.forget_data()
+    assert told(ask(file, query(8, []), text, 8)) == limit
+    # A day later, and as the owner likes.
+    with sqlite3.connect(file.parent / "state" / "ledger.sqlite") as database:
+        database.execute("UPDATE describes SET at = at - 86401 WHERE number = 1")
+    assert not ask(file, query(9, []), text, 9).has_error()
+    assert told(ask(file, query(10, []), text, 10)) == limit
+    file.write_text(file.read_text().replace("max_describes_per_day = 5", "max_describes_per_day = 6"))
+    assert not ask(file, query(11, []), text, 11).has_error()
+
+
+def test_a_blank_line_is_no_row_and_a_row_without_text_is_one(tmp_path: Path, folders: dict[str, Path]) -> None:
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD))[0]
+    lines = (file.parent / "own.csv").read_text().splitlines()
+    (file.parent / "own.csv").write_text("\n".join([*lines[:3], ",", "", ",bad", *lines[3:], ","]) + "\n")
+    sections = {"model": {"task": "sequence-classification"}}
+    for run, text in enumerate((a_config(folders["decoder"]), a_config(folders["encoder"], **sections)), 1):
+        reply = ask(file, query(run, LABELS if run == 2 else []), text, run)
+        assert reply.content["metrics"]["num-examples"] == ROWS + 1  # type: ignore[index,call-overload]
+
+
+def test_what_a_server_makes_the_ledger_hold_is_bounded(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_ledger, "_IDLE_RUNS", 10)
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD))[0]
+    ledger = Node.open(file).ledger
+    for run in range(50):
+        ledger.register(f"f{run}", str(run), ["x" * 20_000])
+    assert ledger.path.stat().st_size < 400_000
+    for names in (["x" * 200_000], ["x"] * 50_000):
+        with pytest.raises(InputError):
+            ledger.register("f", "1000", names)
+    with pytest.raises(InputError):
+        ledger.register("f" * 300, "1000", None)
+    # Those that trained stay.
+    with ledger.round("f49", "49", 1, tiny.plan(sigma=50.0), 1) as charge:
+        charge.step()
+    for run in range(1000, 1020):
+        ledger.register(f"f{run}", str(run), None)
+    assert ledger.label_names("f49", "49") == ["x" * 20_000]
+
+
+def test_every_seed_shares_a_nodes_tokens_and_the_cache_stays_within_its_bound(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = nodes(tmp_path, folders, "csv", (PLAIN, ODD), max_cache_gb=2.5e-6)[0]
+    cache = tmp_path / "cache0"
+    monkeypatch.setenv("FEDLORA_CACHE", str(cache))
+    server = Attacker(folders, 0)
+
+    def train(run: int, seed: int, length: int) -> set[Path]:
+        for path in cache.glob("tokens/*"):
+            os.utime(path, (path.stat().st_mtime - 100,) * 2)
+        text = a_config(folders["decoder"], run={"seed": seed}, model={"max_length": length})
+        assert not ask(file, query(run, []), text, run).has_error()
+        content = {
+            "arrays": encode(server.arrays(text)),
+            "config": ConfigRecord({"server-round": 1, "learning-rate": 0.1, "parameterisation": "lora"}),
+            NODE_RECORD: ConfigRecord({"federation": f"f{run}", "client": 0}),
+        }
+        message = train_message(FIRST_NODE, RecordDict(content))
+        message.metadata.__dict__["_run_id"] = run
+        assert not ask(file, message, text, run).has_error()
+        return {path for path in cache.glob("tokens/*") if path.is_dir()}
+
+    first = train(1, 1, 16)
+    assert len(first) == 1
+    assert train(2, 2, 16) == first
+    for length in range(2, 5):
+        found = train(10 + length, 1, length)
+        sizes = [file.stat().st_size for path in found for file in path.iterdir()]
+        assert sum(sizes) <= 2500
+    # The oldest went, and the newest is there.
+    assert first.isdisjoint(found)
+    assert found
