@@ -12,13 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.model import PARAMETERISATIONS, AdaptedModel
 from fedlora.config import Config
+from fedlora.continuing import HEAD_FILE, LABELS_FILE
 from fedlora.models import MeanPoolingClassifier, pretrained_source
-
-HEAD_FILE = "head.safetensors"
-"""Head of a mean-pooled classifier, which no stock transformers model has."""
-
-LABELS_FILE = "labels.json"
-"""Names of the classes, in the order of the logits."""
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
