@@ -140,6 +140,9 @@ def run_federation(
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
+    for note in (*data.notes, *adapted.notes):
+        log.warning(note)
+        progress.on_note(note)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:
