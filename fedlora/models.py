@@ -208,11 +208,13 @@ def model_config(config: Config) -> Any:
         if getattr(text, "layer_types", None):
             text.layer_types = list(text.layer_types)[:wanted]
     positions = getattr(text, "max_position_embeddings", None)
-    padded = pretrained.model_type in _PADDED_POSITIONS
-    if padded and not _is_token(pretrained.pad_token_id):
-        # Positions are counted from the padding's number, which a config need not have.
+    padded, vocabulary = pretrained.model_type in _PADDED_POSITIONS, vocabulary_size(pretrained)
+    if not _has_embedding(getattr(text, "pad_token_id", None), vocabulary):
+        text.pad_token_id = None  # it may be -1, a list, or a token that was added to the tokenizer alone
+    if padded and pretrained.pad_token_id is None:
+        # Positions are counted from the padding's number.
         pretrained.pad_token_id = _tokenizer(config, source).pad_token_id
-        if not _is_token(pretrained.pad_token_id):
+        if not _has_embedding(pretrained.pad_token_id, vocabulary):
             remedy = "neither its config nor its tokenizer says which token is padding; set pad_token_id in config.json"
             raise InputError("model.name", config.model.name, remedy)
     if isinstance(positions, int) and positions > 0:
@@ -286,8 +288,8 @@ def _tokenizer(config: Config, source: str) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=_revision(config))
 
 
-def _has_embedding(token: int | None, vocabulary: int | None) -> bool:
-    return _is_token(token) and (vocabulary is None or int(token or 0) < vocabulary)
+def _has_embedding(token: Any, vocabulary: int | None) -> bool:
+    return _is_token(token) and (vocabulary is None or token < vocabulary)
 
 
 def load_base(config: Config, label_names: list[str] | None, device: str | torch.device = "cpu") -> nn.Module:
@@ -326,7 +328,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         pretrained.num_labels = len(label_names)
         pretrained.id2label = dict(enumerate(label_names))
         pretrained.label2id = {name: index for index, name in enumerate(label_names)}
-        if not mean and (not _sees_ahead(pretrained) or not _is_token(getattr(pretrained, "pad_token_id", None))):
+        if not mean and (not _sees_ahead(pretrained) or getattr(pretrained, "pad_token_id", None) is None):
             # A decoder's own head reads the last token before the padding, which is this tokenizer's.
             pretrained.pad_token_id = load_tokenizer(config).pad_token_id
     model_class = _model_class(config, pretrained, mean)
@@ -364,10 +366,11 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
     model.drawn = sorted(n for n in fresh if head is None or not n.startswith(f"{head[0]}."))
     model.notes = []
-    if head is not None and known and not any(n.startswith(f"{head[0]}.") for n in missing | mismatched):
-        if known == label_names and (whole or not mean):
+    if head is not None and known and (whole or not mean):
+        of_head = {n for n in missing | mismatched if n.startswith(f"{head[0]}.")}
+        if known == label_names and not of_head:
             head = None  # it goes on from the checkpoint's
-        elif (whole or not mean) and not any(name.startswith("LABEL_") for name in known):
+        elif not of_head & missing and not any(name.startswith("LABEL_") for name in known):
             classes = ", ".join(known[:5])
             model.notes.append(f"the model's head is of other classes ({classes}), so a new one is drawn")
     if head is not None:
