@@ -166,7 +166,8 @@ def pretrained_source(config: Config) -> str:
         trained = run_source(name, path)
         if trained is None and not (path / "config.json").is_file():
             raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
-        return str(trained or path)
+        # Written into results, which are read from anywhere.
+        return str((trained or path).absolute())
     if os.path.exists(path):
         raise InputError("model.name", name, "is a file; give the folder of a model saved by save_pretrained")
     if not _HUB_ID.fullmatch(name):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -161,6 +162,26 @@ def source_identity(config: Config) -> list[Any]:
         if isinstance(given, str) and (is_asset(given) or Path(given).expanduser().exists()):
             found.append(_identity(given, f"data.{field}"))
     return found
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return a config that means the same files from any working directory.
+
+    Names of assets, of the hub and of splits stay as they are.
+    """
+
+    def absolute(name: Any, bare: bool) -> Any:
+        if not isinstance(name, str) or is_asset(name):
+            return name
+        path = Path(os.path.expanduser(name))
+        # A folder may be called as a split is.
+        is_path = bare or len(path.parts) > 1 or path.suffix.lower() in _SUFFIXES
+        return str(path.absolute()) if is_path and os.path.exists(path) else name
+
+    model = config.model.model_copy(update={"name": absolute(config.model.name, True)})
+    found = {name: absolute(getattr(config.data, name), False) for name in ("test", "validation", "public")}
+    data = config.data.model_copy(update={"name": absolute(config.data.name, True), **found})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> str:
