@@ -441,8 +441,12 @@ def _hidden_size(config: Config, model: Any) -> int:
     return int(hidden.shape[-1])
 
 
+SHORT_TEXTS = 3
+"""How many :func:`run_short_text` runs at once."""
+
+
 def run_short_text(model: Any) -> Any:
-    """Run a model on two texts of eight tokens, which end as a text does; return its output.
+    """Run a model on three texts of eight tokens, which end as a text does; return its output.
 
     Raises
     ------
@@ -453,7 +457,7 @@ def run_short_text(model: Any) -> Any:
     text = base.get_text_config() if base is not None else None
     vocabulary = (vocabulary_size(base) if base is not None else None) or 2
     device = next(model.parameters()).device
-    ids = (torch.arange(16, device=device).reshape(2, 8) * 7 + 3) % vocabulary
+    ids = (torch.arange(8 * SHORT_TEXTS, device=device).reshape(SHORT_TEXTS, 8) * 7 + 3) % vocabulary
     # Heads look for the end, and for the padding behind it.
     end, padding = getattr(text, "eos_token_id", None), getattr(text, "pad_token_id", None)
     for special in (end, padding):

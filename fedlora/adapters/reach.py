@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fedlora.models import run_short_text, weightless
+from fedlora.models import SHORT_TEXTS, run_short_text, weightless
 
 NEVER_CALLED = "its forward is never called"
 READ_ELSEWHERE = "other code reads its weight, past an adapter"
 NO_INFLUENCE = "the logits do not depend on it"
+OTHER_ROWS = "it sees the tokens of all texts in one row after the other, so whose they are is lost"
 
 
 def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
@@ -59,6 +60,8 @@ def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
             reasons[path] = READ_ELSEWHERE
         elif path not in watch.called and not _is_unchosen_expert(path, watch.called):
             reasons[path] = NEVER_CALLED
+        elif path in watch.called and path not in watch.by_text:
+            reasons[path] = OTHER_ROWS
         elif path in watch.called and path not in watch.influential:
             reasons[path] = NO_INFLUENCE
     return reasons
@@ -79,6 +82,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.called: set[str] = set()
+        self.by_text: set[str] = set()
         self.influential: set[str] = set()
         self.read: set[str] = set()
         self._weights = {id(p): path for path, layer in layers.items() for p in layer.parameters()}
@@ -95,8 +99,10 @@ class _Watch(TorchFunctionMode):
                     self.read.add(path)
         return result
 
-    def enter(self, path: str) -> None:
+    def enter(self, path: str, x: torch.Tensor) -> None:
         self._inside.append(path)
+        if len(x) == SHORT_TEXTS:
+            self.by_text.add(path)
 
     def leave(self, path: str, output: torch.Tensor) -> torch.Tensor:
         self._inside.remove(path)
@@ -118,7 +124,7 @@ class _Watch(TorchFunctionMode):
 def _watched(layers: dict[str, nn.Module]) -> Iterator[_Watch]:
     watch, hooks = _Watch(layers), []
     for path, layer in layers.items():
-        hooks.append(layer.register_forward_pre_hook(lambda module, args, path=path: watch.enter(path)))
+        hooks.append(layer.register_forward_pre_hook(lambda module, args, path=path: watch.enter(path, *args)))
         hooks.append(layer.register_forward_hook(lambda module, args, output, path=path: watch.leave(path, output)))
     try:
         with watch:

@@ -13,6 +13,7 @@ from fedlora.adapters.model import target_paths
 from fedlora.adapters.reach import NEVER_CALLED, NO_INFLUENCE, READ_ELSEWHERE, unreached
 from fedlora.errors import InputError
 from fedlora.models import head_of, run_short_text
+from fedlora.training import train_cohort
 from tests import tiny
 from tests.families import QUERY_VALUE, family_model
 
@@ -161,7 +162,27 @@ def test_quantised_layers_are_refused():
         target_paths(model, ["q_proj"])
 
 
-@pytest.mark.parametrize("model_type", ["bart", "t5", "opt", "distilbert"])
+def test_a_layer_that_does_not_see_the_texts_rows_takes_no_adapter():
+    """OPT flattens texts before its feed-forward layers; whose tokens are whose is lost to clients and to clipping."""
+    adapted = adapt(family_model("opt", causal=True), settings("all-linear"), "lora")
+    names = {path.rpartition(".")[2] for path in adapted.adapters}
+    assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    (note,) = adapted.notes
+    assert note.startswith("all-linear leaves out 4 layers (model.decoder.layers.0.fc1, ")
+    tiny.start(adapted)
+    start = adapted.arrays(adapted.names(["lora_A", "lora_B"]))
+    jobs = tiny.jobs_of([start] * 2, tiny.split([4, 3]), [tiny.plan(0.1, 1.0, 1.0)] * 2)
+    config = tiny.settings("llama", client={"optimizer": "sgd", "local_steps": 1})
+    for k, result in enumerate(train_cohort(adapted, tiny.table("llama", 7), jobs, config)):
+        alone = train_cohort(adapted, tiny.table("llama", 7), jobs[k : k + 1], config)[0]
+        assert tiny.difference(alone.arrays, result.arrays) < 1e-6
+    with pytest.raises(
+        InputError, match=r"^method\.target_modules = .*fc1, .*whose they are is lost; name other modules"
+    ):
+        adapt(family_model("opt", causal=True), settings(["q_proj", "fc1"]), "lora")
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5", "distilbert"])
 def test_all_linear_reaches_every_layer(model_type):
     """An encoder-decoder's too; T5 asks its layers' weights for their dtype, which is no reading."""
     model = family_model(model_type)
