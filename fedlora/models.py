@@ -6,10 +6,10 @@ import inspect
 import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -29,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
+
+T = TypeVar("T")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS = ("classifier", "score", "classification_head", "logits_proj")
@@ -349,7 +351,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         else:
             loaded: Any = pretrained
             if whole:
-                model_class, loaded = MeanPoolingClassifier, AutoConfig.from_pretrained(source)
+                model_class, loaded = MeanPoolingClassifier, MeanPoolingConfig.from_pretrained(source)
                 loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
             revision = _revision(config)
             model, report = model_class.from_pretrained(source, config=loaded, revision=revision, **options)
@@ -431,8 +433,7 @@ def _hidden_size(config: Config, model: Any) -> int:
     Refuses an encoder-decoder like T5, whose decoder wants a text of its own; others, like BART, give it the same.
     """
     try:
-        with weightless(model):
-            hidden = run_short_text(model).last_hidden_state
+        hidden = on_skeleton(model, lambda: run_short_text(model).last_hidden_state)
     except InputError as error:
         if not getattr(model.config, "is_encoder_decoder", False):
             raise
@@ -462,7 +463,8 @@ def run_short_text(model: Any) -> Any:
     end, padding = getattr(text, "eos_token_id", None), getattr(text, "pad_token_id", None)
     for special in (end, padding):
         if _is_token(special):
-            ids[ids == special] = next(token for token in range(vocabulary) if token not in (end, padding))
+            other = next((token for token in range(vocabulary) if token not in (end, padding)), 0)
+            ids = torch.where(ids == special, other, ids)
     if _is_token(end) and end < vocabulary:
         ids[:, -1] = end
     try:
@@ -473,13 +475,22 @@ def run_short_text(model: Any) -> Any:
         raise InputError("model.name", name, f"cannot run on a text ({why}); choose another model") from error
 
 
-@contextmanager
-def weightless(model: nn.Module) -> Iterator[None]:
-    """Let a skeleton (on ``meta``) run on the CPU for a moment, with zeros that take no memory for its weights.
+def on_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
+    """Call a function that runs a model which may be a skeleton (on ``meta``); return what it returns.
 
-    Its numbers mean nothing; but which layers it calls, and what depends on what, is the model's. Many models do not
-    run on ``meta`` itself, because they look at their masks.
+    The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. Many
+    models do not run on ``meta`` itself, because they look at their masks: they run on the CPU, which takes longer.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        with suppress(InputError):
+            return run()
+    with _weightless(model):
+        return run()
+
+
+@contextmanager
+def _weightless(model: nn.Module) -> Iterator[None]:
+    """Give a skeleton zeros on the CPU for weights, which take next to no memory, for a moment."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fedlora.models import SHORT_TEXTS, run_short_text, weightless
+from fedlora.models import SHORT_TEXTS, on_skeleton, run_short_text
 
 NEVER_CALLED = "its forward is never called"
 READ_ELSEWHERE = "other code reads its weight, past an adapter"
@@ -45,12 +45,7 @@ def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
     layers = {path: model.get_submodule(path) for path in paths}
     training = [(module, module.training) for module in model.modules()]
     try:
-        with weightless(model), _watched(layers) as watch:
-            # Some models compute otherwise while they train.
-            for mode in (False, True):
-                model.train(mode)
-                with torch.enable_grad():
-                    watch.see(run_short_text(model).logits)
+        watch = on_skeleton(model, lambda: _watch(model, layers))
     finally:
         for module, mode in training:
             module.training = mode
@@ -65,6 +60,15 @@ def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
         elif path in watch.called and path not in watch.influential:
             reasons[path] = NO_INFLUENCE
     return reasons
+
+
+def _watch(model: nn.Module, layers: dict[str, nn.Module]) -> _Watch:
+    with _watched(layers) as watch, torch.enable_grad():
+        # Some models compute otherwise while they train.
+        for mode in (False, True):
+            model.train(mode)
+            watch.see(run_short_text(model).logits)
+    return watch
 
 
 def _is_unchosen_expert(path: str, called: set[str]) -> bool:
