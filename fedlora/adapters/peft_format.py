@@ -79,12 +79,18 @@ def _heads(adapted: AdaptedModel) -> list[str]:
 def _whole(adapted: AdaptedModel) -> dict[str, dict[str, torch.Tensor]]:
     """Copy the weights of the layers that are saved whole, by path; an adapter in one of them is not added yet.
 
-    These are the layers that were drawn, and adapted ones that end like the head (DistilBERT's ``pre_classifier``):
+    These are the layers that were drawn, and those whose names end like the head's (DistilBERT's ``pre_classifier``):
     PEFT takes them for the head.
     """
     drawn: list[str] = getattr(adapted.model, "drawn", [])
     paths = {name.rpartition(".")[0] for name in drawn}
-    paths |= {path for path in adapted.adapters if path.endswith(tuple(_heads(adapted)))}
+    heads = tuple(_heads(adapted))
+    inside = tuple(f"{path}." for path in adapted.adapters)
+    paths |= {
+        path
+        for path, _ in adapted.model.named_modules()
+        if heads and path.endswith(heads) and path not in heads and not path.startswith(inside)
+    }
     found = {}
     for path in paths:
         layer = adapted.adapters[path].base if path in adapted.adapters else adapted.model.get_submodule(path)

@@ -11,7 +11,10 @@ import torch
 
 import fedlora
 from fedlora import simulate
+from fedlora.adapters import adapt
+from fedlora.adapters.peft_format import export_peft
 from fedlora.config import load_config
+from fedlora.data.sources import with_absolute_paths
 from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.results.load import export_run, opt_out
@@ -178,3 +181,39 @@ def test_a_mixture_goes_on_and_loses_an_owner_from_another_folder(here, monkeypa
             simulate({**settings, **experts}, output=f"third-{part}")
     owner = fedlora.load(first)[0].owners[0]
     assert owner not in opt_out(first, owner).owners
+
+
+@pytest.mark.parametrize(
+    ("model_type", "pooling", "options"),
+    [
+        ("bart", "default", {}),
+        ("bart", "mean", {}),
+        ("t5", "default", {}),
+        ("distilbert", "default", {}),
+        ("deberta-v2", "default", {}),
+        ("gpt2", "mean", {}),
+        ("opt", "mean", {"word_embed_proj_dim": 16}),
+        ("modernbert", "default", {}),
+    ],
+)
+def test_an_adapter_of_any_family_goes_on_as_it_was(here, model_type, pooling, options):
+    family_model(model_type, **options).save_pretrained("model")
+    save_tokenizer(here / "model")
+    settings = content(pooling)
+    settings["method"] |= {"exclude_modules": r".*layers?\.1\..*|.*\.h\.1\..*|.*block\.1\..*"}
+    config = load_config(settings)
+    labels = ["no", "perhaps", "yes"]
+    adapted = adapt(load_base(config, labels), config, "lora")
+    generator = torch.Generator().manual_seed(0)
+    adapted.set_shared({n: torch.randn(a.shape, generator=generator) * 0.3 for n, a in adapted.arrays().items()})
+    run = here / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(with_absolute_paths(config).to_toml(), encoding="utf-8")
+    export_peft(adapted, config, run / "adapter", labels)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 10, 2]]), "attention_mask": torch.ones(2, 4).long()}
+    adapted.layout.set_rows([2])
+    with torch.no_grad():
+        expected = adapted.logits(batch)
+        going_on = load_base(load_config(content(pooling, name="runs/first")), labels)
+        torch.testing.assert_close(going_on(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fedlora.load(run)[0](**batch).logits, expected, rtol=1e-3, atol=1e-4)
