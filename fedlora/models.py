@@ -323,7 +323,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     pretrained = model_config(config)
     classify = config.model.task == "sequence-classification"
     mean = classify and config.model.pooling == "mean"
-    whole = mean and getattr(pretrained, "mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
+    whole = vars(pretrained).pop("mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
     known = _labels(pretrained)
     if classify:
         if not label_names:
@@ -352,6 +352,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             loaded: Any = pretrained
             if whole:
                 model_class, loaded = MeanPoolingClassifier, MeanPoolingConfig.from_pretrained(source)
+                loaded.encoder = pretrained.to_dict()
                 loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
             revision = _revision(config)
             model, report = model_class.from_pretrained(source, config=loaded, revision=revision, **options)

@@ -339,6 +339,11 @@ def test_the_checkpoints_head_goes_on_where_its_classes_are_the_runs(tmp_path, p
 def test_a_mean_pooled_classifier_is_loaded_as_one(tmp_path):
     tiny_models.base_model("mean").save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
+    model = load_base(config(tmp_path, pooling="mean", num_hidden_layers=1), LABELS)
+    assert len(model.encoder.encoder.layer) == 1
+    assert (
+        len(load_base(config(tmp_path, pooling="mean", num_hidden_layers=1), LABELS, "meta").encoder.encoder.layer) == 1
+    )
     for model in ({}, {"task": "causal-lm"}):
         with pytest.raises(InputError, match=r"model\.name.*set model\.pooling = mean"):
             load_base(config(tmp_path, **model), LABELS)
