@@ -126,7 +126,8 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def _watched(layers: dict[str, nn.Module]) -> Iterator[_Watch]:
-    watch, hooks = _Watch(layers), []
+    watch = _Watch(layers)
+    hooks: list[Any] = []
     for path, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda module, args, path=path: watch.enter(path, *args)))
         hooks.append(layer.register_forward_hook(lambda module, args, output, path=path: watch.leave(path, output)))
