@@ -461,11 +461,12 @@ def run_short_text(model: Any) -> Any:
     device = next(model.parameters()).device
     ids = (torch.arange(8 * SHORT_TEXTS, device=device).reshape(SHORT_TEXTS, 8) * 7 + 3) % vocabulary
     # Heads look for the end, and for the padding behind it.
-    end, padding = getattr(text, "eos_token_id", None), getattr(text, "pad_token_id", None)
+    end: Any = getattr(text, "eos_token_id", None)
+    padding: Any = getattr(text, "pad_token_id", None)
     for special in (end, padding):
         if _is_token(special):
             other = next((token for token in range(vocabulary) if token not in (end, padding)), 0)
-            ids = torch.where(ids == special, other, ids)
+            ids = ids.masked_fill(ids == special, other)
     if _is_token(end) and end < vocabulary:
         ids[:, -1] = end
     try:

@@ -103,9 +103,9 @@ class _Watch(TorchFunctionMode):
                     self.read.add(path)
         return result
 
-    def enter(self, path: str, x: torch.Tensor) -> None:
+    def enter(self, path: str, x: torch.Tensor | None = None) -> None:
         self._inside.append(path)
-        if len(x) == SHORT_TEXTS:
+        if x is None or len(x) == SHORT_TEXTS:
             self.by_text.add(path)
 
     def leave(self, path: str, output: torch.Tensor) -> torch.Tensor:
