@@ -36,6 +36,7 @@ from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate_clients
+from fedlora.training.soundness import check_sound
 from strategies.base import FederatedStrategy, RoundReport
 from strategies.nodes import AddressedGrid, Roster
 
@@ -110,7 +111,7 @@ def run_federation(
     Raises
     ------
     InputError
-        If a private run is resumed whose clients' ledgers are gone.
+        If a private run is resumed whose clients' ledgers are gone, or the model's examples depend on each other.
     """
     clock = started or time.perf_counter()
     progress, rounds = progress or Progress(), training or strategy
@@ -140,6 +141,9 @@ def run_federation(
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
+    if config.privacy.mode == "example" and adapted.stacked_layers():
+        # Clients measure it too; here the run ends before anybody is asked.
+        check_sound(adapted, config, data.train.pad_token_id)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:

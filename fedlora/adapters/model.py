@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import lora, sb
+from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
 from fedlora.config import Config
 from fedlora.errors import InputError
@@ -70,7 +71,10 @@ class FactoredLinear(nn.Module):
             self.add_module(name, StackedLinear(columns, rows, layout, dtype=dtype, device=weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, n] to [N, T, m]."""
+        """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
+        rows = self.dropout.layout.own_rows(x)
+        if rows:
+            return OwnRows.of((self.base(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
         return self.base(x) + self.branch(x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,6 +106,8 @@ class AdaptedModel:
         Names of the arrays that clients train, of the last :meth:`set_clients`.
     initial : str or None
         Digest of the frozen arrays that were set, for those who keep account of it.
+    independent : dict
+        What was measured of the examples of a batch, by :func:`fedlora.training.soundness.dependence`.
     """
 
     def __init__(
@@ -121,13 +127,26 @@ class AdaptedModel:
             self._layers[f"{path}.weight"] = (layer, "weight")
             if layer.bias is not None:
                 self._layers[f"{path}.bias"] = (layer, "bias")
+        self._name_layers()
         self.trained: tuple[str, ...] = ()
         self.initial: str | None = None
+        self.independent: dict[tuple[int, int], str | None] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model: the coarsest of its parameters'."""
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    def _name_layers(self) -> None:
+        """Tell layers their names, for errors."""
+        for name, layer in self.stacked_layers().items():
+            layer.name = name
 
     def stacked_layers(self) -> dict[str, StackedLinear]:
         """Layers with a client axis, by the name of their weight."""

@@ -1,0 +1,326 @@
+"""Whether a model's examples are independent: measured on synthetic rows, whatever the model is called.
+
+Differential privacy by example and cohorts of clients both assume that what an example gives does not depend on the
+others in its batch. Some models break that: a convolution that reads padding, a statistic of the batch, positions that
+follow the longest row, a layer that sees the batch in another shape. So rows are run alone, and in company of equal,
+longer and much longer ones, and their logits and gradients compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.model import Arrays
+from fedlora.adapters.stacked import RowProducts
+from fedlora.config import Config
+from fedlora.data.tokens import TokenTable
+from fedlora.errors import GuardError, InputError
+from fedlora.training.dp import check_grad_samples, per_example_gradients
+from fedlora.training.loss import per_example_loss
+
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""By the model's dtype: by how much logits and gradients may differ through rounding, as a share of their norm.
+
+Models compute norms and positions in float32 even where they are kept in float64."""
+
+SMALL = 0.01
+"""A gradient below this share of the example's whole gradient is compared with that share: it is mostly rounding."""
+
+BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
+"""The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
+
+COHORT = ([0], [3, 2])
+"""The rows of two clients in a pass."""
+
+
+def check_sound(adapted: AdaptedModel, config: Config, pad_token_id: int) -> None:
+    """Refuse a model whose examples' gradients depend on each other, under differential privacy by example.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    config : Config
+        Section model.
+    pad_token_id : int
+        The tokenizer's.
+
+    Raises
+    ------
+    InputError
+        Naming the model and what differs.
+    """
+    found = dependence(adapted, config, pad_token_id)
+    if found is not None:
+        remedy = f"{found}; under privacy.mode = example take another model, such as a BERT, RoBERTa or Llama"
+        raise InputError("model.name", config.model.name, remedy)
+
+
+def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str | None:
+    """Say how examples of a batch depend on each other; None where they do not.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Left as it is: weights, buffers, modes and generators too. The answer is kept with it.
+    config : Config
+        ``model.max_length``.
+    pad_token_id : int
+
+    Returns
+    -------
+    str or None
+        A clause.
+
+    Notes
+    -----
+    All factors and the head get drawn values: at their start one factor is 0, and gradients would say little. The model
+    is in training mode, and once in evaluation mode. The longest row has ``model.max_length`` tokens; beside it only
+    values are compared, since gradients would take as long as a step of training.
+    """
+    key = (config.model.max_length, pad_token_id)
+    if adapted.independent.get(key, "unknown") == "unknown":
+        with _unchanged(adapted):
+            adapted.independent[key] = _measure(adapted, config.model.max_length, pad_token_id)
+    return adapted.independent[key]
+
+
+@dataclass
+class _Pass:
+    """What a batch gave.
+
+    Attributes
+    ----------
+    logits : Tensor [N, ...]
+    samples : dict of str to Tensor [N, ...] or RowProducts
+        Per-example gradients, by the array's name.
+    """
+
+    logits: torch.Tensor
+    samples: dict[str, torch.Tensor | RowProducts]
+
+
+def _measure(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> str | None:
+    table = _synthetic(adapted, max_length, pad_token_id)
+    arrays = [_drawn(adapted, seed) for seed in (0, 1)]
+    for layer in adapted.stacked_layers().values():
+        layer.ghost = True
+    adapted.model.train()
+    try:
+        return _compare(adapted, table, arrays)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except GuardError as error:
+        return str(error)
+    except Exception as error:
+        return f"a batch of several examples fails ({type(error).__name__}: {error})"
+
+
+def _compare(adapted: AdaptedModel, table: TokenTable, arrays: list[Arrays]) -> str | None:
+    limit = TOLERANCES[adapted.dtype]
+    alone: dict[tuple[int, int], _Pass] = {}
+    for client, rows in enumerate(([0, 1, 2, 3, 4], COHORT[1])):
+        adapted.set_clients([arrays[client]])
+        with per_example_gradients(adapted):
+            for row in rows:
+                alone[client, row] = _run(adapted, table, [[row]])
+                if not torch.isfinite(alone[client, row].logits).all():
+                    return "its logits are not finite, so that nothing can be compared"
+            for batch in BATCHES if client == 0 else ():
+                company = _run(adapted, table, [batch])
+                for place, row in enumerate(batch):
+                    found = _difference(company, place, alone[0, row], table, batch, limit)
+                    if found is not None:
+                        return _explain(adapted, table, alone[0, 0], limit) or found
+    adapted.set_clients(arrays)
+    with per_example_gradients(adapted):
+        company = _run(adapted, table, COHORT)
+    batch = [row for rows in COHORT for row in rows]
+    for place, row in enumerate(batch):
+        client = 0 if place < len(COHORT[0]) else 1
+        found = _difference(company, place, alone[client, row], table, batch, limit)
+        if found is not None:
+            return f"{found}, with several clients in a pass"
+    adapted.set_clients(arrays[:1])
+    return _compare_values(adapted, table, limit)
+
+
+@torch.no_grad()
+def _compare_values(adapted: AdaptedModel, table: TokenTable, limit: float) -> str | None:
+    """Compare logits in evaluation mode, and beside the longest row."""
+    longest = len(table) - 1
+    for training, batch in ((True, [0, longest]), (False, [3, 1, 0])):
+        adapted.model.train(training)
+        values = []
+        for rows in ([0], batch):
+            adapted.layout.set_rows([len(rows)], device=adapted.device)
+            values.append(_states(adapted, table.batch(np.array(rows), adapted.device)))
+        place = batch.index(0)
+        share = _share(values[1][place, : values[0].shape[1]], values[0][0])
+        if not share <= limit:
+            return _sentence("logits", share, table, batch, 0, limit)
+    return None
+
+
+def _states(adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return logits [N, classes], or the last hidden states [N, T, d], whose logits would cost more than all else."""
+    body: Any = adapted.model
+    while not adapted.head and getattr(body, "base_model", body) is not body:
+        body = body.base_model
+    if isinstance(body, PreTrainedModel) and not adapted.head:
+        states: torch.Tensor = body(input_ids=batch["input_ids"])[0]
+        return states
+    return adapted.logits(batch)
+
+
+def _run(adapted: AdaptedModel, table: TokenTable, clients: Sequence[Sequence[int]]) -> _Pass:
+    """Run a batch forwards and backwards as training does."""
+    rows = [row for mine in clients for row in mine]
+    batch = table.batch(np.array(rows), adapted.device)
+    adapted.layout.set_rows([len(mine) for mine in clients], device=adapted.device)
+    logits = adapted.logits(batch)
+    per_example_loss(logits, batch["labels"]).sum().backward()
+    check_grad_samples(adapted, len(rows))
+    samples = {}
+    for name in adapted.trained:
+        parameter: Any = adapted.parameter(name)
+        samples[name], parameter.grad_sample, parameter.grad = parameter.grad_sample, None, None
+    return _Pass(logits.detach(), samples)
+
+
+def _difference(
+    company: _Pass, place: int, alone: _Pass, table: TokenTable, batch: list[int], limit: float
+) -> str | None:
+    """Compare a row of a batch with the same row alone."""
+    row = batch[place]
+    mine = company.logits[place]
+    if alone.logits.dim() == 3:
+        mine = mine[: alone.logits.shape[1]]
+    share = _share(mine, alone.logits[0])
+    if not share <= limit:
+        return _sentence("logits", share, table, batch, row, limit)
+    norms = {}
+    for name, sample in alone.samples.items():
+        reference = _gradient(sample, 0)
+        norms[name] = (float(reference.norm()), float((_gradient(company.samples[name], place) - reference).norm()))
+    whole = sum(norm**2 for norm, _ in norms.values()) ** 0.5
+    shares = {name: apart / max(norm, SMALL * whole, 1e-30) for name, (norm, apart) in norms.items()}
+    name = max(shares, key=lambda n: (shares[n] != shares[n], shares[n]))
+    if not shares[name] <= limit:
+        return _sentence(f"the gradient of {name}", shares[name], table, batch, row, limit)
+    return None
+
+
+def _sentence(what: str, share: float, table: TokenTable, batch: list[int], row: int, limit: float) -> str:
+    lengths = [int(table.lengths[r]) for r in batch]
+    place = batch.index(row)
+    others = ", ".join(str(n) for n in [*lengths[:place], *lengths[place + 1 :]])
+    return (
+        f"examples depend on their batch: beside rows of {others} tokens, {what} of a row of {lengths[place]} "
+        f"{'differ' if what == 'logits' else 'differs'} by {share:.2%} from the row alone (rounding: below {limit:.2%})"
+    )
+
+
+def _explain(adapted: AdaptedModel, table: TokenTable, before: _Pass, limit: float) -> str | None:
+    """Say if a row is not the same twice: then it is chance and not company."""
+    again = _run(adapted, table, [[0]])
+    share = _share(again.logits[0], before.logits[0])
+    if share <= limit:
+        return None
+    return f"the same row's logits differ by {share:.2%} from one time to the next: the model draws at random"
+
+
+def _share(values: torch.Tensor, reference: torch.Tensor) -> float:
+    apart = (values.double() - reference.double()).norm()
+    return float(apart / reference.double().norm().clamp(min=1e-30))
+
+
+def _gradient(sample: torch.Tensor | RowProducts, row: int) -> torch.Tensor:
+    """Return a row's gradient, multiplied out."""
+    return sample.g[row].T @ sample.x[row] if isinstance(sample, RowProducts) else sample[row]
+
+
+def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> TokenTable:
+    """Draw rows of 5, 5, 8, 11 and 24 tokens and one of the maximal length, which bounds the others."""
+    shape: Any = getattr(adapted.model, "config", None)
+    shape = getattr(getattr(adapted.model, "encoder", None), "config", shape)
+    # Some models want exactly one end of text, and none of the others' marks.
+    marks = {n: _mark(shape, f"{n}_token_id") for n in ("bos", "eos", "pad", "sep", "cls", "mask", "unk")}
+    embeddings: Any = adapted.model.get_input_embeddings()  # type: ignore[operator]
+    ordinary = sorted(set(range(embeddings.weight.shape[0])) - {pad_token_id, *marks.values()})
+    rng = np.random.default_rng(0)
+    lengths = [min(length, max_length) for length in (5, 5, 8, 11, 24, max_length)]
+    rows = [rng.choice(ordinary or [0], length) for length in lengths]
+    for row in rows:
+        if marks["eos"] is not None and adapted.head:
+            row[-1] = marks["eos"]
+    tokens, offsets = np.concatenate(rows).astype(np.int32), np.cumsum([0, *lengths])
+    if adapted.head:
+        classes = next(reversed(adapted.head.values())).out_features
+        return TokenTable(tokens, offsets, np.arange(len(rows)) % classes, None, None, pad_token_id)
+    return TokenTable(tokens, offsets, None, np.zeros(len(rows), np.int64), None, pad_token_id)
+
+
+def _mark(shape: Any, name: str) -> int | None:
+    value = getattr(shape, name, None)
+    return value[0] if isinstance(value, list) else value
+
+
+def _drawn(adapted: AdaptedModel, seed: int) -> Arrays:
+    """Draw factors and head such that every one of them has a gradient: a branch adds half of what it is given."""
+    generator = torch.Generator().manual_seed(seed)
+    last = {f"{path}.{adapter.factors[-1]}": adapter.scaling for path, adapter in adapted.adapters.items()}
+    arrays: Arrays = {}
+    for name in (*adapted.stacked_layers(), *(n for n in adapted.head_names if n.endswith(".bias"))):
+        shape = adapted.parameter(name).shape[1:]
+        value = torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
+        if name in last:
+            value *= 0.5 / last[name]
+        # A positive bias of an owner's router is cut off.
+        arrays[name] = -value.abs() if name.endswith("router_bias") else value
+    return arrays
+
+
+@contextmanager
+def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
+    """Put back whatever running the model changes: parameters, buffers, modes, the layout, and all generators."""
+    model, trained, layout = adapted.model, adapted.trained, dict(vars(adapted.layout))
+    kept = [(module, *_state(module)) for module in model.modules()]
+    chance = random.getstate(), np.random.get_state()
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(chance[0])
+        np.random.set_state(chance[1])
+        for module, plain, parts, buffers in kept:
+            vars(module).update(plain)
+            for part, content in parts.items():
+                here = vars(module)[part]
+                here.clear()
+                here.update(content)
+            for name, value in buffers.items():
+                module._buffers[name].copy_(value)  # type: ignore[union-attr]
+        adapted.trained = trained
+        vars(adapted.layout).clear()
+        vars(adapted.layout).update(layout)
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
+    plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+    parts = {part: dict(vars(module)[part]) for part in _PARTS}
+    buffers = {name: value.clone() for name, value in module._buffers.items() if value is not None}
+    return plain, parts, buffers
