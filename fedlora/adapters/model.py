@@ -133,12 +133,6 @@ class AdaptedModel:
         self.independent: dict[tuple[int, int], str | None] = {}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the base model: the coarsest of its parameters'."""
-        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        return max(kinds, key=lambda kind: torch.finfo(kind).eps)
-
-    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device

@@ -28,7 +28,8 @@ class OwnRows(torch.Tensor):
     @staticmethod
     def of(rows: torch.Tensor) -> torch.Tensor:
         """Make one of the examples' values [N, 1, ...]."""
-        shared = rows[0].detach().as_subclass(OwnRows)
+        # A copy: what changes the one in place must not change the other twice.
+        shared = rows[0].detach().clone().as_subclass(OwnRows)
         shared.rows = rows
         return shared
 
