@@ -287,7 +287,7 @@ def _drawn(adapted: AdaptedModel, seed: int) -> Arrays:
     sizes = {}
     for path, adapter in adapted.adapters.items():
         weight = dense_weight(adapter.base)
-        rms = float(weight.norm(dtype=torch.float32)) / weight.numel() ** 0.5
+        rms = float(weight.norm()) / weight.numel() ** 0.5
         sizes[f"{path}.{adapter.factors[-1]}"] = 0.1 * rms * weight.shape[1] ** 0.5 / adapter.scaling
     arrays: Arrays = {}
     for name in (*adapted.stacked_layers(), *(n for n in adapted.head_names if n.endswith(".bias"))):
