@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.config import Config
@@ -219,6 +221,17 @@ def build(kind: str, options: dict[str, Any], task: str, seed: int = 0) -> nn.Mo
         if "dropout" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
             module.p = 0.0
     return model.requires_grad_(False)
+
+
+def save(name: str, folder: Path) -> Path:
+    """Save an encoder and a tokenizer of words as a model folder."""
+    build(*ENCODERS[name], "mean").encoder.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    words = [f"[{mark}]" for mark in ("PAD", "BOS", "EOS", "UNK")]
+    words += ["the", "film", "was", "good", "bad", "and", "dull"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return folder
 
 
 def adapted_case(name: str, task: str, kind: str) -> tuple[AdaptedModel, Config]:

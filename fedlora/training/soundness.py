@@ -23,7 +23,7 @@ from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import Arrays, dense_weight
 from fedlora.adapters.stacked import RowProducts
 from fedlora.config import Config
-from fedlora.data.tokens import TokenTable
+from fedlora.data.tokens import IGNORED
 from fedlora.errors import GuardError, InputError
 from fedlora.training.dp import per_example_gradients
 from fedlora.training.loss import per_example_loss
@@ -118,13 +118,13 @@ class _Pass:
 
 
 def _measure(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> str | None:
-    table = _synthetic(adapted, max_length, pad_token_id)
+    examples = _synthetic(adapted, max_length, pad_token_id)
     arrays = [_drawn(adapted, seed) for seed in (0, 1)]
     for layer in adapted.stacked_layers().values():
         layer.ghost = True
     adapted.model.train()
     try:
-        return _compare(adapted, table, arrays)
+        return _compare(adapted, examples, arrays)
     except torch.cuda.OutOfMemoryError:
         raise
     except GuardError as error:
@@ -133,48 +133,48 @@ def _measure(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> str |
         return f"a pass over drawn examples fails ({type(error).__name__}: {error})"
 
 
-def _compare(adapted: AdaptedModel, table: TokenTable, arrays: list[Arrays]) -> str | None:
+def _compare(adapted: AdaptedModel, examples: _Examples, arrays: list[Arrays]) -> str | None:
     alone: dict[tuple[int, int], _Pass] = {}
     for client, rows in enumerate(([0, 1, 2, 3, 4], COHORT[1])):
         adapted.set_clients([arrays[client]])
         with per_example_gradients(adapted):
             for row in rows:
-                alone[client, row] = _run(adapted, table, [[row]])
+                alone[client, row] = _run(adapted, examples, [[row]])
                 if not torch.isfinite(alone[client, row].logits).all():
                     return "its logits are not finite, so that nothing can be compared"
             for batch in BATCHES if client == 0 else ():
-                company = _run(adapted, table, [batch])
+                company = _run(adapted, examples, [batch])
                 for place, row in enumerate(batch):
-                    found = _difference(company, place, alone[0, row], table, batch)
+                    found = _difference(company, place, alone[0, row], examples, batch)
                     if found is not None:
-                        return _explain(adapted, table, alone[0, 0]) or found
+                        return _explain(adapted, examples, alone[0, 0]) or found
     adapted.set_clients(arrays)
     with per_example_gradients(adapted):
-        company = _run(adapted, table, COHORT)
+        company = _run(adapted, examples, COHORT)
     batch = [row for rows in COHORT for row in rows]
     for place, row in enumerate(batch):
         client = 0 if place < len(COHORT[0]) else 1
-        found = _difference(company, place, alone[client, row], table, batch)
+        found = _difference(company, place, alone[client, row], examples, batch)
         if found is not None:
             return f"{found}, with several clients in a pass"
     adapted.set_clients(arrays[:1])
-    return _compare_values(adapted, table)
+    return _compare_values(adapted, examples)
 
 
 @torch.no_grad()
-def _compare_values(adapted: AdaptedModel, table: TokenTable) -> str | None:
+def _compare_values(adapted: AdaptedModel, examples: _Examples) -> str | None:
     """Compare logits in evaluation mode, and beside the longest row."""
-    longest = len(table) - 1
+    longest = len(examples.rows) - 1
     for training, batch in ((True, [0, longest]), (False, [3, 1, 0])):
         adapted.model.train(training)
         values = []
         for rows in ([0], batch):
             adapted.layout.set_rows([len(rows)], device=adapted.device)
-            values.append(_states(adapted, table.batch(np.array(rows), adapted.device)))
+            values.append(_states(adapted, examples.batch(rows, adapted.device)))
         place = batch.index(0)
         share = _share(values[1][place, : values[0].shape[1]], values[0][0])
         if not share <= LOGITS:
-            return _sentence("logits", share, table, batch, 0, LOGITS)
+            return _sentence("logits", share, examples, batch, 0, LOGITS)
     return None
 
 
@@ -189,10 +189,10 @@ def _states(adapted: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> torch.T
     return adapted.logits(batch)
 
 
-def _run(adapted: AdaptedModel, table: TokenTable, clients: Sequence[Sequence[int]]) -> _Pass:
+def _run(adapted: AdaptedModel, examples: _Examples, clients: Sequence[Sequence[int]]) -> _Pass:
     """Run a batch forwards and backwards as training does."""
     rows = [row for mine in clients for row in mine]
-    batch = table.batch(np.array(rows), adapted.device)
+    batch = examples.batch(rows, adapted.device)
     adapted.layout.set_rows([len(mine) for mine in clients], device=adapted.device)
     logits = adapted.logits(batch)
     per_example_loss(logits, batch["labels"]).sum().backward()
@@ -205,7 +205,7 @@ def _run(adapted: AdaptedModel, table: TokenTable, clients: Sequence[Sequence[in
     return _Pass(logits.detach(), samples)
 
 
-def _difference(company: _Pass, place: int, alone: _Pass, table: TokenTable, batch: list[int]) -> str | None:
+def _difference(company: _Pass, place: int, alone: _Pass, examples: _Examples, batch: list[int]) -> str | None:
     """Compare a row of a batch with the same row alone."""
     row = batch[place]
     mine = company.logits[place]
@@ -213,7 +213,7 @@ def _difference(company: _Pass, place: int, alone: _Pass, table: TokenTable, bat
         mine = mine[: alone.logits.shape[1]]
     share = _share(mine, alone.logits[0])
     if not share <= LOGITS:
-        return _sentence("logits", share, table, batch, row, LOGITS)
+        return _sentence("logits", share, examples, batch, row, LOGITS)
     norms = {}
     for name, sample in alone.samples.items():
         reference = _gradient(sample, 0)
@@ -222,12 +222,12 @@ def _difference(company: _Pass, place: int, alone: _Pass, table: TokenTable, bat
     shares = {name: apart / max(norm, SMALL * whole, 1e-30) for name, (norm, apart) in norms.items()}
     name = max(shares, key=lambda n: (shares[n] != shares[n], shares[n]))
     if not shares[name] <= GRADIENTS:
-        return _sentence(f"the gradient of {name}", shares[name], table, batch, row, GRADIENTS)
+        return _sentence(f"the gradient of {name}", shares[name], examples, batch, row, GRADIENTS)
     return None
 
 
-def _sentence(what: str, share: float, table: TokenTable, batch: list[int], row: int, limit: float) -> str:
-    lengths = [int(table.lengths[r]) for r in batch]
+def _sentence(what: str, share: float, examples: _Examples, batch: list[int], row: int, limit: float) -> str:
+    lengths = [len(examples.rows[r]) for r in batch]
     place = batch.index(row)
     others = ", ".join(str(n) for n in [*lengths[:place], *lengths[place + 1 :]])
     return (
@@ -236,9 +236,9 @@ def _sentence(what: str, share: float, table: TokenTable, batch: list[int], row:
     )
 
 
-def _explain(adapted: AdaptedModel, table: TokenTable, before: _Pass) -> str | None:
+def _explain(adapted: AdaptedModel, examples: _Examples, before: _Pass) -> str | None:
     """Say if a row is not the same twice: then it is chance and not company."""
-    again = _run(adapted, table, [[0]])
+    again = _run(adapted, examples, [[0]])
     share = _share(again.logits[0], before.logits[0])
     if share <= LOGITS:
         return None
@@ -255,7 +255,29 @@ def _gradient(sample: torch.Tensor | RowProducts, row: int) -> torch.Tensor:
     return sample.g[row].T @ sample.x[row] if isinstance(sample, RowProducts) else sample[row]
 
 
-def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> TokenTable:
+@dataclass
+class _Examples:
+    """Drawn rows of tokens, with a class each, or None where the tokens are the labels."""
+
+    rows: list[np.ndarray]
+    classes: int | None
+    pad_token_id: int
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return rows as the token table does: padded on the right; on a GPU without a mask where nothing is padded."""
+        lengths = [len(self.rows[row]) for row in chosen]
+        ids = torch.full((len(chosen), max(lengths)), self.pad_token_id)
+        for place, row in enumerate(chosen):
+            ids[place, : lengths[place]] = torch.from_numpy(self.rows[row])
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        labels = torch.where(mask, ids, IGNORED) if self.classes is None else torch.tensor(chosen) % self.classes
+        batch = {"input_ids": ids, "labels": labels}
+        if device.type == "cpu" or not mask.all():
+            batch["attention_mask"] = mask.long()
+        return {name: value.to(device) for name, value in batch.items()}
+
+
+def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> _Examples:
     """Draw rows of 5, 5, 8, 11 and 24 tokens and one of the maximal length, which bounds the others."""
     shape: Any = getattr(adapted.model, "config", None)
     shape = getattr(getattr(adapted.model, "encoder", None), "config", shape)
@@ -264,16 +286,13 @@ def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> Tok
     embeddings: Any = adapted.model.get_input_embeddings()  # type: ignore[operator]
     ordinary = sorted(set(range(embeddings.weight.shape[0])) - {pad_token_id, *marks.values()})
     rng = np.random.default_rng(0)
-    lengths = [min(length, max_length) for length in (5, 5, 8, 11, 24, max_length)]
-    rows = [rng.choice(ordinary or [0], length) for length in lengths]
+    rows = [rng.choice(ordinary or [0], min(length, max_length)) for length in (5, 5, 8, 11, 24, max_length)]
+    if not adapted.head:
+        return _Examples(rows, None, pad_token_id)
     for row in rows:
-        if marks["eos"] is not None and adapted.head:
+        if marks["eos"] is not None:
             row[-1] = marks["eos"]
-    tokens, offsets = np.concatenate(rows).astype(np.int32), np.cumsum([0, *lengths])
-    if adapted.head:
-        classes = next(reversed(adapted.head.values())).out_features
-        return TokenTable(tokens, offsets, np.arange(len(rows)) % classes, None, None, pad_token_id)
-    return TokenTable(tokens, offsets, None, np.zeros(len(rows), np.int64), None, pad_token_id)
+    return _Examples(rows, next(reversed(adapted.head.values())).out_features, pad_token_id)
 
 
 def _mark(shape: Any, name: str) -> int | None:

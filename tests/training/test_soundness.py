@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
+from fedlora import simulate
 from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt
 from fedlora.adapters.model import Arrays, FactoredLinear
 from fedlora.adapters.own_rows import OwnRows
+from fedlora.adapters.peft_format import export_peft
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
+from fedlora.results import RunResult
 from fedlora.training import train_cohort
 from fedlora.training.dp import per_example_gradients
 from fedlora.training.loss import per_example_loss
 from fedlora.training.soundness import check_sound, dependence
 from tests import tiny
-from tests.architectures import DECODERS, ENCODERS, REFUSED, adapted_case, cases
+from tests.architectures import DECODERS, ENCODERS, REFUSED, adapted_case, build, cases, save
 
 PAD = 0
 CLIENTS = ([0], [1, 2], [3, 4, 5])
@@ -190,8 +196,6 @@ def deberta(method: str) -> tuple[AdaptedModel, object]:
         method={"name": method, "target_modules": ["query_proj", "key_proj", "value_proj"]},
         client={"optimizer": "sgd", "local_steps": 2, "batch_size": 3},
     )
-    from tests.architectures import build
-
     adapted = adapt(build(*ENCODERS["deberta-v3"], "mean"), config, tiny.FACTORS[method][0])
     tiny.start(adapted)
     return adapted, config
@@ -259,6 +263,52 @@ def test_a_model_that_mixes_rows_is_refused_under_privacy_before_a_step():
         train_cohort(adapted, tiny.table("bert", 4), [job], config)
     assert "\n" not in str(caught.value)
     assert not steps
+
+
+def mixing_run(tmp_path: Path, name: str, **sections: dict) -> RunResult:
+    """Simulate a model of the table without Ray."""
+    rows = [(f"the film was {'good' if i % 2 else 'bad and dull'} " * (1 + i % 4), "yn"[i % 2]) for i in range(24)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(",".join(row) for row in rows))
+    content = {
+        "run": {"rounds": 2},
+        "model": {"name": str(save(name, tmp_path / "model")), "pooling": "mean", "max_length": 24},
+        "data": {"name": str(tmp_path / "data.csv"), "test": str(tmp_path / "data.csv"), "partition": {"clients": 3}},
+        "method": {"name": "fedit", "rank": 2, "target_modules": "all-linear"},
+        "client": {"local_steps": 1, "batch_size": 4},
+        "simulation": {"workers": 0, "cohort_size": 3},
+    }
+    return simulate({**content, **sections}, output=tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+
+
+def test_a_run_refuses_epsilon_for_a_model_that_mixes_rows(tmp_path):
+    with pytest.raises(InputError, match=r"model\.name = '.*model': examples depend on their batch.*privacy\.mode"):
+        mixing_run(tmp_path, "convbert", privacy={"mode": "example", "target_epsilon": 8.0, "target_delta": 1e-2})
+
+
+def test_a_run_in_cohorts_equals_one_client_at_a_time_and_says_so_once(tmp_path):
+    together = mixing_run(tmp_path, "convbert")
+    alone = mixing_run(tmp_path, "convbert", simulation={"workers": 0, "cohort_size": 1})
+    weights = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (together, alone)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    log = (together.folder / "run.log").read_text()
+    assert log.count("one at a time") == 1
+    assert "examples depend on their batch" in log
+    assert "one at a time" not in (alone.folder / "run.log").read_text()
+
+
+def test_debertas_adapter_gives_peft_our_logits(tmp_path):
+    adapted, config = deberta("fedit")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 50, (4, 9)))
+    adapted.layout.set_rows([4])
+    adapted.model.eval()
+    with torch.no_grad():
+        ours = adapted.model.encoder(input_ids=ids).last_hidden_state
+    export_peft(adapted, config, tmp_path, ["a", "b", "c"])
+    stock = build(*ENCODERS["deberta-v3"], "mean").encoder
+    theirs = PeftModel.from_pretrained(stock, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).last_hidden_state, ours, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("counts", "per_example"), [([1, 2], False), ([3], True)])
