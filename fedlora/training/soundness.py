@@ -90,11 +90,11 @@ def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str 
     -----
     All factors and the head get drawn values: at their start one factor is 0, and gradients would say little. The model
     is in training mode, and once in evaluation mode, in float32 if it is kept in half precision (on the CPU where the
-    GPU lacks the memory). The longest row has ``model.max_length`` tokens; beside it only
-    values are compared, since gradients would take as long as a step of training.
+    GPU lacks the memory). Beside a row of ``model.max_length`` tokens, and among many rows, only values are compared,
+    since gradients would take as long as a step of training.
     """
     key = (config.model.max_length, pad_token_id)
-    if adapted.independent.get(key, "unknown") == "unknown":
+    if key not in adapted.independent:
         # Compiling for these few rows would take longer than the rows.
         with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
             _widen(adapted)
@@ -163,18 +163,18 @@ def _compare(adapted: AdaptedModel, examples: _Examples, arrays: list[Arrays]) -
 
 @torch.no_grad()
 def _compare_values(adapted: AdaptedModel, examples: _Examples) -> str | None:
-    """Compare logits in evaluation mode, and beside the longest row."""
+    """Compare logits in evaluation mode, beside the longest row and among many."""
     longest = len(examples.rows) - 1
-    for training, batch in ((True, [0, longest]), (False, [3, 1, 0])):
+    for training, batch in ((False, [3, 1, 0]), (True, [0, longest]), (True, [0, 1] * 20 + [0])):
         adapted.model.train(training)
         values = []
         for rows in ([0], batch):
             adapted.layout.set_rows([len(rows)], device=adapted.device)
             values.append(_states(adapted, examples.batch(rows, adapted.device)))
-        place = batch.index(0)
-        share = _share(values[1][place, : values[0].shape[1]], values[0][0])
-        if not share <= LOGITS:
-            return _sentence("logits", share, examples, batch, 0, LOGITS)
+        for place in (i for i, row in enumerate(batch) if row == 0):
+            share = _share(values[1][place, : values[0].shape[1]], values[0][0])
+            if not share <= LOGITS:
+                return _sentence("logits", share, examples, batch, 0, LOGITS)
     return None
 
 
@@ -229,9 +229,11 @@ def _difference(company: _Pass, place: int, alone: _Pass, examples: _Examples, b
 def _sentence(what: str, share: float, examples: _Examples, batch: list[int], row: int, limit: float) -> str:
     lengths = [len(examples.rows[r]) for r in batch]
     place = batch.index(row)
-    others = ", ".join(str(n) for n in [*lengths[:place], *lengths[place + 1 :]])
+    others = [*lengths[:place], *lengths[place + 1 :]]
+    company = ", ".join(map(str, sorted(set(others))))
+    count = "a row" if len(others) == 1 else f"{len(others)} rows"
     return (
-        f"examples depend on their batch: beside rows of {others} tokens, {what} of a row of {lengths[place]} "
+        f"examples depend on their batch: beside {count} of {company} tokens, {what} of a row of {lengths[place]} "
         f"{'differ' if what == 'logits' else 'differs'} by {share:.2%} from the row alone (rounding: below {limit:.2%})"
     )
 

@@ -112,6 +112,7 @@ LEAKS = {
     "from shorter rows to those of twice the length": lambda m, h, n: others(h, (n >= 2 * n.min()).float()),
     "in batches of three or more": lambda m, h, n: others(h, everybody(h)) if len(h) >= 3 else h,
     "in batches of eight or more": lambda m, h, n: others(h, everybody(h)) if len(h) >= 8 else h,
+    "in batches of forty or more": lambda m, h, n: others(h, everybody(h)) if len(h) >= 40 else h,
     "among rows of one length": lambda m, h, n: (
         others(h, everybody(h)) if len(h) > 1 and len(set(n.tolist())) == 1 else h
     ),
@@ -130,7 +131,7 @@ def test_a_planted_leak_is_caught(name):
     adapted = leaky(LEAKS[name])
     found = dependence(adapted, tiny.settings(model={"max_length": 32}), PAD)
     assert found is not None
-    assert "beside rows of" in found
+    assert "examples depend on their batch: beside" in found
 
 
 def test_without_a_leak_the_planted_model_is_sound():
@@ -140,7 +141,7 @@ def test_without_a_leak_the_planted_model_is_sound():
 def test_a_leak_beside_the_longest_rows_alone_is_caught():
     adapted = leaky(lambda m, h, n: others(h, everybody(h)) if h.shape[1] > 24 else h)
     assert dependence(adapted, tiny.settings(model={"max_length": 16}), PAD) is None
-    assert "beside rows of 31 tokens" in str(dependence(adapted, tiny.settings(model={"max_length": 31}), PAD))
+    assert "beside a row of 31 tokens" in str(dependence(adapted, tiny.settings(model={"max_length": 31}), PAD))
 
 
 def test_a_norm_over_the_batch_is_caught_and_its_statistics_stay():
@@ -156,6 +157,13 @@ def test_a_norm_over_the_batch_is_caught_and_its_statistics_stay():
 def test_chance_is_told_from_company():
     adapted = leaky(lambda m, h, n: nn.functional.dropout(h, 0.5))
     assert "draws at random" in str(dependence(adapted, tiny.settings(), PAD))
+
+
+def test_an_owners_expert_is_sound_whatever_its_rank():
+    for rank in (2, "full"):
+        config = tiny.settings("llama", method={"name": "flexmore", "rank": rank})
+        adapted = adapt(tiny.base_model("llama"), config, "expert")
+        assert dependence(adapted, config, PAD) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
