@@ -159,11 +159,11 @@ def test_chance_is_told_from_company():
     assert "draws at random" in str(dependence(adapted, tiny.settings(), PAD))
 
 
-def test_an_owners_expert_is_sound_whatever_its_rank():
-    for rank in (2, "full"):
-        config = tiny.settings("llama", method={"name": "flexmore", "rank": rank})
-        adapted = adapt(tiny.base_model("llama"), config, "expert")
-        assert dependence(adapted, config, PAD) is None
+@pytest.mark.parametrize("extraction", ["direct", "svd"])
+def test_an_owners_expert_is_sound(extraction):
+    config = tiny.settings("llama", method={"name": "flexmore", "rank": 2, "extraction": extraction})
+    adapted = adapt(tiny.base_model("llama"), config, "expert")
+    assert dependence(adapted, config, PAD) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
