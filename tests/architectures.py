@@ -158,6 +158,7 @@ REFUSED = {
     "mobilebert": "a token's embedding reads its neighbours', padding too",
     "nystromformer": "landmarks are means over padding",
     "funnel, mean": "its decoder reads what pooling made of padding",
+    "big_bird": "its attention changes for good with the first short batch",
     "fnet": "its Fourier transform reads padding",
     "yoso": "padding takes part in its hashed attention",
     "longformer": "its attention sees tokens before rows",
