@@ -18,6 +18,8 @@ from opacus.grad_sample import register_grad_sampler
 from torch import nn
 from torch.nn import functional
 
+from fedlora import entropy
+
 
 class RowLayout:
     """Which rows of the current batch belong to which client; one plain object shared by all stacked layers of a model.
@@ -32,13 +34,14 @@ class RowLayout:
         Longest sequence among each client's rows, in tokens.
     per_example : bool
         True while per-example gradients are taken: then the weights' summed gradients, which nobody reads, are skipped.
-    dropout_generators : list of torch.Generator, optional
-        One generator a client, for dropout masks that do not depend on how clients are packed.
+    dropout_generators : list of torch.Generator or None, optional
+        One generator a client, for dropout masks that do not depend on how clients are packed; None for the operating
+        system's entropy.
     """
 
     def __init__(self) -> None:
         self.per_example = False
-        self.dropout_generators: list[torch.Generator] | None = None
+        self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])
 
     def set_rows(
@@ -59,8 +62,8 @@ class RowLayout:
             )
 
     @contextmanager
-    def dropout(self, generators: list[torch.Generator]) -> Iterator[None]:
-        """Draw dropout masks from the clients' own generators; without them there is no dropout."""
+    def dropout(self, generators: list[torch.Generator | None]) -> Iterator[None]:
+        """Draw dropout masks from the clients' own generators; without a list of them there is no dropout."""
         self.dropout_generators = generators
         try:
             yield
@@ -298,6 +301,10 @@ class ClientDropout(nn.Module):
         for count, length, generator in zip(self.layout.counts, self.layout.lengths, generators, strict=True):
             rows = draws[start : start + count]
             if count:
-                (rows[:, :length] if x.dim() > 2 else rows).uniform_(generator=generator)
+                drawn = rows[:, :length] if x.dim() > 2 else rows
+                if generator is None:
+                    entropy.fill_uniform(drawn)
+                else:
+                    drawn.uniform_(generator=generator)
             start += count
         return x * (draws >= self.p).to(x.dtype) / (1 - self.p)

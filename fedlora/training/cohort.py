@@ -196,23 +196,23 @@ def train_cohort(
 
 
 class _Generators:
-    """A client's own sources of randomness in a round."""
+    """A client's own sources of randomness in a round; None is the operating system's entropy, number by number."""
 
     def __init__(self, seed: int, job: ClientJob, device: torch.device) -> None:
-        if job.secret:
-            sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
-        else:
-            sequence = np.random.SeedSequence([seed, job.server_round, job.client])
-        noise, sampling, self._dropout = sequence.spawn(3)
-        self._device = device
-        # The GPU's generator is no linear one, and its key is fresh.
-        from_entropy = job.secret and device.type == "cpu"
-        self.noise = None if from_entropy else _generator(device, noise)
-        self.sampling = _generator(torch.device("cpu"), sampling)
+        self._secret, self._device = job.secret, device
+        noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
+        self.noise = self._secret_generator() if job.secret else _generator(device, noise)
+        self.sampling = None if job.secret else _generator(torch.device("cpu"), sampling)
 
-    def dropout(self) -> torch.Generator:
+    def dropout(self) -> torch.Generator | None:
         """Make the generator of dropout masks, which few runs need."""
-        return _generator(self._device, self._dropout)
+        return self._secret_generator() if self._secret else _generator(self._device, self._dropout)
+
+    def _secret_generator(self) -> torch.Generator | None:
+        """Return none on the CPU, whose generators are predictable; on a GPU one with a fresh key of its own."""
+        if self._device.type == "cpu":
+            return None
+        return torch.Generator(self._device).manual_seed(int.from_bytes(os.urandom(8)) >> 1)
 
 
 def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
