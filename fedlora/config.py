@@ -48,14 +48,11 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds.
-
-    ``rounds`` is bounded, since each is looked at before the first begins: a forecast adds up what all of them send.
-    """
+    """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Name = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
+    rounds: Positive = 10
 
 
 class ModelSection(Section):

@@ -125,9 +125,10 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
     local = local_steps(config, examples)
     steps = config.run.rounds * local
     if steps > MAX_STEPS:
-        given = "local_steps" if config.client.local_steps is not None else "local_epochs"
-        remedy = f"in {config.run.rounds} rounds come to {steps} steps, more than accountants resolve; lower either"
-        raise InputError(f"client.{given}", getattr(config.client, given) or 1, remedy)
+        remedy = (
+            f"with {local} local steps each is more than {MAX_STEPS:.0e} steps, which no accountant resolves; lower it"
+        )
+        raise InputError("run.rounds", config.run.rounds, remedy)
     sigma = privacy.noise_multiplier
     start, start_rate = None, 0.0
     if config.start_reads_examples():
@@ -242,9 +243,9 @@ def _close_to(
 def spent_epsilon(accountant: str, delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
     """Epsilon of steps (noise multiplier, sample rate, number), by one of Opacus' accountants.
 
-    Every question has an answer, after a few seconds at most: steps that were taken must be counted, whatever they were.
-    A noise multiplier below ``MIN_NOISE`` counts as no noise. Where prv would take too long or round too much, it is
-    rdp's bound, which is larger. Clients of like histories share one computation.
+    Every question has an answer, after a few seconds at most: steps that were taken must be counted. A noise multiplier
+    below ``MIN_NOISE`` counts as no noise. Where prv would take too long or round too much, rdp's bound, which is
+    larger, stands in. Clients of like histories share one computation.
     """
     if not history:
         return 0.0

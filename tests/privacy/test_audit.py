@@ -143,8 +143,8 @@ def scores(noisy: np.ndarray, without: np.ndarray, canary: np.ndarray) -> np.nda
 def audit(found: Releases) -> float:
     """Return the most that any of the server's attacks proves about epsilon.
 
-    It adds up what the rounds' updates say of the canary; it takes the difference of two rounds and that of two clients,
-    in which noise that is used twice would fall out.
+    It adds up what the rounds' updates say of the canary; it takes the difference of two rounds, and that of two
+    clients, in which noise that is used twice would fall out.
     """
     count = len(found.noisy[0]) // 2
     without, canary = found.exact[:, 0], found.exact[:, count] - found.exact[:, 0]
