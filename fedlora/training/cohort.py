@@ -199,20 +199,26 @@ class _Generators:
     """A client's own sources of randomness in a round; None is the operating system's entropy, number by number."""
 
     def __init__(self, seed: int, job: ClientJob, device: torch.device) -> None:
-        self._secret, self._device = job.secret, device
-        noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
-        self.noise = self._secret_generator() if job.secret else _generator(device, noise)
-        self.sampling = None if job.secret else _generator(torch.device("cpu"), sampling)
+        self._device = device
+        self._dropout: np.random.SeedSequence | None = None
+        self.noise: torch.Generator | None = None
+        self.sampling: torch.Generator | None = None
+        if job.secret:
+            self.noise = _secret_generator(device)
+        else:
+            noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
+            self.noise, self.sampling = _generator(device, noise), _generator(torch.device("cpu"), sampling)
 
     def dropout(self) -> torch.Generator | None:
         """Make the generator of dropout masks, which few runs need."""
-        return self._secret_generator() if self._secret else _generator(self._device, self._dropout)
+        if self._dropout is None:
+            return _secret_generator(self._device)
+        return _generator(self._device, self._dropout)
 
-    def _secret_generator(self) -> torch.Generator | None:
-        """Return none on the CPU, whose generators are predictable; on a GPU one with a fresh key of its own."""
-        if self._device.type == "cpu":
-            return None
-        return torch.Generator(self._device).manual_seed(int.from_bytes(os.urandom(8)) >> 1)
+
+def _secret_generator(device: torch.device) -> torch.Generator | None:
+    """Return none on the CPU, whose generators are predictable; on a GPU one with a fresh key of its own."""
+    return None if device.type == "cpu" else torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8)) >> 1)
 
 
 def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
