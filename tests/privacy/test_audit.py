@@ -59,7 +59,7 @@ class Federation:
         self.count, self.rounds = count, rounds
         self.config = tiny.settings(
             run={"rounds": rounds, "seed": 11},
-            method={"target_modules": ["query"]},
+            method={"target_modules": ["0.attention.self.query"]},
             data={"partition": {"clients": 2 * count}},
             client={"optimizer": "sgd", "batch_size": 2, "local_steps": 1},
             privacy={"mode": "example", "max_grad_norm": CLIP, **privacy},
