@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
+from fedlora.node.names import NODE_NAME
 
 _FORMATS = get_args(FileFormat)
 
@@ -72,7 +73,7 @@ class StateSection(Section):
 class NodeConfig(Section):
     """A node. Paths are absolute once :func:`load_node` has read it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Annotated[str, Field(pattern=NODE_NAME, max_length=100)]
     superlink: SuperlinkSection
     data: NodeDataSection
     policy: PolicySection

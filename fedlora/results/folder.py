@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config
+from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
 from fedlora.results.checkpoint import Checkpoint
 
@@ -163,8 +162,8 @@ class RunFolder:
         """Commit a round with the checkpoint, then show it in the growing files."""
         new = {
             "rounds.jsonl": [to_json(line)],
-            "communication.csv": _csv_lines(COMMUNICATION, communication),
-            "privacy.csv": _csv_lines(PRIVACY, privacy),
+            "communication.csv": csv_lines(COMMUNICATION, communication),
+            "privacy.csv": csv_lines(PRIVACY, privacy),
         }
         for file, lines in new.items():
             self.checkpoint.add_lines(file, lines)
@@ -188,7 +187,7 @@ class RunFolder:
         self._write_csv("clients.csv", CLIENTS, rows)
 
     def _write_csv(self, file: str, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(f"{line}\n" for line in [",".join(columns), *_csv_lines(columns, rows)])
+        text = "".join(f"{line}\n" for line in [",".join(columns), *csv_lines(columns, rows)])
         write_atomically(self.path / file, text)
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
@@ -301,13 +300,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _header(file: str) -> str:
     return {"communication.csv": ",".join(COMMUNICATION), "privacy.csv": ",".join(PRIVACY)}.get(file, "")
-
-
-def _csv_lines(columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writerows(rows)
-    return stream.getvalue().split("\n")[:-1]
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
