@@ -24,6 +24,7 @@ from typing import Literal
 from filelock import FileLock
 
 from fedlora.errors import InputError
+from fedlora.storage import writes_to
 
 PREFIX = "asset:"
 _MARKER = ".verified.json"
@@ -224,8 +225,9 @@ def build_once(folder: Path, build: Callable[[Path], None], field: str, value: o
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             target = Path(temporary) / "content"
             target.mkdir()
-            build(target)
-            os.replace(target, folder)
+            with writes_to(cache_dir(), "make room there (or set FEDLORA_CACHE), then give the same command again"):
+                build(target)
+                os.replace(target, folder)
     finally:
         # Not left to the garbage collector: an error that somebody keeps would hold the lock.
         lock.release()

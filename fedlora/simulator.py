@@ -24,6 +24,7 @@ from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunResult, run_folder
+from fedlora.results.identity import check_data
 from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
 from strategies import get_strategy
@@ -107,15 +108,16 @@ def simulate(
             log.info("note: %s", note)
         rounds = _make_strategy(strategy, resolved)
         tokens = prepare_data(resolved)
+        check_data(folder, resolved, tokens)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
         skeleton = adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
         if resolved.privacy.mode == "example":
             names = skeleton.names(method.trained)
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
+        counts = tokens.label_counts()
+        folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
         if not (path / "partition.png").exists():
-            counts = tokens.label_counts()
-            folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
             plot_partition(path / "partition.png", counts, tokens.label_names)
         section = resolved.simulation
 

@@ -33,6 +33,7 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RunError
 from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
+from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate_clients
@@ -111,7 +112,7 @@ def run_federation(
     Raises
     ------
     InputError
-        If a private run is resumed whose clients' ledgers are gone.
+        If a private run is resumed whose clients' ledgers are gone, or any run whose base model is another now.
     """
     clock = started or time.perf_counter()
     progress, rounds = progress or Progress(), training or strategy
@@ -147,6 +148,10 @@ def run_federation(
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
+    check_model(folder, config, adapted)
+    note_environment(folder, environment(config))
+    for note in folder.notes:
+        progress.on_note(note)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:

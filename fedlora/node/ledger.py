@@ -7,12 +7,14 @@ cover.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -31,7 +33,15 @@ CREATE TABLE IF NOT EXISTS charges (
     number INTEGER PRIMARY KEY, run TEXT NOT NULL, federation TEXT NOT NULL, round INTEGER NOT NULL,
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
+
+_SEALED = {
+    "runs": "SELECT number, run, federation, label_names, last_round FROM runs WHERE number >= ? ORDER BY number",
+    "charges": "SELECT number, run, federation, round, noise_multiplier, sample_rate, steps FROM charges "
+    "WHERE number >= ? ORDER BY number",
+}
+"""What a seal, the SHA-256 over these rows, holds together: a row that is gone or changed shows."""
 
 
 class NodeLedger:
@@ -47,7 +57,7 @@ class NodeLedger:
     Raises
     ------
     InputError
-        If the ledger cannot be read or written: without it nothing is trained.
+        If the ledger cannot be read or written, or a row of it is gone or changed: without it nothing is trained.
 
     Notes
     -----
@@ -68,10 +78,23 @@ class NodeLedger:
         except OSError as error:
             remedy = f"cannot hold the node's ledger ({error.strerror}); give a folder that can be written"
             raise InputError("state.directory", str(directory), remedy) from None
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a ledger that does not hold what was written to it."""
         with self._transaction() as database:
             found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not found >= {"runs", "charges"}:
+            lost = not found >= {"runs", "charges", "seals"}
+            damaged = not lost and (
+                database.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",)
+                or dict(database.execute("SELECT of, digest FROM seals"))
+                != {of: _sealing(database, of).hexdigest() for of in _SEALED}
+            )
+        if lost:
             remedy = "has lost what it held; bring back a copy, or delete it if nothing was ever trained here"
+            raise InputError("state.directory", str(self.path), remedy)
+        if damaged:
+            remedy = "is damaged: rows are gone or changed, so what was spent is unknown; bring back a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
 
     def _create(self) -> None:
@@ -84,6 +107,8 @@ class NodeLedger:
             os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
             with self._open(new) as database:
                 database.executescript(_TABLES)
+                for of in _SEALED:
+                    _seal(database, of, _sealing(database, of))
             os.replace(new, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -104,6 +129,7 @@ class NodeLedger:
                 "INSERT OR IGNORE INTO runs (run, federation, label_names) VALUES (?, ?, ?)",
                 (run, federation, json.dumps(label_names)),
             )
+            _seal(database, "runs", _sealing(database, "runs"))
             _check_newest(database, federation, run)
 
     def label_names(self, federation: str, run: str) -> list[str] | None:
@@ -215,6 +241,7 @@ class NodeLedger:
             Before anything is charged.
         """
         with self._lock:
+            self._check()
             self.label_names(federation, run)
             self.check_round(run, server_round)
             self.check_budget(federation, plan, steps, also)
@@ -244,7 +271,7 @@ class NodeLedger:
                 yield database
             finally:
                 database.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             remedy = f"cannot be read or written ({error}); mend it or bring back a copy: it is the owner's ledger"
             raise InputError("state.directory", str(self.path), remedy) from None
 
@@ -277,6 +304,8 @@ class Charge:
         for sigma, rate, steps in admitted:
             self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
         self._rows: dict[tuple[float, float], int | None] = {}
+        # Over the rows of earlier rounds, which are not read again at every step.
+        self._earlier = _sealing(database, "charges")
 
     def step(self) -> None:
         """Write a step of training to the disk; call it before the step reads an example.
@@ -304,6 +333,7 @@ class Charge:
             if not self._rows:
                 _check_round(database, self.run, self.server_round)
                 database.execute("UPDATE runs SET last_round = ? WHERE run = ?", (self.server_round, self.run))
+                _seal(database, "runs", _sealing(database, "runs"))
             row = self._rows.get(kind)
             if row is None:
                 row = database.execute(
@@ -313,6 +343,8 @@ class Charge:
                 ).lastrowid
             else:
                 database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (row,))
+            first = min(number for number in (row, *self._rows.values()) if number is not None)
+            _seal(database, "charges", _sealing(database, "charges", first, self._earlier.copy()))
         self._rows[kind] = row
         self._left[kind] -= 1
 
@@ -336,6 +368,18 @@ def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _sealing(database: sqlite3.Connection, of: str, first: int = 0, after: Any = None) -> Any:
+    """Return the hash of a table's rows from number ``first`` on, after that of those before."""
+    sha = hashlib.sha256() if after is None else after
+    for row in database.execute(_SEALED[of], (first,)):
+        sha.update(repr(row).encode())
+    return sha
+
+
+def _seal(database: sqlite3.Connection, of: str, sha: Any) -> None:
+    database.execute("INSERT OR REPLACE INTO seals VALUES (?, ?)", (of, sha.hexdigest()))
 
 
 def _mechanism(plan: PrivacyPlan | None) -> tuple[float, float]:
