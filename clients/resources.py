@@ -20,7 +20,7 @@ from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base
 from fedlora.training.fuse import fuse_blocks
 
-_NO_METHOD = MethodSection(name="")
+_NO_METHOD = MethodSection(name="none")
 
 
 def run_config(values: Mapping[str, Any]) -> Config:
@@ -82,7 +82,7 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
     keys = {"rank", "alpha", "target_modules", "dropout", "extraction", "router_init", "router_documents"}
-    method = MethodSection(name="", **config.method.model_dump(include=keys))
+    method = MethodSection(name="none", **config.method.model_dump(include=keys))
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)

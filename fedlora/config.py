@@ -8,19 +8,27 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
+from fedlora.paths import find_path
 
-Positive = Annotated[int, Field(ge=1)]
+# Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e3)]
+Norm = Annotated[float, Field(ge=1e-6, le=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rank = Positive | Literal["full"]
 FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
@@ -30,22 +38,46 @@ NODES = "nodes"
 SERVER = "server"
 """As ``data.test``, in the config that a node makes for itself: the test examples are the server's."""
 
+_LONGEST_TEXT = 4096
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
 
 class Section(BaseModel):
-    """A table of a TOML file: unknown keys and other types are errors."""
+    """A table of a TOML file: unknown keys and other types are errors, and so are texts that name nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=_LONGEST_TEXT
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        if any(_CONTROL.search(text) for text in _texts(value)):
+            raise PydanticCustomError("control_character", "should have no line breaks or other control characters")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value; sections check their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Name = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Positive = 10
+    seed: Seed = 0
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
 
 
 class ModelSection(Section):
@@ -55,7 +87,7 @@ class ModelSection(Section):
     task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
     pooling: Literal["default", "mean"] = "default"
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    max_length: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=2, le=1_000_000)] = 128
     num_hidden_layers: Positive | None = None
     revision: str | None = None
 
@@ -65,12 +97,12 @@ class PartitionSection(Section):
 
     kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
     clients: Positive | None = None
-    alpha: Annotated[float, Field(gt=0)] = 0.5
+    alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.5
     classes_per_client: Positive = 2
     shards_per_client: Positive = 2
     size_skew: Literal["linear", "square", "exponential"] = "linear"
     column: str | None = None
-    min_examples: Annotated[int, Field(ge=1)] = 1
+    min_examples: Positive = 1
 
 
 class DataSection(Section):
@@ -93,7 +125,7 @@ class DataSection(Section):
     label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
     answer: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Seed | None = None
     max_examples: Positive | None = None
     max_test_examples: Positive | None = None
     partition: PartitionSection = PartitionSection()
@@ -104,12 +136,12 @@ class MethodSection(Section):
 
     name: str
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    target_modules: str | list[str] | None = None
+    alpha: Annotated[float, Field(ge=1e-4, le=1e6)] | None = None
+    target_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Literal["svd", "public", "pooled"] = "svd"
     init_examples: Positive = 500
-    init_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    init_learning_rate: LearningRate = 1e-4
     init_not_covered: bool = False
     ranks: list[Rank] | dict[str, Rank] | None = None
     device_profile: dict[str, Fraction] | None = None
@@ -118,24 +150,24 @@ class MethodSection(Section):
     norm_topk_prob: bool = True
     router_init: Literal["documents", "public"] = "documents"
     router_documents: Positive = 1000
-    router_tuning_steps: Annotated[int, Field(ge=0)] = 0
-    router_tuning_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    router_tuning_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    router_tuning_learning_rate: LearningRate = 1e-3
 
 
 class ClientSection(Section):
     """``[client]``: local training."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: LearningRate | None = None
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    warmup_rounds: Annotated[int, Field(ge=0, le=100_000)] = 0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = 32
-    physical_batch_size: Positive | None = None
-    local_steps: Positive | None = None
-    local_epochs: Positive | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    max_grad_norm: Norm | None = None
+    batch_size: Count = 32
+    physical_batch_size: Count | None = None
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class PrivacySection(Section):
@@ -162,18 +194,18 @@ class ServerSection(Section):
     fraction_train: Fraction = 1.0
     min_replies: Positive = 1
     evaluate_every: Positive = 1
-    batch_size: Positive = 64
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    batch_size: Count = 64
+    timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     evaluate_clients: bool = False
 
 
 class SimulationSection(Section):
     """``[simulation]``: where simulated clients run; with ``workers = 0`` in the run's own process, without Ray."""
 
-    workers: Annotated[int, Field(ge=0)] | None = None
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    cohort_size: Positive | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = 0.0
+    cohort_size: Count | Literal["auto"] = "auto"
     compile: bool = False
     address: str | None = None
 
@@ -186,10 +218,10 @@ class NetworkSection(Section):
     """
 
     profile: Literal["none", "lte", "broadband", "datacenter"] = "none"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    download_mbps: Annotated[float, Field(gt=0)] | None = None
-    upload_mbps: Annotated[float, Field(gt=0)] | None = None
-    latency_ms: Annotated[float, Field(ge=0)] | None = None
+    seed: Seed | None = None
+    download_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    upload_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    latency_ms: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
 
 class TrackingSection(Section):
@@ -336,14 +368,17 @@ def read_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> 
         text, shown = source, "(text)"
     else:
         shown = str(source)
+        path = find_path(shown, field)
+        if path is None or path.is_dir():
+            there = "is a folder" if path else "there is no such file"
+            raise InputError(field, shown, f"{there}; give the path of a TOML file")
         try:
-            if not Path(source).is_file():
-                raise InputError(field, shown, "there is no such file; give the path of a TOML file")
-            text = Path(source).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(field, shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
-        return tomllib.loads(text)
+        # Some editors begin a file with a byte-order mark.
+        return tomllib.loads(text.removeprefix("\ufeff"))
     except _NOT_TOML as error:
         raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
 

@@ -29,6 +29,7 @@ from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.paths import find_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS = ("classifier", "score")
@@ -153,12 +154,12 @@ def pretrained_source(config: Config) -> str:
         gguf = asset.file(".gguf")
         converted = cache_dir() / "converted" / f"{asset.name}-{asset.version}"
         return str(build_once(converted, lambda target: _convert_gguf(folder, gguf, target), "model.name", name))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = find_path(name, "model.name")
+    if path is not None and path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
         return str(path)
-    if path.exists():
+    if path is not None:
         raise InputError("model.name", name, "is a file; give the folder of a model saved by save_pretrained")
     if not _HUB_ID.fullmatch(name):
         raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")

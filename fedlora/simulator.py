@@ -109,6 +109,8 @@ def simulate(
         rounds = _make_strategy(strategy, resolved)
         tokens = prepare_data(resolved)
         check_data(folder, resolved, tokens)
+        for note in tokens.notes:
+            log.info("note: %s", note)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
         skeleton = adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)

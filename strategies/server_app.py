@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import logging
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,6 +17,8 @@ from fedlora.results.folder import run_folder
 from fedlora.results.identity import check_data
 from strategies import get_strategy
 from strategies.federation import run_federation
+
+log = logging.getLogger("fedlora")
 
 app = ServerApp()
 
@@ -42,6 +45,8 @@ def main(grid: Grid, context: Context) -> None:
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 data = prepare_data(config)
+                for note in data.notes:
+                    log.info("note: %s", note)
                 check_data(folder, config, data)
                 run_federation(config, grid, folder, data, method(config))
     except InputError as error:

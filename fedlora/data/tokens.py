@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -31,7 +31,7 @@ IGNORED = -100
 """The label of a position that has no loss."""
 
 # Part of the cache's key: raise it when the same config would give other files.
-_LAYOUT = 2
+_LAYOUT = 3
 _CHUNK = 1000
 _TABLES = ("train", "test", "validation", "public")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
@@ -198,6 +198,8 @@ class FederatedData:
         A number, or the value of the natural partition's column.
     folder : Path
         Where the files lie.
+    notes : list of str
+        What was read otherwise than one might think.
     """
 
     train: TokenTable
@@ -209,6 +211,7 @@ class FederatedData:
     partition: Partition
     client_names: list[str]
     folder: Path
+    notes: list[str] = field(default_factory=list)
 
     def label_counts(self) -> np.ndarray:
         """Count the examples of each client and class, int64 [clients, labels] (one column for causal-lm)."""
@@ -280,6 +283,7 @@ def _build(config: Config, target: Path) -> None:
         "client_names": names,
         "pad_token_id": tokenizer.pad_token_id,
         "tables": list(tables),
+        "notes": examples.notes,
     }
     (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -409,4 +413,5 @@ def _open(config: Config, folder: Path) -> FederatedData:
         partition,
         meta["client_names"],
         folder,
+        meta["notes"],
     )

@@ -6,22 +6,41 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.node.names import NODE_NAME
+from fedlora.paths import beside, find_path
 
 _FORMATS = get_args(FileFormat)
+
+
+_HOST_PORT = re.compile(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):(\d{1,5})")
+
+
+def _address(text: str) -> str:
+    found = _HOST_PORT.fullmatch(text)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise PydanticCustomError("address", "should be HOST:PORT, with a port from 1 to 65535")
+    return text
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda:\d{1,4}", text) is None:
+        raise PydanticCustomError("device", "should be auto, cpu or cuda:NUMBER")
+    return text
 
 
 class SuperlinkSection(Section):
     """``[superlink]``: where the federation is, and how the node and the server prove who they are."""
 
-    address: Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    address: Annotated[str, AfterValidator(_address)]
     root_certificates: str | None = None
     private_key: str | None = None
     port: Annotated[int, Field(ge=1, le=65535)] = 9094
@@ -58,9 +77,9 @@ class PolicySection(Section):
 class WorkerSection(Section):
     """``[worker]``: the process that keeps model and tokens loaded between messages."""
 
-    idle_seconds: Annotated[float, Field(gt=0)] = 600.0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    idle_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 600.0
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class StateSection(Section):
@@ -113,7 +132,7 @@ def load_node(path: str | Path) -> NodeConfig:
     InputError
         If the file cannot be read, is no TOML, a key or value is wrong, or there is no data file.
     """
-    file = Path(path).expanduser().absolute()
+    file = (find_path(str(path), "NODE") or Path(path)).absolute()
     try:
         node = NodeConfig.model_validate(read_toml(file, "NODE"))
     except ValidationError as error:
@@ -132,10 +151,7 @@ def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
     }.items():
         content = getattr(node, section)
         given = {key: value for key in keys if (value := getattr(content, key)) is not None}
-        for key, value in given.items():
-            if "\0" in value:
-                raise InputError(f"{section}.{key}", value, "is no path; give one without NUL characters")
-        absolute = {key: str(folder / Path(value).expanduser()) for key, value in given.items()}
+        absolute = {key: str(beside(folder, value, f"{section}.{key}")) for key, value in given.items()}
         changed[section] = content.model_copy(update=absolute)
     return node.model_copy(update=changed)
 
@@ -150,11 +166,8 @@ def _check(node: NodeConfig) -> None:
     if policy.max_epsilon is not None and policy.allow_non_private:
         remedy = "no ceiling holds over runs without privacy; remove it, or allow_non_private"
         raise InputError("policy.max_epsilon", policy.max_epsilon, remedy)
-    try:
-        found = Path(data.path).is_file()
-    except OSError as error:
-        raise InputError("data.path", data.path, f"cannot be read ({error.strerror}); give another path") from None
-    if not found:
+    found = find_path(data.path, "data.path")
+    if found is None or not found.is_file():
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
         remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
