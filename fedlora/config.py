@@ -422,6 +422,8 @@ def _toml_value(text: str) -> Any:
 def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in path:
+        if part.isdecimal() and model is not root:
+            continue  # which one of a list of sections
         field = model.model_fields.get(part)
         # A section that may be absent is a union.
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
@@ -465,7 +467,7 @@ def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
         if not known:
             break
         kept.append(part)
-        if part not in known:
+        if part not in known and not part.isdecimal():
             break
     return tuple(kept)
 

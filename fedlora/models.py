@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -33,7 +34,10 @@ from fedlora.paths import find_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS = ("classifier", "score")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError),
+    pickle.UnpicklingError,
+)
 # Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
 _PADDED_POSITIONS = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
@@ -176,7 +180,9 @@ def model_config(config: Config) -> Any:
         at which an example does not depend on its batch).
     """
     with _loading(config):
-        pretrained = AutoConfig.from_pretrained(pretrained_source(config), revision=_revision(config))
+        pretrained = AutoConfig.from_pretrained(
+            pretrained_source(config), revision=_revision(config), trust_remote_code=False
+        )
     for name, value in list(vars(pretrained).items()):
         if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(pretrained, name, 0.0)
@@ -223,7 +229,7 @@ def load_tokenizer(config: Config) -> Any:
     """
     source = pretrained_source(config)
     with _loading(config):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=_revision(config))
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=_revision(config), trust_remote_code=False)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -286,7 +292,9 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             report: dict[str, Any] = {"missing_keys": ()}
         else:
             revision = _revision(config)
-            model, report = model_class.from_pretrained(source, config=pretrained, revision=revision, **options)
+            model, report = model_class.from_pretrained(
+                source, config=pretrained, revision=revision, trust_remote_code=False, **options
+            )
         if mean:
             labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), **labels), model)
@@ -380,14 +388,17 @@ def _draw(model: nn.Module, names: set[str], seed: int, std: float) -> None:
 def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     # The conversion draws a progress bar of its own that no setting turns off.
     with quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False
+        )
         # transformers does not save a model that it regards as quantised: the weights move to a plain one.
         plain_config = loaded.config
         del plain_config.quantization_config
         plain = type(loaded)(plain_config)
         plain.load_state_dict(loaded.state_dict())
         plain.save_pretrained(target)
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        tokenizer.save_pretrained(target)
 
 
 def _revision(config: Config) -> str:
@@ -408,6 +419,10 @@ def _loading(config: Config) -> Iterator[None]:
             raise
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = f"cannot be loaded ({why[:300]}); give asset:NAME, a folder, or a hub id within reach"
+        if "trust_remote_code" in str(error):
+            remedy = "needs the code beside it (auto_map), which is never run; take a model that transformers knows"
+        if isinstance(error, pickle.UnpicklingError):
+            remedy = "its weights are a pickle that holds code, which is never run; save them as safetensors"
         raise InputError("model.name", config.model.name, remedy) from error
 
 

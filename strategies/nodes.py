@@ -314,6 +314,11 @@ def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError
     kind, _, detail = " ".join(plain_text(reason or "no reason", _LONGEST_REASON).split()).partition(": ")
     verb = "refuses" if code in (*_FOR_GOOD, ClientErrorCode.INPUT) else "failed"
     said = f"{who} {verb} ({kind}, code {int(code)})"
+    if detail.startswith("max_describes_per_day"):
+        return RefusedError(f"{said}: it was asked as often as its owner allows, {detail}; try again tomorrow")
+    if detail.startswith("models"):
+        remedy = f"{said}: its owner does not list this model and revision in [policy] models of node.toml; ask them to"
+        return InputError("model.name", config.model.name, remedy)
     if code == ClientErrorCode.POLICY:
         keys = _CONFIG_KEYS.get(detail.partition(" = ")[0], ("privacy.mode",))
         values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in keys}

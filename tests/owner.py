@@ -19,6 +19,7 @@ from fedlora.config import ClientSection, Config, DataSection, PrivacySection, l
 from fedlora.data.tokens import prepare_data
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
+from fedlora.node.policy import folder_digest
 from strategies import get_strategy
 from strategies.server_app import resolve
 from tests.messages import FIRST_NODE, train_message
@@ -64,6 +65,11 @@ def write_node(folder: Path, cache: Path, rows: list[dict[str, str]] | None = No
     path = folder / "node.toml"
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
     return path
+
+
+def listed(*folders: Path | str) -> list[dict[str, str]]:
+    """Return the entries of models for an owner's ``[policy] models``."""
+    return [{"name": str(folder), "sha256": folder_digest(Path(folder))} for folder in folders]
 
 
 @lru_cache

@@ -1,4 +1,5 @@
-"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | keys``."""
+"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | digest |
+keys``."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(deployment.server)
 app.command()(deployment.node)
+app.command()(deployment.digest)
 app.add_typer(deployment.keys, name="keys")
 console = Console()
 

@@ -72,7 +72,7 @@ def without_format(source: datasets.Dataset) -> datasets.Dataset:
     return source.with_format(None).select_columns([name for name in source.column_names if name in chosen])
 
 
-def read_file(path: Path, file_format: str | None = None) -> Table:
+def read_file(path: Path, file_format: str | None = None, *, any_text: bool = False) -> Table:
     """Read a file of examples.
 
     Text is UTF-8, or UTF-16 with a byte-order mark; it may be compressed with gzip. Lines end with LF, CR LF or CR.
@@ -84,6 +84,8 @@ def read_file(path: Path, file_format: str | None = None) -> Table:
     path : Path
     file_format : str, optional
         One of csv, tsv, jsonl, json and parquet; by the name's suffix unless told.
+    any_text : bool
+        Mark bytes that are no text instead of refusing them.
 
     Raises
     ------
@@ -97,17 +99,19 @@ def read_file(path: Path, file_format: str | None = None) -> Table:
     if kind not in SUFFIXES:
         raise ValueError(f"its format is unknown: give {FORMATS}, or set data.format")
     if kind == ".parquet":
-        return _read_parquet(path)
-    text = _decoded(path.read_bytes())
+        return _read_parquet(path, any_text)
+    text = _decoded(path.read_bytes(), any_text)
     if kind in (".jsonl", ".json"):
         return _read_json(text)
     return _read_cells(text, "," if kind == ".csv" else "\t")
 
 
-def _decoded(content: bytes) -> str:
+def _decoded(content: bytes, any_text: bool = False) -> str:
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    if any_text:
+        return content.decode(encoding, "replace")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -288,7 +292,7 @@ def _read_json(text: str) -> Table:
     return Table(columns, len(rows), lines)
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, any_text: bool = False) -> Table:
     # Of the file alone: names of folders above it, such as label=1, are no columns.
     content = pq.ParquetFile(path).read()
     names = content.schema.names
@@ -296,10 +300,16 @@ def _read_parquet(path: Path) -> Table:
     if b"huggingface" in (content.schema.metadata or {}):
         known = datasets.Features.from_arrow_schema(content.schema)
         classes = {name: list(f.names) for name, f in known.items() if isinstance(f, datasets.ClassLabel)}
-    columns = {name: lambda place=place: _values(content.column(place)) for place, name in enumerate(names)}
+    columns = {name: lambda place=place: _values(content.column(place), any_text) for place, name in enumerate(names)}
     return Table(columns, content.num_rows, classes=classes, repeated=_repeated(names))
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def _values(column: pa.ChunkedArray, any_text: bool = False) -> list[Any]:
+    if any_text and pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if any_text and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        # The column's type says text; its bytes may say otherwise.
+        cells = column.cast(pa.large_binary()).to_pylist()
+        return [None if cell is None else cell.decode("utf-8", "replace") for cell in cells]
     values: list[Any] = column.to_pylist()
     return values

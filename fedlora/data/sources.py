@@ -6,6 +6,7 @@ import bz2
 import csv
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from fedlora.data.columns import (
 from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, without_format
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
+
+log = logging.getLogger("fedlora")
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
@@ -94,15 +97,15 @@ def load_examples(config: Config) -> Examples:
     data = config.data
     if data.name == NODES:
         return _server_examples(config)
+    if data.test == SERVER:
+        return _own_examples(config)
     seed = _seed(config)
     notes: list[str] = []
     splits = _load(data.name, "data.name", data.format)
     train_name = _train_split(config, splits)
     train = _shape(config, splits[train_name], "data.name", notes, is_train=True)
     other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
-    if data.test == SERVER:
-        other["test"] = None
-    elif data.test is None and "test" in splits and train_name != "test":
+    if data.test is None and "test" in splits and train_name != "test":
         other["test"] = _shape(config, splits["test"], "data.name", notes)
     label_names = None
     if config.model.task == "sequence-classification":
@@ -113,7 +116,7 @@ def load_examples(config: Config) -> Examples:
                 field = f"data.{name}" if getattr(data, name) else "data.name"
                 other[name] = _encode(config, table, label_names, field)
     test = other["test"]
-    if test is None and data.test != SERVER:
+    if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
         train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
@@ -151,6 +154,108 @@ def _server_examples(config: Config) -> Examples:
                 tables[name] = _encode(config, table, label_names, f"data.{name}")
     test = _subset_of_test(config, tables["test"])
     return Examples(None, test, tables["validation"], tables["public"], label_names, list(dict.fromkeys(notes)))
+
+
+# A node's own file. What it answers must not depend on its texts: every row counts, and every value is a text.
+
+
+def count_own(config: Config) -> int:
+    """Count the examples of a node's own file, once its columns and its labels fit the run; texts are not looked at.
+
+    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, a column is not there, or a row has no label.
+    LabelError
+        If a label is none of ``data.label_names``.
+
+    Notes
+    -----
+    A file is read once, until it changes: how long an answer takes tells nothing of its size from the second on.
+    """
+    try:
+        stat = Path(config.data.name).stat()
+    except OSError as error:
+        raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); mend the file") from None
+    same = config.data.model_copy(update={"label_names": None}).model_dump_json()
+    key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
+    if not _last_own or _last_own[0][0] != key:
+        _last_own[:] = [(key, _own_labels(config, *_own_rows(config)))]
+    labels = _last_own[0][1]
+    if config.model.task != "causal-lm":
+        _own_classes(config, labels)
+    return len(labels)
+
+
+_last_own: list[tuple[tuple[Any, ...], list[Any]]] = []
+
+
+def _own_examples(config: Config) -> Examples:
+    table, rows = _own_rows(config)
+    texts = {name: _any_texts(table, column, rows) for name, column in _text_columns(config).items()}
+    empty = sum(not all(text.strip() for text in row) for row in zip(*texts.values(), strict=True))
+    if empty:
+        log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
+    if config.model.task == "causal-lm":
+        return Examples(datasets.Dataset.from_dict(texts), None, None, None, None)
+    labels = _own_classes(config, _own_labels(config, table, rows))
+    train = datasets.Dataset.from_dict({**texts, "label": np.array(labels, np.int64)})
+    return Examples(train, None, None, None, config.data.label_names)
+
+
+def _own_rows(config: Config) -> tuple[Table, list[int]]:
+    """Read the file, and say which of its rows are not blank."""
+    data = config.data
+    table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
+    label = {} if config.model.task == "causal-lm" else {"label": data.label}
+    for name, column in (_text_columns(config) | label).items():
+        if column not in table.columns or column in table.repeated:
+            there = "there is no such column" if column not in table.columns else "is the name of several columns"
+            raise InputError(f"data.{name}", column, f"{there}; columns: {listed(table.columns)}")
+    if len(table.columns) == 1:
+        return table, list(range(table.rows))
+    columns = [read() for read in table.columns.values()]
+    rows = [row for row in range(table.rows) if not all(is_missing(column[row]) for column in columns)]
+    if not rows:
+        raise InputError("data.name", data.name, "holds no rows; give a file with examples")
+    return table, rows
+
+
+def _own_labels(config: Config, table: Table, rows: list[int]) -> list[Any]:
+    """Return each row's label as a word; None for a language model."""
+    if config.model.task == "causal-lm":
+        return [None] * len(rows)
+    return list(read_labels(table, config.data.label, rows, Path(config.data.name).name, []))
+
+
+def _own_classes(config: Config, labels: list[Any]) -> list[int]:
+    """Return the number of each label's class."""
+    only = datasets.Dataset.from_dict({"label": labels})
+    found: list[int] = _encode(config, only, list(config.data.label_names or ()), "data.name")["label"][:]
+    return found
+
+
+def _any_texts(table: Table, column: str, rows: list[int]) -> list[str]:
+    """Return a column as texts, whatever it holds: what is missing is empty, and what is no text is marked."""
+    values = table.columns[column]()
+    return [_as_text(values[row]) for row in rows]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    # JSON allows halves of characters.
+    return "" if is_missing(value) else str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+def _text_columns(config: Config) -> dict[str, str]:
+    """Return the columns of the texts by their standard names."""
+    data = config.data
+    if config.model.task == "causal-lm" and data.prompt is not None and data.answer is not None:
+        return {"prompt": data.prompt, "answer": data.answer}
+    return {"text": data.text}
 
 
 def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
@@ -313,9 +418,11 @@ def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Datase
     return {str(split): table for split, table in loaded.items()}
 
 
-def _load_file(path: Path, field: str, name: str, file_format: str | None = None) -> dict[str, Table]:
+def _load_file(
+    path: Path, field: str, name: str, file_format: str | None = None, any_text: bool = False
+) -> dict[str, Table]:
     try:
-        table = read_file(path, file_format)
+        table = read_file(path, file_format, any_text=any_text)
     except Exception as error:  # the file may be damaged in any way
         remedy = f"cannot be read ({first_line(error)}); mend the file"
         raise InputError(field, name, remedy) from error
@@ -363,7 +470,7 @@ def _train_split(config: Config, splits: Mapping[str, Table]) -> str:
 
 def _other(config: Config, splits: Mapping[str, Table], name: str, notes: list[str]) -> datasets.Dataset | None:
     given = getattr(config.data, name)
-    if not isinstance(given, str) or (name == "test" and given == SERVER):
+    if not isinstance(given, str):
         return None  # not there, or a share of train
     field = f"data.{name}"
     if given in splits:
@@ -388,10 +495,7 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
     value = getattr(data, field.removeprefix("data."))
     source = Path(str(value)).name
     notes.extend(f"{source}: {note}" for note in table.notes)
-    if causal and data.prompt is not None and data.answer is not None:
-        texts = {"prompt": data.prompt, "answer": data.answer}
-    else:
-        texts = {"text": data.text}
+    texts = _text_columns(config)
     columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
         columns[name] = read_texts(table, column, f"data.{name}", source)

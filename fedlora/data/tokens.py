@@ -227,7 +227,8 @@ def prepare_data(config: Config) -> FederatedData:
     For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
     prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
     Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
-    it, without a loss: the number of its examples is public.
+    it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
+    no token of the model's: a special token stands for it, and the node's own log says how many there are.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
     sources as :func:`~fedlora.data.sources.source_identity` sees them.
@@ -258,7 +259,8 @@ def _key(config: Config, pretrained: Any) -> str:
         "tokenizer": tokenizer,
         "task": config.model.task,
         "max_length": config.model.max_length,
-        "seed": config.run.seed,
+        # Nothing of a node's file is drawn.
+        "seed": None if _is_own(config) else config.run.seed,
         "data": config.data.model_dump(),
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
@@ -266,9 +268,16 @@ def _key(config: Config, pretrained: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _is_own(config: Config) -> bool:
+    """Whether the examples are a node's own file, of whose texts no error may depend."""
+    return config.data.test == SERVER
+
+
 def _build(config: Config, target: Path) -> None:
     examples = load_examples(config)
     tokenizer = load_tokenizer(config)
+    if _is_own(config):
+        tokenizer = AnyText(tokenizer, _vocabulary(config))
     tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
@@ -320,8 +329,8 @@ def _write_table(
     if config.model.task == "causal-lm":
         keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
         dropped = len(rows) - len(keep)
-        if dropped and config.data.test == SERVER:
-            # The server chose tokenizer and length: how many rows are left would answer its question about them.
+        if dropped and _is_own(config):
+            # The server chose the length: how many rows are left would answer its question about them.
             logger.warning("%d of %d rows have no loss: model.max_length cuts their answers off", dropped, len(rows))
         elif not keep:
             remedy = f"every prompt of {name} is longer than that, so no answer is left; raise it"
@@ -340,6 +349,62 @@ def _write_table(
         index = {domain: number for number, domain in enumerate(domains)}
         np.save(target / f"{name}.domain.npy", np.array([index[domain] for domain in table["domain"][:]], np.int64))
     return table
+
+
+class AnyText:
+    """A tokenizer that gives ids for any text: one special token where its own fail, or are none of the model's.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    vocabulary : int, optional
+        How many ids the model has; None if it does not say.
+
+    Raises
+    ------
+    InputError
+        If no special token is one of the model's.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int | None) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        special = (self.eos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id, self.pad_token_id)
+        known = [token for token in special if token is not None and self._fits([token])]
+        if not known or not self._fits([self.pad_token_id]):
+            raise InputError("model.name", tokenizer.name_or_path, "its tokenizer has ids that the model has not")
+        self.fixed = known[:1]
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        """Return the ids of every text, at least one each."""
+        rows = self._ids(texts, options)
+        if rows is None:
+            rows = [found[0] if (found := self._ids([text], options)) else [] for text in texts]
+        usable = [row if row and self._fits(row) else self.fixed for row in rows]
+        replaced = sum(row is self.fixed for row in usable)
+        if replaced:
+            logger.warning(
+                "%d of %d rows have no token that the model knows; a special one stands there", replaced, len(rows)
+            )
+        return {"input_ids": usable}
+
+    def _ids(self, texts: list[str], options: dict[str, Any]) -> list[list[int]] | None:
+        try:
+            rows: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' is no Exception
+            logger.warning("the tokenizer fails (%s)", type(error).__name__)
+            return None
+        return rows if len(rows) == len(texts) else None
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        return min(ids) >= 0 and (self.vocabulary is None or max(ids) < self.vocabulary)
+
+
+def _vocabulary(config: Config) -> int | None:
+    pretrained = model_config(config)
+    return getattr(pretrained.get_text_config(), "vocab_size", None)
 
 
 def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: bool = True) -> list[list[int]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,18 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedlora.errors import BudgetError, GuardError, InputError, StaleError
+from fedlora.errors import BudgetError, GuardError, InputError, PolicyError, StaleError
 from fedlora.node.config import PolicySection
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import spent_epsilon
 
 History = list[tuple[float, float, int]]
+
+# What servers may make a ledger hold: names of this many characters, and this many runs that never took a step.
+_LONGEST_NAME = 200
+_LONGEST_LABELS = 100_000
+_IDLE_RUNS = 200
+_DAY = 86400.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -35,6 +42,8 @@ CREATE TABLE IF NOT EXISTS charges (
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
+# Made where it is missing: a ledger may be older.
+_DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 
 _SEALED = {
     "runs": "SELECT number, run, federation, label_names, last_round FROM runs WHERE number >= ? ORDER BY number",
@@ -96,6 +105,9 @@ class NodeLedger:
         if damaged:
             remedy = "is damaged: rows are gone or changed, so what was spent is unknown; bring back a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
+        if "describes" not in found:
+            with self._transaction() as database:
+                database.execute(_DESCRIBES)
 
     def _create(self) -> None:
         """Make a ledger without a charge, whole or not at all, so that an empty file is known as one that was lost."""
@@ -116,15 +128,43 @@ class NodeLedger:
             finally:
                 os.close(folder)
 
+    def count_describe(self) -> None:
+        """Take note that a server asks what the node holds, whichever federation it says that it asks for.
+
+        Raises
+        ------
+        PolicyError
+            If servers asked as often as the owner allows within the last 24 hours.
+        """
+        now, most = time.time(), self.policy.max_describes_per_day
+        with self._transaction() as database:
+            database.execute("DELETE FROM describes WHERE at < ?", (now - _DAY,))
+            (count,) = database.execute("SELECT COUNT(*) FROM describes").fetchone()
+            if count < most:
+                database.execute("INSERT INTO describes (at) VALUES (?)", (now,))
+        if count >= most:
+            raise PolicyError("max_describes_per_day", most, "more")
+
     def register(self, federation: str, run: str, label_names: list[str] | None) -> None:
         """Take note of a run that a server describes; an earlier run of the same federation ends with it.
+
+        The oldest runs that never took a step are forgotten where there are many.
 
         Raises
         ------
         StaleError
             If a later run of the same federation was described before.
+        InputError
+            If the names are longer than any that a server gives.
         """
+        if max(len(federation), len(run)) > _LONGEST_NAME or len(json.dumps(label_names)) > _LONGEST_LABELS:
+            raise InputError("label-names", federation[:_LONGEST_NAME], "names are too long to be kept")
         with self._transaction() as database:
+            database.execute(
+                "DELETE FROM runs WHERE last_round = 0 AND number <= "
+                "(SELECT number FROM runs WHERE last_round = 0 ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                (_IDLE_RUNS,),
+            )
             database.execute(
                 "INSERT OR IGNORE INTO runs (run, federation, label_names) VALUES (?, ?, ?)",
                 (run, federation, json.dumps(label_names)),

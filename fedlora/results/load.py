@@ -73,12 +73,13 @@ def _load(path: Path) -> tuple[Any, Any]:
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
     model: Any = load_base(config, names)
     if isinstance(model, MeanPoolingClassifier):
-        model.encoder = PeftModel.from_pretrained(model.encoder, str(adapter)).merge_and_unload()
+        encoder = PeftModel.from_pretrained(model.encoder, str(adapter), trust_remote_code=False)
+        model.encoder = encoder.merge_and_unload()
         head = load_file(adapter / HEAD_FILE)
         dtype = next(model.parameters()).dtype
         model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
     else:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        model = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False).merge_and_unload()
     model.requires_grad_(False)
     return model.eval(), load_tokenizer(config)
 

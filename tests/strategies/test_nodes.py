@@ -349,6 +349,18 @@ def test_a_node_cannot_write_to_the_servers_terminal(three: Nodes) -> None:
             ["privacy.target_epsilon = 3.0", "node 7 refuses (PolicyError, code 107)", "min_noise_multiplier = 2.0"],
         ),
         (ClientErrorCode.POLICY, "PolicyError: allow_non_private = false", InputError, ["privacy.mode", "'none'"]),
+        (
+            ClientErrorCode.POLICY,
+            "PolicyError: models = 0",
+            InputError,
+            ["model.name = ", "node 7 refuses (PolicyError, code 107)", "[policy] models"],
+        ),
+        (
+            ClientErrorCode.POLICY,
+            "PolicyError: max_describes_per_day = 100",
+            RefusedError,
+            ["node 7 refuses", "max_describes_per_day = 100", "try again tomorrow"],
+        ),
         (ClientErrorCode.LABELS, "LabelError", InputError, ["data.label_names", "node 7", "LabelError", "109"]),
         (
             ClientErrorCode.BUDGET,
