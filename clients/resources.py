@@ -82,7 +82,8 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    keys = {"rank", "alpha", "target_modules", "dropout", "extraction", "router_init", "router_documents"}
+    keys = {"rank", "alpha", "target_modules", "exclude_modules", "dropout"}
+    keys |= {"extraction", "router_init", "router_documents"}
     method = MethodSection(name="none", **config.method.model_dump(include=keys))
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)

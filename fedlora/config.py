@@ -138,6 +138,7 @@ class MethodSection(Section):
     rank: Positive = 8
     alpha: Annotated[float, Field(ge=1e-4, le=1e6)] | None = None
     target_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
+    exclude_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Literal["svd", "public", "pooled"] = "svd"
     init_examples: Positive = 500
@@ -330,7 +331,7 @@ def unused_keys(config: Config) -> list[str]:
         "method.router_init method.router_documents method.router_tuning_steps method.router_tuning_learning_rate",
         f"{config.method.name} has no experts",
     )
-    note(experts, "method.target_modules", "flexmore adapts the feed-forward blocks")
+    note(experts, "method.target_modules method.exclude_modules", "flexmore adapts the feed-forward blocks")
     mixed = config.method.ranks is not None or config.method.device_profile is not None
     note(experts and mixed, "method.rank", "every client has a rank of its own")
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")

@@ -150,7 +150,8 @@ def run_federation(
     adapted = strategy.server_model(data)
     check_model(folder, config, adapted)
     note_environment(folder, environment(config))
-    for note in folder.notes:
+    for note in (*folder.notes, *data.notes, *adapted.notes):
+        log.warning(note)
         progress.on_note(note)
     done = int(checkpoint.get("round", 0))
     totals = Totals()

@@ -45,8 +45,6 @@ def main(grid: Grid, context: Context) -> None:
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 data = prepare_data(config)
-                for note in data.notes:
-                    log.info("note: %s", note)
                 check_data(folder, config, data)
                 run_federation(config, grid, folder, data, method(config))
     except InputError as error:

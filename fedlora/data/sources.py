@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -279,6 +280,26 @@ def source_identity(config: Config) -> list[Any]:
         if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
             found.append(_identity(given, f"data.{key}"))
     return found
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return a config that means the same files from any working directory.
+
+    Names of assets, of the hub and of splits stay as they are.
+    """
+
+    def absolute(name: Any, bare: bool) -> Any:
+        if not isinstance(name, str) or is_asset(name):
+            return name
+        path = Path(os.path.expanduser(name))
+        # A folder may be called as a split is.
+        is_path = bare or len(path.parts) > 1 or path.suffix.lower() in _SUFFIXES
+        return str(path.absolute()) if is_path and os.path.exists(path) else name
+
+    model = config.model.model_copy(update={"name": absolute(config.model.name, True)})
+    found = {name: absolute(getattr(config.data, name), False) for name in ("test", "validation", "public")}
+    data = config.data.model_copy(update={"name": absolute(config.data.name, True), **found})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> str:

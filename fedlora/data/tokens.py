@@ -21,9 +21,10 @@ import torch
 
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
 from fedlora.config import SERVER, Config, PartitionSection
+from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
 from fedlora.data.sources import load_examples, source_identity
 from fedlora.errors import InputError
-from fedlora.models import load_tokenizer, model_config, pretrained_source
+from fedlora.models import load_tokenizer, model_config, pretrained_source, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class FederatedData:
     folder : Path
         Where the files lie.
     notes : list of str
-        What was read otherwise than one might think.
+        What the user should know of the examples, such as how many tokens ``model.max_length`` cuts off.
     """
 
     train: TokenTable
@@ -239,9 +240,32 @@ def prepare_data(config: Config) -> FederatedData:
         If the model, the examples or the partition cannot be used.
     """
     pretrained = model_config(config)
+    vocabulary = vocabulary_size(pretrained)
     folder = cache_dir() / "tokens" / _key(config, pretrained)
-    build_once(folder, lambda target: _build(config, target), "data.name", config.data.name)
-    return _open(config, folder)
+    build_once(folder, lambda target: _build(config, vocabulary, target), "data.name", config.data.name)
+    data = _open(config, folder)
+    _look_at_texts(config, vocabulary, data)
+    return data
+
+
+def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) -> None:
+    """Refuse a tokenizer that does not fit the texts, and note what is cut; on a node, say it in the owner's log alone.
+
+    There the server chose the tokenizer, and a refusal would answer its question about the owner's texts.
+    """
+    name, length = config.model.name, config.model.max_length
+    counts = json.loads((data.folder / "coverage.json").read_text(encoding="utf-8"))
+    tables = {table: Coverage(**found) for table, found in counts.items()}
+    if not _is_own(config):
+        check_coverage(name, length, tables, vocabulary)
+        data.notes.extend(coverage_notes(length, tables))
+        return
+    try:
+        check_coverage(name, length, tables, vocabulary)
+    except InputError as error:
+        logger.warning("%s", error)
+    for note in coverage_notes(length, tables):
+        logger.info("%s", note)
 
 
 def _key(config: Config, pretrained: Any) -> str:
@@ -262,6 +286,7 @@ def _key(config: Config, pretrained: Any) -> str:
         # Nothing of a node's file is drawn.
         "seed": None if _is_own(config) else config.run.seed,
         "data": config.data.model_dump(),
+        "vocabulary": vocabulary_size(pretrained),
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
     }
@@ -273,15 +298,21 @@ def _is_own(config: Config) -> bool:
     return config.data.test == SERVER
 
 
-def _build(config: Config, target: Path) -> None:
+def _build(config: Config, vocabulary: int | None, target: Path) -> None:
     examples = load_examples(config)
     tokenizer = load_tokenizer(config)
     if _is_own(config):
-        tokenizer = AnyText(tokenizer, _vocabulary(config))
+        tokenizer = AnyText(tokenizer, vocabulary)
+    coverage: dict[str, Coverage] = {name: Coverage() for name in _TABLES}
     tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
-    kept = {name: _write_table(config, target, name, table, tokenizer, domains) for name, table in tables.items()}
+    kept = {
+        name: _write_table(config, target, name, table, tokenizer, domains, coverage[name])
+        for name, table in tables.items()
+    }
+    counts = {name: coverage[name].to_dict() for name in tables}
+    (target / "coverage.json").write_text(json.dumps(counts), encoding="utf-8")
     train = kept.get("train")
     clients, names = _clients(config, train, examples.label_names)
     np.save(target / "partition.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
@@ -313,7 +344,13 @@ def _clients(
 
 
 def _write_table(
-    config: Config, target: Path, name: str, table: datasets.Dataset, tokenizer: Any, domains: list[str]
+    config: Config,
+    target: Path,
+    name: str,
+    table: datasets.Dataset,
+    tokenizer: Any,
+    domains: list[str],
+    coverage: Coverage,
 ) -> datasets.Dataset:
     """Write the files of one split; return the examples that are in them."""
     rows: list[list[int]] = []
@@ -321,10 +358,14 @@ def _write_table(
     for first in range(0, len(table), _CHUNK):
         chunk = table[first : first + _CHUNK]
         if config.model.task == "sequence-classification":
-            rows += _encode(tokenizer, chunk["text"], config.model.max_length)
+            new_rows = _encode(tokenizer, chunk["text"], config.model.max_length)
+            _count(coverage, tokenizer, chunk["text"], new_rows, config.model.max_length)
+            rows += new_rows
         else:
             new_rows, new_starts = _causal(config, tokenizer, chunk)
-            rows += new_rows
+            texts = chunk.get("text") or [a + b for a, b in zip(chunk["prompt"], chunk["answer"], strict=True)]
+            coverage.add(texts, new_rows, tokenizer, config.model.max_length)
+            rows += [ids[: config.model.max_length] for ids in new_rows]
             starts += new_starts
     if config.model.task == "causal-lm":
         keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
@@ -375,6 +416,10 @@ class AnyText:
             raise InputError("model.name", tokenizer.name_or_path, "its tokenizer has ids that the model has not")
         self.fixed = known[:1]
 
+    def __getattr__(self, name: str) -> Any:
+        """Have the tokenizer's own attributes."""
+        return getattr(self.tokenizer, name)
+
     def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
         """Return the ids of every text, at least one each."""
         rows = self._ids(texts, options)
@@ -402,9 +447,11 @@ class AnyText:
         return min(ids) >= 0 and (self.vocabulary is None or max(ids) < self.vocabulary)
 
 
-def _vocabulary(config: Config) -> int | None:
-    pretrained = model_config(config)
-    return getattr(pretrained.get_text_config(), "vocab_size", None)
+def _count(coverage: Coverage, tokenizer: Any, texts: list[str], rows: list[list[int]], max_length: int) -> None:
+    """Count rows that are cut already: those that may be are made again whole."""
+    long = [number for number, ids in enumerate(rows) if len(ids) >= max_length]
+    whole = dict(zip(long, _encode(tokenizer, [texts[number] for number in long], None), strict=True)) if long else {}
+    coverage.add(texts, [whole.get(number, ids) for number, ids in enumerate(rows)], tokenizer, max_length)
 
 
 def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: bool = True) -> list[list[int]]:
@@ -423,17 +470,17 @@ def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: b
 
 
 def _causal(config: Config, tokenizer: Any, chunk: dict[str, list[str]]) -> tuple[list[list[int]], list[int]]:
-    """Return token ids of whole rows, and how many of each row's first tokens have no loss."""
-    length, eos = config.model.max_length, tokenizer.eos_token_id
+    """Return token ids of whole rows, not cut yet, and how many of each row's first tokens have no loss."""
+    eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("model.name", config.model.name, "its tokenizer has no eos token; causal-lm needs one")
     if "text" in chunk:
         # A tokenizer may close its rows itself.
         texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, chunk["text"], None)]
-        return [ids[:length] for ids in texts], [0] * len(texts)
+        return texts, [0] * len(texts)
     prompts = [ids[:-1] if ids[-1:] == [eos] else ids for ids in _encode(tokenizer, chunk["prompt"], None)]
     answers = _encode(tokenizer, chunk["answer"], None, special=False)
-    rows = [[*prompt, *answer, eos][:length] for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
     return rows, [len(prompt) for prompt in prompts]
 
 

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE
 from fedlora.config import Config
+from fedlora.continuing import beside, merged
 from fedlora.errors import InputError
 from fedlora.experts.folder import folder_name
 from fedlora.experts.mixture import Mixture, load_mixture
-from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+from fedlora.models import load_tokenizer, quiet
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.outputs import check_sums, find_outputs, write_sums
@@ -69,23 +67,14 @@ def _load(path: Path) -> tuple[Any, Any]:
         )
     check_sums(path, "adapter")
     config = _config(path)
-    labels = adapter / LABELS_FILE
-    names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
-    model: Any = load_base(config, names)
-    if isinstance(model, MeanPoolingClassifier):
-        encoder = PeftModel.from_pretrained(model.encoder, str(adapter), trust_remote_code=False)
-        model.encoder = encoder.merge_and_unload()
-        head = load_file(adapter / HEAD_FILE)
-        dtype = next(model.parameters()).dtype
-        model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
-    else:
-        model = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False).merge_and_unload()
-    model.requires_grad_(False)
-    return model.eval(), load_tokenizer(config)
+    return merged(config, adapter), load_tokenizer(config)
 
 
 def _config(folder: Path) -> Config:
-    return Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    config = Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
+    )
 
 
 def export_run(folder: str | Path, output: str | Path | None = None, *, merged: bool = False) -> Path:
