@@ -36,6 +36,7 @@ from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.expert_start import start_expert
+from fedlora.training.soundness import check_sound
 
 log = logging.getLogger("fedlora")
 
@@ -124,6 +125,9 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
             adapted = _model_with_initial(clients[i], message, adapted)
             if adapted is None:
                 raise NeedsInitialError
+            if clients[i].plan is not None:
+                # Before the ledger is charged, or an example is read.
+                check_sound(adapted, clients[i].config, client_data(clients[i].config).train.pad_token_id)
             jobs[i] = _job(message, clients[i], adapted)
         except Exception as error:
             replies[i] = _error_reply(error, message, context)

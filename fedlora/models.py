@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterator

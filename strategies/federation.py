@@ -37,6 +37,7 @@ from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate_clients
+from fedlora.training.soundness import check_sound
 from strategies.base import FederatedStrategy, RoundReport
 from strategies.nodes import AddressedGrid, Roster
 from strategies.replies import ReplyError, is_finite, read_metrics
@@ -112,7 +113,8 @@ def run_federation(
     Raises
     ------
     InputError
-        If a private run is resumed whose clients' ledgers are gone, or any run whose base model is another now.
+        If a private run is resumed whose clients' ledgers are gone, any run whose base model is another now, or the
+        model's examples depend on each other.
     """
     clock = started or time.perf_counter()
     progress, rounds = progress or Progress(), training or strategy
@@ -150,9 +152,13 @@ def run_federation(
     adapted = strategy.server_model(data)
     check_model(folder, config, adapted)
     note_environment(folder, environment(config))
-    for note in (*folder.notes, *data.notes, *adapted.notes):
-        log.warning(note)
+    for note in (*data.notes, *adapted.notes):
+        folder.tell(note)
+    for note in folder.notes:
         progress.on_note(note)
+    if config.privacy.mode == "example" and adapted.stacked_layers():
+        # Clients measure it too; here the run ends before anybody is asked.
+        check_sound(adapted, config, data.train.pad_token_id)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:

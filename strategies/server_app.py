@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import logging
+import os
 from pathlib import Path
 
 from flwr.app import Context

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlora.adapters import lora, sb
+from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.reach import unreached
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
 from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
@@ -79,7 +80,10 @@ class FactoredLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, n] to [N, T, m]."""
+        """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
+        rows = self.dropout.layout.own_rows(x)
+        if rows:
+            return OwnRows.of((self.base(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
         return self.base(x) + self.branch(x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +117,8 @@ class AdaptedModel:
         Digest of the frozen arrays that were set, for those who keep account of it.
     notes : list of str
         What the user should know of the model and of the modules that were chosen.
+    independent : dict
+        What was measured of the examples of a batch, by :func:`fedlora.training.soundness.dependence`.
     """
 
     def __init__(
@@ -132,14 +138,21 @@ class AdaptedModel:
             self._layers[f"{path}.weight"] = (layer, "weight")
             if layer.bias is not None:
                 self._layers[f"{path}.bias"] = (layer, "bias")
+        self._name_layers()
         self.trained: tuple[str, ...] = ()
         self.initial: str | None = None
         self.notes: list[str] = list(getattr(model, "notes", ()))
+        self.independent: dict[tuple[int, int], str | None] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    def _name_layers(self) -> None:
+        """Tell layers their names, for errors."""
+        for name, layer in self.stacked_layers().items():
+            layer.name = name
 
     def stacked_layers(self) -> dict[str, StackedLinear]:
         """Layers with a client axis, by the name of their weight."""

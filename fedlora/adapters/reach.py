@@ -105,7 +105,8 @@ class _Watch(TorchFunctionMode):
 
     def enter(self, path: str, x: torch.Tensor | None = None) -> None:
         self._inside.append(path)
-        if x is None or len(x) == SHORT_TEXTS:
+        # A single row that the batch shares is given to each text as its own.
+        if x is None or len(x) in (1, SHORT_TEXTS):
             self.by_text.add(path)
 
     def leave(self, path: str, output: torch.Tensor) -> torch.Tensor:

@@ -293,7 +293,7 @@ def with_absolute_paths(config: Config) -> Config:
             return name
         path = Path(os.path.expanduser(name))
         # A folder may be called as a split is.
-        is_path = bare or len(path.parts) > 1 or path.suffix.lower() in _SUFFIXES
+        is_path = bare or len(path.parts) > 1 or path.suffix.lower() in SUFFIXES
         return str(path.absolute()) if is_path and os.path.exists(path) else name
 
     model = config.model.model_copy(update={"name": absolute(config.model.name, True)})

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +106,7 @@ def _handle(worker: Worker, connection: Connection) -> None:
 def _outward(envelope: Envelope) -> Envelope:
     """Take the text out of an error that the app did not make fit to leave the node."""
     error = envelope.error
+    envelope = replace(envelope, notes=())  # the owner's log has them
     if error is None or is_outward(error.reason):
         return envelope
     log.error("the app failed: %s", error.reason)

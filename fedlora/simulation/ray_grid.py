@@ -29,8 +29,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack
+from fedlora.simulation.notes import Once
 from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.worker import Worker
+
+log = logging.getLogger("fedlora")
 
 RUN_ID = 1
 SERVER_NODE_ID = 1
@@ -119,7 +122,7 @@ class RayGrid(Grid):
         self.states: MutableMapping[int, RecordDict] = {} if states is None else states
         self._app, self._cpus, self._gpus = client_app, cpus_per_worker, gpus_per_worker
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
-        self._ids = itertools.count()
+        self._ids, self._once = itertools.count(), Once()
         self._pushed: dict[str, Message] = {}
         self._actors: list[Any] = []
         self._start(address, workers)
@@ -298,6 +301,9 @@ class RayGrid(Grid):
 
     def _collect(self, batch: list[Message], reference: Any) -> list[Message]:
         envelopes, states, limit = ray.get(reference)
+        with self._once:
+            for note in itertools.chain.from_iterable(envelope.notes for envelope in envelopes):
+                log.warning("%s", note)
         if isinstance(self.cohort_size, int) and limit < self.cohort_size:
             self._set_cohort_size(limit)
         for message, state in zip(batch, states, strict=True):

@@ -6,6 +6,7 @@ training it alone.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,9 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
 from fedlora.training.loss import per_example_loss
+from fedlora.training.soundness import check_sound, dependence
+
+log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def learning_rate(client: ClientSection, base: float, server_round: int, rounds:
 def train_cohort(
     adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config
 ) -> list[ClientResult]:
-    """Train the clients of a cohort.
+    """Train the clients of a cohort, in one pass; one at a time if the model's examples depend on each other.
 
     Parameters
     ----------
@@ -116,6 +120,8 @@ def train_cohort(
     ------
     ValueError
         If the jobs differ where they may not.
+    InputError
+        If the jobs are private and the model's examples depend on each other.
     GuardError
         If a trainable has no per-example gradient, or did not move in two steps or more.
     """
@@ -123,6 +129,11 @@ def train_cohort(
     private = jobs[0].plan is not None
     if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
         raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
+    if private:
+        check_sound(adapted, config, table.pad_token_id)
+    elif len(jobs) > 1 and (reason := dependence(adapted, config, table.pad_token_id)) is not None:
+        log.warning("clients are trained one at a time, not in cohorts: %s", reason)
+        return [result for job in jobs for result in train_cohort(adapted, table, [job], config)]
     steps = [local_steps(config, len(job.rows)) for job in jobs]
     last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])

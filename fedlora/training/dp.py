@@ -42,6 +42,9 @@ class _Hooks(GradSampleHooks):
         )
         for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
             before = parameter.grad_sample
+            # Added by broadcasting, one row's gradient would be every example's.
+            if before is not None and len(before) != len(sample):
+                raise GuardError(f"{module.name} has gradients of {len(before)} rows, then of {len(sample)}")
             parameter.grad_sample = sample if before is None else before + sample
         if not module.activations:
             del module.max_batch_len

@@ -36,7 +36,7 @@ from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.node import Node
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
-from tests import tiny
+from tests import architectures, tiny
 from tests.messages import train_message
 from tests.owner import LABELS, Server, listed, reviews, write_csv, write_node
 
@@ -249,6 +249,19 @@ def test_weaker_privacy_than_the_owner_accepts(
     Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS)
     assert refused(app(weak.train(1), here), ClientErrorCode.POLICY) == reason
     assert steps(node_file) == 0
+
+
+def test_a_model_whose_examples_depend_on_each_other_costs_a_node_nothing(
+    tmp_path: Path, node_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = str(architectures.save("convbert", tmp_path / "convbert"))
+    given = {"model__num_hidden_layers": 2, "method__target_modules": ["query", "value"]}
+    mixing = Server(tmp_path / "server", model__name=model, **given)
+    here = mixing.context(node_file)
+    assert not app(mixing.describe(), here).has_error()
+    assert refused(app(mixing.train(1), here), ClientErrorCode.INPUT) == "InputError"
+    assert steps(node_file) == 0
+    assert "examples depend on their batch" in caplog.text
 
 
 def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> None:

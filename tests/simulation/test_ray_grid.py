@@ -85,6 +85,14 @@ def test_nodes_follow_the_partitions(grid: RayGrid) -> None:
     assert grid.num_workers == 2
 
 
+def test_warnings_of_workers_are_said_once(ray_here: None, caplog: pytest.LogCaptureFixture) -> None:
+    app = "tests.simulation.apps:short"
+    with RayGrid(app, CLIENTS, workers=1, cohort_size=3) as grid, caplog.at_level("WARNING", "fedlora"):
+        for _ in range(2):
+            list(grid.send_and_receive(messages()))
+    assert caplog.text.count("one at a time, since a pass of several failed (TypeError") == 1
+
+
 def test_replies_come_in_order_whatever_ends_first(grid: RayGrid) -> None:
     asked = [5, 0, 3, 1, 7]
     began: dict[int, float] = {}
