@@ -208,9 +208,9 @@ def _job(message: Message, client: Participant, adapted: AdaptedModel) -> Client
     adapted.prepare(settings)
     if client.starts and isinstance(adapted, ExpertModel):
         client.charge_start()
-        entropy = int.from_bytes(os.urandom(32)) if client.secret else [client.config.run.seed, 0, client.client]
+        sequence = None if client.secret else np.random.SeedSequence([client.config.run.seed, 0, client.client])
         table = client_data(client.config).train
-        arrays = start_expert(adapted, table, client.rows, client.plan, np.random.SeedSequence(entropy))
+        arrays = start_expert(adapted, table, client.rows, client.plan, sequence)
     else:
         arrays = adapted.begin(_decode_shared(record))
     return ClientJob(

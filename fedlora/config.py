@@ -40,6 +40,13 @@ SERVER = "server"
 
 _LONGEST_TEXT = 4096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MIN_NOISE, MAX_NOISE = 0.01, 1e4
+"""Noise multipliers: with less a step has epsilon above 4,000; with more, less than accountants resolve."""
+MIN_DELTA = 1e-12
+"""The tails of noise that is made of numbers of 32 to 64 bits end, at 7 to 10 standard deviations."""
+MAX_EPSILON = 1000.0
+MAX_CLIP = 1e6
+
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
@@ -175,6 +182,8 @@ class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus.
 
     ``max_grad_norm`` has a lower bound: noise in proportion to a norm that float32 hardly holds is rounded to 0.
+    ``noise_multiplier = 0`` is training without noise, which has no epsilon. With mode example the values have ranges
+    for which epsilon can be computed and means something.
     """
 
     mode: Literal["none", "example", "client"] = "none"
@@ -486,6 +495,7 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
             raise InputError("privacy.target_epsilon", given, "give one of the two; the other follows from it")
         if neither:
             raise InputError("privacy.target_epsilon", None, "is required with mode example (or noise_multiplier)")
+        _check_ranges(privacy)
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")
@@ -529,6 +539,28 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
         raise InputError("method.init", "pooled", remedy)
     if config.method.name == "flexmore":
         _check_experts(config)
+
+
+def _check_ranges(privacy: PrivacySection) -> None:
+    """Refuse values for which no accountant has an answer, or none that means anything."""
+    epsilon, sigma = privacy.target_epsilon, privacy.noise_multiplier
+    if epsilon is not None and epsilon > MAX_EPSILON:
+        remedy = (
+            f"promises nothing, since exp(epsilon) is no number any more; give at most {MAX_EPSILON:g}, or mode none"
+        )
+        raise InputError("privacy.target_epsilon", epsilon, remedy)
+    if sigma is not None and 0 < sigma < MIN_NOISE:
+        remedy = f"is too little for any epsilon that means something; give at least {MIN_NOISE:g}, or 0 for no noise"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    if sigma is not None and sigma > MAX_NOISE:
+        remedy = f"leaves nothing to learn from, and less epsilon than can be computed; give at most {MAX_NOISE:g}"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    if privacy.target_delta < MIN_DELTA:
+        remedy = f"is smaller than the tails of computed noise allow to promise; give at least {MIN_DELTA:g}"
+        raise InputError("privacy.target_delta", privacy.target_delta, remedy)
+    if privacy.max_grad_norm > MAX_CLIP:
+        remedy = f"clips nothing, and noise in proportion to it may overflow; give at most {MAX_CLIP:g}"
+        raise InputError("privacy.max_grad_norm", privacy.max_grad_norm, remedy)
 
 
 def _check_experts(config: Config) -> None:

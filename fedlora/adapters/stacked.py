@@ -18,6 +18,7 @@ from opacus.grad_sample import register_grad_sampler
 from torch import nn
 from torch.nn import functional
 
+from fedlora import entropy
 from fedlora.errors import GuardError
 
 
@@ -34,13 +35,14 @@ class RowLayout:
         Longest sequence among each client's rows, in tokens.
     per_example : bool
         True while per-example gradients are taken: then the weights' summed gradients, which nobody reads, are skipped.
-    dropout_generators : list of torch.Generator, optional
-        One generator a client, for dropout masks that do not depend on how clients are packed.
+    dropout_generators : list of torch.Generator or None, optional
+        One generator a client, for dropout masks that do not depend on how clients are packed; None for the operating
+        system's entropy.
     """
 
     def __init__(self) -> None:
         self.per_example = False
-        self.dropout_generators: list[torch.Generator] | None = None
+        self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])
 
     def set_rows(
@@ -81,8 +83,8 @@ class RowLayout:
         return rows if matters and len(x) == 1 and rows > 1 else 0
 
     @contextmanager
-    def dropout(self, generators: list[torch.Generator]) -> Iterator[None]:
-        """Draw dropout masks from the clients' own generators; without them there is no dropout."""
+    def dropout(self, generators: list[torch.Generator | None]) -> Iterator[None]:
+        """Draw dropout masks from the clients' own generators; without a list of them there is no dropout."""
         self.dropout_generators = generators
         try:
             yield
@@ -338,6 +340,10 @@ class ClientDropout(nn.Module):
             # A client alone may have a layer that sees other rows, such as all tokens in a line.
             rows = draws[start : start + count] if len(generators) > 1 else draws
             if count:
-                (rows[:, :length] if x.dim() > 2 else rows).uniform_(generator=generator)
+                drawn = rows[:, :length] if x.dim() > 2 else rows
+                if generator is None:
+                    entropy.fill_uniform(drawn)
+                else:
+                    drawn.uniform_(generator=generator)
             start += count
         return x * (draws >= self.p).to(x.dtype) / (1 - self.p)

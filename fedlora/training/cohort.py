@@ -207,23 +207,29 @@ def train_cohort(
 
 
 class _Generators:
-    """A client's own sources of randomness in a round."""
+    """A client's own sources of randomness in a round; None is the operating system's entropy, number by number."""
 
     def __init__(self, seed: int, job: ClientJob, device: torch.device) -> None:
-        if job.secret:
-            sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
-        else:
-            sequence = np.random.SeedSequence([seed, job.server_round, job.client])
-        noise, sampling, self._dropout = sequence.spawn(3)
         self._device = device
-        # The GPU's generator is no linear one, and its key is fresh.
-        from_entropy = job.secret and device.type == "cpu"
-        self.noise = None if from_entropy else _generator(device, noise)
-        self.sampling = _generator(torch.device("cpu"), sampling)
+        self._dropout: np.random.SeedSequence | None = None
+        self.noise: torch.Generator | None = None
+        self.sampling: torch.Generator | None = None
+        if job.secret:
+            self.noise = _secret_generator(device)
+        else:
+            noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
+            self.noise, self.sampling = _generator(device, noise), _generator(torch.device("cpu"), sampling)
 
-    def dropout(self) -> torch.Generator:
+    def dropout(self) -> torch.Generator | None:
         """Make the generator of dropout masks, which few runs need."""
+        if self._dropout is None:
+            return _secret_generator(self._device)
         return _generator(self._device, self._dropout)
+
+
+def _secret_generator(device: torch.device) -> torch.Generator | None:
+    """Return none on the CPU, whose generators are predictable; on a GPU one with a fresh key of its own."""
+    return None if device.type == "cpu" else torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8)) >> 1)
 
 
 def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
