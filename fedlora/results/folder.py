@@ -355,9 +355,9 @@ def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
     except (OSError, ValueError):  # gone or cut: it is written again
         return
     content, known = tomllib.loads(there.to_toml()), dict(resolved)
-    for section in (content, known):
+    for sections in (content, known):
         # What "auto" became is written before its round is done; and files may move.
-        section["simulation"] = {k: v for k, v in section["simulation"].items() if k != "cohort_size"}
+        sections["simulation"] = {k: v for k, v in sections["simulation"].items() if k != "cohort_size"}
     for section, key in _PLACES:
         content[section].pop(key, None)
         known[section] = {k: v for k, v in known[section].items() if k != key}

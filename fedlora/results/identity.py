@@ -118,7 +118,7 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        sha.update(flat[start : start + _CHUNK].cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(flat[start : start + _CHUNK].cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -134,5 +134,5 @@ def _array_digest(*arrays: np.ndarray | None, extra: bytes = b"") -> str:
             sha.update(b"\nnone")
             continue
         sha.update(f"\n{array.dtype} {array.shape}\n".encode())
-        sha.update(np.ascontiguousarray(array))
+        sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()

@@ -248,6 +248,7 @@ def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.
 def _batches(job: ClientJob, generators: _Generators, client: ClientSection, steps: int) -> Iterator[np.ndarray]:
     if job.plan is not None:
         return poisson_batches(job.rows, job.plan.sample_rate, steps, generators.sampling)
+    assert generators.sampling is not None  # only private jobs are secret
     return shuffled_batches(job.rows, client.batch_size, steps, generators.sampling)
 
 
