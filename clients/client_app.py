@@ -147,6 +147,8 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
         try:
             results = train_cohort(adapted, client_data(config).train, [jobs[i] for i in group], config)
         except (GuardError, BudgetError, InputError) as error:
+            if len(group) > 1:
+                raise  # one client's failure must not be the others': they run again one by one
             replies |= {i: _error_reply(error, messages[i], contexts[i]) for i in group}
             continue
         trained |= zip(group, results, strict=True)

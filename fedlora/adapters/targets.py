@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import regex
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -18,6 +19,7 @@ LINEAR = (nn.Linear, Conv1D)
 
 _FIELD = "method.target_modules"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SECONDS = 1.0
 # Names of projections without what does not tell them apart: q_proj, q_lin, query_proj, project_q, Wq, q_b_proj ...
 _AFFIXES = re.compile(r"^(project_|w(?=[qkv]))|(_?(proj|lin|linear|layer|head))$")
 _QUERY = {"q", "query", "q_b", "query_key"}
@@ -90,10 +92,13 @@ def _matching(paths: Iterable[str], names: str | Sequence[str], field: str, wrap
     if not isinstance(names, str):
         return [p for p in paths if any(p == name or p.endswith(f".{name}") for name in names)]
     try:
-        pattern = re.compile(names)
-    except re.error as error:
+        pattern = regex.compile(names)
+        # A server's expression must not keep a node busy: some take for ever on a path of fifty letters.
+        return [p for p in paths if any(pattern.fullmatch(n, timeout=_SECONDS) for n in {p, p.removeprefix(wrapper)})]
+    except regex.error as error:
         raise InputError(field, names, f"is not a regular expression ({error})") from None
-    return [p for p in paths if pattern.fullmatch(p) or pattern.fullmatch(p.removeprefix(wrapper))]
+    except TimeoutError:
+        raise InputError(field, names, f"takes more than {_SECONDS} s on one path; simplify it") from None
 
 
 def _without(found: list[str], names: str | Sequence[str], wrapper: str) -> list[str]:

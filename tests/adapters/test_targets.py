@@ -191,3 +191,9 @@ def test_all_linear_reaches_every_layer(model_type):
     name, _ = head_of(model)
     linear = [p for p, m in family_model(model_type).named_modules() if isinstance(m, nn.Linear)]
     assert list(adapted.adapters) == [path for path in linear if path.partition(".")[0] != name]
+
+
+def test_an_expression_that_never_ends_is_refused():
+    """A server chooses the expression, and a node matches it before any charge."""
+    with pytest.raises(InputError, match=r"takes more than .* on one path"):
+        target_paths(torch.nn.ModuleDict({"a" * 60: torch.nn.Linear(2, 2)}), "(a|a)+[bc]")
