@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -480,8 +481,11 @@ def run_short_text(model: Any) -> Any:
             ids = ids.masked_fill(ids == special, other)
     if _is_token(end) and end < vocabulary:
         ids[:, -1] = end
+    # Training gives a mask too; on a skeleton some models look at its numbers.
+    mask = None if device.type == "meta" else torch.ones_like(ids)
     try:
-        return model(input_ids=ids)
+        with unchanged(model):
+            return model(input_ids=ids, attention_mask=mask)
     except Exception as error:  # of any model's code
         why = " ".join(str(error).split())[:200] or type(error).__name__
         name = getattr(base, "model_type", type(model).__name__)
@@ -491,12 +495,14 @@ def run_short_text(model: Any) -> Any:
 def on_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
     """Call a function that runs a model which may be a skeleton (on ``meta``); return what it returns.
 
-    The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. Many
-    models do not run on ``meta`` itself, because they look at their masks: they run on the CPU, which takes longer.
+    The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. A
+    skeleton runs on fake tensors, which compute shapes alone. A model that looks at numbers, which these have not, runs
+    on zeros, which takes as long as any pass of it.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        with suppress(InputError):
-            return run()
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return run()
+    with suppress(InputError), FakeTensorMode(allow_non_fake_inputs=True), _weightless(model):
+        return run()
     with _weightless(model):
         return run()
 
@@ -523,6 +529,40 @@ def _weightless(model: nn.Module) -> Iterator[None]:
     finally:
         for table, name, value in kept:
             table[name] = value
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what running a model may change in it: plain attributes such as modes, parts, and buffers.
+
+    BigBird, for one, takes another attention for good as soon as it meets a short row.
+    """
+    kept = [(module, *_state(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, plain, parts, buffers in kept:
+            vars(module).update(plain)
+            for part, content in parts.items():
+                here = vars(module)[part]
+                here.clear()
+                here.update(content)
+            for name, value in buffers.items():
+                if not torch.equal(module._buffers[name], value):  # type: ignore[arg-type]
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
+    plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+    parts = {part: dict(vars(module)[part]) for part in _PARTS}
+    tensors = {name: value for name, value in module._buffers.items() if value is not None}
+    # Those of a skeleton have no numbers.
+    real = {name: value for name, value in tensors.items() if not (value.is_meta or isinstance(value, FakeTensor))}
+    buffers = {name: value.clone() for name, value in real.items()}
+    return plain, parts, buffers
 
 
 def _check_complete(config: Config, missing: set[str], mismatched: set[str], head: str | None) -> None:

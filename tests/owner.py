@@ -97,15 +97,27 @@ class Server:
     run : int
         The SuperLink's id of the run.
     federation : str
+    known : str
+        What the test texts begin with: words that the model's tokenizer knows.
     overrides : dict
         ``section__key`` to value.
     """
 
     def __init__(
-        self, folder: Path, method: str = "fed-sb", run: int = RUN, federation: str = "f1", **overrides: Any
+        self,
+        folder: Path,
+        method: str = "fed-sb",
+        run: int = RUN,
+        federation: str = "f1",
+        known: str = "",
+        **overrides: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"text": row["note"], "label": row["verdict"]} for row in reviews(20, 9)]
+        words = known.split() or [""]
+        rows = [
+            {"text": f"{known} {words[number % len(words)]} {row['note']}", "label": row["verdict"]}
+            for number, row in enumerate(reviews(20, 9))
+        ]
         content = {
             "run": {"rounds": 4, "seed": 3},
             "model": {"name": "asset:minilm-l6", "pooling": "mean", "max_length": 16, "num_hidden_layers": 1},

@@ -191,6 +191,10 @@ def save_llama(folder: Path) -> Path:
     return folder
 
 
+KNOWN = "w4 w5 w6 w7 w8 w9"
+"""Words that the tokenizer of :func:`save_tokenizer` knows."""
+
+
 def save_tokenizer(folder: Path) -> None:
     """Save a tokenizer of the words w4, w5, ..."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCABULARY)}}

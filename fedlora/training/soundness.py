@@ -25,6 +25,7 @@ from fedlora.adapters.stacked import RowProducts
 from fedlora.config import Config
 from fedlora.data.tokens import IGNORED
 from fedlora.errors import GuardError, InputError
+from fedlora.models import unchanged
 from fedlora.training.dp import per_example_gradients
 from fedlora.training.loss import per_example_loss
 
@@ -329,23 +330,14 @@ def _drawn(adapted: AdaptedModel, seed: int) -> Arrays:
 def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
     """Put back whatever running the model changes: parameters, buffers, modes, the layout, and all generators."""
     model, trained, layout = adapted.model, adapted.trained, dict(vars(adapted.layout))
-    kept = [(module, *_state(module)) for module in model.modules()]
     chance = random.getstate(), np.random.get_state()
     devices = [adapted.device] if adapted.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), unchanged(model):
             yield
     finally:
         random.setstate(chance[0])
         np.random.set_state(chance[1])
-        for module, plain, parts, buffers in kept:
-            vars(module).update(plain)
-            for part, content in parts.items():
-                here = vars(module)[part]
-                here.clear()
-                here.update(content)
-            for name, value in buffers.items():
-                module._buffers[name].copy_(value)  # type: ignore[union-attr]
         adapted.trained = trained
         vars(adapted.layout).clear()
         vars(adapted.layout).update(layout)
@@ -373,13 +365,3 @@ def _widen(adapted: AdaptedModel) -> None:
     for module in model.modules():
         for kept in (module._parameters, module._buffers):
             kept.update({name: wide[id(t)] for name, t in kept.items() if id(t) in wide})  # type: ignore[misc]
-
-
-_PARTS = ("_parameters", "_buffers", "_modules")
-
-
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
-    plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
-    parts = {part: dict(vars(module)[part]) for part in _PARTS}
-    buffers = {name: value.clone() for name, value in module._buffers.items() if value is not None}
-    return plain, parts, buffers

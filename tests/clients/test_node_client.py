@@ -114,6 +114,7 @@ def test_a_node_trains_on_its_own_file_and_charges_every_step(tmp_path: Path, no
 def expert_server(tmp_path: Path) -> Server:
     """Make a server of a FlexMoRE run, whose first message carries no arrays."""
     sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    sections["known"] = tiny.KNOWN
     return Server(tmp_path / "server", "flexmore", **sections, model__pooling="default", method__rank=2)
 
 
@@ -252,10 +253,12 @@ def test_weaker_privacy_than_the_owner_accepts(
 
 
 def test_a_model_whose_examples_depend_on_each_other_costs_a_node_nothing(
-    tmp_path: Path, node_file: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = str(architectures.save("convbert", tmp_path / "convbert"))
+    node_file = write_node(tmp_path / "clinic", cache, policy={"models": listed(model)})
     given = {"model__num_hidden_layers": 2, "method__target_modules": ["query", "value"]}
+    given["known"] = "the film was good and dull"
     mixing = Server(tmp_path / "server", model__name=model, **given)
     here = mixing.context(node_file)
     assert not app(mixing.describe(), here).has_error()
@@ -416,6 +419,7 @@ def test_the_number_of_examples_does_not_depend_on_what_the_server_asks(tmp_path
     """Rows that were dropped by a server's tokenizer and length would count what it looks for, without noise."""
     rows = [{"question": "w5 " * (2 + 4 * (row % 3)), "answer": "w7"} for row in range(30)]
     sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    sections["known"] = tiny.KNOWN
     policy = {"models": listed(tmp_path / "model")}
     columns = {"prompt": "question", "answer": "answer"}
     node_file = write_node(tmp_path / "clinic", cache, rows, data=columns, policy=policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import datasets
 import pytest
@@ -51,10 +52,12 @@ def settings(folder, texts=TEXTS, *, max_length=16, **data) -> Config:
     return load_config(content)
 
 
-def on_node(config: Config) -> Config:
+def on_node(config: Config, file: Path, texts: list[str]) -> Config:
     """Return the config as a node makes it for its owner's file."""
-    data = config.data.model_copy(update={"test": "server", "partition": config.data.partition})
-    return config.model_copy(update={"data": data})
+    rows = ({"text": text, "label": "xy"[number % 2]} for number, text in enumerate(texts))
+    file.write_text("\n".join(map(json.dumps, rows)))
+    own = {"name": str(file), "test": "server", "label_names": ["x", "y"]}
+    return config.model_copy(update={"data": config.data.model_copy(update=own)})
 
 
 def test_a_model_without_its_tokenizer_files_is_refused(folder):
@@ -127,11 +130,11 @@ def test_what_is_cut_is_said_once_more_from_the_cache(folder):
 
 
 @pytest.mark.parametrize("what", ["unknown", "beyond", "cut"])
-def test_a_node_says_it_in_its_owners_log_alone(folder, what, caplog):
+def test_a_node_says_it_in_its_owners_log_alone(folder, tmp_path, what, caplog):
     """The server chose tokenizer and length: an error, or its absence, would answer its question about the texts."""
     tokenizer([] if what == "unknown" else WORDS, ["xtra1"]).save_pretrained(folder)
     texts = [f"{text} xtra1" for text in TEXTS] if what == "beyond" else TEXTS
-    config = on_node(settings(folder, texts, max_length=4 if what == "cut" else 16))
+    config = on_node(settings(folder, texts, max_length=4 if what == "cut" else 16), tmp_path / "own.jsonl", texts)
     if what == "unknown":
         # Without words there are 6 tokens, with one that was added.
         assert json.loads((folder / "config.json").read_text())["vocab_size"] == 11
@@ -140,5 +143,9 @@ def test_a_node_says_it_in_its_owners_log_alone(folder, what, caplog):
     assert not data.notes
     assert len(data.train) == len(TEXTS)
     assert int(torch.as_tensor(data.train.tokens.max())) < 11
-    expected = {"unknown": "does not know 100%", "beyond": "the token 11", "cut": "cuts 36 of 36 rows of train"}
+    expected = {
+        "unknown": "does not know 100%",
+        "beyond": "have no token that the model knows",
+        "cut": "cuts 36 of 36 rows of train",
+    }
     assert expected[what] in caplog.text

@@ -15,7 +15,6 @@ from fedlora.config import MAX_EPSILON, MAX_NOISE, MIN_NOISE, load_config
 from fedlora.errors import InputError
 from fedlora.privacy import Ledger, calibration, plan_privacy
 from fedlora.privacy.calibration import MAX_STEPS, PrivacyPlan, noise_multiplier, spent_epsilon
-from fedlora.study.forecast import forecast
 
 SECONDS = 20.0
 """Of CPU time, which other work on the machine does not change: the longest of all takes about 5."""
@@ -147,17 +146,15 @@ def test_values_that_once_hung_or_crashed(privacy, examples):
         check_sense(plan)
 
 
-@pytest.mark.parametrize(("rounds", "fine"), [(2 * 10**8, True), (2 * 10**8 + 1, False), (10**12, False)])
-def test_steps_beyond_what_is_counted_are_refused(rounds, fine):
-    content = mutated({"target_epsilon": 8.0}, rounds)
+@pytest.mark.parametrize(("steps", "fine"), [(10**4, True), (10**4 + 1, False), (10**5, False)])
+def test_steps_beyond_what_is_counted_are_refused(steps, fine):
+    content = mutated({"target_epsilon": 8.0}, 10**5, steps)
     if fine:
         assert plan_or_line(content, 10**4) is not None
     else:
         with pytest.raises(InputError, match="lower it") as caught:
             plan_privacy(load_config(content), 10**4)
         assert caught.value.field == "run.rounds"
-    with pytest.raises(InputError, match="a forecast adds up"):
-        forecast(load_config(mutated({"target_epsilon": 8.0}, 100_001)))
 
 
 @settings(max_examples=60)

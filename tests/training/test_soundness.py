@@ -35,7 +35,7 @@ CLIENTS = ([0], [1, 2], [3, 4, 5])
 
 def test_there_are_architectures_enough():
     assert len(ENCODERS | DECODERS) >= 55
-    assert set(REFUSED) < set(ENCODERS | DECODERS)
+    assert {name if isinstance(name, str) else name[0] for name in REFUSED} < set(ENCODERS | DECODERS)
 
 
 def gradients(
@@ -57,9 +57,13 @@ def gradients(
 @pytest.mark.parametrize(("name", "task", "kind"), cases())
 def test_gradients_in_company_are_those_alone_or_the_model_is_refused(name, task, kind):
     """Three clients of 1, 2 and 3 rows of 3 to 20 tokens, of other arrays each; gradients to 2e-3 of a row's norm."""
+    if (name, task) == ("xlnet", "mean"):  # no layer is left that an adapter could be in
+        with pytest.raises(InputError, match="all texts in one row after the other"):
+            adapted_case(name, task, kind)
+        return
     adapted, config = adapted_case(name, task, kind)
     found = dependence(adapted, config, PAD)
-    assert (found is not None) == (name in REFUSED), found
+    assert (found is not None) == (name in REFUSED or (name, task) in REFUSED), found
     if found is not None:
         with pytest.raises(InputError, match=r"model\.name"):
             check_sound(adapted, config, PAD)
