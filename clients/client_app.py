@@ -14,12 +14,21 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
-from clients.resources import client_data, client_model, forget_data, initial_arrays, keep_initial, run_config
+from clients.resources import (
+    client_data,
+    client_model,
+    forget_data,
+    initial_arrays,
+    initial_path,
+    keep_initial,
+    run_config,
+)
 from fedlora.adapters import AdaptedModel, ExpertModel
 from fedlora.communication.meter import INITIAL
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
-from fedlora.config import Config
+from fedlora.communication.wire import Arrays, decode, digest, encode, wire_dtype
+from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
+from fedlora.models import load_tokenizer, model_config
 from fedlora.node.errors import outward_error
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.privacy.calibration import local_steps
@@ -27,6 +36,7 @@ from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.expert_start import start_expert
+from fedlora.training.soundness import check_sound
 
 log = logging.getLogger("fedlora")
 
@@ -56,12 +66,18 @@ def describe(message: Message, context: Context) -> Message:
 
 
 def _describe_node(message: Message, context: Context) -> Message:
-    node, about, run = open_node(context), node_record(message), run_of(message, context)
+    """Answer from the number of rows and the labels alone: no text is looked at."""
+    node = open_node(context)
+    node.ledger.count_describe()
+    about, run = node_record(message), run_of(message, context)
     federation, label_names = str(about["federation"]), list(map(str, about.get("label-names", []))) or None
     # The owner may have changed the file since the last run.
     forget_data()
     config = node.own_config(sent_config(context), label_names)
-    examples = len(client_data(config).train)
+    # A model that is not within reach is told before the first round.
+    model_config(config)
+    load_tokenizer(config)
+    examples = count_own(config)
     plan = node.admit(config, examples)
     # A resumed run has made its start already.
     made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
@@ -105,10 +121,13 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
     for i, (message, context) in enumerate(zip(messages, contexts, strict=True)):
         try:
             clients[i] = participant(message, context)
-            adapted = _model_with_initial(clients[i].config, message, adapted)
+            clients[i].admit(held)
+            adapted = _model_with_initial(clients[i], message, adapted)
             if adapted is None:
                 raise NeedsInitialError
-            clients[i].admit(held)
+            if clients[i].plan is not None:
+                # Before the ledger is charged, or an example is read.
+                check_sound(adapted, clients[i].config, client_data(clients[i].config).train.pad_token_id)
             jobs[i] = _job(message, clients[i], adapted)
         except Exception as error:
             replies[i] = _error_reply(error, message, context)
@@ -128,6 +147,8 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
         try:
             results = train_cohort(adapted, client_data(config).train, [jobs[i] for i in group], config)
         except (GuardError, BudgetError, InputError) as error:
+            if len(group) > 1:
+                raise  # one client's failure must not be the others': they run again one by one
             replies |= {i: _error_reply(error, messages[i], contexts[i]) for i in group}
             continue
         trained |= zip(group, results, strict=True)
@@ -153,25 +174,32 @@ def _groups(messages: Sequence[Message], indices: Sequence[int]) -> list[list[in
     return list(groups.values())
 
 
-def _model_with_initial(config: Config, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
-    """Return the model with the run's frozen arrays in it, or None where this host does not hold them."""
+def _model_with_initial(client: Participant, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
+    """Return the model with the run's frozen arrays in it, or None where this host does not hold them.
+
+    Arrays that came with the message are kept once the model took them: a server cannot let a node keep others.
+    """
     settings = _settings(message)
     wanted = str(settings.get("initial-digest", ""))
-    if INITIAL in message.content:
-        record = message.content[INITIAL]
-        assert isinstance(record, ArrayRecord)
-        if getattr(ready, "initial", None) != wanted and keep_initial(decode(record)) != wanted:
-            raise RuntimeError("the frozen arrays that came differ from the digest that the server announced")
-    if ready is not None:
-        return ready
-    adapted = client_model(config, str(settings["parameterisation"]))
-    if wanted and getattr(adapted, "initial", None) != wanted:
-        arrays = initial_arrays(wanted)
-        if arrays is None:
-            initial_arrays.cache_clear()
-            return None
-        adapted.set_shared(arrays)
-        adapted.initial = wanted
+    adapted = ready if ready is not None else client_model(client.config, str(settings["parameterisation"]))
+    if not wanted or getattr(adapted, "initial", None) == wanted:
+        return adapted
+    came = message.content.get(INITIAL)
+    arrays = decode(came) if isinstance(came, ArrayRecord) else initial_arrays(wanted)
+    if arrays is None:
+        initial_arrays.cache_clear()
+        return None
+    if came is not None and digest(arrays) != wanted:
+        raise RuntimeError("the frozen arrays that came differ from the digest that the server announced")
+    adapted.initial = None
+    adapted.set_shared(arrays)
+    adapted.initial = wanted
+    path = initial_path(wanted)
+    if came is None:
+        client.make_room(0, path)
+    elif not path.exists():
+        client.make_room(sum(array.nbytes for array in arrays.values()))
+        keep_initial(arrays, wanted)
     return adapted
 
 
@@ -182,9 +210,9 @@ def _job(message: Message, client: Participant, adapted: AdaptedModel) -> Client
     adapted.prepare(settings)
     if client.starts and isinstance(adapted, ExpertModel):
         client.charge_start()
-        entropy = int.from_bytes(os.urandom(32)) if client.secret else [client.config.run.seed, 0, client.client]
+        sequence = None if client.secret else np.random.SeedSequence([client.config.run.seed, 0, client.client])
         table = client_data(client.config).train
-        arrays = start_expert(adapted, table, client.rows, client.plan, np.random.SeedSequence(entropy))
+        arrays = start_expert(adapted, table, client.rows, client.plan, sequence)
     else:
         arrays = adapted.begin(_decode_shared(record))
     return ClientJob(
@@ -258,7 +286,7 @@ def _error_reply(error: Exception, message: Message, context: Context) -> Messag
 def capacity(message: Message, context: Context) -> int:
     """Measure how many clients of this run train in one pass on this process' device."""
     client = participant(message, context)
-    adapted = _model_with_initial(client.config, message, None)
+    adapted = _model_with_initial(client, message, None)
     if adapted is None or adapted.device.type == "cpu":
         return 1
     return cohort_capacity(adapted, client_data(client.config).train, _job(message, client, adapted), client.config)

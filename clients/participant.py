@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedlora.errors import InputError, StaleError
 from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node import Node
+from fedlora.node.room import make_room
 from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
 from fedlora.privacy.calibration import local_steps
 
@@ -65,6 +67,10 @@ class Participant(ABC):
         """
 
     @abstractmethod
+    def make_room(self, needed: int, *used: Path) -> None:
+        """Make room in the cache for that many bytes, beside what is in use there."""
+
+    @abstractmethod
     def charge_start(self) -> None:
         """Charge the start that the client is about to make from its examples, if it is private."""
 
@@ -90,6 +96,9 @@ class SimulatedClient(Participant):
         """Check the run's ceiling."""
         if self.plan is not None:
             self._ledger(self.plan).check(self.plan, local_steps(self.config, len(self.rows)), self.starts)
+
+    def make_room(self, needed: int, *used: Path) -> None:
+        """Do nothing: the cache is the user's own."""
 
     def charge_start(self) -> None:
         """Do nothing: it is charged once it leaves, with the steps."""
@@ -121,7 +130,10 @@ class NodeClient(Participant):
         self.node.ledger.check_round(self.run, self.server_round)
         self.config = self.node.own_config(sent_config(context), label_names)
         self.client = int(about["client"])
-        self.rows = client_data(self.config).partition[0]
+        make_room(self.node.config)
+        data = client_data(self.config)
+        make_room(self.node.config, used=(data.folder,))
+        self.folder, self.rows = data.folder, data.partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
         self.starts = _starts(message)
         self.secret = self.plan is not None
@@ -136,6 +148,10 @@ class NodeClient(Participant):
         admitted = self.node.ledger.round(self.federation, self.run, self.server_round, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
         self.on_step = self._step
+
+    def make_room(self, needed: int, *used: Path) -> None:
+        """Keep the cache within what the owner gives it."""
+        make_room(self.node.config, needed, (self.folder, *used))
 
     def _step(self) -> None:
         """Charge a step, unless nobody waits for the round any more: what it would spend would be lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base
 from fedlora.training.fuse import fuse_blocks
 
-_NO_METHOD = MethodSection(name="")
+_NO_METHOD = MethodSection(name="none")
 
 
 def run_config(values: Mapping[str, Any]) -> Config:
@@ -81,8 +82,9 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    keys = {"rank", "alpha", "target_modules", "dropout", "extraction", "router_init", "router_documents"}
-    method = MethodSection(name="", **config.method.model_dump(include=keys))
+    keys = {"rank", "alpha", "target_modules", "exclude_modules", "dropout"}
+    keys |= {"extraction", "router_init", "router_documents"}
+    method = MethodSection(name="none", **config.method.model_dump(include=keys))
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)
@@ -90,27 +92,34 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
     return _model(part.model_dump_json(), parameterisation)
 
 
-def keep_initial(arrays: Arrays) -> str:
-    """Store a run's frozen arrays on this host under their digest, and return it."""
-    key = digest(arrays)
-    path = _initial_path(key)
+def keep_initial(arrays: Arrays, key: str) -> None:
+    """Store a run's frozen arrays on this host under their digest."""
+    path = initial_path(key)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_bytes(save(arrays))
         os.replace(temporary, path)
-    return key
 
 
 @lru_cache(maxsize=2)
 def initial_arrays(key: str) -> Arrays | None:
     """Return the frozen arrays of a digest, or None where this host does not hold them (whole)."""
-    path = _initial_path(key)
+    path = initial_path(key)
     if not path.exists():
         return None
     arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
     return arrays if digest(arrays) == key else None
 
 
-def _initial_path(key: str) -> Path:
+def initial_path(key: str) -> Path:
+    """Return where the frozen arrays of a digest are kept.
+
+    Raises
+    ------
+    ValueError
+        If it is no digest: a server may not choose a path.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", key):
+        raise ValueError("the name of the frozen arrays is no SHA-256")
     return cache_dir() / "initial" / f"{key}.safetensors"

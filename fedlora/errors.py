@@ -100,7 +100,7 @@ class ClientErrorCode(IntEnum):
     FAILED = 101
     """Any exception while the client handled the message."""
     GUARD = 102
-    """A :class:`GuardError`: the run must stop."""
+    """A :class:`GuardError`: the client's training does not do what it says."""
     BUDGET = 103
     """A :class:`BudgetError`: the client releases nothing more."""
     INPUT = 104
@@ -115,6 +115,8 @@ class ClientErrorCode(IntEnum):
     """A :class:`StaleError`: nothing was done, and no privacy spent."""
     LABELS = 109
     """A :class:`LabelError`: the node's labels are not the run's."""
+    REPLY = 110
+    """The server's own: what the client sent is not what it was asked for."""
 
 
 _CODES: dict[type[Exception], ClientErrorCode] = {
@@ -126,6 +128,16 @@ _CODES: dict[type[Exception], ClientErrorCode] = {
     StaleError: ClientErrorCode.STALE,
     LabelError: ClientErrorCode.LABELS,
 }
+
+
+def plain_text(text: str, longest: int = 500) -> str:
+    """Return a text of somebody else's, fit for a log and a terminal: no control characters, and no longer than this.
+
+    Line breaks and tabs stay. Of a longer text the middle goes.
+    """
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text[: 8 * longest])
+    half = (longest - 5) // 2
+    return shown if len(shown) <= longest else f"{shown[:half]} ... {shown[-half:]}"
 
 
 def error_code(error: Exception) -> ClientErrorCode:

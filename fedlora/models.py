@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import io
+import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,10 +31,13 @@ from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.paths import find_path
+
+T = TypeVar("T")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HEADS = ("classifier", "score")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
+_HEADS = ("classifier", "score", "classification_head", "logits_proj")
+_BEFORE_HEADS = ("pre_classifier", "pooler", "sequence_summary")
 # Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
 _PADDED_POSITIONS = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
@@ -41,12 +46,20 @@ _PADDED_POSITIONS = {
 
 
 class MeanPoolingConfig(PreTrainedConfig):
-    """Config of a :class:`MeanPoolingClassifier`: the encoder's own config, as a dict, and the labels."""
+    """Config of a :class:`MeanPoolingClassifier`.
+
+    Parameters
+    ----------
+    encoder : dict
+        The encoder's own config.
+    hidden_size : int, optional
+        Width of what the encoder returns, where that is not its config's ``hidden_size``.
+    """
 
     model_type = "mean-pooling-classifier"
 
-    def __init__(self, encoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.encoder = encoder or {}
+    def __init__(self, encoder: dict[str, Any] | None = None, hidden_size: int | None = None, **kwargs: Any) -> None:
+        self.encoder, self.hidden_size = encoder or {}, hidden_size
         super().__init__(**kwargs)
 
 
@@ -74,7 +87,8 @@ class MeanPoolingClassifier(PreTrainedModel):
             model_class: Any = transformers.MODEL_MAPPING[type(base)]
             encoder = model_class(base, **_without_pooler(model_class))
         self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, int(config.num_labels or 2), dtype=encoder.dtype)
+        width = config.hidden_size or encoder.config.hidden_size
+        self.classifier = nn.Linear(width, int(config.num_labels or 2), dtype=encoder.dtype)
         self.post_init()
 
     @classmethod
@@ -137,13 +151,16 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 def pretrained_source(config: Config) -> str:
     """Return the folder or hub id of the base model, such that transformers' ``from_pretrained`` can load it.
 
-    Assets are fetched into the cache; one that holds GGUF weights is converted to safetensors there, once.
+    Assets are fetched into the cache; one that holds GGUF weights is converted to safetensors there, once. So is a
+    finished run (its folder, or its ``adapter/``) merged with its base.
 
     Raises
     ------
     InputError
         If ``model.name`` is no known model asset, no folder with a model, and cannot be a hub id.
     """
+    from fedlora.continuing import run_source
+
     name = config.model.name
     if is_asset(name):
         folder = fetch(name, "model", "model.name")
@@ -153,12 +170,14 @@ def pretrained_source(config: Config) -> str:
         gguf = asset.file(".gguf")
         converted = cache_dir() / "converted" / f"{asset.name}-{asset.version}"
         return str(build_once(converted, lambda target: _convert_gguf(folder, gguf, target), "model.name", name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    path = find_path(name, "model.name")
+    if path is not None and path.is_dir():
+        trained = run_source(name, path)
+        if trained is None and not (path / "config.json").is_file():
             raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
-        return str(path)
-    if path.exists():
+        # Written into results, which are read from anywhere.
+        return str((trained or path).absolute())
+    if path is not None:
         raise InputError("model.name", name, "is a file; give the folder of a model saved by save_pretrained")
     if not _HUB_ID.fullmatch(name):
         raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")
@@ -174,22 +193,42 @@ def model_config(config: Config) -> Any:
         If it cannot be loaded, has fewer layers than asked for, or fewer positions than ``model.max_length`` (or fewer
         at which an example does not depend on its batch).
     """
+    source = pretrained_source(config)
     with _loading(config):
-        pretrained = AutoConfig.from_pretrained(pretrained_source(config), revision=_revision(config))
-    for name, value in list(vars(pretrained).items()):
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(pretrained, name, 0.0)
+        pretrained: Any = AutoConfig.from_pretrained(source, revision=_revision(config), trust_remote_code=False)
+        if isinstance(pretrained, MeanPoolingConfig):
+            pretrained = _inner_config(config, pretrained)
+        text = pretrained.get_text_config()
+    for part in {id(part): part for part in (pretrained, text)}.values():
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(part, name, 0.0)
     wanted = config.model.num_hidden_layers
     if wanted is not None:
-        there = getattr(pretrained, "num_hidden_layers", None)
-        if there is None or wanted > there:
+        there = getattr(text, "num_hidden_layers", None)
+        if not isinstance(there, int):
+            raise InputError("model.num_hidden_layers", wanted, "the model has no such number to lower; leave it out")
+        if wanted > there:
             raise InputError("model.num_hidden_layers", wanted, f"the model has {there} layers; lower it")
-        pretrained.num_hidden_layers = wanted
-        if getattr(pretrained, "layer_types", None):
-            pretrained.layer_types = list(pretrained.layer_types)[:wanted]
-    positions = getattr(pretrained, "max_position_embeddings", None)
+        try:
+            text.num_hidden_layers = wanted
+        except NotImplementedError:
+            remedy = f"the layers of a {text.model_type} model have no such number to lower; leave it out"
+            raise InputError("model.num_hidden_layers", wanted, remedy) from None
+        if getattr(text, "layer_types", None):
+            text.layer_types = list(text.layer_types)[:wanted]
+    positions = getattr(text, "max_position_embeddings", None)
+    padded, vocabulary = pretrained.model_type in _PADDED_POSITIONS, vocabulary_size(pretrained)
+    if not _has_embedding(getattr(text, "pad_token_id", None), vocabulary):
+        text.pad_token_id = None  # it may be -1, a list, or a token that was added to the tokenizer alone
+    if padded and pretrained.pad_token_id is None:
+        # Positions are counted from the padding's number.
+        pretrained.pad_token_id = _tokenizer(config, source).pad_token_id
+        if not _has_embedding(pretrained.pad_token_id, vocabulary):
+            remedy = "neither its config nor its tokenizer says which token is padding; set pad_token_id in config.json"
+            raise InputError("model.name", config.model.name, remedy)
     if isinstance(positions, int) and positions > 0:
-        if pretrained.model_type in _PADDED_POSITIONS:
+        if padded:
             positions -= pretrained.pad_token_id + 1
         longest = config.model.max_length
         if longest > positions:
@@ -199,6 +238,28 @@ def model_config(config: Config) -> Any:
         remedy = f"beyond {alone} tokens this model's positions depend on the longest row of a batch; lower it"
         raise InputError("model.max_length", config.model.max_length, remedy)
     return pretrained
+
+
+def _is_token(number: Any) -> bool:
+    """Whether a config's entry is one token: it may be lacking, -1 or a list."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def vocabulary_size(pretrained: Any) -> int | None:
+    """Return how many token embeddings a model has, by its config; None if that does not say."""
+    size = getattr(pretrained.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _inner_config(config: Config, pooled: MeanPoolingConfig) -> Any:
+    """Return the encoder's config of a saved mean-pooled classifier, with the classes in it."""
+    if config.model.task != "sequence-classification" or config.model.pooling != "mean":
+        remedy = "that model classifies by the mean of its tokens; set model.pooling = mean"
+        raise InputError("model.name", config.model.name, f"{remedy} and model.task = sequence-classification")
+    inner = AutoConfig.for_model(**pooled.encoder)
+    inner.id2label, inner.label2id = pooled.id2label, pooled.label2id
+    inner.mean_pooled = True
+    return inner
 
 
 def _positions_alone(pretrained: Any) -> int | None:
@@ -220,16 +281,25 @@ def load_tokenizer(config: Config) -> Any:
     InputError
         If it cannot be loaded or has neither a padding nor an end-of-sequence token.
     """
-    source = pretrained_source(config)
-    with _loading(config):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=_revision(config))
+    tokenizer = _tokenizer(config, pretrained_source(config))
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError("model.name", config.model.name, "its tokenizer has no pad or eos token; add one")
+    vocabulary = vocabulary_size(model_config(config))
+    if not _has_embedding(tokenizer.pad_token_id, vocabulary):
+        if not _has_embedding(tokenizer.eos_token_id, vocabulary):
+            remedy = "its tokenizer has no pad or eos token with an embedding in the model; add one"
+            raise InputError("model.name", config.model.name, remedy)
         with quiet():
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer(config: Config, source: str) -> Any:
+    with _loading(config):
+        return AutoTokenizer.from_pretrained(source, revision=_revision(config), trust_remote_code=False)
+
+
+def _has_embedding(token: Any, vocabulary: int | None) -> bool:
+    return _is_token(token) and (vocabulary is None or token < vocabulary)
 
 
 def load_base(config: Config, label_names: list[str] | None, device: str | torch.device = "cpu") -> nn.Module:
@@ -260,6 +330,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     pretrained = model_config(config)
     classify = config.model.task == "sequence-classification"
     mean = classify and config.model.pooling == "mean"
+    whole = vars(pretrained).pop("mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
+    known = _labels(pretrained)
     if classify:
         if not label_names:
             raise ValueError("label_names are needed for sequence-classification")
@@ -273,32 +345,50 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"
-    if mean:
+    if mean and not whole:
         options |= _without_pooler(model_class)
-    if classify and not mean:
+    if classify and (whole or not mean):
         options["ignore_mismatched_sizes"] = True
     with torch.random.fork_rng(devices=[]), _loading(config):
         torch.manual_seed(config.run.seed)
         if torch.device(device).type == "meta":
             with torch.device("meta"):
                 model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
-            report: dict[str, Any] = {"missing_keys": ()}
+            report: dict[str, Any] = {"missing_keys": (), "mismatched_keys": ()}
         else:
+            loaded: Any = pretrained
+            if whole:
+                model_class, loaded = (
+                    MeanPoolingClassifier,
+                    MeanPoolingConfig.from_pretrained(source, trust_remote_code=False),
+                )
+                loaded.encoder = pretrained.to_dict()
+                loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
             revision = _revision(config)
-            model, report = model_class.from_pretrained(source, config=pretrained, revision=revision, **options)
-        if mean:
+            model, report = model_class.from_pretrained(
+                source, config=loaded, revision=revision, trust_remote_code=False, **options
+            )
+        if mean and not isinstance(model, MeanPoolingClassifier):
             labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
-            model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), **labels), model)
-    if mean and getattr(pretrained, "is_encoder_decoder", False):
-        _check_one_text(config, model)
+            width = _hidden_size(config, model)
+            model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
     missing = set(report["missing_keys"])
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]}
     head = head_of(model) if classify else None
     if classify and head is None:
         raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
-    _check_complete(config, missing, head[0] if head else None)
-    fresh = set() if mean else missing
+    _check_complete(config, missing, mismatched, head[0] if head else None)
+    fresh = set() if mean else missing | mismatched
     # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
     model.drawn = sorted(n for n in fresh if head is None or not n.startswith(f"{head[0]}."))
+    model.notes = []
+    if head is not None and known and (whole or not mean):
+        of_head = {n for n in missing | mismatched if n.startswith(f"{head[0]}.")}
+        if known == label_names and not of_head:
+            head = None  # it goes on from the checkpoint's
+        elif not of_head & missing and not any(name.startswith("LABEL_") for name in known):
+            classes = ", ".join(known[:5])
+            model.notes.append(f"the model's head is of other classes ({classes}), so a new one is drawn")
     if head is not None:
         fresh |= {f"{head[0]}.{name}" for name, _ in head[1].named_parameters()}
     _draw(model, fresh, config.run.seed, getattr(pretrained, "initializer_range", None) or 0.02)
@@ -338,20 +428,154 @@ def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-@torch.no_grad()
-def _check_one_text(config: Config, model: nn.Module) -> None:
-    """Refuse an encoder-decoder like T5, whose decoder wants a text of its own; others, like BART, give it the same."""
+def _labels(pretrained: Any) -> list[str] | None:
+    """Return the names of a checkpoint's classes, in order; None where its config has no such list."""
+    names = getattr(pretrained, "id2label", None)
+    if not isinstance(names, dict):
+        return None
     try:
-        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device))
-    except _LOADING_ERRORS as error:
+        return [str(names[number]) for number in range(len(names))]
+    except KeyError:
+        return None
+
+
+@torch.no_grad()
+def _hidden_size(config: Config, model: Any) -> int:
+    """Return the width of what an encoder returns for a text, which is not always its config's ``hidden_size``.
+
+    Refuses an encoder-decoder like T5, whose decoder wants a text of its own; others, like BART, give it the same.
+    """
+    try:
+        hidden = on_skeleton(model, lambda: run_short_text(model).last_hidden_state)
+    except InputError as error:
+        if not getattr(model.config, "is_encoder_decoder", False):
+            raise
         remedy = "its decoder wants a text beside the encoder's; take a model of one text, such as an encoder"
         raise InputError("model.name", config.model.name, remedy) from error
+    return int(hidden.shape[-1])
 
 
-def _check_complete(config: Config, missing: set[str], head: str | None) -> None:
+SHORT_TEXTS = 3
+"""How many :func:`run_short_text` runs at once."""
+
+
+def run_short_text(model: Any) -> Any:
+    """Run a model on three texts of eight tokens, which end as a text does; return its output.
+
+    Raises
+    ------
+    InputError
+        If it fails on them.
+    """
+    base = model.encoder.config if isinstance(model, MeanPoolingClassifier) else getattr(model, "config", None)
+    text = base.get_text_config() if base is not None else None
+    vocabulary = (vocabulary_size(base) if base is not None else None) or 2
+    device = next(model.parameters()).device
+    ids = (torch.arange(8 * SHORT_TEXTS, device=device).reshape(SHORT_TEXTS, 8) * 7 + 3) % vocabulary
+    # Heads look for the end, and for the padding behind it.
+    end: Any = getattr(text, "eos_token_id", None)
+    padding: Any = getattr(text, "pad_token_id", None)
+    for special in (end, padding):
+        if _is_token(special):
+            other = next((token for token in range(vocabulary) if token not in (end, padding)), 0)
+            ids = ids.masked_fill(ids == special, other)
+    if _is_token(end) and end < vocabulary:
+        ids[:, -1] = end
+    # Training gives a mask too; on a skeleton some models look at its numbers.
+    mask = None if device.type == "meta" else torch.ones_like(ids)
+    try:
+        with unchanged(model):
+            return model(input_ids=ids, attention_mask=mask)
+    except Exception as error:  # of any model's code
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        name = getattr(base, "model_type", type(model).__name__)
+        raise InputError("model.name", name, f"cannot run on a text ({why}); choose another model") from error
+
+
+def on_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
+    """Call a function that runs a model which may be a skeleton (on ``meta``); return what it returns.
+
+    The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. A
+    skeleton runs on fake tensors, which compute shapes alone. A model that looks at numbers, which these have not, runs
+    on zeros, which takes as long as any pass of it.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return run()
+    with suppress(InputError), FakeTensorMode(allow_non_fake_inputs=True), _weightless(model):
+        return run()
+    with _weightless(model):
+        return run()
+
+
+@contextmanager
+def _weightless(model: nn.Module) -> Iterator[None]:
+    """Give a skeleton zeros on the CPU for weights, which take next to no memory, for a moment."""
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                if value is not None and value.is_meta:
+                    kept.append((table, name, value))
+    try:
+        for table, name, value in kept:
+            if id(value) not in made:
+                # Fused experts are multiplied by kernels that want whole matrices.
+                own = value.shape[-2:] if value.dim() > 2 else ()
+                one = torch.zeros(own, dtype=value.dtype).expand(value.shape)
+                made[id(value)] = nn.Parameter(one, requires_grad=False) if isinstance(value, nn.Parameter) else one
+            table[name] = made[id(value)]
+        yield
+    finally:
+        for table, name, value in kept:
+            table[name] = value
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what running a model may change in it: plain attributes such as modes, parts, and buffers.
+
+    BigBird, for one, takes another attention for good as soon as it meets a short row.
+    """
+    kept = [(module, *_state(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, plain, parts, buffers in kept:
+            vars(module).update(plain)
+            for part, content in parts.items():
+                here = vars(module)[part]
+                here.clear()
+                here.update(content)
+            for name, value in buffers.items():
+                if not torch.equal(module._buffers[name], value):  # type: ignore[arg-type]
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
+    plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+    parts = {part: dict(vars(module)[part]) for part in _PARTS}
+    tensors = {name: value for name, value in module._buffers.items() if value is not None}
+    # Those of a skeleton have no numbers.
+    real = {name: value for name, value in tensors.items() if not (value.is_meta or isinstance(value, FakeTensor))}
+    buffers = {name: value.clone() for name, value in real.items()}
+    return plain, parts, buffers
+
+
+def _check_complete(config: Config, missing: set[str], mismatched: set[str], head: str | None) -> None:
     """Refuse a checkpoint that lacks parts of the body, which would then be noise that is never trained."""
-    allowed = (head, "pre_classifier", "pooler") if head else ()
-    lacking = sorted(name for name in missing if not any(part in allowed for part in name.split(".")))
+    allowed = (head, *_BEFORE_HEADS) if head else ()
+
+    def of_body(names: set[str]) -> list[str]:
+        return sorted(name for name in names if not any(part in allowed for part in name.split(".")))
+
+    if unlike := of_body(mismatched):
+        remedy = f"the checkpoint's {unlike[0]} has another shape than its config.json says; save both together"
+        raise InputError("model.name", config.model.name, remedy)
+    lacking = of_body(missing)
     if lacking:
         remedy = (
             f"the checkpoint has no weights for {lacking[0]} ({len(lacking)} lacking); take a model made for the task"
@@ -379,14 +603,17 @@ def _draw(model: nn.Module, names: set[str], seed: int, std: float) -> None:
 def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     # The conversion draws a progress bar of its own that no setting turns off.
     with quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False
+        )
         # transformers does not save a model that it regards as quantised: the weights move to a plain one.
         plain_config = loaded.config
         del plain_config.quantization_config
         plain = type(loaded)(plain_config)
         plain.load_state_dict(loaded.state_dict())
         plain.save_pretrained(target)
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        tokenizer.save_pretrained(target)
 
 
 def _revision(config: Config) -> str:
@@ -401,12 +628,13 @@ def _loading(config: Config) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except Exception as error:
-        # safetensors' error is a bare Exception of another module, hence by name.
-        if not isinstance(error, _LOADING_ERRORS) and type(error).__name__ != "SafetensorError":
-            raise
+    except Exception as error:  # transformers raises whatever its checks and the model's code raise
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = f"cannot be loaded ({why[:300]}); give asset:NAME, a folder, or a hub id within reach"
+        if "trust_remote_code" in str(error):
+            remedy = "needs the code beside it (auto_map), which is never run; take a model that transformers knows"
+        if isinstance(error, pickle.UnpicklingError):
+            remedy = "its weights are a pickle that holds code, which is never run; save them as safetensors"
         raise InputError("model.name", config.model.name, remedy) from error
 
 

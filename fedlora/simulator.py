@@ -17,13 +17,14 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import adapt
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
 from fedlora.data.partition import plot_partition
-from fedlora.data.sources import materialise
+from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunResult, run_folder
+from fedlora.results.identity import check_data
 from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
 from strategies import get_strategy
@@ -98,7 +99,8 @@ def simulate(
     _check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
     # The folder comes first: that it cannot be written should not show after an hour of loading.
-    with run_folder(path, given, _resolve_cohorts(resolve(given)), resume=resume) as folder:
+    chosen = with_absolute_paths(_resolve_cohorts(resolve(given)))
+    with run_folder(path, given, chosen, resume=resume) as folder:
         if folder.finished:
             log.info("%s is finished already", path)
             return folder.result()
@@ -107,15 +109,16 @@ def simulate(
             log.info("note: %s", note)
         rounds = _make_strategy(strategy, resolved)
         tokens = prepare_data(resolved)
+        check_data(folder, resolved, tokens)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
         skeleton = adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
         if resolved.privacy.mode == "example":
             names = skeleton.names(method.trained)
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
+        counts = tokens.label_counts()
+        folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
         if not (path / "partition.png").exists():
-            counts = tokens.label_counts()
-            folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
             plot_partition(path / "partition.png", counts, tokens.label_names)
         section = resolved.simulation
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from flwr.app import Message
 
 Arrays = dict[str, torch.Tensor]
+
+_FARTHEST = 1e150
+"""The square of a longer move would raise an OverflowError."""
 
 
 class WeightedMean:
@@ -28,10 +32,10 @@ class WeightedMean:
         Raises
         ------
         ValueError
-            If the weight is negative, or names or shapes differ from the first client's.
+            If the weight is negative or not finite, or names, shapes or dtypes differ from the first client's.
         """
-        if weight < 0:
-            raise ValueError(f"weight {weight} is negative")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight {weight} is negative or not finite")
         if not self._sums:
             self._sums = {name: torch.zeros(a.shape, dtype=torch.float64) for name, a in arrays.items()}
             self._dtypes = {name: a.dtype for name, a in arrays.items()}
@@ -40,6 +44,8 @@ class WeightedMean:
         for name, array in arrays.items():
             if array.shape != self._sums[name].shape:
                 raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(self._sums[name].shape)}")
+            if array.dtype != self._dtypes[name]:
+                raise ValueError(f"{name} is of {array.dtype}, expected {self._dtypes[name]}")
         sums = list(self._sums.values())
         torch._foreach_add_(sums, [arrays[name].double() for name in self._sums], alpha=weight)
         self.total_weight += weight
@@ -78,11 +84,14 @@ class Drift:
         if mean is None or not self.total_weight:
             return None
         moved = self._square(mean)
-        return max(0.0, self._squares / self.total_weight / moved - 1) if moved else None
+        drift = self._squares / self.total_weight / moved - 1 if moved else math.nan
+        # Squares of large moves may leave the range of a float.
+        return max(0.0, drift) if math.isfinite(drift) else None
 
     def _square(self, arrays: Mapping[str, torch.Tensor]) -> float:
         # torch.dist makes no copy of the difference: less than averaging costs, for small arrays and large ones.
-        return sum(float(torch.dist(array, self.start[name])) ** 2 for name, array in arrays.items())
+        moves = (float(torch.dist(array, self.start[name])) for name, array in arrays.items())
+        return sum(move**2 if move < _FARTHEST else math.inf for move in moves)
 
 
 def weighted_mean(clients: Iterable[tuple[Mapping[str, torch.Tensor], float]]) -> Arrays | None:
@@ -97,7 +106,7 @@ def in_client_order(replies: Iterable[Message], node_ids: Sequence[int]) -> Iter
     """Yield replies in the order of the nodes they were asked from.
 
     A reply is held back only until those before it are there, so that a Grid that answers in order is streamed; those
-    whose predecessors never come follow at the end, in order.
+    whose predecessors never come follow at the end, in order. There is one reply a node at most.
     """
     place = {node: i for i, node in enumerate(node_ids)}
     held: dict[int, Message] = {}

@@ -21,14 +21,15 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
-from fedlora.communication.wire import Arrays, decode, decode_vector, encode, flatten, wire_dtype
+from fedlora.communication.wire import Arrays, decode_as, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, GuardError, InputError, RunError
+from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.models import load_base
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 from strategies.aggregation import Drift, WeightedMean, in_client_order
+from strategies.replies import ReplyError, first_replies, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 
@@ -42,6 +43,8 @@ UNAVAILABLE = (
     ErrorCode.MESSAGE_UNAVAILABLE,
 )
 """Codes of clients that are not there; all but the first the SuperLink answers in a node's place."""
+
+_LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
 
 
 @dataclass
@@ -59,6 +62,8 @@ class RoundReport:
     aggregate_seconds : float
     drift : float or None
         See :class:`~strategies.aggregation.Drift`.
+    uncounted : str
+        Why the round gave no new arrays; "" where it did.
     """
 
     clients: list[int] = field(default_factory=list)
@@ -66,6 +71,7 @@ class RoundReport:
     metrics: dict[int, MetricRecord] = field(default_factory=dict)
     aggregate_seconds: float = 0.0
     drift: float | None = None
+    uncounted: str = ""
 
     @property
     def only_absent(self) -> bool:
@@ -129,6 +135,9 @@ class FederatedStrategy(Strategy):
         Client (partition) number to node id; set before the first round.
     names : list of str
         Names of the real nodes, by client number; empty in simulation.
+    examples : dict of int to int
+        Each client's number of examples, by which it weighs, as it said before the first round. Of a client that nobody
+        asked the reply's own number counts.
     waits : bool
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
@@ -146,11 +155,12 @@ class FederatedStrategy(Strategy):
         self.config = config
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
+        self.examples: dict[int, int] = {}
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
         self._sent = ArrayRecord()
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._failing: set[int] = set()
 
     @abstractmethod
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
@@ -274,7 +284,6 @@ class FederatedStrategy(Strategy):
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
         self._sent = arrays
-        self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         config = ConfigRecord(dict(config))
         config["server-round"] = server_round
         config["learning-rate"] = self.learning_rate(server_round)
@@ -289,107 +298,97 @@ class FederatedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the clients' arrays by their numbers of examples, as the replies come."""
         # As one vector: clients are many, and so are the small arrays of an adapter.
-        mean, drift = WeightedMean(), Drift({"all": decode_vector(self._sent)[1]})
-        for client, message in self.valid_replies(replies):
+        shapes, dtype = self._asked()
+        mean, drift = WeightedMean(), Drift({"all": decode_as(self._sent, shapes, dtype)})
+        for client, message in self.valid_replies(replies, str(server_round)):
             started = time.perf_counter()
             try:
-                vector, metrics = self._read_vector(message)
-                weight = self.weight(metrics)
+                vector, metrics = read_update(message, shapes, dtype, private=self.private)
+            except ReplyError as error:
+                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
+            else:
+                self.report.metrics[client] = metrics
+                weight = self.weight(client)
                 mean.add({"all": vector}, weight)
                 drift.add({"all": vector}, weight)
-                self.report.metrics[client] = metrics
-            except ValueError as error:
-                self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
             self.report.aggregate_seconds += time.perf_counter() - started
         started = time.perf_counter()
-        result = mean.result() if len(self.report.metrics) >= self.config.server.min_replies else None
+        result = mean.result() if self.enough_replies() else None
+        if result is None:
+            self.report.uncounted = self.report.uncounted or "no client that answered holds examples"
+        elif not is_finite(result.values()):
+            self.report.uncounted, result = "the mean is not finite", None
         self.report.drift = drift.result(result)
         record = None
         if result is not None:
-            parts = result["all"].split([math.prod(shape) for shape in self._shapes.values()])
-            arrays = {n: part.view(shape) for (n, shape), part in zip(self._shapes.items(), parts, strict=True)}
+            parts = result["all"].split([math.prod(shape) for shape in shapes.values()])
+            arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
             record = encode(arrays, wire_dtype(self.config.model.dtype))
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()
 
-    def read(self, message: Message) -> tuple[Arrays, MetricRecord]:
-        """Return a reply's arrays and metrics.
+    def _asked(self) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
+        """Names, shapes and dtype of the arrays that were sent, which are those that must come back."""
+        shapes = {name: tuple(array.shape) for name, array in self._sent.items()}
+        dtypes = {array.dtype for array in self._sent.values()}
+        return shapes, getattr(torch, dtypes.pop()) if dtypes else wire_dtype(self.config.model.dtype)
+
+    @property
+    def private(self) -> bool:
+        """Whether clients say what privacy they spend."""
+        return self.config.privacy.mode != "none"
+
+    def weight(self, client: int) -> float:
+        """Return a client's weight before normalisation: its number of examples."""
+        examples = self.examples.get(client, self.report.metrics[client]["num-examples"])
+        return float(examples)  # type: ignore[arg-type]
+
+    def enough_replies(self) -> bool:
+        """Whether the round counts; else its report says why not."""
+        count, least = len(self.report.metrics), self.config.server.min_replies
+        if count < least:
+            self.report.uncounted = f"{count} replies are fewer than server.min_replies = {least}"
+        return count >= least
+
+    def valid_replies(self, replies: Iterable[Message], group: str = "") -> Iterable[tuple[int, Message]]:
+        """Yield (client, reply) in client order, one reply a client; log and count the failures.
+
+        Parameters
+        ----------
+        replies : iterable of Message
+        group : str
+            The round, as the messages name it; "" takes replies to any.
 
         Raises
         ------
-        ValueError
-            If something lacks, or the arrays are not finite or not of the names and shapes that were sent.
+        RunError
+            If every client of the round failed, unless it was one of several: one alone must not end the run.
         """
-        record, metrics = _parts(message)
-        arrays = decode(record)
-        self._check_shapes({name: tuple(array.shape) for name, array in arrays.items()})
-        _check_finite(arrays)
-        return arrays, metrics
-
-    def _read_vector(self, message: Message) -> tuple[torch.Tensor, MetricRecord]:
-        """Do as :meth:`read`, but return the arrays as one vector, in the order in which they were sent."""
-        record, metrics = _parts(message)
-        shapes, vector = decode_vector(record)
-        self._check_shapes(shapes)
-        if list(shapes) != list(self._shapes):
-            arrays = decode(record)
-            vector = flatten({name: arrays[name] for name in self._shapes})
-        if not (vector.is_floating_point() and vector.isfinite().all()):
-            _check_finite(decode(record))
-        return vector, metrics
-
-    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if shapes == self._shapes:
-            return
-        name = min(n for n in shapes.keys() | self._shapes.keys() if shapes.get(n) != self._shapes.get(n))
-        raise ValueError(f"{name} has shape {shapes.get(name)}, expected {self._shapes.get(name)}")
-
-    def weight(self, metrics: MetricRecord) -> float:
-        """Return a client's weight before normalisation: its number of examples.
-
-        Raises
-        ------
-        ValueError
-            If it is not there, or no number from 0 up.
-        """
-        count = metrics.get("num-examples")
-        if not isinstance(count, int | float) or not 0 <= count < math.inf:
-            raise ValueError(f"num-examples is {count}")
-        return float(count)
-
-    def valid_replies(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
-        """Yield (client, reply) in client order; log and count the failures.
-
-        Raises
-        ------
-        GuardError
-            If a client found that training does not do what it says.
-        """
-        clients = {node: client for client, node in self.nodes.items()}
+        asked = {self.nodes[client]: client for client in self.report.clients}
         answered = set()
-        for reply in in_client_order(replies, [self.nodes[client] for client in self.report.clients]):
-            client = clients.get(reply.metadata.src_node_id, -1)
-            if client not in self.report.clients:
-                log.warning("node %d answered without being asked", reply.metadata.src_node_id)
-                continue
+        for reply in in_client_order(first_replies(replies, asked, group, log.warning), list(asked)):
+            client = asked[reply.metadata.src_node_id]
             answered.add(client)
             if self.on_reply is not None:
                 self.on_reply(client)
             if not reply.has_error():
                 yield client, reply
-            elif reply.error.code == ClientErrorCode.GUARD:
-                raise GuardError(f"client {client}: {reply.error.reason}")
             else:
                 self.fail(client, reply.error.code, reply.error.reason or "")
         for client in self.report.clients:
             if client not in answered:
                 self.fail(client, NO_REPLY, "no reply within the timeout")
-        all_failed = bool(self.report.clients) and len(self.report.failed) == len(self.report.clients)
-        if all_failed and not (self.waits and self.report.only_absent):
-            raise RunError(f"every client of the round failed; the first said: {self.report.failed[0]['error']}")
+        if len(self.report.failed) < len(self.report.clients):
+            self._failing.clear()
+        elif self.report.clients and not (self.waits and self.report.only_absent):
+            self._failing |= set(self.report.clients)
+            if len(self._failing) >= min(2, len(self.nodes)):
+                said = self.report.failed[0]["error"].strip().rpartition("\n")[2]  # a traceback's last line
+                raise RunError(f"every client of the round failed; the first said: {said} (run.log has all)")
 
     def fail(self, client: int, code: int, error: str) -> None:
         """Count and log a client's failure."""
+        error = plain_text(error, _LONGEST_REASON)
         self.report.failed.append({"client": client, "code": int(code), "error": error})
         log.warning("client %d failed: %s", client, error)
 
@@ -398,7 +397,7 @@ class FederatedStrategy(Strategy):
         rows = list(self.report.metrics.values())
         if not rows:
             return None
-        weights = np.array([self.weight(row) for row in rows])
+        weights = np.array([self.weight(client) for client in self.report.metrics])
         mean = MetricRecord({"num-examples": float(weights.sum())})
         if all(isinstance(row.get("loss"), int | float) for row in rows):
             losses = np.array([row["loss"] for row in rows], dtype=float)
@@ -439,24 +438,3 @@ def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
         rank = adapted.parameter(f"{path}.lora_A").shape[1]
         arrays |= {f"{path}.{factor}": value for factor, value in initial(*shape, rank, generator).items()}
     return arrays
-
-
-def _parts(message: Message) -> tuple[ArrayRecord, MetricRecord]:
-    # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
-    metrics = message.content.get("metrics")
-    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
-    if not isinstance(metrics, MetricRecord) or len(records) != 1:
-        raise ValueError("it needs metrics and one record of arrays")
-    return records[0], metrics
-
-
-def _check_finite(arrays: Arrays) -> None:
-    """Refuse arrays with a number that is infinite or none, or that are of another kind (ValueError)."""
-    vector = flatten(arrays)
-    if not vector.is_floating_point():
-        raise ValueError(f"its arrays are of {vector.dtype}")
-    if vector.isfinite().all():
-        return
-    for name, array in arrays.items():
-        if not torch.isfinite(array).all():
-            raise ValueError(f"{name} is not finite")

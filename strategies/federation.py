@@ -33,11 +33,14 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RunError
 from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
+from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.training import evaluate_clients
+from fedlora.training.soundness import check_sound
 from strategies.base import FederatedStrategy, RoundReport
 from strategies.nodes import AddressedGrid, Roster
+from strategies.replies import ReplyError, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
 
@@ -110,7 +113,8 @@ def run_federation(
     Raises
     ------
     InputError
-        If a private run is resumed whose clients' ledgers are gone.
+        If a private run is resumed whose clients' ledgers are gone, any run whose base model is another now, or the
+        model's examples depend on each other.
     """
     clock = started or time.perf_counter()
     progress, rounds = progress or Progress(), training or strategy
@@ -138,6 +142,7 @@ def run_federation(
     strategy.on_reply = progress.on_client
     if isinstance(rounds, FederatedStrategy):
         rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
+        rounds.examples = roster.examples
 
     if config.privacy.mode == "example" and config.privacy.accountant == "gdp":
         # A central limit theorem of many steps: Opacus warns of it too.
@@ -145,6 +150,15 @@ def run_federation(
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
+    check_model(folder, config, adapted)
+    note_environment(folder, environment(config))
+    for note in (*data.notes, *adapted.notes):
+        folder.tell(note)
+    for note in folder.notes:
+        progress.on_note(note)
+    if config.privacy.mode == "example" and adapted.stacked_layers():
+        # Clients measure it too; here the run ends before anybody is asked.
+        check_sound(adapted, config, data.train.pad_token_id)
     done = int(checkpoint.get("round", 0))
     totals = Totals()
     if done:
@@ -202,10 +216,17 @@ def run_federation(
         exchange = time.perf_counter() - began
         report = rounds.report if isinstance(rounds, FederatedStrategy) else replies.report
         roster.after_round(report)
-        if report.clients and len(report.failed) == len(report.clients) and not (roster.real and report.only_absent):
-            raise RunError(f"every client of round {server_round} failed: {report.failed[0]['error']}")
+        # fedlora's own strategies say themselves when a round of failures ends the run, and what is no mean.
+        if not isinstance(rounds, FederatedStrategy):
+            if report.clients and len(report.failed) == len(report.clients):
+                said = str(report.failed[0]["error"]).strip().rpartition("\n")[2]
+                raise RunError(f"every client of round {server_round} failed: {said}")
+            if aggregated is not None and not is_finite(decode(aggregated).values()):
+                aggregated, report.uncounted = None, "the aggregate is not finite"
         if aggregated is not None:
             arrays = aggregated
+        else:
+            log.warning("round %d does not count: %s", server_round, report.uncounted or "its strategy gave no arrays")
         adapted.set_shared(decode(arrays))
         refined = strategy.refine(adapted, data, server_round)
         if refined is not None:
@@ -387,6 +408,7 @@ class _Recorded:
     def __init__(self, replies: Iterable[Message], roster: Roster) -> None:
         self._replies, self._roster = replies, roster
         self._clients = roster.clients()
+        self._private = roster.config.privacy.mode != "none"
         self.report = RoundReport()
 
     def __iter__(self) -> Any:
@@ -400,8 +422,11 @@ class _Recorded:
                 self.report.failed.append(error)
             else:
                 # A user's own client may answer otherwise; what the strategy makes of that is its own affair.
-                metrics = reply.content.get("metrics")
-                self.report.metrics[client] = metrics if isinstance(metrics, MetricRecord) else MetricRecord()
+                try:
+                    metrics = read_metrics(reply.content.get("metrics"), private=self._private)  # type: ignore[arg-type]
+                except ReplyError:
+                    metrics = MetricRecord()
+                self.report.metrics[client] = metrics
             yield reply
 
 
@@ -449,6 +474,7 @@ def _line(
         "clients": report.clients,
         "failed": report.failed,
         "counted": counted,
+        "uncounted": report.uncounted or None,
         "drift": report.drift,
         "seconds": seconds,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, InputError
+from fedlora.errors import ClientErrorCode, InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
@@ -31,6 +32,7 @@ from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
 from strategies.base import FederatedStrategy, Payload, Planned, RoundReport
+from strategies.replies import ReplyError, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 
@@ -220,23 +222,27 @@ class FlexMoRE(FederatedStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge: an owner's new expert takes the place of its last one; several clients' are combined in dW."""
-        received: dict[str, list[tuple[float, Expert]]] = {}
-        for client, message in self.valid_replies(replies):
+        received: dict[str, list[tuple[int, Expert]]] = {}
+        for client, message in self.valid_replies(replies, str(server_round)):
             started = time.perf_counter()
             try:
-                expert, metrics = self.read_expert(client, message)
-                received.setdefault(expert.owner, []).append((self.weight(metrics), expert))
-                self.report.metrics[client] = metrics
-            except ValueError as error:
-                self.fail(client, ClientErrorCode.FAILED, f"the reply is refused: {error}")
+                expert, self.report.metrics[client] = self.read_expert(client, message)
+                received.setdefault(expert.owner, []).append((client, expert))
+            except ReplyError as error:
+                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
             self.report.aggregate_seconds += time.perf_counter() - started
         started = time.perf_counter()
         record = None
-        if received and len(self.report.metrics) >= self.config.server.min_replies:
+        if self.enough_replies():
             merged = split_owners(self._arrays)
-            merged |= {owner: self._combined(owner, parts).arrays for owner, parts in received.items()}
+            for owner, parts in received.items():
+                weighed = [(self.weight(client), expert) for client, expert in parts]
+                merged[owner] = self._combined(owner, weighed).arrays
             arrays = {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
-            record = encode(arrays, wire_dtype(self.config.model.dtype))
+            if is_finite(arrays.values()):
+                record = encode(arrays, wire_dtype(self.config.model.dtype))
+            else:
+                self.report.uncounted = "the merged experts are not finite"
         self.report.aggregate_seconds += time.perf_counter() - started
         return record, self.mean_metrics()
 
@@ -245,21 +251,30 @@ class FlexMoRE(FederatedStrategy):
 
         Raises
         ------
-        ValueError
-            If the client trained against other public weights, says or sends another rank than it declared, or the
-            arrays are not finite or not of that rank's names and shapes.
+        ReplyError
+            If the client trained against other public weights, says or sends another rank than it declared, the
+            arrays are not of that rank's names and shapes, or they or an update that they make are not finite.
         """
         facts = message.content.get("expert")
         if not isinstance(facts, ConfigRecord):
-            raise ValueError("it does not say its rank and public weights")
+            raise ReplyError("it does not say its rank and public weights")
         rank = self.ranks[client]
         if facts.get("rank") != str(rank):
-            raise ValueError(f"its rank is {facts.get('rank')!r}, but it declared {rank}")
+            raise ReplyError(plain_text(f"its rank is {facts.get('rank')!r}, but it declared {rank}"))
         if facts.get("public-digest") != self.public_digest:
-            raise ValueError("it trained against other public weights than the server's")
-        self._shapes = array_shapes(self.projections, self.routers, rank)
-        arrays, metrics = self.read(message)
-        return Expert(self.owners[client], rank, arrays, self.public_digest), metrics
+            raise ReplyError("it trained against other public weights than the server's")
+        shapes, dtype = array_shapes(self.projections, self.routers, rank), wire_dtype(self.config.model.dtype)
+        vector, metrics = read_update(message, shapes, dtype, private=self.private)
+        parts = vector.split([math.prod(shape) for shape in shapes.values()])
+        arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
+        expert = Expert(self.owners[client], rank, arrays, self.public_digest)
+        for path in self.projections:
+            update = expert.update(path)
+            factors = (update,) if isinstance(update, torch.Tensor) else update
+            # Finite factors may have a product that is not; no entry of it is above the product of their norms.
+            if not math.prod(float(torch.linalg.vector_norm(f)) for f in factors) < torch.finfo(dtype).max:
+                raise ReplyError(f"the update of {path} is not finite")
+        return expert, metrics
 
     def _combined(self, owner: str, parts: list[tuple[float, Expert]]) -> Expert:
         """Combine the experts of one owner's clients: sum p_i dW_i, at the owner's rank, and the mean of the rows."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.communication.decorator import GridDecorator
 from fedlora.config import NODES, Config
-from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError
+from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError, plain_text
 from fedlora.node.names import NODE_RECORD, labels_digest
 from strategies.base import UNAVAILABLE, RoundReport
+from strategies.replies import ReplyError, first_replies, read_description
 
 log = logging.getLogger("fedlora")
 
 _POLL_SECONDS = 3.0
+_LONGEST_REASON = 200  # characters of what a node says of its error
 _FOR_GOOD = (ClientErrorCode.BUDGET, ClientErrorCode.POLICY, ClientErrorCode.LABELS)
 """Codes of nodes that would refuse this run's next round as well."""
 
@@ -53,6 +54,8 @@ class Roster:
         Client number to node id, in order: of simulated clients the partition, of real nodes the place of their names.
     names : list of str
         Names of real nodes, by client number; empty in simulation.
+    examples : dict of int to int
+        Each client's number of examples, as it described itself.
     away : set of int
         Clients that are not asked until they are back.
     """
@@ -69,8 +72,10 @@ class Roster:
         self.grid, self.config, self.label_names, self.federation = grid, config, label_names, federation
         self.names, self.refuses = list(names), refuses
         self.nodes: dict[int, int] = {}
+        self.examples: dict[int, int] = {}
         self.away: set[int] = set()
-        self._registered: dict[int, str] = {}  # node to the name under which the server let it in, or else its own
+        self._registered: dict[int, str] = {}  # node to the name under which the server let it in
+        self._called: dict[int, str] = {}  # node to the name that it gave itself
         self._refused: dict[int, RunError | InputError] = {}
         self._asked: dict[str, int] = {}  # queries under way: message id to node
 
@@ -94,7 +99,9 @@ class Roster:
         while True:
             left = max(1.0, deadline - time.monotonic())
             queries = [self._query(node) for node in self._wait_for_nodes(left) if node not in heard]
-            for reply in AddressedGrid(self.grid).send_and_receive(queries, timeout=left):
+            asked = {query.metadata.dst_node_id: -1 for query in queries}
+            replies = AddressedGrid(self.grid).send_and_receive(queries, timeout=left)
+            for reply in first_replies(replies, asked, "", log.warning):
                 if not (reply.has_error() and reply.error.code in UNAVAILABLE):
                     heard[reply.metadata.src_node_id] = reply
             # A node that lost its connection counts as online for a while; it is asked again once it is back.
@@ -165,7 +172,7 @@ class Roster:
         return str(refusal(self.config, self._who(node) if client is None else self.names[client], code, reason))
 
     def _who(self, node: int) -> str:
-        return self._registered.get(node) or f"node {node}"
+        return self._registered.get(node) or self._called.get(node) or f"node {node}"
 
     def _raise_refusal(self) -> None:
         """Raise the first refusal, by name, if there is one; it also says who else refuses."""
@@ -220,7 +227,8 @@ class Roster:
 
     def _enrol(self, replies: Iterable[Message]) -> None:
         """Read what nodes say of themselves; new names come after those that the run knows."""
-        found: dict[str, int] = {}
+        claims: dict[str, list[tuple[str, int]]] = {}
+        examples: dict[int, int] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             self._asked.pop(reply.metadata.reply_to_message_id, None)
@@ -228,19 +236,26 @@ class Roster:
                 if reply.error.code not in UNAVAILABLE:
                     error = refusal(self.config, self._who(node), reply.error.code, reply.error.reason)
                     self._refuse(node, error)
-            elif NODE_RECORD in reply.content:
-                about: Any = reply.content[NODE_RECORD]
-                name = str(about["name"])
-                self._registered[node] = self._registered.get(node) or name
-                if about["labels"] != labels_digest(self.label_names):
-                    self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, LabelError.__name__))
-                elif found.get(name, node) != node or self._taken(name, node):
-                    raise RunError(f"two nodes call themselves {name}; give each a name of its own in node.toml")
-                else:
-                    found[name] = node
+                continue
+            try:
+                # Simulated clients' records tell that they are; only a config of real nodes expects others.
+                real = self.config.data.name == NODES or NODE_RECORD in reply.content
+                about = read_description(reply, real=real)
+            except ReplyError as wrong:
+                self._refuse(node, RefusedError(f"{self._who(node)} does not take part: {wrong}"))
+                continue
+            if about.examples is not None:
+                examples[node] = about.examples
+            if not real:
+                self._enrol_simulated(about.partition, node)
+                continue
+            name = about.name
+            self._called[node] = name
+            if about.labels != labels_digest(self.label_names):
+                self._refuse(node, refusal(self.config, name, ClientErrorCode.LABELS, LabelError.__name__))
             else:
-                metrics: Any = reply.content["metrics"]
-                self.nodes[int(metrics["partition-id"])] = node
+                claims.setdefault(name.casefold(), []).append((name, node))
+        found = self._settle(claims)
         if found and len(self.nodes) > len(self.names):
             raise RunError("real nodes and simulated clients do not mix; give every node its node-file")
         for name in sorted(found.keys() - set(self.names)):
@@ -255,6 +270,7 @@ class Roster:
                 log.info("node %s is back", name)
                 self.away.discard(client)
             self.nodes[client] = node
+        self.examples |= {client: examples[node] for client, node in self.nodes.items() if node in examples}
         ordered = sorted(self.nodes.items())
         self.nodes.clear()
         self.nodes.update(ordered)
@@ -264,18 +280,45 @@ class Roster:
         log.warning("%s", error)
         self._refused[node] = error
 
-    def _taken(self, name: str, node: int) -> bool:
-        """Tell whether another node that is there has the name."""
-        if name not in self.names:
-            return False
-        return self.present().get(self.names.index(name), node) != node
+    def _enrol_simulated(self, partition: int, node: int) -> None:
+        if self.nodes.get(partition, node) != node:
+            said = f"{self._who(node)} does not take part: partition {partition} is another's"
+            self._refuse(node, RefusedError(said))
+        else:
+            self.nodes[partition] = node
+
+    def _settle(self, claims: Mapping[str, Sequence[tuple[str, int]]]) -> dict[str, int]:
+        """Return whose each name is, given the nodes that claim it in any case; refuse the others.
+
+        It is that of the node that the server let in under it, if any; else of who has it in this run, else of the one
+        node that claims it. Of several nothing tells which it is.
+        """
+        found: dict[str, int] = {}
+        for folded, claimants in claims.items():
+            let_in = {node for node, name in self._registered.items() if name.casefold() == folded}
+            there = {node for client, node in self.present().items() if self.names[client].casefold() == folded}
+            owners = let_in or there or {node for _, node in claimants}
+            for name, node in claimants:
+                if owners == {node}:
+                    found[name] = node
+                else:
+                    remedy = "give each node a name of its own in node.toml"
+                    said = f"node {node} does not take part: two nodes call themselves {name}; {remedy}"
+                    self._refuse(node, RefusedError(said))
+        return found
 
 
 def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError | InputError:
     """Say in the server's words why a node does not take part; a node sends no text but class, key and number."""
-    kind, _, detail = (reason or "no reason").partition(": ")
+    # A node that is not ours may send any text.
+    kind, _, detail = " ".join(plain_text(reason or "no reason", _LONGEST_REASON).split()).partition(": ")
     verb = "refuses" if code in (*_FOR_GOOD, ClientErrorCode.INPUT) else "failed"
     said = f"{who} {verb} ({kind}, code {int(code)})"
+    if detail.startswith("max_describes_per_day"):
+        return RefusedError(f"{said}: it was asked as often as its owner allows, {detail}; try again tomorrow")
+    if detail.startswith("models"):
+        remedy = f"{said}: its owner does not list this model and revision in [policy] models of node.toml; ask them to"
+        return InputError("model.name", config.model.name, remedy)
     if code == ClientErrorCode.POLICY:
         keys = _CONFIG_KEYS.get(detail.partition(" = ")[0], ("privacy.mode",))
         values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in keys}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
+from fedlora.results.identity import check_data
 from strategies import get_strategy
 from strategies.federation import run_federation
+
+log = logging.getLogger("fedlora")
 
 app = ServerApp()
 
@@ -40,7 +44,9 @@ def main(grid: Grid, context: Context) -> None:
         with run_folder(output, config, resume=resume) as folder:
             if not folder.finished:
                 method = get_strategy(config.method.name)
-                run_federation(config, grid, folder, prepare_data(config), method(config))
+                data = prepare_data(config)
+                check_data(folder, config, data)
+                run_federation(config, grid, folder, data, method(config))
     except InputError as error:
         # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
         raise RunError(f"{INPUT_MARK}{error}") from None

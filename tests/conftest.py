@@ -20,6 +20,7 @@ from hypothesis import settings
 
 from tests.unaligned import unaligned_weights
 
+unaligned_weights.watch()
 torch.set_num_threads(2)
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
@@ -38,11 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Change this process, and all Python processes that start from it."""
     offset = config.getoption("--weight-offset")
-    if not offset:
-        unaligned_weights.watch()
-        return
-    os.environ.update(unaligned_weights.environment(offset))
-    unaligned_weights.start()
+    if offset:
+        os.environ.update(unaligned_weights.environment(offset))
+        unaligned_weights.offset = offset
+        unaligned_weights.round_by_address()
 
 
 @pytest.fixture(autouse=True, scope="module")

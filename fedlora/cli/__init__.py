@@ -1,4 +1,5 @@
-"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | keys``."""
+"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | digest |
+keys``."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import logging
 import os
 import shlex
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from fedlora.cli import deployment
 from fedlora.errors import InputError, RunError
+from fedlora.storage import StorageError, storage_error, writes_to
 
 app = typer.Typer(
     name="fedlora",
@@ -26,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(deployment.server)
 app.command()(deployment.node)
+app.command()(deployment.digest)
 app.add_typer(deployment.keys, name="keys")
 console = Console()
 
@@ -47,6 +51,11 @@ def main() -> None:
         sys.exit(2)
     except RunError as error:
         print(f"fedlora: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (OSError, sqlite3.Error) as error:
+        if storage_error(error) is None:
+            raise
+        print(f"fedlora: a file cannot be written or read ({error}); make room there", file=sys.stderr)
         sys.exit(1)
 
 
@@ -83,6 +92,14 @@ def run(
                 result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
     except KeyboardInterrupt:
         raise RunError("stopped; go on with --resume") from None
+    except StorageError as error:
+        folder = output or Path("runs") / load_config(config, overrides).run.name
+        again = ["fedlora", "run", config, *(part for pair in set_ or [] for part in ("--set", pair))]
+        again += [*(["--on", on] if on else []), "--output", str(folder)]
+        if on is not None or (folder / "checkpoint").exists():
+            again.append("--resume")
+        remedy = f"{error.remedy.partition(',')[0]}, then go on with: {shlex.join(again)}"
+        raise StorageError(error.place, error.reason, remedy) from error
     display.summary(result)
 
 
@@ -115,7 +132,8 @@ def study(
         show_dry_run(console, plan, folder)
         return
     try:
-        with StudyDisplay(console) as display:
+        room = writes_to(folder, "make room there, then the same command goes on")
+        with StudyDisplay(console) as display, room:
             state = run_study(plan, folder, display.progress)
     except KeyboardInterrupt:
         raise RunError("stopped; the same command goes on") from None
@@ -131,7 +149,8 @@ def report(
     from fedlora.reporting import write_report
 
     command = shlex.join(["fedlora", *sys.argv[1:]])
-    page, comparison = write_report(folders, output, command)
+    with writes_to(output or folders[0]):
+        page, comparison = write_report(folders, output, command)
     for run in comparison.unfinished:
         typer.echo(f"left out, not finished: {run.folder}")
     for duplicate in comparison.duplicates:

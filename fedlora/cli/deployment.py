@@ -50,6 +50,18 @@ def node(
     join(file, config, tls=not no_tls, node_auth=not no_node_auth)
 
 
+def digest(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder, with its tokenizer.")],
+) -> None:
+    """Print a folder's entry for [policy] models in a node.toml: its name, and the SHA-256 of its files."""
+    import tomli_w
+
+    from fedlora.node.policy import folder_digest
+
+    entry = {"name": str(folder), "sha256": folder_digest(folder)}
+    typer.echo("{" + ", ".join(tomli_w.dumps({key: value}).strip() for key, value in entry.items()) + "}")
+
+
 @keys.command("ca")
 def ca(folder: Folder = Path("keys")) -> None:
     """Make an authority: ca.crt goes to every node, ca.key signs server certificates."""

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedlora.errors import plain_text
 from fedlora.results.folder import RunResult
 from strategies.federation import Progress as Hooks
 
@@ -21,6 +22,9 @@ COLUMNS = (
     ("failed", 6),
     ("seconds", 7),
 )
+
+
+_LONGEST_LINE = 20_000  # characters
 
 
 class RunDisplay:
@@ -118,13 +122,15 @@ class RunDisplay:
         for failure in line["failed"]:
             reason = str(failure["error"]).strip().rpartition("\n")[2]
             self._print(f"client {failure['client']} failed: {reason}")
+        if line.get("uncounted"):
+            self._print(f"round {line['round']} does not count: {line['uncounted']}")
         note = f"loss {cells[1]}  score {cells[3]}  epsilon {cells[4]}  sent {cells[5]}"
         self._bar.update(self._rounds, completed=line["round"], note=note)
         self._bar.reset(self._clients, total=self._clients_a_round)
 
     def _print(self, line: str) -> None:
         # As it is: a path may be longer than the terminal is wide, and hold brackets.
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(plain_text(line, _LONGEST_LINE), markup=False, highlight=False, soft_wrap=True)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -40,9 +40,11 @@ class InitialBroadcast(GridDecorator):
         by_node = {message.metadata.dst_node_id: message for message in outgoing}
         forgotten = []
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
-            if reply.has_error() and reply.error.code == ClientErrorCode.NEEDS_INITIAL:
-                self.contacted.discard(reply.metadata.src_node_id)
-                forgotten.append(reply.metadata.src_node_id)
+            node = reply.metadata.src_node_id
+            lacks = reply.has_error() and reply.error.code == ClientErrorCode.NEEDS_INITIAL
+            if lacks and node in by_node and node not in forgotten:
+                self.contacted.discard(node)
+                forgotten.append(node)
             else:
                 yield reply
         if forgotten:

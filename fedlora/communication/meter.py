@@ -74,8 +74,14 @@ class MeteredGrid(GridDecorator):
         outgoing = list(messages)
         for message in outgoing:
             self._count_down(message)
+        # The round is that of the messages, whatever a reply says.
+        server_round = _round(outgoing[0]) if outgoing else 0
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
-            self._count(reply, reply.metadata.src_node_id, "up", message_size(reply))
+            try:
+                size = message_size(reply)
+            except Exception:  # a simulated client can answer with what no message holds; the strategy refuses it
+                size = 0
+            self._count(reply, server_round, reply.metadata.src_node_id, "up", size)
             yield reply
 
     def take_rows(self) -> list[Row]:
@@ -91,24 +97,28 @@ class MeteredGrid(GridDecorator):
             record = message.content[INITIAL]
             assert isinstance(record, ArrayRecord)
             alone = _record_size(INITIAL, record)
-            self._add(message, node, INITIAL, payload_bytes(record), alone)
+            self._add(_round(message), node, INITIAL, payload_bytes(record), alone)
             whole -= alone
-        self._count(message, node, "down", whole)
+        self._count(message, _round(message), node, "down", whole)
 
-    def _count(self, message: Message, node: int, direction: str, size: int) -> None:
+    def _count(self, message: Message, server_round: int, node: int, direction: str, size: int) -> None:
         # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
         records = message.content.items() if message.has_content() else ()
         payload = sum(payload_bytes(r) for key, r in records if isinstance(r, ArrayRecord) and key != INITIAL)
-        self._add(message, node, direction, payload, size)
+        self._add(server_round, node, direction, payload, size)
 
-    def _add(self, message: Message, node: int, direction: str, payload: int, size: int) -> None:
-        server_round, client = int(message.metadata.group_id or 0), self.clients.get(node, -1)
-        formula = self.formula(server_round, client, direction) if payload else 0
+    def _add(self, server_round: int, node: int, direction: str, payload: int, size: int) -> None:
+        client = self.clients.get(node, -1)
+        formula = self.formula(server_round, client, direction) if payload and client >= 0 else 0
         row = Row(server_round, client, direction, payload, size, formula)
         self.rows.append(row)
         self.totals[{"down": "downlink_bytes", "up": "uplink_bytes", INITIAL: "initial_bytes"}[direction]] += size
         self.totals["payload_bytes"] += payload
         self.totals["formula_bytes"] += formula
+
+
+def _round(message: Message) -> int:
+    return int(message.metadata.group_id or 0)
 
 
 def row_dict(row: Row) -> dict[str, int | str]:

@@ -33,11 +33,6 @@ def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
     return record
 
 
-def flatten(arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return all numbers of named arrays as one vector, in the arrays' order."""
-    return torch.cat([array.reshape(-1) for array in arrays.values()]) if arrays else torch.empty(0)
-
-
 def decode(record: ArrayRecord) -> Arrays:
     """Turn a Flower ArrayRecord into named CPU tensors, aligned.
 
@@ -48,36 +43,60 @@ def decode(record: ArrayRecord) -> Arrays:
     """
     try:
         return {name: aligned(torch.from_numpy(_decode(array))) for name, array in record.items()}
-    except (TypeError, EOFError) as error:
+    except Exception as error:  # numpy's reader of headers raises whatever Python's parser does
         raise ValueError(f"an array cannot be read: {error}") from None
 
 
-def decode_vector(record: ArrayRecord) -> tuple[dict[str, tuple[int, ...]], torch.Tensor]:
-    """Turn a Flower ArrayRecord into the shapes of its arrays, by name, and all their numbers as one vector.
+def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+    """Turn a record that somebody else sent into one vector of its numbers, if it holds just what was asked for.
 
-    The same as :func:`decode` and :func:`flatten`, without a tensor for each of many small arrays.
+    No header is parsed: it must be, byte for byte, the one that arrays of this shape and dtype have. So nothing in it
+    can raise, unpickle or allocate.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+    shapes : mapping of str to tuple of int
+        Names and shapes of the arrays that must be there, and no other.
+    dtype : torch.dtype
+        That they must have.
+
+    Returns
+    -------
+    Tensor [n]
+        The numbers in the order of ``shapes``.
 
     Raises
     ------
     ValueError
-        As :func:`decode`.
+        If names, shapes or dtypes are others, or bytes lack.
     """
-    shapes, parts, dtypes = {}, [], set()
-    for name, array in record.items():
-        plain = _plain(array)
-        if plain is None:
-            break
-        start, shapes[name], dtype = plain
-        parts.append(memoryview(array.data)[start:])
-        dtypes.add(dtype)
-    if len(parts) == len(record) and len(dtypes) == 1:
-        numbers = bytearray().join(parts)  # writable, as torch wants it
-        try:
-            return shapes, torch.from_numpy(np.frombuffer(numbers, dtypes.pop()))
-        except TypeError as error:
-            raise ValueError(f"an array cannot be read: {error}") from None
-    arrays = decode(record)
-    return {name: tuple(array.shape) for name, array in arrays.items()}, flatten(arrays)
+    for name in sorted(set(record) ^ set(shapes)):
+        said = record[name].shape if name in record else None
+        raise ValueError(f"{_shown(name)} has shape {_shown(said)}, expected {shapes.get(name)}")
+    kind = np.dtype(str(dtype).removeprefix("torch."))
+    parts: list[bytes | memoryview] = []
+    for name, shape in shapes.items():
+        array = record[name]
+        header, fortran = _header(kind, shape), _header(kind, shape, True)
+        in_order = array.data.startswith(header)
+        start = len(header if in_order else fortran)
+        if not array.data.startswith((header, fortran)) or len(array.data) - start != kind.itemsize * math.prod(shape):
+            if tuple(array.shape) != shape:
+                raise ValueError(f"{name} has shape {_shown(array.shape)}, expected {shape}")
+            if array.dtype != str(kind):
+                raise ValueError(f"{name} is of {_shown(array.dtype)}, expected {kind}")
+            raise ValueError(f"the bytes of {name} are not those of {kind} numbers of shape {shape}")
+        numbers = memoryview(array.data)[start:]
+        parts.append(numbers if in_order else np.frombuffer(numbers, kind).reshape(shape, order="F").tobytes())
+    joined = bytearray().join(parts)  # writable, as torch wants it
+    return torch.from_numpy(np.frombuffer(joined, kind)) if joined else torch.empty(0, dtype=dtype)
+
+
+def _shown(said: object) -> str:
+    """Return what somebody else said, fit for a line of a log."""
+    text = ascii(said)[1:-1] if isinstance(said, str) else ascii(said)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # Flower's Array holds a .npy file: a short header, then the numbers. numpy's own functions print and parse the header
@@ -89,35 +108,45 @@ def _blank(dtype: np.dtype, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> 
     """Return a pickled record whose arrays are headers alone."""
     record = ArrayRecord()
     for name, shape in layout:
-        file = io.BytesIO()
-        npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-        record[name] = Array(str(dtype), shape, "numpy.ndarray", file.getvalue())
+        record[name] = Array(str(dtype), shape, "numpy.ndarray", _header(dtype, shape))
     return pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
 
 
 @lru_cache(maxsize=1024)
+def _header(dtype: np.dtype, shape: tuple[int, ...], fortran: bool = False) -> bytes:
+    """Return the header of a .npy file; of Fortran's order only where that is another."""
+    file = io.BytesIO()
+    fortran = fortran and len(shape) > 1
+    npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": fortran, "shape": shape})
+    return file.getvalue()
+
+
+_READERS = {b"\x01\x00": (2, npy.read_array_header_1_0), b"\x02\x00": (4, npy.read_array_header_2_0)}
+"""By the version of a .npy file: bytes of its header's length, and the header's reader."""
+
+
+@lru_cache(maxsize=1024)
 def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return npy.read_array_header_1_0(io.BytesIO(header[8:]))
+    return _READERS[header[6:8]][1](io.BytesIO(header[8:]))
 
 
-def _plain(array: Array) -> tuple[int, tuple[int, ...], np.dtype] | None:
-    """Return where an array's numbers start, its shape and dtype; None where numpy itself must read it."""
-    data = array.data
-    if array.stype != "numpy.ndarray" or data[:8] != b"\x93NUMPY\x01\x00":
-        return None
-    start = 10 + int.from_bytes(data[8:10], "little")
-    shape, fortran_order, dtype = _layout(data[:start])
-    if dtype.hasobject or len(data) - start != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"{len(data) - start} bytes are no array of shape {shape} and dtype {dtype}")
-    return None if fortran_order else (start, shape, dtype)
+def _start(data: bytes) -> int:
+    """Return where the numbers of a .npy file start; 0 where it is none."""
+    width = _READERS.get(data[6:8], (0, None))[0] if data[:6] == b"\x93NUMPY" else 0
+    return min(len(data), 8 + width + int.from_bytes(data[8 : 8 + width], "little")) if width else 0
 
 
 def _decode(array: Array) -> np.ndarray:
-    plain = _plain(array)
-    if plain is None:
-        return np.ascontiguousarray(array.numpy())
-    start, shape, dtype = plain
-    return np.frombuffer(array.data, dtype, offset=start).reshape(shape).copy()
+    data = array.data
+    start = _start(data)
+    if array.stype != "numpy.ndarray" or not start:
+        raise ValueError("its bytes are no .npy file")
+    shape, fortran_order, dtype = _layout(data[:start])
+    # The numbers must be there before memory is taken for them; pickled objects are never read.
+    if dtype.hasobject or min(shape, default=0) < 0 or len(data) - start != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(data) - start} bytes are no array of shape {shape} and dtype {dtype}")
+    numbers = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran_order else "C")
+    return numbers.copy(order="C")
 
 
 def digest(arrays: Mapping[str, torch.Tensor]) -> str:
@@ -136,5 +165,5 @@ def wire_dtype(model_dtype: str) -> torch.dtype:
 
 
 def payload_bytes(record: ArrayRecord) -> int:
-    """Bytes of a record's numbers alone: elements times the size of their dtype."""
-    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in record.values())
+    """Bytes of a record's numbers alone, as they came: elements times the size of their dtype."""
+    return sum(len(array.data) - _start(array.data) for array in record.values())

@@ -6,32 +6,41 @@ import bz2
 import csv
 import hashlib
 import io
-import json
-import math
+import logging
+import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
+from fedlora.data.columns import (
+    INTEGER,
+    alike_classes,
+    is_missing,
+    listed,
+    read_column,
+    read_labels,
+    read_owners,
+    read_texts,
+)
+from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, without_format
 from fedlora.errors import InputError, LabelError
+from fedlora.paths import find_path
+
+log = logging.getLogger("fedlora")
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, or a folder of datasets.save_to_disk"
-_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 # One stream of random numbers for each use of the run's seed.
 _HOLD_OUT, _SUBSET, _VALIDATION = 1, 2, 3
 
@@ -51,6 +60,8 @@ class Examples:
         Likewise.
     label_names : list of str, optional
         The classes; None for causal-lm.
+    notes : list of str
+        What was read otherwise than one might think.
     """
 
     train: datasets.Dataset | None
@@ -58,6 +69,7 @@ class Examples:
     validation: datasets.Dataset | None
     public: datasets.Dataset | None
     label_names: list[str] | None
+    notes: list[str] = field(default_factory=list)
 
 
 def load_examples(config: Config) -> Examples:
@@ -86,24 +98,26 @@ def load_examples(config: Config) -> Examples:
     data = config.data
     if data.name == NODES:
         return _server_examples(config)
+    if data.test == SERVER:
+        return _own_examples(config)
     seed = _seed(config)
+    notes: list[str] = []
     splits = _load(data.name, "data.name", data.format)
     train_name = _train_split(config, splits)
-    train = _shape(config, splits[train_name], "data.name", is_train=True)
-    other = {name: _other(config, splits, name) for name in ("test", "validation", "public")}
-    if data.test == SERVER:
-        other["test"] = None
-    elif data.test is None and "test" in splits and train_name != "test":
-        other["test"] = _shape(config, splits["test"], "data.name")
+    train = _shape(config, splits[train_name], "data.name", notes, is_train=True)
+    other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
+    if data.test is None and "test" in splits and train_name != "test":
+        other["test"] = _shape(config, splits["test"], "data.name", notes)
     label_names = None
     if config.model.task == "sequence-classification":
         train, label_names = _encode_train(config, splits[train_name], train)
+        notes += alike_classes(config, label_names)
         for name, table in other.items():
             if table is not None:
                 field = f"data.{name}" if getattr(data, name) else "data.name"
                 other[name] = _encode(config, table, label_names, field)
     test = other["test"]
-    if test is None and data.test != SERVER:
+    if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
         train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
@@ -118,7 +132,8 @@ def load_examples(config: Config) -> Examples:
     if data.max_examples is not None and data.max_examples < len(train):
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
-    return Examples(train, _subset_of_test(config, test), other["validation"], other["public"], label_names)
+    test = _subset_of_test(config, test)
+    return Examples(train, test, other["validation"], other["public"], label_names, list(dict.fromkeys(notes)))
 
 
 def _seed(config: Config) -> int:
@@ -127,17 +142,121 @@ def _seed(config: Config) -> int:
 
 def _server_examples(config: Config) -> Examples:
     """Load what a server has when its clients are nodes: all but the training examples."""
-    names = ("test", "validation", "public")
-    tables = {name: _other(config, {}, name) for name in names}
+    names, notes = ("test", "validation", "public"), list[str]()
+    tables = {name: _other(config, {}, name, notes) for name in names}
     label_names = None
     if config.model.task == "sequence-classification":
         assert tables["test"] is not None
-        label_names = config.data.label_names or _sorted_labels(config, tables["test"])
+        label_names = config.data.label_names or _sorted_labels(tables["test"])
         _check_classes(config, label_names)
+        notes += alike_classes(config, label_names)
         for name, table in tables.items():
             if table is not None:
                 tables[name] = _encode(config, table, label_names, f"data.{name}")
-    return Examples(None, _subset_of_test(config, tables["test"]), tables["validation"], tables["public"], label_names)
+    test = _subset_of_test(config, tables["test"])
+    return Examples(None, test, tables["validation"], tables["public"], label_names, list(dict.fromkeys(notes)))
+
+
+# A node's own file. What it answers must not depend on its texts: every row counts, and every value is a text.
+
+
+def count_own(config: Config) -> int:
+    """Count the examples of a node's own file, once its columns and its labels fit the run; texts are not looked at.
+
+    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, a column is not there, or a row has no label.
+    LabelError
+        If a label is none of ``data.label_names``.
+
+    Notes
+    -----
+    A file is read once, until it changes: how long an answer takes tells nothing of its size from the second on.
+    """
+    try:
+        stat = Path(config.data.name).stat()
+    except OSError as error:
+        raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); mend the file") from None
+    same = config.data.model_copy(update={"label_names": None}).model_dump_json()
+    key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
+    if not _last_own or _last_own[0][0] != key:
+        _last_own[:] = [(key, _own_labels(config, *_own_rows(config)))]
+    labels = _last_own[0][1]
+    if config.model.task != "causal-lm":
+        _own_classes(config, labels)
+    return len(labels)
+
+
+_last_own: list[tuple[tuple[Any, ...], list[Any]]] = []
+
+
+def _own_examples(config: Config) -> Examples:
+    table, rows = _own_rows(config)
+    texts = {name: _any_texts(table, column, rows) for name, column in _text_columns(config).items()}
+    empty = sum(not all(text.strip() for text in row) for row in zip(*texts.values(), strict=True))
+    if empty:
+        log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
+    if config.model.task == "causal-lm":
+        return Examples(datasets.Dataset.from_dict(texts), None, None, None, None)
+    labels = _own_classes(config, _own_labels(config, table, rows))
+    train = datasets.Dataset.from_dict({**texts, "label": np.array(labels, np.int64)})
+    return Examples(train, None, None, None, config.data.label_names)
+
+
+def _own_rows(config: Config) -> tuple[Table, list[int]]:
+    """Read the file, and say which of its rows are not blank."""
+    data = config.data
+    table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
+    label = {} if config.model.task == "causal-lm" else {"label": data.label}
+    for name, column in (_text_columns(config) | label).items():
+        if column not in table.columns or column in table.repeated:
+            there = "there is no such column" if column not in table.columns else "is the name of several columns"
+            raise InputError(f"data.{name}", column, f"{there}; columns: {listed(table.columns)}")
+    if len(table.columns) == 1:
+        return table, list(range(table.rows))
+    columns = [read() for read in table.columns.values()]
+    rows = [row for row in range(table.rows) if not all(is_missing(column[row]) for column in columns)]
+    if not rows:
+        raise InputError("data.name", data.name, "holds no rows; give a file with examples")
+    return table, rows
+
+
+def _own_labels(config: Config, table: Table, rows: list[int]) -> list[Any]:
+    """Return each row's label as a word; None for a language model."""
+    if config.model.task == "causal-lm":
+        return [None] * len(rows)
+    return list(read_labels(table, config.data.label, rows, Path(config.data.name).name, []))
+
+
+def _own_classes(config: Config, labels: list[Any]) -> list[int]:
+    """Return the number of each label's class."""
+    only = datasets.Dataset.from_dict({"label": labels})
+    found: list[int] = _encode(config, only, list(config.data.label_names or ()), "data.name")["label"][:]
+    return found
+
+
+def _any_texts(table: Table, column: str, rows: list[int]) -> list[str]:
+    """Return a column as texts, whatever it holds: what is missing is empty, and what is no text is marked."""
+    values = table.columns[column]()
+    return [_as_text(values[row]) for row in rows]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    # JSON allows halves of characters.
+    return "" if is_missing(value) else str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+def _text_columns(config: Config) -> dict[str, str]:
+    """Return the columns of the texts by their standard names."""
+    data = config.data
+    if config.model.task == "causal-lm" and data.prompt is not None and data.answer is not None:
+        return {"prompt": data.prompt, "answer": data.answer}
+    return {"text": data.text}
 
 
 def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
@@ -156,11 +275,31 @@ def source_identity(config: Config) -> list[Any]:
     """
     data = config.data
     found = [] if data.name == NODES else [_identity(data.name, "data.name")]
-    for field in ("test", "validation", "public"):
-        given = getattr(data, field)
-        if isinstance(given, str) and (is_asset(given) or Path(given).expanduser().exists()):
-            found.append(_identity(given, f"data.{field}"))
+    for key in ("test", "validation", "public"):
+        given = getattr(data, key)
+        if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
+            found.append(_identity(given, f"data.{key}"))
     return found
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return a config that means the same files from any working directory.
+
+    Names of assets, of the hub and of splits stay as they are.
+    """
+
+    def absolute(name: Any, bare: bool) -> Any:
+        if not isinstance(name, str) or is_asset(name):
+            return name
+        path = Path(os.path.expanduser(name))
+        # A folder may be called as a split is.
+        is_path = bare or len(path.parts) > 1 or path.suffix.lower() in SUFFIXES
+        return str(path.absolute()) if is_path and os.path.exists(path) else name
+
+    model = config.model.model_copy(update={"name": absolute(config.model.name, True)})
+    found = {name: absolute(getattr(config.data, name), False) for name in ("test", "validation", "public")}
+    data = config.data.model_copy(update={"name": absolute(config.data.name, True), **found})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> str:
@@ -179,11 +318,23 @@ def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> st
     Raises
     ------
     InputError
-        If it is something else.
+        If it is something else, or a transform makes its values as they are read.
+
+    Notes
+    -----
+    Of a format (``set_format``) the columns count; values are the same in every format.
     """
     splits = dict(source) if isinstance(source, Mapping) else {"train": source}
     if not splits or not all(isinstance(table, datasets.Dataset) for table in splits.values()):
-        raise InputError("data", type(source).__name__, "give a datasets.Dataset, or a mapping of split names to such")
+        kind = type(source).__name__ if not isinstance(source, Mapping) else f"{_kinds(splits)} in a mapping"
+        raise InputError("data", kind, "give a datasets.Dataset, or a mapping of split names to such")
+    for name, table in splits.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise InputError("data", name, "is no name of a split; use letters, digits and '_', such as train")
+        if table.format["type"] == "custom":
+            remedy = f"split {name} has a transform that makes its values as they are read; apply it first with map()"
+            raise InputError("data", type(source).__name__, remedy)
+    splits = {name: without_format(table) for name, table in splits.items()}
     digest = hashlib.sha256()
     for name, table in sorted(splits.items()):
         digest.update(f"{name}\n{table.features!r}\n".encode())
@@ -197,6 +348,10 @@ def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> st
             datasets.DatasetDict(splits).save_to_disk(str(target))
 
     return str(build_once(folder, build, "data", type(source).__name__))
+
+
+def _kinds(splits: Mapping[Any, Any]) -> str:
+    return ", ".join(sorted({type(table).__name__ for table in splits.values()})) or "nothing"
 
 
 class _HashSink(io.RawIOBase):
@@ -216,21 +371,27 @@ class _HashSink(io.RawIOBase):
 # Where examples come from.
 
 
-def _load(name: str, field: str, file_format: str | None = None) -> dict[str, datasets.Dataset]:
+def _load(name: str, field: str, file_format: str | None = None) -> dict[str, Table]:
     if is_asset(name):
-        return _load_asset(name, field)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _load_folder(path, field, name)
-    if path.is_file():
-        return {"train": _load_file(path, field, name, file_format)}
-    if path.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(name):
-        raise InputError(field, name, f"there is no such file or folder; give a path to {_FORMATS}")
+        return _tables(_load_asset(name, field))
+    path = find_path(name, field)
+    if path is None:
+        return _tables(_load_hub(name, field))
+    return _tables(_load_folder(path, field, name)) if path.is_dir() else _load_file(path, field, name, file_format)
+
+
+def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
+    return {name: Table.of_dataset(table) for name, table in splits.items()}
+
+
+def _load_hub(name: str, field: str) -> dict[str, datasets.Dataset]:
+    if Path(name).suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
+        raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
     try:
         with _quiet():
             loaded = datasets.load_dataset(name)
     except Exception as error:  # whatever the hub client, a parser or a builder raises: the source cannot be used
-        remedy = f"is no file here and the hub does not give it ({_first_line(error)}); give a path or asset:NAME"
+        remedy = f"is no file here and the hub does not give it ({first_line(error)}); give a path or asset:NAME"
         raise InputError(field, name, remedy) from error
     return {str(split): table for split, table in loaded.items()}
 
@@ -271,73 +432,38 @@ def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Datase
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the files of the folder may be damaged in any way
-        remedy = f"is no readable datasets folder ({_first_line(error)}); give one of save_to_disk, or a file"
+        remedy = f"is no readable datasets folder ({first_line(error)}); give one of save_to_disk, or a file"
         raise InputError(field, name, remedy) from error
     if isinstance(loaded, datasets.Dataset):
         return {"train": loaded}
     return {str(split): table for split, table in loaded.items()}
 
 
-def _load_file(path: Path, field: str, name: str, file_format: str | None = None) -> datasets.Dataset:
-    readers: dict[str, Callable[[Path], datasets.Dataset]] = {
-        ".csv": lambda file: _read_table(file, ","),
-        ".tsv": lambda file: _read_table(file, "\t"),
-        ".jsonl": _read_json,
-        ".json": _read_json,
-        ".parquet": lambda file: datasets.Dataset(pq.read_table(file)),
-    }
-    reader = readers.get(f".{file_format}" if file_format else path.suffix.lower())
-    if reader is None:
-        raise InputError(field, name, f"has an unknown format; give {_FORMATS}")
+def _load_file(
+    path: Path, field: str, name: str, file_format: str | None = None, any_text: bool = False
+) -> dict[str, Table]:
     try:
-        table = reader(path)
+        table = read_file(path, file_format, any_text=any_text)
     except Exception as error:  # the file may be damaged in any way
-        raise InputError(field, name, f"cannot be read ({_first_line(error)}); mend the file") from error
-    if len(table) == 0:
+        remedy = f"cannot be read ({first_line(error)}); mend the file"
+        raise InputError(field, name, remedy) from error
+    if table.rows == 0:
         raise InputError(field, name, "holds no rows; give a file with examples")
-    return table
-
-
-def _read_table(path: Path, separator: str) -> datasets.Dataset:
-    # "NA" and "null" are words like any other; only an empty cell is missing.
-    missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-    with warnings.catch_warnings():
-        # Rows with more cells than the header has: pandas would shift or cut them.
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(path, sep=separator, index_col=False, encoding="utf-8-sig", low_memory=False, **missing)
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _read_json(path: Path) -> datasets.Dataset:
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every row must be an object of columns")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    return {"train": table}
 
 
 def _identity(name: str, field: str) -> list[Any]:
     if is_asset(name):
         return ["asset", sorted(find_asset(name, "data", field).files.items())]
-    path = Path(name).expanduser()
+    path = find_path(name, field)
+    if path is None:
+        loaded = _load_hub(name, field)
+        return ["hub", name, [[split, len(table), table._fingerprint] for split, table in loaded.items()]]
     if path.is_file():
         return ["file", str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-        stats = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return ["folder", str(path.resolve()), stats]
-    splits = _load(name, field)
-    return ["hub", name, [[split, len(table), table._fingerprint] for split, table in splits.items()]]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+    stats = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return ["folder", str(path.resolve()), stats]
 
 
 # Splits.
@@ -352,7 +478,7 @@ def _hold_out(train: datasets.Dataset, held: int, seed: list[int]) -> tuple[data
     )
 
 
-def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
+def _train_split(config: Config, splits: Mapping[str, Table]) -> str:
     wanted = config.data.train
     if wanted is None:
         if len(splits) == 1:
@@ -363,103 +489,75 @@ def _train_split(config: Config, splits: Mapping[str, datasets.Dataset]) -> str:
     return wanted
 
 
-def _other(config: Config, splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset | None:
+def _other(config: Config, splits: Mapping[str, Table], name: str, notes: list[str]) -> datasets.Dataset | None:
     given = getattr(config.data, name)
-    if not isinstance(given, str) or (name == "test" and given == SERVER):
+    if not isinstance(given, str):
         return None  # not there, or a share of train
     field = f"data.{name}"
     if given in splits:
-        return _shape(config, splits[given], field)
-    if not is_asset(given) and not Path(given).expanduser().exists():
+        return _shape(config, splits[given], field, notes)
+    if not is_asset(given) and find_path(given, field) is None:
         if config.data.name == NODES:
             raise InputError(field, given, f"there is no such file on the server, in {Path.cwd()}; give its path there")
-        raise InputError(field, given, f"is no split (splits: {', '.join(splits)}) and no file; give one of these")
+        raise InputError(field, given, f"is no split (splits: {listed(splits)}) and no file; give one of these")
     loaded = _load(given, field)
     table = loaded.get(name) or (next(iter(loaded.values())) if len(loaded) == 1 else None)
     if table is None:
-        raise InputError(field, given, f"holds the splits {', '.join(loaded)}; give a source with one split")
-    return _shape(config, table, field)
+        raise InputError(field, given, f"holds the splits {listed(loaded)}; give a source with one split")
+    return _shape(config, table, field, notes)
 
 
 # Columns.
 
 
-def _shape(config: Config, table: datasets.Dataset, field: str, is_train: bool = False) -> datasets.Dataset:
-    """Pick the columns under their standard names, labels still raw; drop rows without text."""
+def _shape(config: Config, table: Table, field: str, notes: list[str], is_train: bool = False) -> datasets.Dataset:
+    """Pick the columns under their standard names, labels as words; drop rows without text."""
     data, causal = config.data, config.model.task == "causal-lm"
     value = getattr(data, field.removeprefix("data."))
-    if causal and data.prompt is not None and data.answer is not None:
-        texts = {"prompt": data.prompt, "answer": data.answer}
-    else:
-        texts = {"text": data.text}
+    source = Path(str(value)).name
+    notes.extend(f"{source}: {note}" for note in table.notes)
+    texts = _text_columns(config)
     columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
-        _need(table, column, f"data.{name}")
-        columns[name] = _texts(table, column, f"data.{name}")
+        columns[name] = read_texts(table, column, f"data.{name}", source)
     keep = np.array([all(text and text.strip() for text in row) for row in zip(*columns.values(), strict=True)], bool)
-    if not keep.any():
+    rows = np.flatnonzero(keep).tolist()
+    if not rows:
         raise InputError(field, value, f"no row has a text in {' and '.join(map(repr, texts.values()))}; give examples")
-    if not causal:
-        _need(table, data.label, "data.label")
-        columns["label"] = _labels(table, data.label)
-        for row, label in enumerate(columns["label"]):
-            if keep[row] and (label is None or label != label or (isinstance(label, str) and not label.strip())):
-                remedy = f"row {row + 1} of {value} has no label; fill it in or remove the row"
-                raise InputError("data.label", data.label, remedy)
-    if "domain" in table.column_names:
-        domains = ("" if domain is None else str(domain) for domain in table["domain"][:])
+    if len(rows) < table.rows:
+        first = table.place(int(np.flatnonzero(~keep)[0]))
+        notes.append(f"{source}: {table.rows - len(rows)} of {table.rows} rows have no text and are left out ({first})")
+    if "domain" in table.columns:
+        domains = ("" if is_missing(domain) else str(domain) for domain in read_column(table, "domain", "domain"))
         columns["domain"] = [domain if domain.strip() else "(none)" for domain in domains]
-    skewed = data.partition.column
-    if skewed is not None and is_train:
-        _need(table, skewed, "data.partition.column")
-        columns[PARTITION_COLUMN] = table[skewed][:]
-    rows = np.flatnonzero(keep)
-    kept = {name: [values[row] for row in rows] for name, values in columns.items()}
+    kept: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in columns.items()}
+    if not causal:
+        kept["label"] = read_labels(table, data.label, rows, source, notes)
+    if is_train and data.partition.column is not None:
+        kept[PARTITION_COLUMN] = read_owners(table, data.partition.column, rows, source)
     return datasets.Dataset.from_dict(kept)
-
-
-def _need(table: datasets.Dataset, column: str, field: str) -> None:
-    if column not in table.column_names:
-        raise InputError(field, column, f"there is no such column; columns: {', '.join(table.column_names)}")
-
-
-def _texts(table: datasets.Dataset, column: str, field: str) -> list[str | None]:
-    texts: list[Any] = table[column][:]
-    wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
-    if wrong is not None and not all(text is None or text != text for text in texts):
-        raise InputError(field, column, f"holds {type(wrong).__name__} values, not text; name the column of the texts")
-    return [text if isinstance(text, str) else None for text in texts]
 
 
 # Labels.
 
 
-def _labels(table: datasets.Dataset, column: str) -> list[Any]:
-    labels: list[Any] = table[column][:]
-    feature = table.features[column]
-    if not isinstance(feature, datasets.ClassLabel):
-        return labels
-    # The hub marks a missing label with -1.
-    return [None if label is None or label < 0 else feature.names[label] for label in labels]
-
-
-def _encode_train(
-    config: Config, source: datasets.Dataset, table: datasets.Dataset
-) -> tuple[datasets.Dataset, list[str]]:
-    feature = source.features[config.data.label]
+def _encode_train(config: Config, source: Table, table: datasets.Dataset) -> tuple[datasets.Dataset, list[str]]:
     if config.data.label_names is not None:
         names = list(config.data.label_names)
-    elif isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
+    elif config.data.label in source.classes:
+        names = source.classes[config.data.label]
     else:
-        names = _sorted_labels(config, table)
+        names = _sorted_labels(table)
     _check_classes(config, names)
     return _encode(config, table, names, "data.name"), names
 
 
-def _sorted_labels(config: Config, table: datasets.Dataset) -> list[str]:
-    keys = {_label_key(config, label) for label in table["label"]}
-    return [str(key) for key in sorted(keys, key=lambda key: (isinstance(key, str), key))]
+def _sorted_labels(table: datasets.Dataset) -> list[str]:
+    def order(name: str) -> tuple[bool, int, str]:
+        number = INTEGER.fullmatch(name) is not None
+        return not number, int(name) if number else 0, name
+
+    return sorted(set(table["label"]), key=order)
 
 
 def _check_classes(config: Config, names: list[str]) -> None:
@@ -470,7 +568,7 @@ def _check_classes(config: Config, names: list[str]) -> None:
 
 def _encode(config: Config, table: datasets.Dataset, names: list[str], field: str) -> datasets.Dataset:
     index = {name: number for number, name in enumerate(names)}
-    labels = [str(_label_key(config, label)) for label in table["label"]]
+    labels = table["label"][:]
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
         where = "never occurs in train" if config.data.label_names is None else "is not in data.label_names"
@@ -478,24 +576,6 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
     return datasets.Dataset.from_dict({**columns, "label": np.array([index[label] for label in labels], np.int64)})
-
-
-def _label_key(config: Config, label: Any) -> str | int:
-    """Return a label as a word or a whole number."""
-    if isinstance(label, bool):
-        return str(label)
-    if isinstance(label, int):
-        return label
-    if isinstance(label, float) and math.isfinite(label) and label.is_integer():
-        return int(label)
-    if isinstance(label, str):
-        return label.strip()
-    remedy = f"holds {label!r}, which is no class; labels are words or whole numbers"
-    raise InputError("data.label", config.data.label, remedy)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -21,9 +21,10 @@ import torch
 
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
 from fedlora.config import SERVER, Config, PartitionSection
+from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
 from fedlora.data.sources import load_examples, source_identity
 from fedlora.errors import InputError
-from fedlora.models import load_tokenizer, model_config, pretrained_source
+from fedlora.models import load_tokenizer, model_config, pretrained_source, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ IGNORED = -100
 """The label of a position that has no loss."""
 
 # Part of the cache's key: raise it when the same config would give other files.
-_LAYOUT = 2
+_LAYOUT = 3
 _CHUNK = 1000
 _TABLES = ("train", "test", "validation", "public")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
@@ -198,6 +199,8 @@ class FederatedData:
         A number, or the value of the natural partition's column.
     folder : Path
         Where the files lie.
+    notes : list of str
+        What the user should know of the examples, such as how many tokens ``model.max_length`` cuts off.
     """
 
     train: TokenTable
@@ -209,6 +212,7 @@ class FederatedData:
     partition: Partition
     client_names: list[str]
     folder: Path
+    notes: list[str] = field(default_factory=list)
 
     def label_counts(self) -> np.ndarray:
         """Count the examples of each client and class, int64 [clients, labels] (one column for causal-lm)."""
@@ -224,7 +228,8 @@ def prepare_data(config: Config) -> FederatedData:
     For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
     prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
     Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
-    it, without a loss: the number of its examples is public.
+    it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
+    no token of the model's: a special token stands for it, and the node's own log says how many there are.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
     sources as :func:`~fedlora.data.sources.source_identity` sees them.
@@ -235,9 +240,32 @@ def prepare_data(config: Config) -> FederatedData:
         If the model, the examples or the partition cannot be used.
     """
     pretrained = model_config(config)
+    vocabulary = vocabulary_size(pretrained)
     folder = cache_dir() / "tokens" / _key(config, pretrained)
-    build_once(folder, lambda target: _build(config, target), "data.name", config.data.name)
-    return _open(config, folder)
+    build_once(folder, lambda target: _build(config, vocabulary, target), "data.name", config.data.name)
+    data = _open(config, folder)
+    _look_at_texts(config, vocabulary, data)
+    return data
+
+
+def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) -> None:
+    """Refuse a tokenizer that does not fit the texts, and note what is cut; on a node, say it in the owner's log alone.
+
+    There the server chose the tokenizer, and a refusal would answer its question about the owner's texts.
+    """
+    name, length = config.model.name, config.model.max_length
+    counts = json.loads((data.folder / "coverage.json").read_text(encoding="utf-8"))
+    tables = {table: Coverage(**found) for table, found in counts.items()}
+    if not _is_own(config):
+        check_coverage(name, length, tables, vocabulary)
+        data.notes.extend(coverage_notes(length, tables))
+        return
+    try:
+        check_coverage(name, length, tables, vocabulary)
+    except InputError as error:
+        logger.warning("%s", error)
+    for note in coverage_notes(length, tables):
+        logger.info("%s", note)
 
 
 def _key(config: Config, pretrained: Any) -> str:
@@ -255,21 +283,36 @@ def _key(config: Config, pretrained: Any) -> str:
         "tokenizer": tokenizer,
         "task": config.model.task,
         "max_length": config.model.max_length,
-        "seed": config.run.seed,
+        # Nothing of a node's file is drawn.
+        "seed": None if _is_own(config) else config.run.seed,
         "data": config.data.model_dump(),
+        "vocabulary": vocabulary_size(pretrained),
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(config: Config, target: Path) -> None:
+def _is_own(config: Config) -> bool:
+    """Whether the examples are a node's own file, of whose texts no error may depend."""
+    return config.data.test == SERVER
+
+
+def _build(config: Config, vocabulary: int | None, target: Path) -> None:
     examples = load_examples(config)
     tokenizer = load_tokenizer(config)
+    if _is_own(config):
+        tokenizer = AnyText(tokenizer, vocabulary)
+    coverage: dict[str, Coverage] = {name: Coverage() for name in _TABLES}
     tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
-    kept = {name: _write_table(config, target, name, table, tokenizer, domains) for name, table in tables.items()}
+    kept = {
+        name: _write_table(config, target, name, table, tokenizer, domains, coverage[name])
+        for name, table in tables.items()
+    }
+    counts = {name: coverage[name].to_dict() for name in tables}
+    (target / "coverage.json").write_text(json.dumps(counts), encoding="utf-8")
     train = kept.get("train")
     clients, names = _clients(config, train, examples.label_names)
     np.save(target / "partition.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
@@ -280,6 +323,7 @@ def _build(config: Config, target: Path) -> None:
         "client_names": names,
         "pad_token_id": tokenizer.pad_token_id,
         "tables": list(tables),
+        "notes": examples.notes,
     }
     (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -300,7 +344,13 @@ def _clients(
 
 
 def _write_table(
-    config: Config, target: Path, name: str, table: datasets.Dataset, tokenizer: Any, domains: list[str]
+    config: Config,
+    target: Path,
+    name: str,
+    table: datasets.Dataset,
+    tokenizer: Any,
+    domains: list[str],
+    coverage: Coverage,
 ) -> datasets.Dataset:
     """Write the files of one split; return the examples that are in them."""
     rows: list[list[int]] = []
@@ -308,16 +358,20 @@ def _write_table(
     for first in range(0, len(table), _CHUNK):
         chunk = table[first : first + _CHUNK]
         if config.model.task == "sequence-classification":
-            rows += _encode(tokenizer, chunk["text"], config.model.max_length)
+            new_rows = _encode(tokenizer, chunk["text"], config.model.max_length)
+            _count(coverage, tokenizer, chunk["text"], new_rows, config.model.max_length)
+            rows += new_rows
         else:
             new_rows, new_starts = _causal(config, tokenizer, chunk)
-            rows += new_rows
+            texts = chunk.get("text") or [a + b for a, b in zip(chunk["prompt"], chunk["answer"], strict=True)]
+            coverage.add(texts, new_rows, tokenizer, config.model.max_length)
+            rows += [ids[: config.model.max_length] for ids in new_rows]
             starts += new_starts
     if config.model.task == "causal-lm":
         keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
         dropped = len(rows) - len(keep)
-        if dropped and config.data.test == SERVER:
-            # The server chose tokenizer and length: how many rows are left would answer its question about them.
+        if dropped and _is_own(config):
+            # The server chose the length: how many rows are left would answer its question about them.
             logger.warning("%d of %d rows have no loss: model.max_length cuts their answers off", dropped, len(rows))
         elif not keep:
             remedy = f"every prompt of {name} is longer than that, so no answer is left; raise it"
@@ -338,6 +392,68 @@ def _write_table(
     return table
 
 
+class AnyText:
+    """A tokenizer that gives ids for any text: one special token where its own fail, or are none of the model's.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    vocabulary : int, optional
+        How many ids the model has; None if it does not say.
+
+    Raises
+    ------
+    InputError
+        If no special token is one of the model's.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int | None) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        special = (self.eos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id, self.pad_token_id)
+        known = [token for token in special if token is not None and self._fits([token])]
+        if not known or not self._fits([self.pad_token_id]):
+            raise InputError("model.name", tokenizer.name_or_path, "its tokenizer has ids that the model has not")
+        self.fixed = known[:1]
+
+    def __getattr__(self, name: str) -> Any:
+        """Have the tokenizer's own attributes."""
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        """Return the ids of every text, at least one each."""
+        rows = self._ids(texts, options)
+        if rows is None:
+            rows = [found[0] if (found := self._ids([text], options)) else [] for text in texts]
+        usable = [row if row and self._fits(row) else self.fixed for row in rows]
+        replaced = sum(row is self.fixed for row in usable)
+        if replaced:
+            logger.warning(
+                "%d of %d rows have no token that the model knows; a special one stands there", replaced, len(rows)
+            )
+        return {"input_ids": usable}
+
+    def _ids(self, texts: list[str], options: dict[str, Any]) -> list[list[int]] | None:
+        try:
+            rows: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' is no Exception
+            logger.warning("the tokenizer fails (%s)", type(error).__name__)
+            return None
+        return rows if len(rows) == len(texts) else None
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        return min(ids) >= 0 and (self.vocabulary is None or max(ids) < self.vocabulary)
+
+
+def _count(coverage: Coverage, tokenizer: Any, texts: list[str], rows: list[list[int]], max_length: int) -> None:
+    """Count rows that are cut already: those that may be are made again whole."""
+    long = [number for number, ids in enumerate(rows) if len(ids) >= max_length]
+    whole = dict(zip(long, _encode(tokenizer, [texts[number] for number in long], None), strict=True)) if long else {}
+    coverage.add(texts, [whole.get(number, ids) for number, ids in enumerate(rows)], tokenizer, max_length)
+
+
 def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: bool = True) -> list[list[int]]:
     found = tokenizer(
         texts,
@@ -354,17 +470,17 @@ def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: b
 
 
 def _causal(config: Config, tokenizer: Any, chunk: dict[str, list[str]]) -> tuple[list[list[int]], list[int]]:
-    """Return token ids of whole rows, and how many of each row's first tokens have no loss."""
-    length, eos = config.model.max_length, tokenizer.eos_token_id
+    """Return token ids of whole rows, not cut yet, and how many of each row's first tokens have no loss."""
+    eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("model.name", config.model.name, "its tokenizer has no eos token; causal-lm needs one")
     if "text" in chunk:
         # A tokenizer may close its rows itself.
         texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, chunk["text"], None)]
-        return [ids[:length] for ids in texts], [0] * len(texts)
+        return texts, [0] * len(texts)
     prompts = [ids[:-1] if ids[-1:] == [eos] else ids for ids in _encode(tokenizer, chunk["prompt"], None)]
     answers = _encode(tokenizer, chunk["answer"], None, special=False)
-    rows = [[*prompt, *answer, eos][:length] for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
     return rows, [len(prompt) for prompt in prompts]
 
 
@@ -409,4 +525,5 @@ def _open(config: Config, folder: Path) -> FederatedData:
         partition,
         meta["client_names"],
         folder,
+        meta["notes"],
     )

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from fedlora.config import Section, input_error, read_toml
 from fedlora.errors import InputError
+from fedlora.paths import beside, find_path
 
 RUNS, NODE = "/fedlora/runs", "/fedlora/node"
 """Where the server serves run folders, and tells a node whether the federation sees it."""
@@ -77,7 +78,7 @@ def load_server(path: str | Path) -> ServerFile:
     InputError
         If the file cannot be read, is no TOML, or a key or value is wrong.
     """
-    file = Path(path).expanduser().absolute()
+    file = (find_path(str(path), "SERVER") or Path(path)).absolute()
     try:
         server = ServerFile.model_validate(read_toml(file, "SERVER"))
     except ValidationError as error:
@@ -88,11 +89,11 @@ def load_server(path: str | Path) -> ServerFile:
         except ValueError as error:
             raise InputError("control_from", network, f"is no address or network ({error})") from None
 
-    def absolute(value: str) -> str:
-        return str(file.parent / Path(value).expanduser())
+    def absolute(value: str, field: str) -> str:
+        return str(beside(file.parent, value, field))
 
-    changes: dict[str, object] = {"directory": absolute(server.directory)}
+    changes: dict[str, object] = {"directory": absolute(server.directory, "directory")}
     if server.tls is not None:
-        paths = {key: absolute(value) for key, value in server.tls.model_dump().items()}
+        paths = {key: absolute(value, f"tls.{key}") for key, value in server.tls.model_dump().items()}
         changes["tls"] = server.tls.model_copy(update=paths)
     return server.model_copy(update=changes)

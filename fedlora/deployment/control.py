@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import ssl
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +34,19 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.keys import read_file
-from fedlora.errors import InputError, RunError
+from fedlora.errors import InputError, RunError, plain_text
 
 SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"
 ONLINE = "online"
+
+_PLAIN = {"Accept-Encoding": "identity"}  # what is unpacked on the way can grow a thousandfold
+_MOST_BYTES_OF_A_LIST = 8 * 2**20
+_MOST_BYTES_OF_LINES = 256 * 2**20
+_MOST_BYTES_OF_AN_ERROR = 2**16
 
 
 @dataclass(frozen=True)
@@ -189,10 +197,8 @@ class Server:
     def node_status(self, public_key: bytes) -> NodeStatus | None:
         """Return what the federation knows of a node; None if this is no server of fedlora's, and does not tell."""
         with self._errors():
-            reply = self._http.get(NODE, params={"key": public_key.decode()})
-            if reply.status_code == httpx.codes.NOT_FOUND:
-                return None
-            return NodeStatus(**reply.raise_for_status().json())
+            body = self._get(f"{NODE}?key={quote(public_key.decode())}", _MOST_BYTES_OF_A_LIST)
+            return None if body is None else NodeStatus(**json.loads(body))
 
     def start(self, config: str, *, resume: bool) -> int:
         """Submit a run; return its number.
@@ -208,7 +214,7 @@ class Server:
         with self._errors():
             reply = self._control.StartRun(StartRunRequest(fab=_bundle(), override_config=override))
         if not reply.HasField("run_id"):
-            raise RunError(f"{self.address} did not start the run: {reply.note or 'no reason given'}")
+            raise RunError(f"{self.address} did not start the run: {_said(reply.note) or 'no reason given'}")
         return int(reply.run_id)
 
     def run(self, number: int) -> RunState:
@@ -230,54 +236,107 @@ class Server:
             self._control.StopRun(StopRunRequest(run_id=number))
 
     def files(self, name: str) -> dict[str, int] | None:
-        """Return the files of a run folder on the server with their sizes; None if there is no such folder."""
+        """Return the files of a run folder on the server with their sizes; None if there is no such folder.
+
+        Whether the names may be written here is for :func:`fedlora.deployment.download.check_files` to say.
+        """
         with self._errors():
-            reply = self._http.get(f"{RUNS}/{quote(name)}")
-            if reply.status_code == httpx.codes.NOT_FOUND:
-                return None
-            return dict(reply.raise_for_status().json())
+            body = self._get(f"{RUNS}/{quote(name)}", _MOST_BYTES_OF_A_LIST)
+            return None if body is None else _sizes(json.loads(body, object_pairs_hook=_without_repeats))
 
     def lines(self, name: str, file: str) -> list[str]:
         """Return the lines of a growing file of a run folder; none if there is no such file."""
         with self._errors():
-            reply = self._http.get(f"{RUNS}/{quote(name)}/{quote(file)}")
-            if reply.status_code == httpx.codes.NOT_FOUND:
-                return []
+            body = self._get(f"{RUNS}/{quote(name)}/{quote(file)}", _MOST_BYTES_OF_LINES)
             # What follows the last line break is on its way to the disk.
-            return reply.raise_for_status().content.decode("utf-8", "replace").split("\n")[:-1]
+            return (body or b"").decode("utf-8", "replace").split("\n")[:-1]
 
-    def fetch(self, name: str, file: str, target: Path) -> None:
-        """Copy a file of a run folder, if it is there; the target is there whole, or as it was."""
+    def fetch(self, name: str, file: str, target: Path, size: int | None = None) -> bool:
+        """Copy a file of a run folder; the target is there whole, or as it was.
+
+        Parameters
+        ----------
+        name, file : str
+        target : Path
+        size : int, optional
+            Bytes that it must have.
+
+        Returns
+        -------
+        bool
+            Whether it is there. A file may go after the folder was listed: what a run writes beside its files is
+            short-lived.
+
+        Raises
+        ------
+        RunError
+            If the server sends more or fewer bytes.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary = target.with_name(f".{os.getpid()}.part")
         try:
-            with self._errors(), self._http.stream("GET", f"{RUNS}/{quote(name)}/{quote(file)}") as reply:
+            with (
+                self._errors(),
+                self._http.stream("GET", f"{RUNS}/{quote(name)}/{quote(file)}", headers=_PLAIN) as reply,
+            ):
                 if reply.status_code == httpx.codes.NOT_FOUND:
-                    return  # it went since the folder was listed: what a run writes beside its files is short-lived
-                if reply.is_error:
-                    reply.read()  # what it says is wrong
-                reply.raise_for_status()
+                    return False
+                self._check(reply)
+                came = 0
                 with temporary.open("wb") as stream:
-                    for chunk in reply.iter_bytes():
-                        stream.write(chunk)
+                    for chunk in self._chunks(reply, sys.maxsize if size is None else size):
+                        came += stream.write(chunk)
+                if size is not None and came != size:
+                    raise RunError(f"{self.address} sends {came} bytes of {file}, and listed {size}")
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+        return True
+
+    def _get(self, path: str, most: int) -> bytes | None:
+        """Return what a path holds, up to so many bytes; None if there is no such path."""
+        with self._http.stream("GET", path, headers=_PLAIN) as reply:
+            if reply.status_code == httpx.codes.NOT_FOUND:
+                return None
+            self._check(reply)
+            return b"".join(self._chunks(reply, most))
+
+    def _check(self, reply: httpx.Response) -> None:
+        if not reply.is_success:
+            begin = next(reply.iter_bytes(_MOST_BYTES_OF_AN_ERROR), b"")
+            raise self._refusal(reply.status_code, begin.decode("utf-8", "replace"))
+
+    def _chunks(self, reply: httpx.Response, most: int) -> Iterator[bytes]:
+        """Yield a reply's bytes as they come, which must be no more than these and not compressed."""
+        if reply.headers.get("content-encoding", "identity") != "identity":
+            raise RunError(f"{self.address} sends compressed bytes, which nobody asked for")
+        came = 0
+        for chunk in reply.iter_bytes():
+            came += len(chunk)
+            if came > most:
+                raise RunError(f"{self.address} sends more than the {most} bytes that it may")
+            yield chunk
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except httpx.HTTPStatusError as error:
-            response = error.response
-            if response.status_code == httpx.codes.FORBIDDEN:
-                remedy = "takes no orders from this machine; add its address to control_from in the server's TOML"
-                raise InputError("address", self.address, remedy) from None
-            flowers = FlowerError.from_json(response.text)
-            said = f"[{flowers.code}] {flowers.message}" if flowers else f"HTTP {response.status_code}"
-            raise RunError(f"{self.address} refuses: {said}") from None
+            raise self._refusal(error.response.status_code, error.response.text) from None
         except httpx.TransportError as error:
             raise self._explain(error) from None
+        except InputError:
+            raise
+        except (httpx.HTTPError, DecodeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise RunError(f"{self.address} answers what no server of fedlora does ({type(error).__name__})") from None
+
+    def _refusal(self, status: int, text: str) -> InputError | RunError:
+        if status == httpx.codes.FORBIDDEN:
+            remedy = "takes no orders from this machine; add its address to control_from in the server's TOML"
+            return InputError("address", self.address, remedy)
+        flowers = FlowerError.from_json(text)
+        said = f"[{flowers.code}] {_said(flowers.message)}" if flowers else f"HTTP {status}"
+        return RunError(f"{self.address} refuses: {said}")
 
     def _explain(self, error: httpx.TransportError) -> InputError | UnreachableError:
         text = str(error)
@@ -292,6 +351,23 @@ class Server:
         if isinstance(error, httpx.RemoteProtocolError) and self._http.base_url.scheme == "http":
             return InputError("address", self.address, "does not answer plain HTTP; leave TLS on")
         return UnreachableError(f"{self.address} cannot be reached ({text or type(error).__name__}); is the server up?")
+
+
+def _sizes(content: object) -> dict[str, int]:
+    if not isinstance(content, dict) or not all(type(size) is int and size >= 0 for size in content.values()):
+        raise ValueError("no sizes by name")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name is there twice")
+    return content
+
+
+def _said(text: str) -> str:
+    return " ".join(plain_text(text).split())
 
 
 class UnreachableError(RunError):

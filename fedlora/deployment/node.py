@@ -210,6 +210,7 @@ def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, s
     while not stopping.wait(_LOOK_SECONDS if seen else 1.0):
         if not child.running:
             return
+        child.turn_log()
         try:
             node = server.node_status(key) if key is not None else None
         except (RunError, InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,6 +65,16 @@ class Child:
                 # Ctrl-C in a terminal goes to the supervisor alone, which ends its children in order.
                 start_new_session=True,
             )
+
+    def turn_log(self) -> None:
+        """Begin the log anew if it has grown long; what it held is kept as the one older log.
+
+        The process goes on writing to the same file, at its end, so it is emptied and not moved.
+        """
+        if self.log.stat().st_size > _LOG_SIZE:
+            shutil.copyfile(self.log, self.log.with_name(self.log.name + ".1"))
+            os.truncate(self.log, 0)
+            self._offset = 0
 
     @property
     def running(self) -> bool:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedlora.config import load_config
 from fedlora.deployment.control import RunState, Server, UnreachableError
-from fedlora.errors import INPUT_MARK, InputError, RunError
+from fedlora.deployment.download import copy_run, note_change
+from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
 from fedlora.results.folder import RunResult, to_json, write_atomically
 from strategies import get_strategy
 from strategies.federation import Progress
 
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
+_LONGEST_REASON = 20_000  # characters of why a run failed
 _FAILED = "ServerApp failed with exception: "
 _WARNING = re.compile(r"\S+ \S+ (?:WARNING|ERROR) (.*)")
 
@@ -62,7 +66,7 @@ def run_on(
     given = load_config(config, overrides)
     get_strategy(given.method.name)
     folder = output if output is not None else Path("runs") / given.run.name
-    if folder.exists() and not resume:
+    if os.path.lexists(folder) and not resume:
         raise InputError("--output", str(folder), "exists already; choose another folder, or go on with --resume")
     progress = progress or Progress()
     with Server.named(name) as server:
@@ -80,7 +84,7 @@ def run_on(
         except KeyboardInterrupt:
             server.stop(number)
             raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
-        _bring(server, given.run.name, folder)
+        copy_run(server, given.run.name, folder)
     return _result(state, folder, name, first)
 
 
@@ -94,9 +98,10 @@ def _follow(server: Server, number: int, name: str, shown: int, told: int, progr
             for text in server.lines(name, "run.log")[told:]:
                 told += 1
                 if (warning := _WARNING.match(text)) is not None:
-                    progress.on_note(warning[1])
+                    progress.on_note(plain_text(warning[1]))
             for line in server.lines(name, "rounds.jsonl")[shown:]:
-                progress.on_round(json.loads(line))
+                with _readable("rounds.jsonl"):
+                    progress.on_round(json.loads(line))
                 shown += 1
             last = time.monotonic()
         except UnreachableError:
@@ -108,23 +113,19 @@ def _follow(server: Server, number: int, name: str, shown: int, told: int, progr
         time.sleep(_LOOK_SECONDS)
 
 
-def _bring(server: Server, name: str, folder: Path) -> None:
-    """Copy the run folder; summary.json comes last, so that a folder with it is whole."""
-    files = server.files(name) or {}
-    for file in sorted(files, key=lambda file: (file == "summary.json", file)):
-        server.fetch(name, file, folder / file)
-
-
 def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if state.outcome == "completed":
         path = folder / "summary.json"
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        # A run that had finished already moved nothing now.
-        if first < summary["rounds"]:
-            summary["communication"]["flower"] = _flowers_count(state, folder, first)
-            write_atomically(path, to_json(summary, indent=2) + "\n")
-        return RunResult(folder, summary)
-    why = " ".join(state.details.removeprefix(_FAILED).split()) or f"the server says: {state.outcome or state.status}"
+        with _readable("summary.json"):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            # A run that had finished already moved nothing now.
+            if first < summary["rounds"]:
+                summary["communication"]["flower"] = _flowers_count(state, folder, first)
+                write_atomically(path, to_json(summary, indent=2) + "\n")
+                note_change(folder, path.name)
+            return RunResult(folder, summary)
+    told = plain_text(state.details.removeprefix(_FAILED), _LONGEST_REASON)
+    why = " ".join(told.split()) or f"the server says: {plain_text(state.outcome or state.status)}"
     if why.startswith(INPUT_MARK):
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
@@ -148,6 +149,17 @@ def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float
         "message_bytes": messages,
         "overhead": moved / messages - 1 if messages else 0.0,
     }
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    """Tell in one line that a file of the server's holds something else."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise RunError(f"the server's {file} cannot be read ({type(error).__name__}); it holds another thing") from None
 
 
 def _as_told(field: str, rest: str) -> InputError:

@@ -367,5 +367,5 @@ AutoModelForCausalLM.register(MixtureConfig, Mixture)
 def load_mixture(folder: str | Path) -> Mixture:
     """Load a mixture from a folder of ``save_pretrained``, in its own dtype."""
     with quiet():
-        model: Mixture = Mixture.from_pretrained(str(folder), dtype="auto")
+        model: Mixture = Mixture.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
     return model.eval()

@@ -6,21 +6,42 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
+from fedlora.assets import is_asset
 from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
+from fedlora.node.names import NODE_NAME
+from fedlora.paths import beside, find_path
 
 _FORMATS = get_args(FileFormat)
+
+
+_HOST_PORT = re.compile(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):(\d{1,5})")
+
+
+def _address(text: str) -> str:
+    found = _HOST_PORT.fullmatch(text)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise PydanticCustomError("address", "should be HOST:PORT, with a port from 1 to 65535")
+    return text
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda:\d{1,4}", text) is None:
+        raise PydanticCustomError("device", "should be auto, cpu or cuda:NUMBER")
+    return text
 
 
 class SuperlinkSection(Section):
     """``[superlink]``: where the federation is, and how the node and the server prove who they are."""
 
-    address: Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    address: Annotated[str, AfterValidator(_address)]
     root_certificates: str | None = None
     private_key: str | None = None
     port: Annotated[int, Field(ge=1, le=65535)] = 9094
@@ -37,12 +58,28 @@ class NodeDataSection(Section):
     answer: str | None = None
 
 
+class ModelEntry(Section):
+    """One of ``[policy] models``: a model, and its tokenizer with it, as a run's config names it in ``model.name``.
+
+    Either a hub id with ``revision``, the commit, or a folder with ``sha256``, the digest of its files
+    (:func:`~fedlora.node.policy.folder_digest`). ``path`` says where the folder is, if its name does not.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    sha256: str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
+
+
 class PolicySection(Section):
     """``[policy]``: what the owner accepts, whatever config a server sends.
 
     ``max_epsilon`` at ``delta`` is the ceiling over all runs together, by an accountant that never counts too little:
     gdp, which a run may use, does. ``allow_non_private`` accepts runs without privacy, which no ceiling can count; so
     one of the two is given.
+
+    ``models`` are loaded beside fedlora's own assets, and no others. ``max_describes_per_day`` bounds how often servers
+    may ask what the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -52,14 +89,17 @@ class PolicySection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     max_sample_rate: Fraction | None = None
     allow_non_private: bool = False
+    models: list[ModelEntry] = Field(default_factory=list)
+    max_describes_per_day: Annotated[int, Field(ge=1)] = 100
+    max_cache_gb: Annotated[float, Field(gt=0)] = 4.0
 
 
 class WorkerSection(Section):
     """``[worker]``: the process that keeps model and tokens loaded between messages."""
 
-    idle_seconds: Annotated[float, Field(gt=0)] = 600.0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    idle_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 600.0
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
 class StateSection(Section):
@@ -72,7 +112,7 @@ class StateSection(Section):
 class NodeConfig(Section):
     """A node. Paths are absolute once :func:`load_node` has read it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Annotated[str, Field(pattern=NODE_NAME, max_length=100)]
     superlink: SuperlinkSection
     data: NodeDataSection
     policy: PolicySection
@@ -112,7 +152,7 @@ def load_node(path: str | Path) -> NodeConfig:
     InputError
         If the file cannot be read, is no TOML, a key or value is wrong, or there is no data file.
     """
-    file = Path(path).expanduser().absolute()
+    file = (find_path(str(path), "NODE") or Path(path)).absolute()
     try:
         node = NodeConfig.model_validate(read_toml(file, "NODE"))
     except ValidationError as error:
@@ -131,11 +171,13 @@ def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
     }.items():
         content = getattr(node, section)
         given = {key: value for key in keys if (value := getattr(content, key)) is not None}
-        for key, value in given.items():
-            if "\0" in value:
-                raise InputError(f"{section}.{key}", value, "is no path; give one without NUL characters")
-        absolute = {key: str(folder / Path(value).expanduser()) for key, value in given.items()}
+        absolute = {key: str(beside(folder, value, f"{section}.{key}")) for key, value in given.items()}
         changed[section] = content.model_copy(update=absolute)
+    models = [
+        entry.model_copy(update={"path": str(folder / Path(entry.path or entry.name).expanduser())})
+        for entry in node.policy.models
+    ]
+    changed["policy"] = node.policy.model_copy(update={"models": models})
     return node.model_copy(update=changed)
 
 
@@ -149,12 +191,29 @@ def _check(node: NodeConfig) -> None:
     if policy.max_epsilon is not None and policy.allow_non_private:
         remedy = "no ceiling holds over runs without privacy; remove it, or allow_non_private"
         raise InputError("policy.max_epsilon", policy.max_epsilon, remedy)
-    try:
-        found = Path(data.path).is_file()
-    except OSError as error:
-        raise InputError("data.path", data.path, f"cannot be read ({error.strerror}); give another path") from None
-    if not found:
+    for number, entry in enumerate(policy.models):
+        _check_model(entry, f"policy.models.{number}", [other.name for other in policy.models[:number]])
+    found = find_path(data.path, "data.path")
+    if found is None or not found.is_file():
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
         remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)
+
+
+def _check_model(entry: ModelEntry, field: str, before: list[str]) -> None:
+    if is_asset(entry.name):
+        raise InputError(f"{field}.name", entry.name, "is pinned by fedlora itself; remove the entry")
+    if entry.name in before:
+        raise InputError(f"{field}.name", entry.name, "is listed twice; keep one")
+    if (entry.revision is None) == (entry.sha256 is None):
+        remedy = "give revision, a commit on the hub, or sha256, a folder's digest (fedlora digest FOLDER)"
+        raise InputError(field, entry.name, remedy)
+    if entry.revision is not None and not re.fullmatch("[0-9a-f]{40}", entry.revision):
+        remedy = "is no full commit, which has 40 hexadecimal digits; branches and tags may move"
+        raise InputError(f"{field}.revision", entry.revision, remedy)
+    if entry.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        remedy = "is no SHA-256, which has 64 hexadecimal digits; take it from fedlora digest FOLDER"
+        raise InputError(f"{field}.sha256", entry.sha256, remedy)
+    if "\0" in entry.name or "\0" in str(entry.path):
+        raise InputError(f"{field}.name", entry.name, "is no path; give one without NUL characters")

@@ -7,21 +7,30 @@ cover.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from fedlora.errors import BudgetError, GuardError, InputError, StaleError
+from fedlora.errors import BudgetError, GuardError, InputError, PolicyError, StaleError
 from fedlora.node.config import PolicySection
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import spent_epsilon
 
 History = list[tuple[float, float, int]]
+
+# What servers may make a ledger hold: names of this many characters, and this many runs that never took a step.
+_LONGEST_NAME = 200
+_LONGEST_LABELS = 100_000
+_IDLE_RUNS = 200
+_DAY = 86400.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -31,7 +40,17 @@ CREATE TABLE IF NOT EXISTS charges (
     number INTEGER PRIMARY KEY, run TEXT NOT NULL, federation TEXT NOT NULL, round INTEGER NOT NULL,
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
+# Made where it is missing: a ledger may be older.
+_DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
+
+_SEALED = {
+    "runs": "SELECT number, run, federation, label_names, last_round FROM runs WHERE number >= ? ORDER BY number",
+    "charges": "SELECT number, run, federation, round, noise_multiplier, sample_rate, steps FROM charges "
+    "WHERE number >= ? ORDER BY number",
+}
+"""What a seal, the SHA-256 over these rows, holds together: a row that is gone or changed shows."""
 
 
 class NodeLedger:
@@ -47,7 +66,7 @@ class NodeLedger:
     Raises
     ------
     InputError
-        If the ledger cannot be read or written: without it nothing is trained.
+        If the ledger cannot be read or written, or a row of it is gone or changed: without it nothing is trained.
 
     Notes
     -----
@@ -68,11 +87,27 @@ class NodeLedger:
         except OSError as error:
             remedy = f"cannot hold the node's ledger ({error.strerror}); give a folder that can be written"
             raise InputError("state.directory", str(directory), remedy) from None
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a ledger that does not hold what was written to it."""
         with self._transaction() as database:
             found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not found >= {"runs", "charges"}:
+            lost = not found >= {"runs", "charges", "seals"}
+            damaged = not lost and (
+                database.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",)
+                or dict(database.execute("SELECT of, digest FROM seals"))
+                != {of: _sealing(database, of).hexdigest() for of in _SEALED}
+            )
+        if lost:
             remedy = "has lost what it held; bring back a copy, or delete it if nothing was ever trained here"
             raise InputError("state.directory", str(self.path), remedy)
+        if damaged:
+            remedy = "is damaged: rows are gone or changed, so what was spent is unknown; bring back a copy of it"
+            raise InputError("state.directory", str(self.path), remedy)
+        if "describes" not in found:
+            with self._transaction() as database:
+                database.execute(_DESCRIBES)
 
     def _create(self) -> None:
         """Make a ledger without a charge, whole or not at all, so that an empty file is known as one that was lost."""
@@ -84,6 +119,8 @@ class NodeLedger:
             os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
             with self._open(new) as database:
                 database.executescript(_TABLES)
+                for of in _SEALED:
+                    _seal(database, of, _sealing(database, of))
             os.replace(new, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -91,19 +128,48 @@ class NodeLedger:
             finally:
                 os.close(folder)
 
+    def count_describe(self) -> None:
+        """Take note that a server asks what the node holds, whichever federation it says that it asks for.
+
+        Raises
+        ------
+        PolicyError
+            If servers asked as often as the owner allows within the last 24 hours.
+        """
+        now, most = time.time(), self.policy.max_describes_per_day
+        with self._transaction() as database:
+            database.execute("DELETE FROM describes WHERE at < ?", (now - _DAY,))
+            (count,) = database.execute("SELECT COUNT(*) FROM describes").fetchone()
+            if count < most:
+                database.execute("INSERT INTO describes (at) VALUES (?)", (now,))
+        if count >= most:
+            raise PolicyError("max_describes_per_day", most, "more")
+
     def register(self, federation: str, run: str, label_names: list[str] | None) -> None:
         """Take note of a run that a server describes; an earlier run of the same federation ends with it.
+
+        The oldest runs that never took a step are forgotten where there are many.
 
         Raises
         ------
         StaleError
             If a later run of the same federation was described before.
+        InputError
+            If the names are longer than any that a server gives.
         """
+        if max(len(federation), len(run)) > _LONGEST_NAME or len(json.dumps(label_names)) > _LONGEST_LABELS:
+            raise InputError("label-names", federation[:_LONGEST_NAME], "names are too long to be kept")
         with self._transaction() as database:
+            database.execute(
+                "DELETE FROM runs WHERE last_round = 0 AND number <= "
+                "(SELECT number FROM runs WHERE last_round = 0 ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                (_IDLE_RUNS,),
+            )
             database.execute(
                 "INSERT OR IGNORE INTO runs (run, federation, label_names) VALUES (?, ?, ?)",
                 (run, federation, json.dumps(label_names)),
             )
+            _seal(database, "runs", _sealing(database, "runs"))
             _check_newest(database, federation, run)
 
     def label_names(self, federation: str, run: str) -> list[str] | None:
@@ -215,6 +281,7 @@ class NodeLedger:
             Before anything is charged.
         """
         with self._lock:
+            self._check()
             self.label_names(federation, run)
             self.check_round(run, server_round)
             self.check_budget(federation, plan, steps, also)
@@ -244,7 +311,7 @@ class NodeLedger:
                 yield database
             finally:
                 database.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             remedy = f"cannot be read or written ({error}); mend it or bring back a copy: it is the owner's ledger"
             raise InputError("state.directory", str(self.path), remedy) from None
 
@@ -277,6 +344,8 @@ class Charge:
         for sigma, rate, steps in admitted:
             self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
         self._rows: dict[tuple[float, float], int | None] = {}
+        # Over the rows of earlier rounds, which are not read again at every step.
+        self._earlier = _sealing(database, "charges")
 
     def step(self) -> None:
         """Write a step of training to the disk; call it before the step reads an example.
@@ -304,6 +373,7 @@ class Charge:
             if not self._rows:
                 _check_round(database, self.run, self.server_round)
                 database.execute("UPDATE runs SET last_round = ? WHERE run = ?", (self.server_round, self.run))
+                _seal(database, "runs", _sealing(database, "runs"))
             row = self._rows.get(kind)
             if row is None:
                 row = database.execute(
@@ -313,6 +383,8 @@ class Charge:
                 ).lastrowid
             else:
                 database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (row,))
+            first = min(number for number in (row, *self._rows.values()) if number is not None)
+            _seal(database, "charges", _sealing(database, "charges", first, self._earlier.copy()))
         self._rows[kind] = row
         self._left[kind] -= 1
 
@@ -336,6 +408,18 @@ def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _sealing(database: sqlite3.Connection, of: str, first: int = 0, after: Any = None) -> Any:
+    """Return the hash of a table's rows from number ``first`` on, after that of those before."""
+    sha = hashlib.sha256() if after is None else after
+    for row in database.execute(_SEALED[of], (first,)):
+        sha.update(repr(row).encode())
+    return sha
+
+
+def _seal(database: sqlite3.Connection, of: str, sha: Any) -> None:
+    database.execute("INSERT OR REPLACE INTO seals VALUES (?, ?)", (of, sha.hexdigest()))
 
 
 def _mechanism(plan: PrivacyPlan | None) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from fedlora.config import SERVER, Config
 from fedlora.errors import InputError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.ledger import NodeLedger
-from fedlora.node.policy import check_policy
+from fedlora.node.policy import admitted_model, check_policy
 from fedlora.privacy import PrivacyPlan, plan_privacy
 
 
@@ -42,15 +42,26 @@ class Node:
     def own_config(self, run: Config, label_names: list[str] | None) -> Config:
         """Return a run's config with the owner's file in place of the server's data; all of its rows are trained on.
 
+        The model is loaded as the owner lists it.
+
         Parameters
         ----------
         run : Config
             As the server sends it.
         label_names : list of str, optional
             The run's classes, as the server describes them.
+
+        Raises
+        ------
+        PolicyError, InputError
+            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or a classifier's
+            classes are not said: those of the file would have to be told.
         """
         own = self.config.data
-        content: dict[str, Any] = run.model_dump(exclude_none=True)
+        if label_names is None and run.model.task == "sequence-classification":
+            raise InputError("data.label_names", None, "are the server's to say")
+        model = admitted_model(self.config.policy, run.model)
+        content: dict[str, Any] = run.model_copy(update={"model": model}).model_dump(exclude_none=True)
         content["data"] = {
             "name": own.path,
             "format": self.config.format,
@@ -63,8 +74,9 @@ class Node:
             content["data"]["label_names"] = label_names
         if own.prompt is not None:
             content["data"] |= {"prompt": own.prompt, "answer": own.answer}
-        # Whom the server asks is not the node's affair.
-        content.pop("server")
+        # Whom the server asks, and where it simulates and logs, is not the node's affair.
+        for section in ("server", "simulation", "network", "tracking"):
+            content.pop(section)
         return Config.model_validate(content)
 
     def admit(self, run: Config, examples: int) -> PrivacyPlan | None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from fedlora.errors import PolicyError
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from fedlora.assets import find_asset, is_asset
+from fedlora.config import ModelSection
+from fedlora.errors import InputError, PolicyError
 from fedlora.node.config import PolicySection
 from fedlora.privacy import PrivacyPlan
 
@@ -36,3 +42,64 @@ def check_policy(policy: PolicySection, plan: PrivacyPlan | None) -> None:
         raise PolicyError("max_sample_rate", policy.max_sample_rate, rate)
     if noise == 0 and not policy.allow_non_private:
         raise PolicyError("allow_non_private", False, "privacy.noise_multiplier = 0")
+
+
+def admitted_model(policy: PolicySection, model: ModelSection) -> ModelSection:
+    """Return a run's model as the node loads it: from where its owner says, and as its owner pinned it.
+
+    Model and tokenizer are the only programs of a run that see the owner's texts, so a server chooses among the
+    owner's. Fedlora's own assets, whose checksums are pinned, need not be listed.
+
+    Raises
+    ------
+    PolicyError
+        If the owner lists no such model, or another revision of it.
+    InputError
+        If the listed folder is not what its owner listed.
+    """
+    if is_asset(model.name):
+        find_asset(model.name, "model", "model.name")
+        return model.model_copy(update={"revision": None})
+    entry = next((entry for entry in policy.models if entry.name == model.name), None)
+    if entry is None or model.revision not in (None, entry.revision):
+        raise PolicyError("models", len(policy.models), f"model.name = {model.name}, revision = {model.revision}")
+    if entry.revision is not None:
+        return model.model_copy(update={"revision": entry.revision})
+    folder = Path(str(entry.path))
+    if not folder.is_dir():
+        raise InputError("policy.models", entry.name, f"there is no folder {folder}; give its path")
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the model that the adapter names, which nobody pinned.
+        raise InputError("policy.models", entry.name, "holds an adapter; list a whole model (fedlora export --merged)")
+    found = folder_digest(folder)
+    if found != entry.sha256:
+        raise InputError("policy.models", entry.name, f"its files have the SHA-256 {found}; see what changed")
+    return model.model_copy(update={"name": str(folder)})
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the SHA-256 of all files in a folder: of the lines that sha256sum prints of them, sorted by name.
+
+    Raises
+    ------
+    InputError
+        If it is no folder with files that can be read.
+    """
+    try:
+        files = sorted((str(file.relative_to(folder)), file) for file in folder.rglob("*") if file.is_file())
+        if not files:
+            raise InputError("FOLDER", str(folder), "holds no files; give the folder of a model")
+        stats = ((name, file.resolve(), file.stat()) for name, file in files)
+        return _digest(tuple((name, str(path), stat.st_size, stat.st_mtime_ns) for name, path, stat in stats))
+    except OSError as error:
+        raise InputError("FOLDER", str(folder), f"cannot be read ({error.strerror}); give another") from None
+
+
+@lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[str, str, int, int], ...]) -> str:
+    """Hash files once: size and time of change tell whether one was changed since."""
+    lines = []
+    for name, path, _, _ in files:
+        with open(path, "rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

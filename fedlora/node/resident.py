@@ -208,6 +208,15 @@ def _is_running(node: NodeConfig) -> bool:
         return True
 
 
+def turn_log(folder: Path) -> None:
+    """Let this process' output go to a new log, if the worker's has grown long: servers' messages write into it."""
+    path = folder / "worker.log"
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        with _open_log(path) as descriptor:
+            for output in (1, 2):
+                os.dup2(descriptor, output)
+
+
 @contextlib.contextmanager
 def _open_log(path: Path) -> Iterator[int]:
     if path.exists() and path.stat().st_size > _LOG_BYTES:

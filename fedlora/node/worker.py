@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ from flwr.app import Error
 
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.errors import is_outward
-from fedlora.node.resident import READY, socket_address, worker_folder, worker_lock
+from fedlora.node.resident import READY, socket_address, turn_log, worker_folder, worker_lock
+from fedlora.node.room import tidy
 from fedlora.simulation.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlora")
 
+_LONGEST_RECORD = 20_000
+
 
 def main(node_file: str, app: str) -> None:
     """Serve until no message came for ``worker.idle_seconds``; return at once if the node has a worker."""
     # Whatever is written from here on is the owner's alone: log, tokens, socket.
     os.umask(0o077)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_ShortLines("%(asctime)s %(levelname)s %(message)s"))
     node = load_node(node_file)
     lock = worker_lock(node)
     try:
@@ -45,6 +51,7 @@ def main(node_file: str, app: str) -> None:
     with lock:
         folder = worker_folder(node)
         (folder / "worker.pid").write_text(str(os.getpid()))
+        tidy(node.cache)
         serve(node, app, folder)
 
 
@@ -67,10 +74,19 @@ def serve(node: NodeConfig, app: str, folder: Path) -> None:
             except TimeoutError:
                 break
             accepted.setblocking(True)
+            turn_log(folder)
             with Connection(accepted.detach()) as connection:
                 _handle(worker, connection)
         os.unlink(address)
     log.info("no message for %.0f s: worker %d ends", node.worker.idle_seconds, os.getpid())
+
+
+class _ShortLines(logging.Formatter):
+    """Cuts what a server could make long."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if len(text) <= _LONGEST_RECORD else f"{text[:_LONGEST_RECORD]}... ({len(text)} characters)"
 
 
 def _handle(worker: Worker, connection: Connection) -> None:
@@ -90,6 +106,7 @@ def _handle(worker: Worker, connection: Connection) -> None:
 def _outward(envelope: Envelope) -> Envelope:
     """Take the text out of an error that the app did not make fit to leave the node."""
     error = envelope.error
+    envelope = replace(envelope, notes=())  # the owner's log has them
     if error is None or is_outward(error.reason):
         return envelope
     log.error("the app failed: %s", error.reason)

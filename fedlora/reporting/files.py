@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.errors import InputError
+from fedlora.storage import is_full
 
 MANIFEST = "report/files.json"
 """Names what an earlier report wrote here, with SHA-256, so that it may be replaced; nothing else is."""
@@ -49,7 +50,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 path.unlink()
         _replace(folder / MANIFEST, json.dumps(new, indent=1).encode())
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or is_full(error):
             raise
         remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another --output"
         raise InputError("--output", str(folder), remedy) from None
@@ -58,8 +59,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _earlier(folder: Path) -> dict[str, list[str]]:

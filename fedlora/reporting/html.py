@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -20,6 +21,7 @@ from fedlora.reporting.runs import Run
 from fedlora.reporting.study import Study
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
+_NAMES = ("model.name", "data.name")
 _FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent", "socket_overhead": "percent"}
 
 
@@ -189,7 +191,9 @@ def _setting(comparison: Comparison) -> list[str]:
         values = {str(row[key]) for row in flat}
         return flat[0][key] if len(values) == 1 else None
 
-    words = [common("model.name"), common("data.name"), common("data.partition.kind")]
+    # Paths are long, and whoever reads the page has other ones.
+    names = [name and (Path(name).name if name.startswith("/") else name) for name in map(common, _NAMES)]
+    words = [*names, common("data.partition.kind")]
     clients, rounds = {run.summary.clients for run in comparison.runs}, common("run.rounds")
     words += [f"{min(clients)} clients" if len(clients) == 1 else None, f"{rounds} rounds" if rounds else None]
     return [str(word) for word in words if word]

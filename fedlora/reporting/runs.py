@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedlora.config import Config, load_config
+from fedlora.csv_files import read_csv
 from fedlora.errors import InputError
 
 _not_finite = BeforeValidator(lambda value: math.nan if value is None else value)
@@ -301,7 +301,8 @@ _T = TypeVar("_T")
 
 def _parse(path: Path, file: str, parse: Callable[[str], _T]) -> _T:
     try:
-        return parse((path / file).read_text(encoding="utf-8"))
+        # As it is: a line break in a cell may be of any kind.
+        return parse((path / file).read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise _damaged(path, file, "it is missing") from None
     except ValidationError as error:
@@ -325,10 +326,9 @@ def _csv_reader(line: type[_Content]) -> Callable[[str], Any]:
     adapter: TypeAdapter[Any] = TypeAdapter(list[line])  # type: ignore[valid-type]
 
     def read(text: str) -> Any:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(io.StringIO(text, newline=""))
         # An empty cell is a value that is not there, but for the names.
         return adapter.validate_python(
-            [{k: v for k, v in row.items() if v != "" or k in ("name", "label")} for row in rows]
+            [{k: v for k, v in row.items() if v != "" or k in ("name", "label")} for row in read_csv(text)]
         )
 
     return read

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedlora.csv_files import table_csv
 from fedlora.reporting.comparison import Comparison, flatten, in_a_cell, quantities
 
 
@@ -76,7 +77,7 @@ def table_files(name: str, table: pd.DataFrame, shown: pd.DataFrame | None = Non
     parquet = io.BytesIO()
     table.to_parquet(parquet, index=False)
     return {
-        f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode(),
+        f"{name}.csv": table_csv(table).encode(),
         f"{name}.parquet": parquet.getvalue(),
         f"{name}.md": markdown(table if shown is None else shown).encode(),
     }

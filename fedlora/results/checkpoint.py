@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,17 @@ from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
 from fedlora.errors import InputError
+from fedlora.results.seal import CHAIN, TABLES, blob_digest, extend_chain, find_damage, is_sealed, write_seal
+from fedlora.storage import is_full, storage_error
+
+PREVIOUS = "previous.sqlite"
+"""Beside the checkpoint: what it held before its last transaction."""
 
 _PART_BYTES = 2**28
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS arrays (name TEXT, part INTEGER, value BLOB NOT NULL, PRIMARY KEY (name, part));
-CREATE TABLE IF NOT EXISTS states (client INTEGER PRIMARY KEY, state BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS lines (file TEXT NOT NULL, line TEXT NOT NULL);
-"""
+
+class DamagedError(InputError):
+    """A checkpoint does not hold what was written to it."""
 
 
 class Checkpoint:
@@ -38,34 +43,82 @@ class Checkpoint:
     Raises
     ------
     InputError
-        If another process has it open, it cannot be opened, or it is no checkpoint.
+        If another process has it open, or it cannot be opened.
+    DamagedError
+        If it is no checkpoint, or a byte of it is other than it was written.
 
     Notes
     -----
     Everything that is set belongs to the running transaction until :meth:`commit`; a process that dies before leaves
-    the round before. Clients' states are read from the file one at a time, so that memory does not grow with the
-    federation.
+    the round before. Before a transaction begins, what was committed is copied to :data:`PREVIOUS`, so that a file that
+    is damaged later costs one round. Clients' states are read from the file one at a time, so that memory does not grow
+    with the federation.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self._connection = sqlite3.connect(path, timeout=0.0, isolation_level="DEFERRED")
         except sqlite3.OperationalError as error:
             raise InputError("--resume", str(path), f"cannot be opened ({error}); make it writable") from None
         try:
+            self._open()
+        except BaseException:
+            self._connection.close()
+            raise
+        self.states = ClientStates(self._connection, self._write)
+
+    def _open(self) -> None:
+        path = str(self.path)
+        try:
             # The lock lasts until close() or the end of the process: two runs in one folder would mix their rounds.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._connection.executescript(f"BEGIN EXCLUSIVE; {_TABLES} COMMIT;")
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            locked = "locked" in str(error)
-            remedy = "another process is at this run; wait for it" if locked else f"is damaged ({error}); run anew"
-            raise InputError("--resume", str(path), remedy) from None
-        self.states = ClientStates(self._connection)
+            self._connection.execute("BEGIN EXCLUSIVE")
+            new = self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+            self._connection.execute("COMMIT")
+            if new:
+                self._connection.executescript(f"BEGIN EXCLUSIVE; {TABLES} COMMIT;")
+            damage = find_damage(self._connection)
+        except sqlite3.Error as error:
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise InputError("--resume", path, "another process is at this run; wait for it") from None
+            if is_full(error):
+                raise
+            if storage_error(error) is not None:
+                raise InputError("--resume", path, f"cannot be written ({error}); make it writable") from None
+            damage = str(error)
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:  # of a text or a number that is none
+            damage = str(error) or type(error).__name__
+        if damage is not None:
+            raise DamagedError("--resume", path, f"is damaged ({damage}); run anew with another --output")
+
+    def _write(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """Execute a statement; the first of a transaction finds what was committed copied."""
+        if not self._connection.in_transaction:
+            self._keep_previous()
+        self._connection.execute(sql, values)
+
+    def _keep_previous(self) -> None:
+        if not is_sealed(self._connection) or not self.path.exists():  # nothing was committed, or it is in memory
+            return
+        new = self.path.with_name(f".{PREVIOUS}.new")
+        try:
+            with closing(sqlite3.connect(new)) as copy:
+                # SQLite's own copy: opening the file beside it would let go of its lock.
+                copy.execute("PRAGMA synchronous = OFF")
+                self._connection.backup(copy)
+            os.replace(new, self.path.with_name(PREVIOUS))
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+    def forget_previous(self) -> None:
+        """Delete the copy of what was there before the last transaction."""
+        self.path.with_name(PREVIOUS).unlink(missing_ok=True)
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Set a fact; any JSON value, or a number that is not finite: a ledger needs infinity."""
-        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a fact."""
@@ -74,9 +127,10 @@ class Checkpoint:
 
     def set_arrays(self, name: str, arrays: Mapping[str, torch.Tensor]) -> None:
         """Set named tensors."""
-        self._connection.execute("DELETE FROM arrays WHERE name = ?", (name,))
+        self._write("DELETE FROM arrays WHERE name = ?", (name,))
         for part, chunk in enumerate(_chunks(arrays)):
-            self._connection.execute("INSERT INTO arrays VALUES (?, ?, ?)", (name, part, save(chunk)))
+            blob = save(chunk)
+            self._write("INSERT INTO arrays VALUES (?, ?, ?, ?)", (name, part, blob_digest(blob), blob))
 
     def get_arrays(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return named tensors, or None."""
@@ -86,7 +140,9 @@ class Checkpoint:
 
     def add_lines(self, file: str, lines: list[str]) -> None:
         """Add lines to one of the run folder's growing files."""
-        self._connection.executemany("INSERT INTO lines VALUES (?, ?)", [(file, line) for line in lines])
+        for line in lines:
+            self._write("INSERT INTO lines VALUES (?, ?)", (file, line))
+        self[f"{CHAIN}{file}"] = extend_chain(self.get(f"{CHAIN}{file}", ""), lines)
 
     def lines(self, file: str) -> list[str]:
         """Return all lines of a growing file, in order."""
@@ -95,11 +151,69 @@ class Checkpoint:
 
     def commit(self) -> None:
         """End the transaction: what was set since the last one is now what a resumed run starts from."""
+        if self._connection.in_transaction:
+            write_seal(self._connection)
         self._connection.commit()
 
     def close(self) -> None:
         """Close the file; an unfinished transaction is dropped."""
         self._connection.close()
+
+
+def reopen(path: Path) -> tuple[Checkpoint, str | None]:
+    """Open a run's checkpoint to go on with it; where it is damaged, go back to the round before.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file.
+
+    Returns
+    -------
+    (Checkpoint, str or None)
+        And what to tell the user: that the round before is gone back to. The damaged file is kept beside it.
+
+    Raises
+    ------
+    InputError
+        As :class:`Checkpoint` does, if there is no round to go back to.
+    """
+    before = path.with_name(PREVIOUS)
+    try:
+        if not path.exists():
+            raise DamagedError("--resume", str(path), "is gone; run anew with another --output")
+        checkpoint = Checkpoint(path)
+        if checkpoint.get("given") is not None or not before.exists():
+            return checkpoint, None
+        checkpoint.close()
+        raise DamagedError("--resume", str(path), "is damaged (it is empty); run anew with another --output")
+    except DamagedError as error:
+        done = _rounds_in(before)
+        if not done:
+            raise
+        why = error.remedy.partition(";")[0]
+    aside, number = path.with_name(f"damaged-{path.name}"), 2
+    while aside.exists():
+        aside, number = path.with_name(f"damaged-{number}-{path.name}"), number + 1
+    copy = path.with_name(f".{path.name}.new")
+    shutil.copyfile(before, copy)
+    # A journal of the damaged file would be played back into the copy.
+    for end in ("-journal", "-wal", "-shm", ""):
+        if path.with_name(path.name + end).exists():
+            os.replace(path.with_name(path.name + end), aside.with_name(aside.name + end))
+    os.replace(copy, path)
+    return Checkpoint(path), f"{path} {why}; going on after round {done}, the last that is whole"
+
+
+def _rounds_in(path: Path) -> int:
+    """Return how many rounds a copy of a checkpoint holds; 0 if it is not there or damaged itself."""
+    if not path.exists():
+        return 0
+    try:
+        with closing(Checkpoint(path)) as checkpoint:
+            return int(checkpoint.get("round", 0))
+    except InputError:
+        return 0
 
 
 def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -118,8 +232,8 @@ def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tens
 class ClientStates(MutableMapping[int, RecordDict]):
     """Every client's ``context.state``, by client, in the checkpoint."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: sqlite3.Connection, write: Callable[[str, Sequence[Any]], None]) -> None:
+        self._connection, self._write = connection, write
 
     def __getitem__(self, client: int) -> RecordDict:
         row = self._connection.execute("SELECT state FROM states WHERE client = ?", (client,)).fetchone()
@@ -129,10 +243,10 @@ class ClientStates(MutableMapping[int, RecordDict]):
 
     def __setitem__(self, client: int, state: RecordDict) -> None:
         blob = recorddict_to_proto(state).SerializeToString()
-        self._connection.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (client, blob))
+        self._write("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", (client, blob_digest(blob), blob))
 
     def __delitem__(self, client: int) -> None:
-        self._connection.execute("DELETE FROM states WHERE client = ?", (client,))
+        self._write("DELETE FROM states WHERE client = ?", (client,))
 
     def __iter__(self) -> Iterator[int]:
         for (client,) in self._connection.execute("SELECT client FROM states ORDER BY client"):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import os
 import shutil
+import sqlite3
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.assets import is_asset
 from fedlora.config import Config
+from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
-from fedlora.results.checkpoint import Checkpoint
+from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
+from fedlora.results.outputs import check_outputs, find_outputs, write_sums
+from fedlora.storage import is_full, writes_to
+
+log = logging.getLogger("fedlora")
 
 COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
 CLIENTS = ("client", "examples", "loss", "accuracy")
@@ -57,12 +63,18 @@ class RunFolder:
         The config that the run has; on resume that of the folder.
     resumed : bool
         Whether the folder was opened to go on with its run.
+    finished : bool
+        Whether the run is done, and all that it made is there.
+    notes : list of str
+        What the user should know of the resumed run.
     """
 
     def __init__(self, path: Path, config: Config, checkpoint: Checkpoint, resumed: bool = False) -> None:
         self.path, self.checkpoint, self.resumed = path, checkpoint, resumed
         self.resolved = config
-        self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
+        self.notes: list[str] = []
+        self.finished = bool(checkpoint.get("finished", False))
+        self._log = _Log(path / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("fedlora").addHandler(self._log)
         logging.getLogger("fedlora").setLevel(logging.INFO)
@@ -94,12 +106,16 @@ class RunFolder:
         except (OSError, ValueError) as error:
             remedy = f"cannot be made ({getattr(error, 'strerror', error)}); choose another folder"
             raise InputError("--output", str(path), remedy) from None
-        folder = cls(path, config, Checkpoint(path / "checkpoint" / "state.sqlite"))
-        folder.resolved = resolved or config
-        folder.checkpoint["given"] = config.to_toml()
-        folder.checkpoint["resolved"] = folder.resolved.to_toml()
-        folder.checkpoint.commit()
-        write_atomically(path / "config.toml", folder.resolved.to_toml())
+        try:
+            folder = cls(path, config, Checkpoint(path / "checkpoint" / "state.sqlite"))
+            folder.resolved = resolved or config
+            folder.checkpoint["given"] = config.to_toml()
+            folder.checkpoint["resolved"] = folder.resolved.to_toml()
+            folder.checkpoint.commit()
+            write_atomically(path / "config.toml", folder.resolved.to_toml())
+        except (OSError, sqlite3.Error):
+            shutil.rmtree(path, ignore_errors=True)  # nothing is in it yet
+            raise
         return folder
 
     @classmethod
@@ -109,23 +125,35 @@ class RunFolder:
         Raises
         ------
         InputError
-            If it is no run folder, cannot be written, or the config is another than the run's.
+            If it is no run folder, cannot be written, the config is another than the run's, or files of a finished run
+            are not as it wrote them.
         """
         path = Path(path)
         database = path / "checkpoint" / "state.sqlite"
-        if not os.path.isfile(database):  # unlike Path.is_file, of any string
+        if not any(map(os.path.isfile, (database, database.with_name(PREVIOUS)))):  # unlike Path.is_file, of any string
             raise InputError("--resume", str(path), "is no run folder with a checkpoint; run without --resume")
-        checkpoint = Checkpoint(database)
+        checkpoint, note = reopen(database)
         try:
-            resolved = _resumable(path, checkpoint, config)
+            resolved, moved = _resumable(path, checkpoint, config)
+            gone = check_outputs(path, checkpoint.get("outputs", {}))
             write_atomically(path / "config.toml", resolved.to_toml())
             folder = cls(path, resolved, checkpoint, resumed=True)
             folder._rewrite_growing_files()
+            if gone:
+                folder.finished = False
+                folder.tell(
+                    f"{gone[0]} of the finished run is gone ({len(gone)} in all): what it made is written again"
+                )
+            for text in (note, *moved):
+                if text:
+                    folder.tell(text)
         except InputError:
             checkpoint.close()
             raise
         except OSError as error:
             checkpoint.close()
+            if is_full(error):
+                raise
             remedy = f"cannot be written ({error.strerror}); make it writable"
             raise InputError("--resume", str(path), remedy) from None
         return folder
@@ -133,8 +161,14 @@ class RunFolder:
     def close(self) -> None:
         """Let go of the log and the checkpoint; what was not committed is dropped."""
         logging.getLogger("fedlora").removeHandler(self._log)
-        self._log.close()
+        with suppress(OSError):  # a last line that found no room
+            self._log.close()
         self.checkpoint.close()
+
+    def tell(self, note: str) -> None:
+        """Log what the user should know, and keep it for the display."""
+        log.warning(note)
+        self.notes.append(note)
 
     def discard(self) -> None:
         """Close, and delete the folder if no round was done in it, so that the same command can be given again."""
@@ -142,11 +176,6 @@ class RunFolder:
         self.close()
         if not done:
             shutil.rmtree(self.path)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run is done."""
-        return bool(self.checkpoint.get("finished", False))
 
     def set_resolved(self, config: Config) -> None:
         """Keep what "auto" became in a round; resuming knows of it when that round is done."""
@@ -163,8 +192,8 @@ class RunFolder:
         """Commit a round with the checkpoint, then show it in the growing files."""
         new = {
             "rounds.jsonl": [to_json(line)],
-            "communication.csv": _csv_lines(COMMUNICATION, communication),
-            "privacy.csv": _csv_lines(PRIVACY, privacy),
+            "communication.csv": csv_lines(COMMUNICATION, communication),
+            "privacy.csv": csv_lines(PRIVACY, privacy),
         }
         for file, lines in new.items():
             self.checkpoint.add_lines(file, lines)
@@ -188,14 +217,18 @@ class RunFolder:
         self._write_csv("clients.csv", CLIENTS, rows)
 
     def _write_csv(self, file: str, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(f"{line}\n" for line in [",".join(columns), *_csv_lines(columns, rows)])
+        text = "".join(f"{line}\n" for line in [",".join(columns), *csv_lines(columns, rows)])
         write_atomically(self.path / file, text)
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
-        """Write summary.json and mark the run as done."""
+        """Write summary.json and SHA256SUMS, and mark the run as done."""
         write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+        outputs = find_outputs(self.path)
+        write_sums(self.path, outputs)
+        self.checkpoint["outputs"] = outputs
         self.checkpoint["finished"] = True
         self.checkpoint.commit()
+        self.finished = True
         return self.result()
 
     def result(self) -> RunResult:
@@ -254,29 +287,84 @@ def run_folder(
     InputError
         As :meth:`RunFolder.create` and :meth:`RunFolder.resume` do.
     """
-    folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
-    try:
-        yield folder
-    except (InputError, RefusedError):
-        if not resume:
-            folder.discard()
-        raise
-    finally:
-        folder.close()
+    with writes_to(path, "make room there, then go on with --resume"):
+        folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
+        try:
+            yield folder
+        except (InputError, RefusedError):
+            if not resume:
+                folder.discard()
+            raise
+        finally:
+            folder.close()
 
 
-def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> Config:
-    """Return the config that the folder's run has, if ``config`` is the one that it was given."""
+class _Log(logging.FileHandler):
+    """A log whose lines are lost where there is no room for them: what matters is in the checkpoint."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+_PLACES = (("data", "name"), ("data", "test"), ("data", "validation"), ("data", "public"), ("model", "name"))
+"""Keys that may name a file or folder, whose content the checkpoint knows."""
+
+
+def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> tuple[Config, list[str]]:
+    """Return the config that the folder's run has, if ``config`` is the one that it was given, and what to tell.
+
+    Files may have moved since: what is in them is compared later.
+    """
     given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
     if given is None or resolved is None:
+        rounds = path / "rounds.jsonl"
+        if rounds.exists() and rounds.stat().st_size:
+            raise InputError("--resume", str(path), "has lost its checkpoint; run anew with another --output")
         raise InputError("--resume", str(path), "stopped before it began; delete the folder and run again")
+    result, notes = tomllib.loads(resolved), []
+    _check_edited(path, result)
+    wanted, known = tomllib.loads(config.to_toml()), tomllib.loads(given)
+    for section, key in _PLACES:
+        now, then = wanted[section].get(key), result[section].get(key)
+        if now != then and _is_path(now) and isinstance(then, str) and not is_asset(then):
+            notes.append(f"{section}.{key} is {now} now, and was {then}")
+            for content in (known, result):
+                content[section][key] = now
+    given, resolved = (Config.model_validate(content).to_toml() for content in (known, result))
     new = config.to_toml()
     if new not in (given, resolved):
         key, before, after = _difference(tomllib.loads(given), tomllib.loads(new))
         raise InputError(
             key, after, f"differs from the run's {before!r}; resume with the same config, or use a new --output"
         )
-    return Config.model_validate(tomllib.loads(resolved))
+    return Config.model_validate(result), notes
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and not is_asset(value) and Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a home that nobody knows
+        return False
+
+
+def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
+    """Refuse to go on where somebody wrote another config into the folder, which would be lost."""
+    try:
+        there = Config.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # gone or cut: it is written again
+        return
+    content, known = tomllib.loads(there.to_toml()), dict(resolved)
+    for sections in (content, known):
+        # What "auto" became is written before its round is done; and files may move.
+        sections["simulation"] = {k: v for k, v in sections["simulation"].items() if k != "cohort_size"}
+    for section, key in _PLACES:
+        content[section].pop(key, None)
+        known[section] = {k: v for k, v in known[section].items() if k != key}
+    if content != known:
+        key, before, after = _difference(known, content)
+        remedy = f"was edited in {path / 'config.toml'}; the run has {before!r}: put it back, or use a new --output"
+        raise InputError(key, after, remedy)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -295,19 +383,16 @@ def _finite(content: Any) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _header(file: str) -> str:
     return {"communication.csv": ",".join(COMMUNICATION), "privacy.csv": ",".join(PRIVACY)}.get(file, "")
-
-
-def _csv_lines(columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writerows(rows)
-    return stream.getvalue().split("\n")[:-1]
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

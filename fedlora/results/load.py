@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE
 from fedlora.config import Config
+from fedlora.continuing import beside, merged
 from fedlora.errors import InputError
 from fedlora.experts.folder import folder_name
 from fedlora.experts.mixture import Mixture, load_mixture
-from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+from fedlora.models import load_tokenizer, quiet
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import to_json, write_atomically
+from fedlora.results.outputs import check_sums, find_outputs, write_sums
+from fedlora.storage import is_full, writes_to
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
@@ -58,29 +58,23 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
 def _load(path: Path) -> tuple[Any, Any]:
     if (path / "mixture" / "config.json").is_file():
+        check_sums(path, "mixture")
         return load_mixture(path / "mixture"), load_tokenizer(_config(path))
     adapter = path / "adapter"
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(
             "FOLDER", str(path), "holds no finished run (neither adapter/ nor mixture/); give a run folder"
         )
+    check_sums(path, "adapter")
     config = _config(path)
-    labels = adapter / LABELS_FILE
-    names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
-    model: Any = load_base(config, names)
-    if isinstance(model, MeanPoolingClassifier):
-        model.encoder = PeftModel.from_pretrained(model.encoder, str(adapter)).merge_and_unload()
-        head = load_file(adapter / HEAD_FILE)
-        dtype = next(model.parameters()).dtype
-        model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
-    else:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    model.requires_grad_(False)
-    return model.eval(), load_tokenizer(config)
+    return merged(config, adapter), load_tokenizer(config)
 
 
 def _config(folder: Path) -> Config:
-    return Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    config = Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
+    )
 
 
 def export_run(folder: str | Path, output: str | Path | None = None, *, merged: bool = False) -> Path:
@@ -108,12 +102,22 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
         model, tokenizer = load(folder)
     try:
         target.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            "--output", str(target), f"cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    try:
         if merged or isinstance(model, Mixture):
-            model.save_pretrained(target)
+            with quiet():
+                model.save_pretrained(target)
         else:
             shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(target, ignore_errors=True)  # a part of a model would be in the way of the next attempt
+        if is_full(error):
+            with writes_to(target):
+                raise
         remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
         raise InputError("--output", str(target), remedy) from None
     return target
@@ -155,13 +159,19 @@ def opt_out(folder: str | Path, owner: str) -> Mixture:
         arrays = checkpoint.get_arrays("trained") or {}
         checkpoint.set_arrays("trained", {n: a for n, a in arrays.items() if n.rpartition("/")[0] != owner})
         checkpoint.commit()
+        checkpoint.forget_previous()  # which holds the expert still
+        (path / "mixture").rename(old)
+        new.rename(path / "mixture")
+        shutil.rmtree(old)
+        shutil.rmtree(path / "experts" / folder_name(owner), ignore_errors=True)
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        summary["opted_out"] = [*summary.get("opted_out", []), owner]
+        write_atomically(path / "summary.json", to_json(summary, indent=2) + "\n")
+        outputs = find_outputs(path)
+        write_sums(path, outputs)
+        checkpoint["outputs"] = outputs
+        checkpoint.commit()
+        checkpoint.forget_previous()
     finally:
         checkpoint.close()
-    (path / "mixture").rename(old)
-    new.rename(path / "mixture")
-    shutil.rmtree(old)
-    shutil.rmtree(path / "experts" / folder_name(owner), ignore_errors=True)
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    summary["opted_out"] = [*summary.get("opted_out", []), owner]
-    write_atomically(path / "summary.json", to_json(summary, indent=2) + "\n")
     return mixture

@@ -24,11 +24,12 @@ class SharedRecord:
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message taken apart; ``records`` is None for an error."""
+    """A message taken apart; ``records`` is None for an error, ``notes`` are a worker's warnings on the way."""
 
     metadata: Metadata
     records: dict[str, Any] | None
     error: Error | None
+    notes: tuple[str, ...] = ()
 
 
 def pack_record(record: ArrayRecord) -> PackedRecord:

@@ -39,7 +39,7 @@ class LocalGrid(RayGrid):
                 break
             chosen = [messages[i] for i in batch]
             contexts = [self._context(message.metadata.dst_node_id) for message in chosen]
-            with _threads(self._cpus):
+            with _threads(self._cpus), self._once:
                 done.update(zip(batch, self._worker.run(chosen, contexts), strict=True))
             for message, context in zip(chosen, contexts, strict=True):
                 self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = context.state

@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -27,8 +29,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack
+from fedlora.simulation.notes import Once
 from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.worker import Worker
+
+log = logging.getLogger("fedlora")
 
 RUN_ID = 1
 SERVER_NODE_ID = 1
@@ -117,7 +122,7 @@ class RayGrid(Grid):
         self.states: MutableMapping[int, RecordDict] = {} if states is None else states
         self._app, self._cpus, self._gpus = client_app, cpus_per_worker, gpus_per_worker
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
-        self._ids = itertools.count()
+        self._ids, self._once = itertools.count(), Once()
         self._pushed: dict[str, Message] = {}
         self._actors: list[Any] = []
         self._start(address, workers)
@@ -126,10 +131,16 @@ class RayGrid(Grid):
         self._started_ray = start_ray(address)
         try:
             self.num_workers = _count_workers(workers, self._cpus, self._gpus)
-        except InputError:
+            if not self._started_ray:
+                self.num_workers = _count_free(self.num_workers, workers, self._cpus, self._gpus)
+        except InputError as error:
             self.close()
-            raise
+            if self._started_ray:
+                raise
+            remedy = f"{error.remedy}; this is a Ray that runs already: give it more, or end it with ray.shutdown()"
+            raise InputError(error.field, error.value, remedy) from None
         self._actors = [self._start_worker() for _ in range(self.num_workers)]
+        _OPEN.add(self)
 
     def __enter__(self) -> RayGrid:
         return self
@@ -142,6 +153,7 @@ class RayGrid(Grid):
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+        _OPEN.discard(self)
         if self._started_ray:
             ray.shutdown()
 
@@ -289,6 +301,9 @@ class RayGrid(Grid):
 
     def _collect(self, batch: list[Message], reference: Any) -> list[Message]:
         envelopes, states, limit = ray.get(reference)
+        with self._once:
+            for note in itertools.chain.from_iterable(envelope.notes for envelope in envelopes):
+                log.warning("%s", note)
         if isinstance(self.cohort_size, int) and limit < self.cohort_size:
             self._set_cohort_size(limit)
         for message, state in zip(batch, states, strict=True):
@@ -319,6 +334,7 @@ def start_ray(address: str | None) -> bool:
         If Ray cannot be started or reached.
     """
     if ray.is_initialized():
+        _check_connected(address)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -332,11 +348,25 @@ def start_ray(address: str | None) -> bool:
             logging_level=logging.ERROR,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if "AF_UNIX path length" in str(error):
+            folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            remedy = "is too long a path for Ray's sockets; set the environment variable RAY_TMPDIR to a short folder"
+            raise InputError("RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR", folder, remedy) from None
         remedy = f"Ray cannot be reached or started ({error}); give the HOST:PORT of a running cluster, or leave it out"
         raise InputError("simulation.address", address, remedy) from None
     if callable(terminated) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)  # Ray's own prints a stack and aborts
     return True
+
+
+def _check_connected(address: str | None) -> None:
+    """Refuse an address that is not that of the Ray to which this process is connected already."""
+    there = ray.get_runtime_context().gcs_address
+    host_and_port = (address or "").rpartition("//")[2]
+    # Ray's own words (auto, local) and its client's ray:// addresses name no cluster in this form.
+    if ":" in host_and_port and not (address or "").startswith("ray://") and host_and_port != there:
+        remedy = f"this process is connected to the Ray at {there} already; call ray.shutdown() first, or leave it out"
+        raise InputError("simulation.address", address, remedy)
 
 
 def _check_listening(address: str | None) -> None:
@@ -355,6 +385,35 @@ def _count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
     if wanted is not None and wanted > fit:
         raise InputError("simulation.workers", wanted, f"only {fit} fit; lower it, cpus_per_worker or gpus_per_worker")
     return wanted or fit
+
+
+def _count_free(most: int, wanted: int | None, cpus: int, gpus: float) -> int:
+    """Say how many of the workers that fit find room in a Ray that others than this process' grids use too.
+
+    What ended a moment ago is freed after some seconds. A worker without room would be waited for without end.
+    """
+    own_cpus = sum(grid.num_workers * grid._cpus for grid in _OPEN)
+    own_gpus = sum(grid.num_workers * grid._gpus for grid in _OPEN)
+    deadline = time.monotonic() + _FREED_SECONDS
+    while True:
+        free = ray.available_resources()
+        room = int((free.get("CPU", 0.0) + own_cpus) / cpus + 1e-9)
+        if gpus:
+            room = min(room, int((free.get("GPU", 0.0) + own_gpus) / gpus + 1e-9))
+        if room >= most:
+            return most
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if room and wanted is None:
+        return room
+    held = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+    field, value = ("simulation.workers", wanted) if room else ("simulation.cpus_per_worker", cpus)
+    raise InputError(field, value, f"others hold so much that {room} workers find room ({held} free); lower it")
+
+
+_FREED_SECONDS = 10.0
+_OPEN: weakref.WeakSet[RayGrid] = weakref.WeakSet()
 
 
 def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], dict[int, list[Any]]]:

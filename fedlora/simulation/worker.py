@@ -6,9 +6,11 @@ Simulated clients have many of them, on Ray; a real node has one, without Ray (:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import importlib
 import itertools
+import logging
 import pickle
 import sys
 import traceback
@@ -22,6 +24,9 @@ from flwr.clientapp import ClientApp
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.simulation.envelope import Envelope, pack, unpack, unpack_record
+from fedlora.simulation.notes import collected_warnings
+
+log = logging.getLogger("fedlora")
 
 Part = tuple[list[Envelope], list[RecordDict], int]
 """Replies, the states of their clients, and the most clients that memory allows in a pass."""
@@ -84,8 +89,12 @@ class Worker:
 
     def more(self, part: int) -> Part:
         """Return the next replies of the batch; while they are made, the driver reads those before them."""
-        made = [(pack(reply), context.state) for reply, context in itertools.islice(self._replies, part)]
-        return [envelope for envelope, _ in made], [state for _, state in made], self.limit
+        with collected_warnings() as notes:
+            made = [(pack(reply), context.state) for reply, context in itertools.islice(self._replies, part)]
+        envelopes = [envelope for envelope, _ in made]
+        if notes and envelopes:
+            envelopes[0] = dataclasses.replace(envelopes[0], notes=tuple(notes))
+        return envelopes, [state for _, state in made], self.limit
 
     def run(self, messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
         """Do as :meth:`handle` in the caller's own process; the contexts' states are changed in place."""
@@ -141,6 +150,9 @@ class Worker:
             except Exception as error:
                 # One client's failure must not take the others along: below they run one by one, from where they were.
                 out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+                if not out_of_memory:
+                    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    log.warning("clients are trained one at a time, since a pass of several failed (%s)", why)
             if done == len(messages):
                 return
             for context, state in zip(contexts[done:], states[done:], strict=True):

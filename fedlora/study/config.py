@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedlora.config import Config, Name, Positive, Section, input_error, override, read_toml
+from fedlora.config import Config, Name, Positive, Section, Seed, input_error, override, read_toml
 from fedlora.errors import InputError
+from fedlora.paths import find_path
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Values = dict[str, Any]
 """``section.key`` to value; an empty string removes the key."""
 
@@ -179,7 +179,7 @@ def _base(given: Any, beside: Path) -> dict[str, Any]:
         return sections
     if not isinstance(path, str):
         raise InputError("base.config", path, "give the path of a TOML file")
-    content = read_toml(beside / path if (beside / path).is_file() else Path(path), "base.config")
+    content = read_toml(find_path(str(beside / path), "base.config") or Path(path), "base.config")
     for key, value in flatten(sections).items():
         override(content, key, value)
     return content

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fedlora import entropy
+
 DRAWS = 2**20
 """So many rows' chances are drawn at once: enough for many steps of a small client, and no more than memory has."""
 
@@ -22,12 +24,19 @@ def shuffled_batches(rows: np.ndarray, batch_size: int, steps: int, generator: t
 
 
 def poisson_batches(
-    rows: np.ndarray, sample_rate: float, steps: int, generator: torch.Generator
+    rows: np.ndarray, sample_rate: float, steps: int, generator: torch.Generator | None
 ) -> Iterator[np.ndarray]:
-    """Yield ``steps`` batches, maybe empty ones, into which every row enters with probability ``sample_rate``."""
+    """Yield ``steps`` batches, maybe empty ones, into which every row enters with probability ``sample_rate``.
+
+    Without a generator the chances are the operating system's entropy.
+    """
     # The same draws as Opacus' UniformWithReplacementSampler, which makes them one step at a time.
     block = max(1, DRAWS // len(rows))
     for first in range(0, steps, block):
-        draws = torch.rand(min(block, steps - first), len(rows), generator=generator) < sample_rate
-        for drawn in draws.numpy():
+        shape = min(block, steps - first), len(rows)
+        if generator is None:
+            draws = entropy.uniform(shape[0] * shape[1]).reshape(shape) < sample_rate
+        else:
+            draws = (torch.rand(shape, generator=generator) < sample_rate).numpy()
+        for drawn in draws:
             yield rows[np.flatnonzero(drawn)]

@@ -11,6 +11,7 @@ from fedlora.adapters import AdaptedModel
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.training.cohort import ClientJob, train_cohort
+from fedlora.training.soundness import dependence
 
 SHARE = 0.8
 """Of the free memory; the rest is for Poisson batches above their expectation and for fragmentation."""
@@ -36,6 +37,8 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
     """
     if adapted.device.type != "cuda":
         return 1
+    if dependence(adapted, config, table.pad_token_id) is not None:
+        return 1  # clients are trained one at a time
     rows = np.sort(np.argsort(table.lengths, kind="stable")[-config.client.batch_size :])
     plan = job.plan and dataclasses.replace(job.plan, sample_rate=1.0)
     probe = dataclasses.replace(job, rows=rows, plan=plan)

@@ -6,6 +6,7 @@ training it alone.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,9 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
 from fedlora.training.loss import per_example_loss
+from fedlora.training.soundness import check_sound, dependence
+
+log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def learning_rate(client: ClientSection, base: float, server_round: int, rounds:
 def train_cohort(
     adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config
 ) -> list[ClientResult]:
-    """Train the clients of a cohort.
+    """Train the clients of a cohort, in one pass; one at a time if the model's examples depend on each other.
 
     Parameters
     ----------
@@ -116,6 +120,8 @@ def train_cohort(
     ------
     ValueError
         If the jobs differ where they may not.
+    InputError
+        If the jobs are private and the model's examples depend on each other.
     GuardError
         If a trainable has no per-example gradient, or did not move in two steps or more.
     """
@@ -123,6 +129,11 @@ def train_cohort(
     private = jobs[0].plan is not None
     if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
         raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
+    if private:
+        check_sound(adapted, config, table.pad_token_id)
+    elif len(jobs) > 1 and (reason := dependence(adapted, config, table.pad_token_id)) is not None:
+        log.warning("clients are trained one at a time, not in cohorts: %s", reason)
+        return [result for job in jobs for result in train_cohort(adapted, table, [job], config)]
     steps = [local_steps(config, len(job.rows)) for job in jobs]
     last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])
@@ -196,23 +207,29 @@ def train_cohort(
 
 
 class _Generators:
-    """A client's own sources of randomness in a round."""
+    """A client's own sources of randomness in a round; None is the operating system's entropy, number by number."""
 
     def __init__(self, seed: int, job: ClientJob, device: torch.device) -> None:
-        if job.secret:
-            sequence = np.random.SeedSequence(int.from_bytes(os.urandom(32)))
-        else:
-            sequence = np.random.SeedSequence([seed, job.server_round, job.client])
-        noise, sampling, self._dropout = sequence.spawn(3)
         self._device = device
-        # The GPU's generator is no linear one, and its key is fresh.
-        from_entropy = job.secret and device.type == "cpu"
-        self.noise = None if from_entropy else _generator(device, noise)
-        self.sampling = _generator(torch.device("cpu"), sampling)
+        self._dropout: np.random.SeedSequence | None = None
+        self.noise: torch.Generator | None = None
+        self.sampling: torch.Generator | None = None
+        if job.secret:
+            self.noise = _secret_generator(device)
+        else:
+            noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
+            self.noise, self.sampling = _generator(device, noise), _generator(torch.device("cpu"), sampling)
 
-    def dropout(self) -> torch.Generator:
+    def dropout(self) -> torch.Generator | None:
         """Make the generator of dropout masks, which few runs need."""
+        if self._dropout is None:
+            return _secret_generator(self._device)
         return _generator(self._device, self._dropout)
+
+
+def _secret_generator(device: torch.device) -> torch.Generator | None:
+    """Return none on the CPU, whose generators are predictable; on a GPU one with a fresh key of its own."""
+    return None if device.type == "cpu" else torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8)) >> 1)
 
 
 def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.Generator:
@@ -231,6 +248,7 @@ def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.
 def _batches(job: ClientJob, generators: _Generators, client: ClientSection, steps: int) -> Iterator[np.ndarray]:
     if job.plan is not None:
         return poisson_batches(job.rows, job.plan.sample_rate, steps, generators.sampling)
+    assert generators.sampling is not None  # only private jobs are secret
     return shuffled_batches(job.rows, client.batch_size, steps, generators.sampling)
 
 

@@ -6,18 +6,17 @@ from its own generator, and its own divisor; so a client's result does not depen
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
+from fedlora import entropy
 from fedlora.adapters import AdaptedModel, RowLayout
 from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
 from fedlora.errors import GuardError
@@ -42,6 +41,9 @@ class _Hooks(GradSampleHooks):
         )
         for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
             before = parameter.grad_sample
+            # Added by broadcasting, one row's gradient would be every example's.
+            if before is not None and len(before) != len(sample):
+                raise GuardError(f"{module.name} has gradients of {len(before)} rows, then of {len(sample)}")
             parameter.grad_sample = sample if before is None else before + sample
         if not module.activations:
             del module.max_batch_len
@@ -110,21 +112,6 @@ def _norms(sample: torch.Tensor | RowProducts) -> torch.Tensor:
     return torch.linalg.vector_norm(sample.flatten(1), dim=1)
 
 
-def fill_from_entropy(block: torch.Tensor) -> None:
-    """Fill a contiguous tensor with standard normal numbers made of the operating system's entropy (Box and Muller).
-
-    From some thousand numbers of a Mersenne Twister, torch's generator on the CPU, all others follow by linear algebra;
-    and a server may choose arrays for which many gradients are 0, so that it sees their noise bare.
-    """
-    for part in block.view(-1).split(2**20):
-        words = np.frombuffer(os.urandom(16 * -(-len(part) // 2)), np.uint64).reshape(2, -1)
-        # 53 bits each, in (0, 1].
-        first, second = ((words >> 11) + 1) * 2.0**-53
-        radius = np.sqrt(-2 * np.log(first))
-        numbers = np.concatenate([radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)])
-        part.copy_(torch.from_numpy(numbers[: len(part)]))
-
-
 class StackedDPOptimizer(DPOptimizer):
     """Opacus' DPOptimizer for parameters with a client axis.
 
@@ -139,7 +126,7 @@ class StackedDPOptimizer(DPOptimizer):
     expected_batch_sizes : sequence of K floats
         What each client's noised sum is divided by.
     generators : sequence of K torch.Generator or None
-        Where each client's noise comes from; None for the operating system's entropy, number by number.
+        Where each client's noise comes from; None for the operating system's entropy (:mod:`fedlora.entropy`).
     layout : RowLayout
         Which rows are whose.
 
@@ -207,7 +194,7 @@ class StackedDPOptimizer(DPOptimizer):
         noise = torch.zeros(len(self.generators), steps, size, dtype=first.dtype, device=first.device)
         for block, sigma, generator in zip(noise, self.noise_multipliers, self.generators, strict=True):
             if sigma and generator is None:
-                fill_from_entropy(block)
+                entropy.fill_normal(block)
                 block *= sigma * self.max_grad_norm
             elif sigma:
                 block.normal_(0, sigma * self.max_grad_norm, generator=generator)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora import entropy
 from fedlora.adapters import AdaptedModel, ExpertModel, lora
 from fedlora.adapters.model import Arrays
 from fedlora.data.tokens import TokenTable
@@ -31,7 +32,7 @@ def start_expert(
     table: TokenTable,
     rows: np.ndarray,
     plan: PrivacyPlan | None,
-    sequence: np.random.SeedSequence,
+    sequence: np.random.SeedSequence | None,
 ) -> Arrays:
     """Return the arrays that an owner's first round trains: A drawn, B = 0 (or dW = 0), its router rows, bias 0.
 
@@ -44,8 +45,8 @@ def start_expert(
         The owner's documents.
     plan : PrivacyPlan or None
         With a ``start_noise_multiplier`` the router rows are noisy ones, which the caller charges.
-    sequence : SeedSequence
-        Where the choice of documents and their noise come from.
+    sequence : SeedSequence or None
+        Where the choice of documents and their noise come from; under privacy None for the operating system's entropy.
     """
     generator = torch.Generator().manual_seed(adapted.config.run.seed)
     arrays: Arrays = {}
@@ -68,28 +69,30 @@ def _router_rows(
     table: TokenTable,
     rows: np.ndarray,
     plan: PrivacyPlan | None,
-    sequence: np.random.SeedSequence,
+    sequence: np.random.SeedSequence | None,
 ) -> dict[str, torch.Tensor]:
     paths = list(adapted.routers())
     if adapted.config.method.router_init == "public":
         return {path: adapted.arrays([f"{path}.public_router"])[f"{path}.public_router"][0] for path in paths}
-    rng = np.random.default_rng(sequence)
     adapted.set_public()
     size = adapted.config.server.batch_size
     if plan is None:
-        chosen = np.sort(rng.permutation(rows)[: adapted.config.method.router_documents])
+        chosen = np.sort(np.random.default_rng(sequence).permutation(rows)[: adapted.config.method.router_documents])
         return dict(zip(paths, mean_states(adapted, adapted.blocks, table, chosen, size), strict=True))
     if plan.start_noise_multiplier is None:
         raise ValueError("under privacy a start from the owner's documents needs a noise multiplier")
     # Every document counts with norm 1 over all layers together, so that Gaussian noise of known size covers it.
-    chosen = rows[rng.random(len(rows)) < plan.start_sample_rate]
+    rng = None if sequence is None else np.random.default_rng(sequence)
+    chances = entropy.uniform(len(rows)) if rng is None else rng.random(len(rows))
+    chosen = rows[chances < plan.start_sample_rate]
     total = torch.zeros(len(paths), next(iter(adapted.routers().values())))
     for states in document_states(adapted, adapted.blocks, table, chosen, size):
         unit = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         # A state that overflowed is left out: the NaN that it would make of the sum tells that its document is there.
         total += unit.nan_to_num(0.0, 0.0, 0.0).sum(0) / math.sqrt(len(paths))
-    noise = torch.from_numpy(rng.standard_normal(total.shape)).to(total.dtype)
-    mean = (total + plan.start_noise_multiplier * noise) / (plan.start_sample_rate * len(rows))
+    noise = entropy.normal(total.numel()) if rng is None else rng.standard_normal(total.numel())
+    noisy = total + plan.start_noise_multiplier * torch.from_numpy(noise).to(total.dtype).reshape(total.shape)
+    mean = noisy / (plan.start_sample_rate * len(rows))
     return dict(zip(paths, mean * math.sqrt(len(paths)), strict=True))
 
 

@@ -71,7 +71,6 @@ def test_a_mean_pooled_classifier_has_its_encoders_defaults():
     ("targets", "said"),
     [
         (["nothing"], "matches no module.*its linear layers are dense, key, query, value"),
-        ([], "matches no module"),
         ("quer", "matches no module"),
         (["classifier"], "matches no module"),
         ("(", "is not a regular expression"),

@@ -36,9 +36,9 @@ from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.node import Node
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
-from tests import tiny
+from tests import architectures, tiny
 from tests.messages import train_message
-from tests.owner import LABELS, Server, reviews, write_csv, write_node
+from tests.owner import LABELS, Server, listed, reviews, write_csv, write_node
 
 ERRORS = [ValueError, KeyError, RuntimeError, InputError, LabelError, BudgetError, GuardError, StaleError, OSError]
 
@@ -114,11 +114,13 @@ def test_a_node_trains_on_its_own_file_and_charges_every_step(tmp_path: Path, no
 def expert_server(tmp_path: Path) -> Server:
     """Make a server of a FlexMoRE run, whose first message carries no arrays."""
     sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    sections["known"] = tiny.KNOWN
     return Server(tmp_path / "server", "flexmore", **sections, model__pooling="default", method__rank=2)
 
 
-def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, node_file: Path) -> None:
+def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, cache: Path) -> None:
     server = expert_server(tmp_path)
+    node_file = write_node(tmp_path / "clinic", cache, policy={"models": listed(server.config.model.name)})
     here = server.context(node_file)
     app(server.describe(), here)
     plan = plan_privacy(server.config, 60)
@@ -143,7 +145,11 @@ def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cach
     steps_alone = ((plan.noise_multiplier, plan.sample_rate, 3),)
     without, both = (spent_epsilon("rdp", 1e-3, (*also, *steps_alone)) for also in ((), plan.start))
     assert without < both
-    node_file = write_node(tmp_path / "clinic", cache, policy={"max_epsilon": (without + both) / 2})
+    node_file = write_node(
+        tmp_path / "clinic",
+        cache,
+        policy={"max_epsilon": (without + both) / 2, "models": listed(server.config.model.name)},
+    )
     refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
     Node.open(node_file).ledger.register("f1", str(server.run), None)
     refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
@@ -244,6 +250,21 @@ def test_weaker_privacy_than_the_owner_accepts(
     Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS)
     assert refused(app(weak.train(1), here), ClientErrorCode.POLICY) == reason
     assert steps(node_file) == 0
+
+
+def test_a_model_whose_examples_depend_on_each_other_costs_a_node_nothing(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = str(architectures.save("convbert", tmp_path / "convbert"))
+    node_file = write_node(tmp_path / "clinic", cache, policy={"models": listed(model)})
+    given = {"model__num_hidden_layers": 2, "method__target_modules": ["query", "value"]}
+    given["known"] = "the film was good and dull"
+    mixing = Server(tmp_path / "server", model__name=model, **given)
+    here = mixing.context(node_file)
+    assert not app(mixing.describe(), here).has_error()
+    assert refused(app(mixing.train(1), here), ClientErrorCode.INPUT) == "InputError"
+    assert steps(node_file) == 0
+    assert "examples depend on their batch" in caplog.text
 
 
 def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> None:
@@ -397,8 +418,11 @@ def test_a_changed_file_is_read_by_the_next_run(node_file: Path, server: Server)
 def test_the_number_of_examples_does_not_depend_on_what_the_server_asks(tmp_path: Path, cache: Path) -> None:
     """Rows that were dropped by a server's tokenizer and length would count what it looks for, without noise."""
     rows = [{"question": "w5 " * (2 + 4 * (row % 3)), "answer": "w7"} for row in range(30)]
-    node_file = write_node(tmp_path / "clinic", cache, rows, data={"prompt": "question", "answer": "answer"})
     sections = {"model__name": str(tiny.save_llama(tmp_path / "model")), "model__task": "causal-lm"}
+    sections["known"] = tiny.KNOWN
+    policy = {"models": listed(tmp_path / "model")}
+    columns = {"prompt": "question", "answer": "answer"}
+    node_file = write_node(tmp_path / "clinic", cache, rows, data=columns, policy=policy)
     for run, length in enumerate((16, 8, 2)):
         server = Server(
             tmp_path / "server", "fedit", run, f"f{run}", **sections, model__pooling="default", model__max_length=length

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.communication.wire import decode, decode_vector, digest, encode, flatten, payload_bytes, wire_dtype
+from fedlora.communication.wire import decode, decode_as, digest, encode, payload_bytes, wire_dtype
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -39,21 +43,95 @@ def test_what_is_decoded_is_what_was_encoded(
     assert payload_bytes(record) == numbers * torch.finfo(wire).bits // 8
 
 
-@given(named_arrays(), named_arrays(), st.booleans())
-def test_a_vector_holds_the_same_numbers(
-    arrays: dict[str, torch.Tensor], others: dict[str, torch.Tensor], fortran: bool
+@given(named_arrays(), st.sampled_from([torch.float32, torch.float64]), st.booleans(), st.randoms())
+def test_a_vector_holds_the_same_numbers_in_the_order_that_was_asked_for(
+    arrays: dict[str, torch.Tensor], wire: torch.dtype, fortran: bool, random: Any
 ) -> None:
-    record = encode(arrays)
-    for name, array in others.items():
-        # Of another dtype, and written by somebody else.
-        numbers = array.double().numpy()
-        record[name] = Array(np.asfortranarray(numbers) if fortran else numbers)
-    decoded = decode(record)
-    shapes, vector = decode_vector(record)
-    assert shapes == {name: tuple(array.shape) for name, array in decoded.items()}
-    assert list(shapes) == list(decoded)
-    assert torch.equal(vector, flatten(decoded))
+    numbers = {name: array.to(wire).numpy() for name, array in arrays.items()}
+    record = ArrayRecord({n: Array(np.asfortranarray(a) if fortran and a.ndim else a) for n, a in numbers.items()})
+    names = list(arrays)
+    random.shuffle(names)
+    vector = decode_as(record, {name: tuple(arrays[name].shape) for name in names}, wire)
+    assert vector.dtype == wire
+    assert torch.equal(vector, torch.cat([torch.empty(0, dtype=wire), *(decode(record)[n].flatten() for n in names)]))
     vector += 1  # it is the caller's own
+
+
+HEADERS = {
+    "unbalanced": b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), ",
+    "nested": b"(" * 300 + b")" * 300,
+    "huge": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+    "huge of nothing": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 0, 1000000000000), }",
+    "huge in Fortran's order": b"{'descr': '<f4', 'fortran_order': True, 'shape': (1000000, 1000000), }",
+    "no size": b"{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000,), }",
+    "negative": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, -1), }",
+    "objects": b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+    "a record": b"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (3,), }",
+    "big-endian": b"{'descr': '>f4', 'fortran_order': False, 'shape': (3,), }",
+    "text": b"\xff\xfe",
+    "code": b"__import__('os').abort()",
+}
+
+
+class Bomb:
+    """Ends the test if it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_is_wrong_is_refused_whatever_it_makes_a_reader_raise(name: str, version: int) -> None:
+    header = HEADERS[name]
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    rest = pickle.dumps(np.array([Bomb()], object)) if name == "objects" else b"\0" * 12
+    for body in (rest, b""):
+        data = b"\x93NUMPY" + bytes([version, 0]) + length + header + body
+        record = ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)})
+        with pytest.raises(ValueError, match="cannot be read"):
+            decode(record)
+        with pytest.raises(ValueError, match="not those of float32 numbers"):
+            decode_as(record, {"x": (3,)}, torch.float32)
+        assert payload_bytes(record) <= len(data)
+
+
+@given(st.binary(max_size=60), st.integers(0, 130), st.binary(max_size=4))
+def test_a_damaged_array_is_read_as_what_it_is_or_refused(rest: bytes, at: int, end: bytes) -> None:
+    """Nothing but a ValueError, and no other numbers than those that were asked for."""
+    whole = Array(np.ones(3, np.float32)).data
+    data = whole[:at] + rest + whole[at + len(rest) :] + end
+    record = ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)})
+    with contextlib.suppress(ValueError):
+        decode(record)
+    with contextlib.suppress(ValueError):
+        assert decode_as(record, {"x": (3,)}, torch.float32).shape == (3,)
+        assert data[:-12] == whole[:-12]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (Array(np.ones(3)), "x is of float64, expected float32"),
+        (Array(np.ones(3, np.float16)), "x is of float16, expected float32"),
+        (Array(np.ones((1, 3), np.float32)), r"x has shape \(1, 3\), expected \(3,\)"),
+        (Array(np.ones(3, ">f4")), "expected float32"),
+        (Array("\x1b[31m", (3,), "numpy.ndarray", b""), r"x is of \\x1b\[31m, expected float32"),
+        (Array("float32", (3,), "numpy.ndarray", Array(np.ones(3)).data), "not those of float32 numbers"),
+    ],
+)
+def test_arrays_of_another_kind_than_was_asked_for_are_named(array: Array, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        decode_as(ArrayRecord({"x": array}), {"x": (3,)}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["y", "x"], "y has shape"), ([], "x has shape None"), (["\x1b", "x"], r"\\x1b has shape")]
+)
+def test_names_are_those_that_were_asked_for(names: list[str], said: str) -> None:
+    record = encode(dict.fromkeys(names, torch.ones(3)))
+    with pytest.raises(ValueError, match=said):
+        decode_as(record, {"x": (3,)}, torch.float32)
 
 
 @given(named_arrays(), st.sampled_from([torch.float32, torch.float64]))
@@ -70,9 +148,11 @@ def test_bytes_that_are_no_array_are_refused(rest: bytes, cut: int) -> None:
     for data in (whole.data[:-cut] if cut else whole.data + b"\0", whole.data[:10] + rest, rest):
         if data == whole.data:
             continue
-        for read in (decode, decode_vector):
-            with pytest.raises(ValueError, match=r"."):
-                read(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))
+        record = ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)})
+        with pytest.raises(ValueError, match=r"."):
+            decode(record)
+        with pytest.raises(ValueError, match=r"."):
+            decode_as(record, {"x": (3,)}, torch.float32)
 
 
 def test_arrays_of_other_orders_and_kinds_are_read_or_refused() -> None:

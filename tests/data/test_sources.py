@@ -215,7 +215,7 @@ def test_mistakes_are_named(tmp_path):
         assert "\n" not in str(caught.value)
         if "column" in what:
             assert "columns: text, label, owner" in str(caught.value)
-    with pytest.raises(InputError, match="row 2 of "):
+    with pytest.raises(InputError, match=r"line 3 of gap\.csv"):
         load_examples(config(tmp_path / "gap.csv"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -276,3 +277,54 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"state\.directory"):
         NodeLedger(tmp_path / "file" / "state", POLICY)
+
+
+CHANGES = {
+    "a row gone": "DELETE FROM charges WHERE number = 2",
+    "fewer steps": "UPDATE charges SET steps = 1 WHERE number = 1",
+    "more noise": "UPDATE charges SET noise_multiplier = 50.0 WHERE number = 1",
+    "a round again": "UPDATE runs SET last_round = 0",
+    "a run gone": "DELETE FROM runs WHERE number = 1",
+    "no seal": "DELETE FROM seals",
+    "no table": "DROP TABLE seals",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_is_trained_on_a_ledger_that_lost_or_changed_a_row(tmp_path: Path, change: str) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    for number in (1, 2):
+        take(ledger, str(number), 1, 3, plan(sigma=2.0))
+    database = sqlite3.connect(tmp_path / "ledger.sqlite")
+    database.execute(CHANGES[change])
+    database.commit()
+    database.close()
+    # A node that runs notices it before its next round, one that starts at once.
+    with pytest.raises(InputError, match=r"^state\.directory"), ledger.round("f-2", "2", 2, plan(sigma=2.0), 1):
+        pytest.fail("a round was admitted")
+    with pytest.raises(
+        InputError, match=r"^state.directory = .*ledger.sqlite': (is damaged|has lost).*bring back a copy"
+    ):
+        NodeLedger(tmp_path, POLICY)
+
+
+def test_a_damaged_ledger_is_what_it_was_or_one_line(tmp_path: Path) -> None:
+    """Bits that flip and files that are cut, at many places: never fewer steps than were taken."""
+    whole = tmp_path / "whole"
+    ledger = NodeLedger(whole, POLICY)
+    for number in range(3):
+        take(ledger, str(number), 1, 2, plan(sigma=2.0))
+    good, history = (whole / "ledger.sqlite").read_bytes(), ledger.history()
+    refused = 0
+    for seed in range(120):
+        rng = random.Random(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        place = rng.randrange(len(good))
+        flipped = good[:place] + bytes([good[place] ^ (1 << rng.randrange(8))]) + good[place + 1 :]
+        (folder / "ledger.sqlite").write_bytes(flipped if seed % 4 else good[:place])
+        try:
+            assert NodeLedger(folder, POLICY).history() == history
+        except InputError as error:
+            refused += len(str(error).splitlines()) == 1
+    assert 30 < refused < 120

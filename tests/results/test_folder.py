@@ -292,13 +292,21 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
-def test_a_finished_run_without_its_summary_is_told_in_one_line(damage: Any, tmp_path: Path) -> None:
+def test_a_finished_run_without_its_summary_is_told_in_one_line(tmp_path: Path) -> None:
+    summary = tmp_path / "run/summary.json"
     with run_folder(tmp_path / "run", config()) as folder:
         folder.finish({"method": "fedit"})
-    damage(tmp_path / "run/summary.json")
+    summary.write_text("{")
+    with pytest.raises(InputError, match=r"^--resume = .*summary.json': is not as the run wrote it; delete it"):
+        RunFolder.resume(tmp_path / "run", config())
+    summary.unlink()
+    with run_folder(tmp_path / "run", config(), resume=True) as folder:
+        assert not folder.finished
+        assert "summary.json of the finished run is gone" in folder.notes[0]
+        folder.finish({"method": "fedit"})
     with run_folder(tmp_path / "run", config(), resume=True) as folder:
         assert folder.finished
+        summary.write_text("{")
         with pytest.raises(InputError, match=r"^--resume = .*summary.json': .*cannot be read .*; run anew$"):
             folder.result()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -47,6 +48,13 @@ def test_cohorts_go_by_work_and_replies_by_message() -> None:
         replies = list(grid.send_and_receive(messages()))
     assert metric(replies, "client") == list(range(CLIENTS))
     assert metric(replies, "cohort") == [1, 2, 2, 2, 2]  # the least work is left alone
+
+
+def test_warnings_of_clients_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with LocalGrid(apps.short, CLIENTS, cohort_size=2) as grid, caplog.at_level("WARNING", "fedlora"):
+        for _ in range(2):
+            list(grid.send_and_receive(messages()))
+    assert caplog.text.count("one at a time") == 1
 
 
 def test_a_client_that_fails_keeps_its_state_and_touches_no_other() -> None:

@@ -85,6 +85,17 @@ def test_nodes_follow_the_partitions(grid: RayGrid) -> None:
     assert grid.num_workers == 2
 
 
+def test_warnings_of_workers_are_said_once(ray_here: None, caplog: pytest.LogCaptureFixture) -> None:
+    app = "tests.simulation.apps:short"
+    with RayGrid(app, CLIENTS, workers=1, cohort_size=3) as grid, caplog.at_level("WARNING", "fedlora"):
+        for _ in range(2):
+            list(grid.send_and_receive(messages()))
+    said = [record.getMessage() for record in caplog.records]
+    assert said
+    assert all("one at a time, since a pass of several failed (TypeError" in line for line in said)
+    assert len(said) == len(set(said))
+
+
 def test_replies_come_in_order_whatever_ends_first(grid: RayGrid) -> None:
     asked = [5, 0, 3, 1, 7]
     began: dict[int, float] = {}
@@ -354,3 +365,39 @@ def test_resources_that_are_not_there_are_named(options: dict[str, Any], field: 
 def test_by_default_there_are_as_many_workers_as_fit() -> None:
     with RayGrid(apps.plain, 1, cpus_per_worker=4) as half:
         assert half.num_workers == 2
+
+
+def test_a_ray_that_others_fill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without room would be waited for without end."""
+    monkeypatch.setattr(ray_grid, "_FREED_SECONDS", 0.0)
+    monkeypatch.setattr(ray_grid, "_OPEN", set())
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(InputError, match=r"workers = 2: others hold so much that 1 workers find room \(1 CPU, 0 GPU"):
+        RayGrid(apps.plain, 2, workers=2)
+    with RayGrid(apps.plain, 2) as alone:
+        assert alone.num_workers == 1
+    monkeypatch.setattr(ray, "available_resources", dict)
+    with pytest.raises(InputError, match=r"cpus_per_worker = 1: .* 0 workers find room .*ray\.shutdown\(\)"):
+        RayGrid(apps.plain, 2)
+
+
+def test_another_address_than_that_of_the_running_ray_is_told() -> None:
+    with pytest.raises(InputError, match=r"simulation\.address = '10\.0\.0\.1:6379': .* call ray\.shutdown\(\) first"):
+        ray_grid.start_ray("10.0.0.1:6379")
+    assert not ray_grid.start_ray(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_too_long_for_sockets_is_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /tmp/x")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, "/tmp/" + "x" * 120)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(
+        InputError, match=rf"^{variable} = '.*': is too long .* set the environment variable RAY_TMPDIR"
+    ):
+        ray_grid.start_ray(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator
 
@@ -82,6 +83,19 @@ def test_a_cohort_that_answers_too_little_is_run_one_by_one() -> None:
     replies, states, _ = worker.handle(envelopes, contexts, {}, len(envelopes))
     assert [unpack(r).content["metrics"]["cohort"] for r in replies] == [1, 1, 1]
     assert [state["count"]["calls"] for state in states] == [1, 1, 1]
+
+
+def test_a_cohort_that_is_run_one_by_one_says_why() -> None:
+    worker = Worker(apps.short, 1)
+    envelopes = [pack(train_message(2 + i)) for i in range(3)]
+    replies, _, _ = worker.handle(envelopes, [context(i) for i in range(3)], {}, len(envelopes))
+    (note,) = [note for reply in replies for note in reply.notes]
+    assert note.startswith(
+        "clients are trained one at a time, since a pass of several failed (TypeError: the ClientApp"
+    )
+    alone, _, _ = worker.handle(envelopes[:1], [context(0)], {}, 1)
+    assert not alone[0].notes
+    assert not logging.getLogger("fedlora").handlers
 
 
 def test_a_cohort_that_fails_on_its_way_is_finished_one_by_one() -> None:

@@ -190,10 +190,153 @@ def test_a_run_waits_for_as_many_nodes_as_the_config_says(three: Nodes) -> None:
     assert roster(three, data__partition={"clients": 3}, server__timeout=30.0).nodes == {0: 9, 1: 7, 2: 5}
 
 
-def test_two_nodes_of_one_name_are_refused(three: Nodes) -> None:
+@pytest.mark.parametrize("name", ["north", "NORTH"])
+def test_two_nodes_of_one_name_are_refused_and_the_others_go_on(three: Nodes, name: str) -> None:
+    three.names[5] = name
+    assert roster(three).nodes == {0: 9}
+    with pytest.raises(RefusedError, match=f"two nodes call themselves {name}; give each node a name of its own"):
+        roster(three, server__min_replies=2)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_nobody_takes_the_name_of_a_node_that_the_server_let_in(three: Nodes, online: bool) -> None:
+    three.registered = {7: "north", 5: "mallory", 9: "east"}
     three.names[5] = "north"
-    with pytest.raises(RunError, match="two nodes call themselves north"):
-        roster(three)
+    assert roster(three).nodes == {0: 9, 1: 7}
+    # Nor while that one is away.
+    three.names[5] = "south"
+    three.registered[5] = "south"
+    found = roster(three)
+    assert found.names == ["east", "north", "south"]
+    three.online.remove(7)
+    three.online.add(11)
+    three.alive.add(11)
+    three.names[11], three.registered[11] = "north", "mallory"
+    for _ in range(3):
+        found.refresh()
+    assert found.present() == {0: 9, 2: 5}
+
+
+def test_nobody_takes_the_name_of_a_node_that_is_there(three: Nodes) -> None:
+    found = roster(three)
+    three.online.add(11)
+    three.alive.add(11)
+    three.names[11] = "East"
+    for _ in range(3):
+        found.refresh()
+    assert (found.names, found.present()) == (["east", "north", "south"], {0: 9, 1: 7, 2: 5})
+
+
+NAMES = [
+    "",
+    "..",
+    "a/b",
+    "a\\b",
+    "/etc",
+    "\x1b[31mred",
+    "a\nb",
+    "a\n",
+    " a",
+    "-a",
+    "ä",
+    "a\0",
+    "x" * 101,
+    "a:b",
+    "CON",
+    "nul.x",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, 3, True, 1.5, b"north", ["north"], None])
+def test_a_node_whose_name_is_none_is_refused_by_its_number(
+    three: Nodes, name: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = three._answer
+
+    def answer(message: Message) -> Message | None:
+        reply = original(message)
+        assert reply is not None
+        if reply.metadata.src_node_id == 7:
+            about: Any = reply.content[NODE_RECORD]
+            del about["name"]
+            if name is not None:
+                about["name"] = name
+        return reply
+
+    three.answer = answer
+    assert roster(three).nodes == {0: 9, 1: 5}
+    (told,) = [r.getMessage() for r in caplog.records if "its name is" in r.getMessage()]
+    assert told.startswith("node 7 does not take part: its name is ")
+    assert told.isprintable()
+    assert len(told) < 250
+
+
+LARGE = 10**9
+COUNTS = [0, -1, 1.0, 9.5, float("nan"), float("inf"), LARGE, 2**70, 1.7e308, [9], None]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_node_that_says_no_number_of_examples_is_refused(three: Nodes, count: Any) -> None:
+    original = three._answer
+
+    def answer(message: Message) -> Message | None:
+        reply = original(message)
+        assert reply is not None
+        if reply.metadata.src_node_id == 7:
+            reply.content["metrics"] = MetricRecord({} if count is None else {"num-examples": count})
+        return reply
+
+    three.answer = answer
+    found = roster(three)
+    assert found.nodes == {0: 9, 1: 5}
+    assert found.examples == {0: 9, 1: 9}
+    with pytest.raises(RefusedError, match="node 7 does not take part: num-examples is"):
+        roster(three, server__min_replies=3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"metrics": MetricRecord({"num-examples": 9})}),
+        RecordDict({"metrics": MetricRecord({"num-examples": 9, "partition-id": 0})}),
+        RecordDict({"metrics": ConfigRecord({"num-examples": 9}), NODE_RECORD: ConfigRecord({"name": "north"})}),
+        RecordDict({"metrics": MetricRecord({"num-examples": 9}), NODE_RECORD: MetricRecord({"name": 3})}),
+        RecordDict({"metrics": MetricRecord({"num-examples": 9}), NODE_RECORD: ConfigRecord({"name": "north"})}),
+        RecordDict(
+            {
+                "metrics": MetricRecord({"num-examples": 9}),
+                NODE_RECORD: ConfigRecord({"name": "north", "labels": [1, 2]}),
+            }
+        ),
+    ],
+)
+def test_a_node_that_describes_nothing_does_not_end_the_run(three: Nodes, content: RecordDict) -> None:
+    original = three._answer
+    three.answer = lambda m: Message(content, reply_to=m) if m.metadata.dst_node_id == 7 else original(m)
+    assert roster(three).nodes == {0: 9, 1: 5}
+
+
+def test_who_was_not_asked_is_not_heard(three: Nodes) -> None:
+    original = three._answer
+
+    def answer(message: Message) -> Message | None:
+        reply = original(message)
+        assert reply is not None
+        if reply.metadata.src_node_id == 7:
+            reply.metadata.__dict__["_src_node_id"] = 666
+        return reply
+
+    three.answer = answer
+    assert roster(three).nodes == {0: 9, 1: 5}
+
+
+def test_a_node_cannot_write_to_the_servers_terminal(three: Nodes) -> None:
+    three.answers[7] = Error(code=101, reason="\x1b]0;owned\x07" + "y" * 10**5)
+    with pytest.raises(RunError) as error:
+        roster(three, server__min_replies=3)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -206,6 +349,18 @@ def test_two_nodes_of_one_name_are_refused(three: Nodes) -> None:
             ["privacy.target_epsilon = 3.0", "node 7 refuses (PolicyError, code 107)", "min_noise_multiplier = 2.0"],
         ),
         (ClientErrorCode.POLICY, "PolicyError: allow_non_private = false", InputError, ["privacy.mode", "'none'"]),
+        (
+            ClientErrorCode.POLICY,
+            "PolicyError: models = 0",
+            InputError,
+            ["model.name = ", "node 7 refuses (PolicyError, code 107)", "[policy] models"],
+        ),
+        (
+            ClientErrorCode.POLICY,
+            "PolicyError: max_describes_per_day = 100",
+            RefusedError,
+            ["node 7 refuses", "max_describes_per_day = 100", "try again tomorrow"],
+        ),
         (ClientErrorCode.LABELS, "LabelError", InputError, ["data.label_names", "node 7", "LabelError", "109"]),
         (
             ClientErrorCode.BUDGET,

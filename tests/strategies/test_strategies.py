@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, load_config
-from fedlora.errors import ClientErrorCode, GuardError, InputError, RunError
+from fedlora.errors import ClientErrorCode, InputError, RunError
 from strategies import METHODS, get_strategy
 from strategies.aggregation import WeightedMean, in_client_order, weighted_mean
 from strategies.base import FederatedStrategy
@@ -329,19 +329,41 @@ def test_if_all_clients_fail_the_run_stops_and_tells_why() -> None:
         run_round(rounds, lambda m, c: Message(records(filled(float("nan")), num_examples=1), reply_to=m))
 
 
-def test_the_guard_stops_the_run_at_once() -> None:
+@pytest.mark.parametrize("code", list(ClientErrorCode))
+def test_whatever_a_client_says_went_wrong_is_its_own_failure(code: ClientErrorCode) -> None:
     rounds = strategy()
-    asked: list[int] = []
+    record, _ = run_round(rounds, lambda m, c: error_reply(m, code, "lora_A did not move") if c == 1 else good(m, c))
+    assert only_value(record) == pytest.approx(mean_of([0, 2, 3]))
+    assert rounds.report.failed == [{"client": 1, "code": code, "error": "lora_A did not move"}]
+
+
+def test_what_a_client_says_cannot_write_to_the_terminal() -> None:
+    rounds = strategy()
+    said = "\x1b[2J\x07done\n" + "x" * 10**6
+    run_round(rounds, lambda m, c: error_reply(m, 101, said) if c == 1 else good(m, c))
+    ((failure),) = rounds.report.failed
+    assert failure["error"].startswith("\\x1b[2J\\x07done\n")
+    assert len(failure["error"]) <= 20_000
+
+
+def test_one_client_that_fails_alone_in_a_round_does_not_end_the_run() -> None:
+    """Where a round asks one client, and it fails, another is asked in the next; two in a row are no accident."""
+    rounds = strategy(server__fraction_train=0.25)
+    asked = [rounds.sample(server_round) for server_round in range(1, 30)]
+    bad = asked[0][0]
+    second = next(i for i, clients in enumerate(asked) if clients != [bad])
 
     def answer(message: Message, client: int) -> Message:
-        asked.append(client)
-        return (
-            error_reply(message, ClientErrorCode.GUARD, "lora_A did not move") if client == 1 else good(message, client)
-        )
+        return error_reply(message, 101, "out of order") if client == bad else good(message, client)
 
-    with pytest.raises(GuardError, match="client 1: lora_A did not move"):
-        run_round(rounds, answer)
-    assert asked == [0, 1]
+    for server_round in range(1, second + 1):
+        assert run_round(rounds, answer, server_round)[0] is None
+        assert rounds.report.uncounted == "0 replies are fewer than server.min_replies = 1"
+    assert run_round(rounds, answer, second + 1)[0] is not None
+    for server_round in range(1, second + 1):
+        assert run_round(rounds, answer, server_round)[0] is None
+    with pytest.raises(RunError, match="every client of the round failed"):
+        run_round(rounds, lambda m, c: error_reply(m, 101, "out of order"), second + 1)
 
 
 def test_a_client_at_its_ceiling_is_a_failure_of_that_client_alone() -> None:

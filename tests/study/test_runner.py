@@ -183,7 +183,11 @@ def test_a_failing_run_does_not_end_the_study(tmp_path: Path, monkeypatch: pytes
         points=[
             {"label": "dies"},
             {"label": "too-high-a-rank", "method": {"rank": 400}},
-            {"label": "explodes", "client": {"optimizer": "sgd", "learning_rate": 3e38}, "privacy": {"mode": "none"}},
+            {
+                "label": "explodes",
+                "client": {"optimizer": "sgd", "learning_rate": 1000.0, "weight_decay": 100.0},
+                "privacy": {"mode": "none"},
+            },
             {"label": "good", "method": {"rank": 2}},
         ],
         budget={"runs": 1, "memory_per_run": 1.0},

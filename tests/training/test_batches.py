@@ -73,3 +73,18 @@ def test_local_steps(examples, batch_size):
     assert steps(local_steps=7) == 7
     assert steps() == steps(local_epochs=1) == max(1, -(-examples // batch_size))
     assert steps(local_epochs=3) == 3 * steps()
+
+
+def test_poisson_batches_of_entropy_hold_each_row_at_the_rate():
+    """Each count is off by 5 of its standard deviations with probability below 1e-6."""
+    counts = np.zeros(50)
+    sizes = []
+    for batch in poisson_batches(np.arange(50), 0.1, 4000, None):
+        counts[batch] += 1
+        sizes.append(len(batch))
+    assert len(sizes) == 4000
+    assert np.abs(counts - 400).max() < 5 * (4000 * 0.1 * 0.9) ** 0.5
+    assert np.var(sizes) == pytest.approx(50 * 0.1 * 0.9, rel=0.12)
+    assert [len(b) for b in poisson_batches(np.arange(9), 1.0, 4, None)] == [9] * 4
+    first, second = ([tuple(b) for b in poisson_batches(np.arange(50), 0.5, 3, None)] for _ in range(2))
+    assert first != second

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from scipy.stats import kstest
 from torch import nn
 
 from fedlora.adapters import AdaptedModel, RowLayout
@@ -23,7 +22,7 @@ from fedlora.config import Config
 from fedlora.errors import GuardError
 from fedlora.training import ClientJob, cohort, train_cohort
 from fedlora.training import dp as dp_module
-from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms, fill_from_entropy
+from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms
 from fedlora.training.loss import per_example_loss
 from tests import tiny
 
@@ -369,6 +368,8 @@ def test_noise_energy_in_the_update_follows_the_formulas(method):
 
 
 def test_a_trainable_without_per_example_gradients_stops_training(monkeypatch):
+    # Measuring the model finds these faults too, and first.
+    monkeypatch.setattr("fedlora.training.cohort.check_sound", lambda *_: None)
     config = tiny.settings("bert", client={"optimizer": "sgd", "local_steps": 2})
     examples, rows = tiny.table("bert", 4), [np.arange(4)]
 
@@ -392,7 +393,7 @@ def test_a_trainable_without_per_example_gradients_stops_training(monkeypatch):
     adapted = tiny.adapted_model("bert", config)
     path, adapter = next(iter(adapted.adapters.items()))
     adapted.model.set_submodule(path, _Folded(adapter))
-    with pytest.raises(GuardError, match=r"4 rows.*it has 32 rows"):
+    with pytest.raises(GuardError, match="sees 32 rows of a batch of 4"):
         train(adapted)
     # Hooks that were never set.
     adapted = tiny.adapted_model("bert", config)
@@ -422,20 +423,6 @@ class _Folded(nn.Module):
 class _NoHooks:
     def cleanup(self) -> None:
         pass
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 2**20 + 3])
-def test_noise_from_entropy_is_normal(count):
-    block = torch.full((1, count), torch.nan)
-    fill_from_entropy(block)
-    assert torch.isfinite(block).all()
-    if count > 2**20:
-        assert kstest(block[0].numpy(), "norm").statistic < 2.5 / count**0.5
-        neighbours = torch.corrcoef(torch.stack([block[0, :-1], block[0, 1:]]))[0, 1]
-        assert abs(float(neighbours)) < 5 / count**0.5
-        other = torch.empty_like(block)
-        fill_from_entropy(other)
-        assert abs(float(torch.corrcoef(torch.cat([block, other]))[0, 1])) < 5 / count**0.5
 
 
 def test_noise_from_entropy_has_the_plans_size():

@@ -146,3 +146,21 @@ def test_under_privacy_a_document_whose_state_overflows_does_not_show():
         assert torch.isfinite(row).all()
         scale = len(others) / (len(others) + 1)
         torch.testing.assert_close(row, without[f"{path}.router"] * scale, rtol=0, atol=1e-5)
+
+
+def test_a_nodes_start_has_noise_and_sample_of_entropy():
+    """The noise of two starts differs, and its standard deviation is the plan's (off by 15 %: below 1e-9)."""
+    adapted = model()
+    table = tiny.table("llama", 9)
+    exact = dataclasses.replace(tiny.plan(), start_noise_multiplier=0.0, start_sample_rate=1.0)
+    noisy = dataclasses.replace(exact, start_noise_multiplier=0.05)
+
+    def rows(plan):
+        arrays = start_expert(adapted, table, np.arange(9), plan, None)
+        return torch.stack([arrays[f"{path}.router"][0] for path in adapted.routers()])
+
+    noise = torch.stack([rows(noisy) - rows(exact) for _ in range(20)])
+    assert len(noise.unique()) == noise.numel()
+    assert float((noise * 9 / 2**0.5).std()) == pytest.approx(0.05, rel=0.15)
+    half = dataclasses.replace(exact, start_sample_rate=0.5)
+    assert len({float(rows(half).sum()) for _ in range(12)}) > 1

@@ -1,0 +1,165 @@
+"""What a finished run left as the base of another: its adapter merged into its base, with the head that was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from fedlora.assets import build_once, cache_dir
+from fedlora.config import Config, input_error
+from fedlora.errors import InputError
+from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+
+HEAD_FILE = "head.safetensors"
+"""Head of a mean-pooled classifier, which no stock transformers model has."""
+
+LABELS_FILE = "labels.json"
+"""Names of the classes, in the order of the logits."""
+
+ADAPTER, MIXTURE = "adapter", "mixture"
+_ADAPTER_FILE = "adapter_config.json"
+_FIELD = "model.name"
+
+
+def run_source(name: str, folder: Path) -> Path | None:
+    """Return the folder of a whole model, for a folder that a run left; None for any other.
+
+    Parameters
+    ----------
+    name : str
+        ``model.name``, for errors.
+    folder : Path
+        A run folder, or its ``adapter/`` or ``mixture/``.
+
+    Returns
+    -------
+    Path or None
+        ``mixture/`` as it is; an adapter merged into its base, in the cache.
+
+    Raises
+    ------
+    InputError
+        If the run is not finished, or its base is not there or cannot be loaded.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    if (folder / MIXTURE / "config.json").is_file():
+        return folder / MIXTURE
+    adapter = folder if (folder / _ADAPTER_FILE).is_file() else folder / ADAPTER
+    if not (adapter / _ADAPTER_FILE).is_file():
+        if (folder / "config.toml").is_file():
+            raise InputError(_FIELD, name, "is the folder of a run that is not finished; finish it with --resume")
+        return None
+    config = adapter_config(name, adapter)
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(adapter.iterdir()) if f.is_file()]
+    facts = [str(adapter.resolve()), stats, config.model.model_dump(), _identity(config.model.name)]
+    target = cache_dir() / "continued" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return build_once(target, lambda made: _merge(name, config, adapter, made), _FIELD, name)
+
+
+def _identity(base: str) -> Any:
+    """Tell one base from another that was saved under the same name since."""
+    path = Path(base)
+    if not os.path.isdir(path):
+        return None
+    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file())
+
+
+def _merge(name: str, config: Config, adapter: Path, target: Path) -> None:
+    try:
+        model = merged(config, adapter)
+        with quiet():
+            model.save_pretrained(target)
+            load_tokenizer(config).save_pretrained(target)
+    except InputError as error:
+        why = str(error)
+    except Exception as error:  # the folder's files may be damaged in any way
+        why = " ".join(str(error).split())[:300]
+    else:
+        return
+    base = config.model.name
+    remedy = f"its adapter cannot be merged into its base {base} ({why}); give a folder of fedlora export --merged"
+    raise InputError(_FIELD, name, remedy)
+
+
+def merged(config: Config, adapter: Path) -> Any:
+    """Load a run's base with its adapter merged in and the head that was trained.
+
+    Parameters
+    ----------
+    config : Config
+        The run's.
+    adapter : Path
+        Its folder ``adapter/``.
+
+    Raises
+    ------
+    InputError, OSError, ValueError, KeyError, safetensors.SafetensorError
+        If the base cannot be loaded, or the folder's files are damaged.
+    """
+    labels = adapter / LABELS_FILE
+    names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
+    model: Any = load_base(config, names)
+    if isinstance(model, MeanPoolingClassifier):
+        encoder = PeftModel.from_pretrained(model.encoder, str(adapter), trust_remote_code=False)
+        model.encoder = encoder.merge_and_unload()
+        head = load_file(adapter / HEAD_FILE)
+        dtype = next(model.parameters()).dtype
+        model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
+    else:
+        model = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False).merge_and_unload()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def adapter_config(name: str, adapter: Path) -> Config:
+    """Return the config of the run that left an adapter; of one without its run, what its own files say.
+
+    The base is loaded in float32 at least, so that merging rounds nothing off.
+    """
+    run = adapter.parent
+    try:
+        if adapter.name == ADAPTER and (run / "config.toml").is_file():
+            content = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        else:
+            about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
+            content = _described(about)
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_FIELD, name, f"its run's config is wrong ({input_error(error)}); mend it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(_FIELD, name, f"its files cannot be read ({error}); give a finished run's adapter") from None
+    dtype = "float64" if config.model.dtype == "float64" else "float32"
+    found = {"name": beside(config.model.name, run), "dtype": dtype}
+    return config.model_copy(update={"model": config.model.model_copy(update=found)})
+
+
+def _described(about: dict[str, Any]) -> dict[str, Any]:
+    causal, mean = about["task_type"] == "CAUSAL_LM", about["task_type"] == "FEATURE_EXTRACTION"
+    model = {
+        "name": about["base_model_name_or_path"],
+        "task": "causal-lm" if causal else "sequence-classification",
+        "pooling": "mean" if mean else "default",
+        "max_length": 2,
+    }
+    return {"model": model, "data": {"name": "none", "partition": {"clients": 1}}, "method": {"name": "fedit"}}
+
+
+def beside(name: str, folder: Path) -> str:
+    """Find a relative path that a run folder's files name, from wherever they are read.
+
+    It was relative to where the run was started, which is most often above the run folder.
+    """
+    path = Path(name)
+    if path.is_absolute() or os.path.exists(path):
+        return name
+    parents = folder.absolute().parents
+    return next((str(parent / path) for parent in parents if os.path.exists(parent / path)), name)

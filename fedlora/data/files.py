@@ -1,0 +1,315 @@
+"""Files of examples, read strictly: each row is what its lines say, or an error names the line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, or a folder of datasets.save_to_disk"
+SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
+
+_NEWLINE = re.compile("\r\n|\r|\n")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split as its source has them, by column.
+
+    Attributes
+    ----------
+    columns : Mapping[str, Callable]
+        Reads a column; values may be of any type.
+    rows : int
+    lines : sequence of int, optional
+        The line of the file on which each row begins, from 1; None where rows have no lines.
+    typed : bool
+        Whether the source tells numbers from text; the cells of a CSV file are all text.
+    classes : Mapping[str, list of str]
+        Names of the classes of columns that are a ``ClassLabel``.
+    repeated : frozenset of str
+        Names that several columns have.
+    notes : list of str
+        What the user may want to know of how the file was read.
+    """
+
+    columns: Mapping[str, Callable[[], list[Any]]]
+    rows: int
+    lines: Sequence[int] | None = None
+    typed: bool = True
+    classes: Mapping[str, list[str]] = field(default_factory=dict)
+    repeated: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    def place(self, row: int) -> str:
+        """Say where a row is, as an editor counts."""
+        return f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
+
+    @classmethod
+    def of_dataset(cls, source: datasets.Dataset) -> Table:
+        """Wrap a data set; a format that it was saved with changes nothing but which columns it has."""
+        plain = without_format(source)
+        classes = {name: list(f.names) for name, f in plain.features.items() if isinstance(f, datasets.ClassLabel)}
+        columns = {name: lambda name=name: plain[name][:] for name in plain.column_names}
+        return cls(columns, len(plain), classes=classes)
+
+
+def without_format(source: datasets.Dataset) -> datasets.Dataset:
+    """Return a data set that gives plain values, with the columns that its format has."""
+    chosen = source.format["columns"]
+    return source.with_format(None).select_columns([name for name in source.column_names if name in chosen])
+
+
+def read_file(path: Path, file_format: str | None = None, *, any_text: bool = False) -> Table:
+    """Read a file of examples.
+
+    Text is UTF-8, or UTF-16 with a byte-order mark; it may be compressed with gzip. Lines end with LF, CR LF or CR.
+    CSV and TSV are read as RFC 4180 has them: quotes enclose a whole cell, and a quote within is doubled. An empty cell
+    is missing; all others are text. Blank lines are skipped, and so are columns without a name.
+
+    Parameters
+    ----------
+    path : Path
+    file_format : str, optional
+        One of csv, tsv, jsonl, json and parquet; by the name's suffix unless told.
+    any_text : bool
+        Mark bytes that are no text instead of refusing them.
+
+    Raises
+    ------
+    ValueError
+        If the format is unknown, a line is not what the format says, or rows do not match the lines.
+    Exception
+        Whatever a damaged Parquet or gzip file makes its reader raise.
+    """
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    kind = f".{file_format}" if file_format else suffix
+    if kind not in SUFFIXES:
+        raise ValueError(f"its format is unknown: give {FORMATS}, or set data.format")
+    if kind == ".parquet":
+        return _read_parquet(path, any_text)
+    text = _decoded(path.read_bytes(), any_text)
+    if kind in (".jsonl", ".json"):
+        return _read_json(text)
+    return _read_cells(text, "," if kind == ".csv" else "\t")
+
+
+def _decoded(content: bytes, any_text: bool = False) -> str:
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    if any_text:
+        return content.decode(encoding, "replace")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + len(_NEWLINE.findall(content[: error.start].decode("latin-1")))
+        byte = content[error.start]
+        raise ValueError(
+            f"line {line}: byte 0x{byte:02x} is not {encoding.upper()[:6].rstrip('-')} text; save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = 1 + len(_NEWLINE.findall(text[: text.index("\0")]))
+        raise ValueError(f"line {line}: a NUL character is no text; save it as UTF-8")
+    return text
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line that an error says, for a message of one line."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# CSV and TSV.
+
+
+def _read_cells(text: str, delimiter: str) -> Table:
+    records = _records(text, delimiter)
+    header = next(records, None)
+    if header is None:
+        return Table({}, 0)
+    notes = []
+    other = [d for d in _DELIMITERS if d != delimiter and len(_split(header.physical[0], d)) > 1]
+    if len(header.cells) == 1 and len(other) == 1:
+        # Spreadsheets write semicolons where a comma is the decimal sign, and tabs whatever the file's name is.
+        (delimiter,) = other
+        notes.append(f"cells are separated by {_DELIMITERS[delimiter]}")
+        records = _records(text, delimiter)
+        header = next(records)
+    names = [name.strip() for name in header.cells]
+    rows, lines, spanning = [], [], []
+    for record in records:
+        if len(record.cells) != len(names):
+            raise ValueError(f"{record.place} has {_count(len(record.cells), 'cell')}, the header has {len(names)}")
+        if len(record.physical) > 1:
+            spanning.append(record)
+        rows.append(record.cells)
+        lines.append(record.line)
+    if spanning:
+        _check_spanning(spanning, rows, delimiter)
+        notes.append(
+            f"{_count(len(spanning), 'row')} over several lines, as the quotes say (first: {spanning[0].place})"
+        )
+    named = [(place, name) for place, name in enumerate(names) if name]
+    columns = {name: lambda place=place: [row[place] or None for row in rows] for place, name in named}
+    return Table(columns, len(rows), lines, typed=False, repeated=_repeated(name for _, name in named), notes=notes)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A row of cells, and the lines of the file that it was made from."""
+
+    cells: list[str]
+    line: int
+    physical: list[str]
+
+    @property
+    def place(self) -> str:
+        return _lines(self.line, self.line + len(self.physical) - 1)
+
+
+def _lines(first: int, last: int) -> str:
+    return f"line {first}" if first == last else f"lines {first} to {last}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _records(text: str, delimiter: str) -> Iterator[_Record]:
+    physical: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            physical.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        physical.clear()
+        first = reader.line_num + 1
+        # A cell may be as long as the file; the limit is the module's, so it is put back at once.
+        limit = csv.field_size_limit(len(text) + 1)
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            unclosed = "end of data" in str(error)
+            why = "a quote is opened and never closed" if unclosed else "text follows a closing quote"
+            remedy = "enclose the whole cell in quotes and double those within, or save the rows as JSON lines"
+            raise ValueError(f"{_lines(first, reader.line_num)}: {why}; {remedy}") from None
+        finally:
+            csv.field_size_limit(limit)
+        if len(cells) > 1 or (cells and cells[0].strip()):
+            yield _Record(cells, first, list(physical))
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    """Split one line, with quotes as plain characters."""
+    return line.rstrip("\r\n").split(delimiter)
+
+
+def _check_spanning(spanning: list[_Record], rows: list[list[str]], delimiter: str) -> None:
+    """Refuse cells over several lines of which each is a whole row by itself: two stray quotes swallow what is between.
+
+    A text over two or more lines that happen to have the right number of delimiters is told from that by a column of
+    few values, such as the labels: in swallowed rows it holds the values that it holds elsewhere.
+    """
+    width = len(rows[0])
+    if width == 1:
+        return
+    single = [row for row in rows if not any("\n" in cell or "\r" in cell for cell in row)]
+    values = [Counter(row[column] for row in single) for column in range(width)]
+    few = [column for column in range(width) if 0 < len(values[column]) <= len(single) / 2]
+    for record in spanning:
+        parts = [_split(line, delimiter) for line in record.physical]
+        if any(len(part) != width for part in parts):
+            continue
+        if few:
+            swallowed = any(all(part[column] in values[column] for part in parts) for column in few)
+        else:
+            swallowed = len(parts) > 2
+        if swallowed:
+            raise ValueError(
+                f"{record.place}: quotes make one row of these lines, of which each is a row by itself; "
+                "remove the stray quotes, or double them and enclose the cell in quotes"
+            )
+
+
+def _repeated(names: Any) -> frozenset[str]:
+    return frozenset(name for name, times in Counter(names).items() if times > 1)
+
+
+# JSON and Parquet.
+
+
+class _Twice(dict[str, Any]):
+    """An object that names a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    kind = dict if len({name for name, _ in pairs}) == len(pairs) else _Twice
+    return kind(pairs)
+
+
+def _read_json(text: str) -> Table:
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    lines: list[int] | None = None
+    if text.lstrip().startswith("["):
+        rows = decoder.decode(text)
+    else:
+        rows, lines = [], []
+        for number, line in enumerate(_NEWLINE.split(text), 1):
+            if line.strip():
+                try:
+                    rows.append(decoder.decode(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                lines.append(number)
+    names: dict[str, None] = {}
+    for place, row in enumerate(rows):
+        where = f"row {place + 1}" if lines is None else f"line {lines[place]}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no object of columns")
+        if isinstance(row, _Twice):
+            raise ValueError(f"{where} names a column twice")
+        names |= dict.fromkeys(row)
+    columns = {name: lambda name=name: [row.get(name) for row in rows] for name in names}
+    return Table(columns, len(rows), lines)
+
+
+def _read_parquet(path: Path, any_text: bool = False) -> Table:
+    # Of the file alone: names of folders above it, such as label=1, are no columns.
+    content = pq.ParquetFile(path).read()
+    names = content.schema.names
+    classes = {}
+    if b"huggingface" in (content.schema.metadata or {}):
+        known = datasets.Features.from_arrow_schema(content.schema)
+        classes = {name: list(f.names) for name, f in known.items() if isinstance(f, datasets.ClassLabel)}
+    columns = {name: lambda place=place: _values(content.column(place), any_text) for place, name in enumerate(names)}
+    return Table(columns, content.num_rows, classes=classes, repeated=_repeated(names))
+
+
+def _values(column: pa.ChunkedArray, any_text: bool = False) -> list[Any]:
+    if any_text and pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if any_text and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        # The column's type says text; its bytes may say otherwise.
+        cells = column.cast(pa.large_binary()).to_pylist()
+        return [None if cell is None else cell.decode("utf-8", "replace") for cell in cells]
+    values: list[Any] = column.to_pylist()
+    return values

@@ -1,0 +1,138 @@
+"""What a run was begun with, so that a resumed run is the same run: its examples, its base model, its packages."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.adapters.model import AdaptedModel
+from fedlora.adapters.stacked import StackedLinear
+from fedlora.config import NODES, Config
+from fedlora.data.tokens import FederatedData, TokenTable
+from fedlora.errors import InputError
+from fedlora.results.folder import RunFolder
+
+log = logging.getLogger("fedlora")
+
+_CHUNK = 2**26
+_PARTS = {
+    "labels": "the classes are",
+    "train": "the training examples are",
+    "test": "the test examples are",
+    "validation": "the validation examples are",
+    "public": "the public examples are",
+    "partition": "which client holds which examples is",
+}
+
+
+def check_data(folder: RunFolder, config: Config, data: FederatedData) -> None:
+    """Note what a new run's examples are; refuse a resumed run others.
+
+    What counts is what the model reads: the tokens, labels and domains of every split, and the partition. So a file
+    that was touched, copied or moved is the same, and a changed one is not, wherever it comes from.
+
+    Raises
+    ------
+    InputError
+        Naming what differs.
+    """
+    found = data_digests(data)
+    before: Mapping[str, str] | None = folder.checkpoint.get("data")
+    if before is None:
+        folder.checkpoint["data"] = found
+        return
+    for part, what in _PARTS.items():
+        if before.get(part) != found.get(part):
+            given = getattr(config.data, part, None)
+            own = isinstance(given, str) or (config.data.name == NODES and given is not None)
+            field, value = (f"data.{part}", given) if own else ("data.name", config.data.name)
+            remedy = (
+                f"{what} not as when the run began; bring back the data (or the model's tokenizer) as it was, or run "
+                f"anew with another --output (read now: {data.folder})"
+            )
+            raise InputError(field, value, remedy)
+
+
+def check_model(folder: RunFolder, config: Config, adapted: AdaptedModel) -> None:
+    """Note what a new run's base model is; refuse a resumed run another.
+
+    Raises
+    ------
+    InputError
+    """
+    found = model_digest(adapted.model)
+    before = folder.checkpoint.get("model")
+    if before is None:
+        folder.checkpoint["model"] = found
+    elif before != found:
+        remedy = "its weights are not as when the run began; bring them back, or run anew with another --output"
+        raise InputError("model.name", config.model.name, remedy)
+
+
+def note_environment(folder: RunFolder, environment: Mapping[str, Any]) -> None:
+    """Note a run's packages and machine; tell what a resumed run has otherwise, which may change its last bits."""
+    now = {**environment["versions"], **{name: environment[name] for name in ("python", "processor", "gpu")}}
+    before: Mapping[str, Any] = folder.checkpoint.get("environment", now)
+    folder.checkpoint["environment"] = now
+    changed = [
+        f"{name} was {before.get(name)} when the run began and is {now[name]} now"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        folder.tell(f"{'; '.join(changed)}; the last bits may differ")
+
+
+def data_digests(data: FederatedData) -> dict[str, str]:
+    """SHA-256 of every split, of the classes and of the partition."""
+    tables = {"train": data.train, "test": data.test, "validation": data.validation, "public": data.public}
+    found = {name: _table_digest(table) for name, table in tables.items() if table is not None}
+    found["labels"] = hashlib.sha256(repr((data.label_names, data.domain_names)).encode()).hexdigest()
+    names = repr(data.client_names).encode()
+    found["partition"] = _array_digest(data.partition.rows, data.partition.offsets, extra=names)
+    return found
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over every weight of a base model as it was loaded, but not over what is trained in it.
+
+    The weights in memory are what counts, whatever file they came from: a digest that is kept by a file's size and time
+    of change would not see a bit that the disk lost. As many threads as there are cores hash the tensors, each 0.3 to
+    1.5 GB a second, so that 16 GB on 16 cores take seconds, less than reading them.
+    """
+    trained = {f"{path}." for path, module in model.named_modules() if isinstance(module, StackedLinear)}
+    state = {n: t for n, t in model.state_dict().items() if not any(n.startswith(path) for path in trained)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(state, pool.map(_tensor_digest, state.values()), strict=True))
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        sha.update(flat[start : start + _CHUNK].cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _table_digest(table: TokenTable) -> str:
+    arrays = (table.tokens, table.offsets, table.labels, table.answer_start, table.domain)
+    return _array_digest(*arrays, extra=repr(table.pad_token_id).encode())
+
+
+def _array_digest(*arrays: np.ndarray | None, extra: bytes = b"") -> str:
+    sha = hashlib.sha256(extra)
+    for array in arrays:
+        if array is None:
+            sha.update(b"\nnone")
+            continue
+        sha.update(f"\n{array.dtype} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()

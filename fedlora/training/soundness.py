@@ -1,0 +1,367 @@
+"""Whether a model's examples are independent: measured on synthetic rows, whatever the model is called.
+
+Differential privacy by example and cohorts of clients both assume that what an example gives does not depend on the
+others in its batch. Some models break that: a convolution that reads padding, a statistic of the batch, positions that
+follow the longest row, a layer that sees the batch in another shape. So rows are run alone, and in company of equal,
+longer and much longer ones, and their logits and gradients compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.model import Arrays, dense_weight
+from fedlora.adapters.stacked import RowProducts
+from fedlora.config import Config
+from fedlora.data.tokens import IGNORED
+from fedlora.errors import GuardError, InputError
+from fedlora.models import unchanged
+from fedlora.training.dp import per_example_gradients
+from fedlora.training.loss import per_example_loss
+
+LOGITS, GRADIENTS = 1e-4, 5e-3
+"""By how much a row's logits and gradients may differ through rounding, as a share of their norm.
+
+Half precision is measured in float32, since in 30 layers of it a row's gradient may be rounding altogether; of float64
+models compute norms and positions in float32. Seen: at most 3e-6 and 3e-4, in a Llama of 30 layers."""
+
+SMALL = 0.1
+"""An array's gradient below this share of the example's whole gradient is compared with that share, since its own
+rounding may be large; clipping looks at the whole."""
+
+ROOM = 0.7
+"""Of a GPU's free memory that a float32 copy of the model may take."""
+
+BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
+"""The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
+
+COHORT = ([0], [3, 2])
+"""The rows of two clients in a pass."""
+
+
+def check_sound(adapted: AdaptedModel, config: Config, pad_token_id: int) -> None:
+    """Refuse a model whose examples' gradients depend on each other, under differential privacy by example.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    config : Config
+        Section model.
+    pad_token_id : int
+        The tokenizer's.
+
+    Raises
+    ------
+    InputError
+        Naming the model and what differs.
+    """
+    found = dependence(adapted, config, pad_token_id)
+    if found is not None:
+        remedy = f"{found}; under privacy.mode = example take a model whose examples are independent, such as a BERT"
+        raise InputError("model.name", config.model.name, remedy)
+
+
+def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str | None:
+    """Say how examples of a batch depend on each other; None where they do not.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Left as it is: weights, buffers, modes and generators too. The answer is kept with it.
+    config : Config
+        ``model.max_length``.
+    pad_token_id : int
+
+    Returns
+    -------
+    str or None
+        A clause.
+
+    Notes
+    -----
+    All factors and the head get drawn values: at their start one factor is 0, and gradients would say little. The model
+    is in training mode, and once in evaluation mode, in float32 if it is kept in half precision (on the CPU where the
+    GPU lacks the memory). Beside a row of ``model.max_length`` tokens, and among many rows, only values are compared,
+    since gradients would take as long as a step of training.
+    """
+    key = (config.model.max_length, pad_token_id)
+    if key not in adapted.independent:
+        # Compiling for these few rows would take longer than the rows.
+        with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
+            _widen(adapted)
+            adapted.independent[key] = _measure(adapted, config.model.max_length, pad_token_id)
+    return adapted.independent[key]
+
+
+@dataclass
+class _Pass:
+    """What a batch gave.
+
+    Attributes
+    ----------
+    logits : Tensor [N, ...]
+    samples : dict of str to Tensor [N, ...] or RowProducts
+        Per-example gradients, by the array's name.
+    """
+
+    logits: torch.Tensor
+    samples: dict[str, torch.Tensor | RowProducts]
+
+
+def _measure(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> str | None:
+    examples = _synthetic(adapted, max_length, pad_token_id)
+    arrays = [_drawn(adapted, seed) for seed in (0, 1)]
+    for layer in adapted.stacked_layers().values():
+        layer.ghost = True
+    adapted.model.train()
+    try:
+        return _compare(adapted, examples, arrays)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except GuardError as error:
+        return str(error)
+    except Exception as error:
+        return f"a pass over drawn examples fails ({type(error).__name__}: {error})"
+
+
+def _compare(adapted: AdaptedModel, examples: _Examples, arrays: list[Arrays]) -> str | None:
+    adapted.set_clients(arrays[:1])
+    # The longest first: a model may change for good with the first short row, as BigBird's attention does.
+    longest = _states(adapted, examples, [len(examples.rows) - 1])
+    alone: dict[tuple[int, int], _Pass] = {}
+    for client, rows in enumerate(([4, 3, 2, 1, 0], COHORT[1])):
+        adapted.set_clients([arrays[client]])
+        with per_example_gradients(adapted):
+            for row in rows:
+                alone[client, row] = _run(adapted, examples, [[row]])
+                if not torch.isfinite(alone[client, row].logits).all():
+                    return "its logits are not finite, so that nothing can be compared"
+            for batch in BATCHES if client == 0 else ():
+                company = _run(adapted, examples, [batch])
+                for place, row in enumerate(batch):
+                    found = _difference(company, place, alone[0, row], examples, batch)
+                    if found is not None:
+                        return _explain(adapted, examples, alone[0, 0]) or found
+    adapted.set_clients(arrays)
+    with per_example_gradients(adapted):
+        company = _run(adapted, examples, COHORT)
+    batch = [row for rows in COHORT for row in rows]
+    for place, row in enumerate(batch):
+        client = 0 if place < len(COHORT[0]) else 1
+        found = _difference(company, place, alone[client, row], examples, batch)
+        if found is not None:
+            return f"{found}, with several clients in a pass"
+    adapted.set_clients(arrays[:1])
+    return _compare_values(adapted, examples, longest)
+
+
+def _compare_values(adapted: AdaptedModel, examples: _Examples, longest: torch.Tensor) -> str | None:
+    """Compare logits in evaluation mode, beside the longest row (whose own are given) and among many."""
+    last = len(examples.rows) - 1
+    for training, batch in ((False, [3, 1, 0]), (True, [0, last]), (True, [0, 1] * 20 + [0])):
+        adapted.model.train(training)
+        alone = {0: _states(adapted, examples, [0]), last: longest}
+        company = _states(adapted, examples, batch)
+        for place, row in enumerate(batch):
+            if row not in alone:
+                continue
+            share = _share(company[place, : alone[row].shape[1]], alone[row][0])
+            if not share <= LOGITS:
+                return _sentence("logits", share, examples, batch, row, LOGITS)
+    return None
+
+
+@torch.no_grad()
+def _states(adapted: AdaptedModel, examples: _Examples, rows: Sequence[int]) -> torch.Tensor:
+    """Return logits [N, classes], or the last hidden states [N, T, d], whose logits would cost more than all else."""
+    batch = examples.batch(rows, adapted.device)
+    adapted.layout.set_rows([len(rows)], device=adapted.device)
+    body: Any = adapted.model
+    while not adapted.head and getattr(body, "base_model", body) is not body:
+        body = body.base_model
+    if isinstance(body, PreTrainedModel) and not adapted.head:
+        states: torch.Tensor = body(input_ids=batch["input_ids"])[0]
+        return states
+    return adapted.logits(batch)
+
+
+def _run(adapted: AdaptedModel, examples: _Examples, clients: Sequence[Sequence[int]]) -> _Pass:
+    """Run a batch forwards and backwards as training does."""
+    rows = [row for mine in clients for row in mine]
+    batch = examples.batch(rows, adapted.device)
+    adapted.layout.set_rows([len(mine) for mine in clients], device=adapted.device)
+    logits = adapted.logits(batch)
+    per_example_loss(logits, batch["labels"]).sum().backward()
+    samples = {}
+    for name in adapted.trained:
+        parameter: Any = adapted.parameter(name)
+        if getattr(parameter, "grad_sample", None) is None:
+            raise GuardError(f"the model does not use {name}; leave the layer out of method.target_modules")
+        samples[name], parameter.grad_sample, parameter.grad = parameter.grad_sample, None, None
+    return _Pass(logits.detach(), samples)
+
+
+def _difference(company: _Pass, place: int, alone: _Pass, examples: _Examples, batch: list[int]) -> str | None:
+    """Compare a row of a batch with the same row alone."""
+    row = batch[place]
+    mine = company.logits[place]
+    if alone.logits.dim() == 3:
+        mine = mine[: alone.logits.shape[1]]
+    share = _share(mine, alone.logits[0])
+    if not share <= LOGITS:
+        return _sentence("logits", share, examples, batch, row, LOGITS)
+    norms = {}
+    for name, sample in alone.samples.items():
+        reference = _gradient(sample, 0)
+        norms[name] = (float(reference.norm()), float((_gradient(company.samples[name], place) - reference).norm()))
+    whole = sum(norm**2 for norm, _ in norms.values()) ** 0.5
+    shares = {name: apart / max(norm, SMALL * whole, 1e-30) for name, (norm, apart) in norms.items()}
+    name = max(shares, key=lambda n: (shares[n] != shares[n], shares[n]))
+    if not shares[name] <= GRADIENTS:
+        return _sentence(f"the gradient of {name}", shares[name], examples, batch, row, GRADIENTS)
+    return None
+
+
+def _sentence(what: str, share: float, examples: _Examples, batch: list[int], row: int, limit: float) -> str:
+    lengths = [len(examples.rows[r]) for r in batch]
+    place = batch.index(row)
+    others = [*lengths[:place], *lengths[place + 1 :]]
+    company = ", ".join(map(str, sorted(set(others))))
+    count = "a row" if len(others) == 1 else f"{len(others)} rows"
+    return (
+        f"examples depend on their batch: beside {count} of {company} tokens, {what} of a row of {lengths[place]} "
+        f"{'differ' if what == 'logits' else 'differs'} by {share:.2%} from the row alone (rounding: below {limit:.2%})"
+    )
+
+
+def _explain(adapted: AdaptedModel, examples: _Examples, before: _Pass) -> str | None:
+    """Say if a row is not the same twice: then it is chance and not company."""
+    again = _run(adapted, examples, [[0]])
+    share = _share(again.logits[0], before.logits[0])
+    if share <= LOGITS:
+        return None
+    return f"the same row's logits differ by {share:.2%} from one time to the next: the model draws at random"
+
+
+def _share(values: torch.Tensor, reference: torch.Tensor) -> float:
+    apart = (values.double() - reference.double()).norm()
+    return float(apart / reference.double().norm().clamp(min=1e-30))
+
+
+def _gradient(sample: torch.Tensor | RowProducts, row: int) -> torch.Tensor:
+    """Return a row's gradient, multiplied out."""
+    return sample.g[row].T @ sample.x[row] if isinstance(sample, RowProducts) else sample[row]
+
+
+@dataclass
+class _Examples:
+    """Drawn rows of tokens, with a class each, or None where the tokens are the labels."""
+
+    rows: list[np.ndarray]
+    classes: int | None
+    pad_token_id: int
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return rows as the token table does: padded on the right; on a GPU without a mask where nothing is padded."""
+        lengths = [len(self.rows[row]) for row in chosen]
+        ids = torch.full((len(chosen), max(lengths)), self.pad_token_id)
+        for place, row in enumerate(chosen):
+            ids[place, : lengths[place]] = torch.from_numpy(self.rows[row])
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        labels = torch.where(mask, ids, IGNORED) if self.classes is None else torch.tensor(chosen) % self.classes
+        batch = {"input_ids": ids, "labels": labels}
+        if device.type == "cpu" or not mask.all():
+            batch["attention_mask"] = mask.long()
+        return {name: value.to(device) for name, value in batch.items()}
+
+
+def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> _Examples:
+    """Draw rows of 5, 5, 8, 11 and 24 tokens and one of the maximal length, which bounds the others."""
+    shape: Any = getattr(adapted.model, "config", None)
+    shape = getattr(getattr(adapted.model, "encoder", None), "config", shape)
+    # Some models want exactly one end of text, and none of the others' marks.
+    marks = {n: _mark(shape, f"{n}_token_id") for n in ("bos", "eos", "pad", "sep", "cls", "mask", "unk")}
+    embeddings: Any = adapted.model.get_input_embeddings()  # type: ignore[operator]
+    ordinary = sorted(set(range(embeddings.weight.shape[0])) - {pad_token_id, *marks.values()})
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(ordinary or [0], min(length, max_length)) for length in (5, 5, 8, 11, 24, max_length)]
+    if not adapted.head:
+        return _Examples(rows, None, pad_token_id)
+    for row in rows:
+        if marks["eos"] is not None:
+            row[-1] = marks["eos"]
+    return _Examples(rows, next(reversed(adapted.head.values())).out_features, pad_token_id)
+
+
+def _mark(shape: Any, name: str) -> int | None:
+    value = getattr(shape, name, None)
+    return value[0] if isinstance(value, list) else value
+
+
+def _drawn(adapted: AdaptedModel, seed: int) -> Arrays:
+    """Draw factors and head, so that every one of them has a gradient; a branch's matrix is a tenth of its layer's."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {}
+    for path, adapter in adapted.adapters.items():
+        weight = dense_weight(adapter.base)
+        rms = float(weight.norm()) / weight.numel() ** 0.5
+        sizes[f"{path}.{adapter.factors[-1]}"] = 0.1 * rms * weight.shape[1] ** 0.5 / adapter.scaling
+    arrays: Arrays = {}
+    for name in (*adapted.stacked_layers(), *(n for n in adapted.head_names if n.endswith(".bias"))):
+        shape = adapted.parameter(name).shape[1:]
+        value = torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
+        value *= sizes.get(name, 1.0)
+        # A positive bias of an owner's router is cut off.
+        arrays[name] = -value.abs() if name.endswith("router_bias") else value
+    return arrays
+
+
+@contextmanager
+def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
+    """Put back whatever running the model changes: parameters, buffers, modes, the layout, and all generators."""
+    model, trained, layout = adapted.model, adapted.trained, dict(vars(adapted.layout))
+    chance = random.getstate(), np.random.get_state()
+    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), unchanged(model):
+            yield
+    finally:
+        random.setstate(chance[0])
+        np.random.set_state(chance[1])
+        adapted.trained = trained
+        vars(adapted.layout).clear()
+        vars(adapted.layout).update(layout)
+
+
+def _widen(adapted: AdaptedModel) -> None:
+    """Put float32 copies in the place of parameters and buffers in half precision; :func:`_unchanged` undoes it."""
+    model, device = adapted.model, adapted.device
+    narrow = {
+        id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.element_size() < 4
+    }
+    if not narrow:
+        return
+    if device.type == "cuda":
+        needed = 4 * sum(t.numel() for t in narrow.values())
+        if needed > ROOM * torch.cuda.mem_get_info(device)[0]:
+            device = torch.device("cpu")
+            narrow = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    wide: dict[int, torch.Tensor] = {}
+    for key, tensor in narrow.items():
+        value = tensor.detach().to(
+            device, torch.float32 if tensor.element_size() < 4 and tensor.is_floating_point() else tensor.dtype
+        )
+        wide[key] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            kept.update({name: wide[id(t)] for name, t in kept.items() if id(t) in wide})  # type: ignore[misc]

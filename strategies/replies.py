@@ -1,0 +1,246 @@
+"""From what a client sends to what may be used: all that can be wrong in a reply is looked at here, and only here.
+
+A reply is somebody else's: whatever is in it costs that client its place in the round, and never the run. So each
+function below raises a :class:`ReplyError`, whose text names what is wrong, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+
+from fedlora.communication.wire import decode_as
+from fedlora.errors import plain_text
+from fedlora.node.names import NODE_RECORD, is_node_name
+
+MOST_EXAMPLES = 10**8
+"""So many examples one client may say that it has; the mean takes clients by them."""
+
+_MOST_STEPS = 10**12
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class ReplyError(ValueError):
+    """A reply is not what was asked for; the text says in what."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a client says of itself before the first round.
+
+    Attributes
+    ----------
+    examples : int or None
+        None where a simulated client, which need not, does not say it.
+    name, labels : str
+        Of a real node: its owner's name for it, and the digest of its classes; "" in simulation.
+    partition : int
+        Of a simulated client; -1 on real nodes.
+    """
+
+    examples: int | None
+    name: str = ""
+    labels: str = ""
+    partition: int = -1
+
+
+def _only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let whatever a reply makes our code raise be a ReplyError."""
+
+    @functools.wraps(read)
+    def checked(*arguments: _P.args, **options: _P.kwargs) -> _T:
+        try:
+            return read(*arguments, **options)
+        except Exception as error:
+            raise ReplyError(plain_text(" ".join(str(error).split()) or type(error).__name__)) from None
+
+    return checked
+
+
+@_only_reply_errors
+def read_description(message: Message, *, real: bool) -> Description:
+    """Read a client's answer to the question what it holds.
+
+    Parameters
+    ----------
+    message : Message
+        Without an error.
+    real : bool
+        Whether it comes from a real node.
+
+    Raises
+    ------
+    ReplyError
+        If something lacks, a node's name is none that node.toml takes, or the number of examples is no whole number
+        from 1 (0 in simulation) to :data:`MOST_EXAMPLES`.
+    """
+    metrics = message.content.get("metrics")
+    if not isinstance(metrics, MetricRecord):
+        raise ReplyError("it sends no metrics")
+    examples = _whole(metrics, "num-examples", MOST_EXAMPLES) if real or "num-examples" in metrics else None
+    if not real:
+        return Description(examples, partition=_whole(metrics, "partition-id", MOST_EXAMPLES))
+    if examples == 0:
+        raise ReplyError("num-examples is 0: it holds nothing to train on")
+    about = message.content.get(NODE_RECORD)
+    if not isinstance(about, ConfigRecord):
+        raise ReplyError("it is no node with an owner's data; give it its node-file")
+    name, labels = about.get("name"), about.get("labels")
+    if not is_node_name(name):
+        raise ReplyError(f"its name is {_shown(name)}; a name has letters, digits, '.', '_' and '-', 100 at most")
+    if not isinstance(labels, str):
+        raise ReplyError("it does not say its classes")
+    return Description(examples, str(name), labels)
+
+
+@_only_reply_errors
+def read_update(
+    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, private: bool
+) -> tuple[torch.Tensor, MetricRecord]:
+    """Read what a client trained.
+
+    Parameters
+    ----------
+    message : Message
+        Without an error.
+    shapes : mapping of str to tuple of int
+        Names and shapes of the arrays that were asked for.
+    dtype : torch.dtype
+        Of the wire.
+    private : bool
+        Whether the run is private, so that the reply must say what it spent.
+
+    Returns
+    -------
+    (Tensor [n], MetricRecord)
+        All numbers, in the order of ``shapes``, and the metrics that :func:`read_metrics` lets through.
+
+    Raises
+    ------
+    ReplyError
+        If something lacks, arrays have other names, shapes or dtypes, a number is not finite, or a metric is nonsense.
+    """
+    # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    metrics = message.content.get("metrics")
+    if not isinstance(metrics, MetricRecord) or len(records) != 1:
+        raise ReplyError("it needs metrics and one record of arrays")
+    vector = decode_as(records[0], shapes, dtype)
+    if not _in_range(vector):
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        name = next(name for name, part in zip(shapes, vector.split(sizes), strict=True) if not _in_range(part))
+        raise ReplyError(f"{name} is not finite")
+    return vector, read_metrics(metrics, private=private)
+
+
+@_only_reply_errors
+def read_metrics(metrics: MetricRecord, *, private: bool) -> MetricRecord:
+    """Return the metrics that the server uses, each a number that can be one.
+
+    A loss, a time or a worker that is none is left out: nothing hangs on it.
+
+    Raises
+    ------
+    ReplyError
+        If num-examples, or in a private run what was spent, is nonsense.
+    """
+    read = MetricRecord({"num-examples": _whole(metrics, "num-examples", MOST_EXAMPLES)})
+    for name in ("loss", "seconds", "worker"):
+        value: Any = metrics.get(name)
+        if _is_number(value) and (name == "loss" or value >= 0):
+            read[name] = float(value)
+        elif name == "loss" and isinstance(value, float):
+            read[name] = math.nan  # of a client whose training diverges
+    if "steps" in metrics:
+        read["steps"] = _whole(metrics, "steps", _MOST_STEPS)
+    if not private:
+        return read
+    if "steps" not in read:
+        raise ReplyError("it does not say its steps")
+    if "total-steps" in metrics:
+        read["total-steps"] = _whole(metrics, "total-steps", _MOST_STEPS)
+    for name, fits in _SPENT.items():
+        value = metrics.get(name)
+        if not (_is_number(value) or value == math.inf) or not fits(value):
+            raise ReplyError(f"{name} is {_shown(value)}")
+        read[name] = value
+    if math.isinf(read["epsilon"]) and read["noise-multiplier"] > 0:  # type: ignore[arg-type, operator]
+        raise ReplyError("epsilon is inf, with noise")
+    return read
+
+
+_SPENT: dict[str, Callable[[float], bool]] = {
+    "noise-multiplier": lambda value: 0 <= value < math.inf,
+    "sample-rate": lambda value: 0 < value <= 1,
+    "epsilon": lambda value: value >= 0,
+    "delta": lambda value: 0 <= value < 1,
+}
+"""What a private reply says of the privacy that its client has spent."""
+
+
+def first_replies(
+    replies: Iterable[Message], asked: Mapping[int, int], group: str, note: Callable[[str], None]
+) -> Iterator[Message]:
+    """Pass on the first reply of each node that was asked, and no other.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+    asked : mapping of int to int
+        Node id to client number.
+    group : str
+        The messages' group, which is their round; "" takes any.
+    note : callable (text)
+        Is told of each reply that is dropped.
+    """
+    answered: set[int] = set()
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if node not in asked:
+            note(f"node {node} answered without being asked")
+        elif node in answered:
+            note(f"client {asked[node]} answered twice: its first reply counts")
+        elif group and reply.has_content() and reply.metadata.group_id != group:
+            note(f"client {asked[node]} answered to round {_shown(reply.metadata.group_id)}, in round {group}")
+        else:
+            answered.add(node)
+            yield reply
+
+
+def is_finite(arrays: Iterable[torch.Tensor]) -> bool:
+    """Whether all numbers of all arrays are finite."""
+    return all(bool(array.isfinite().all()) for array in arrays)
+
+
+def _in_range(vector: torch.Tensor) -> bool:
+    """Whether numbers are finite, and stay so when they are weighed and summed in float64."""
+    if not vector.numel():
+        return True
+    low, high = (float(end) for end in vector.aminmax())  # NaN where there is one
+    return max(-low, high) < _LARGEST and not math.isnan(low)
+
+
+_LARGEST = torch.finfo(torch.float64).max / (MOST_EXAMPLES * 2**20)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def _whole(metrics: MetricRecord, name: str, most: int) -> int:
+    value: Any = metrics.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ReplyError(f"{name} is {_shown(value)}, no whole number from 0 to {most}")
+    return int(value)
+
+
+def _shown(value: object) -> str:
+    return re.sub(r"(?<=.{60}).+", "...", ascii(value))
