@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
+# Two processes share the tests, by file, since fixtures of a file are shared.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
 # Tests must neither reach for a hub nor report usage.
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
@@ -22,10 +25,10 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(OFFLINE) $(BIN)/pytest
+	$(OFFLINE) $(PYTEST)
 
 test-unaligned: .venv/.installed-dev  ## Run the tests with weights where files and processors differ: 8, 24, 40 modulo 64.
-	for offset in 8 24 40; do $(OFFLINE) $(BIN)/pytest --weight-offset $$offset || exit 1; done
+	for offset in 8 24 40; do $(OFFLINE) $(PYTEST) --weight-offset $$offset || exit 1; done
 
 test-deployment: .venv/.installed-dev  ## Test real nodes on this machine, with what happens when parts of them die.
 	$(OFFLINE) $(BIN)/pytest tests/deployment tests/test_flower_runtime.py -m "federation or not federation"

@@ -21,7 +21,8 @@ from hypothesis import settings
 from tests.unaligned import unaligned_weights
 
 unaligned_weights.watch()
-torch.set_num_threads(2)
+# With several test processes one thread each: more of them than cores are slower than one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fedlora")

@@ -244,7 +244,7 @@ def mutated(draw: st.DrawFn, base: dict[str, Any], known: dict[str, Any]) -> dic
                 place = content
                 for part in other.split("."):
                     place = place.get(part, {}) if isinstance(place, dict) else {}
-                put(content, key, place if place != {} else draw(ANY))
+                put(content, key, copy.deepcopy(place) if place != {} else draw(ANY))
         except (TypeError, AttributeError):
             pass  # an earlier change put a value where the section was
     return content

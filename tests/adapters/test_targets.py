@@ -62,7 +62,7 @@ def test_torchs_own_attention_is_not_bypassed():
             self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
             self.unused, self.detached, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
-        def forward(self, input_ids):
+        def forward(self, input_ids, attention_mask=None):
             hidden = self.layer(self.embed(input_ids))
             self.detached(hidden)
             return type("Output", (), {"logits": self.out(hidden)})
@@ -97,7 +97,7 @@ def test_experts_that_no_token_chose_are_reached():
             super().__init__()
             self.embed, self.layers = nn.Embedding(4, 4), nn.ModuleList([Block(), Block()])
 
-        def forward(self, input_ids):
+        def forward(self, input_ids, attention_mask=None):
             hidden = self.embed(input_ids)
             for layer in self.layers:
                 hidden = layer(hidden)
