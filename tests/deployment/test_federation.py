@@ -68,6 +68,7 @@ WHO_AND_PAYLOAD = ("round", "client", "direction", "payload_bytes", "formula_byt
 
 
 def test_private_run_on_three_owners_files(federation: Federation, examples: Path, simulation: Path) -> None:
+    federation.empty_ledgers()
     federation.set_policy(max_epsilon=8.0, delta=1e-3)
     there = run_on(federation, config_of(examples, "private"))
     # The payload does not depend on privacy.

@@ -28,9 +28,7 @@ def owners(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Owners whose ledgers are empty, and who accept the run."""
     monkeypatch.setenv("FLWR_HOME", str(federation.home))
     federation.set_policy(max_epsilon=9.0, delta=1e-3)
-    for name in federation.data:
-        for file in (federation.folder / f"state-{name}").glob("ledger.sqlite*"):
-            file.unlink()
+    federation.empty_ledgers()
     yield
     federation.set_policy(max_epsilon=9.0, delta=1e-3)
 

@@ -376,7 +376,8 @@ def test_a_shared_row_becomes_each_examples_own(use):
     for name in layer.factors:
         stacked = getattr(layer, name)
         stacked.weight = nn.Parameter(torch.randn(2, *stacked.weight.shape[1:]))
-    table, other = torch.randn(1, 5, 4), torch.randn(3, 5, 6)
+    layer.double()
+    table, other = torch.randn(1, 5, 4, dtype=torch.float64), torch.randn(3, 5, 6, dtype=torch.float64)
 
     def meet(y: torch.Tensor) -> torch.Tensor:
         y = y.view(y.shape[0], 5, 2, 3).permute(0, 2, 1, 3).contiguous()
