@@ -10,10 +10,12 @@ import torch
 from fedlora.adapters import AdaptedModel, sb
 from fedlora.adapters.model import dense_weight
 from fedlora.communication.wire import Arrays
+from fedlora.config import Config
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
+from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
 from fedlora.training.loss import per_example_loss
-from strategies.base import FederatedStrategy, Payload
+from strategies.base import Contact, FederatedStrategy, Payload, Sizes
 
 
 class FedSB(FederatedStrategy):
@@ -32,8 +34,12 @@ class FedSB(FederatedStrategy):
     title = "Fed-SB: square matrices averaged"
     paper = "arXiv 2502.15436"
     parameterisation = "sb"
-    trained: ClassVar[tuple[str, ...]] = ("sb_R",)
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 6e-2, "sgd": 1.0}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """R is trained; B and A are sent once."""
+        return {"sb_A": FROZEN, "sb_B": FROZEN, "sb_R": TRAINED, HEAD: TRAINED}
 
     @property
     def covers_init(self) -> bool:
@@ -63,11 +69,11 @@ class FedSB(FederatedStrategy):
         rng = np.random.default_rng([self.config.run.seed, 0xB])
         return table, np.sort(rng.permutation(rows)[: self.config.method.init_examples])
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r^2 a layer, both ways; B and A once, r (m + n)."""
-        numbers = len(layers) * rank * rank + head
-        return Payload(initial=sum(rank * (m + n) for m, n in layers), down=numbers, up=numbers)
+        rank = sizes.rank
+        numbers = len(sizes.layers) * rank * rank + sizes.head
+        return Payload(initial=sum(rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)
 
 
 def mean_gradients(
