@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def _config(source: str) -> Config:
 
 @lru_cache(maxsize=2)
 def _data(config: str) -> FederatedData:
-    return prepare_data(Config.model_validate_json(config))
+    return prepare_data(Config(method=_NO_METHOD, **json.loads(config)))
 
 
 def client_data(config: Config) -> FederatedData:
@@ -54,7 +55,7 @@ def client_data(config: Config) -> FederatedData:
     if not _last_data or _last_data[0][0] is not config:
         run = RunSection(seed=config.run.seed)
         part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD)
-        _last_data[:] = [(config, _data(part.model_dump_json()))]
+        _last_data[:] = [(config, _data(part.model_dump_json(exclude={"method"})))]
     return _last_data[0][1]
 
 
@@ -82,13 +83,11 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    keys = {"rank", "alpha", "target_modules", "exclude_modules", "dropout"}
-    keys |= {"extraction", "router_init", "router_documents"}
-    method = MethodSection(name="none", **config.method.model_dump(include=keys))
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)
-    part = Config(run=run, model=config.model, data=config.data, method=method, server=server, simulation=simulation)
+    parts = {"run": run, "model": config.model, "data": config.data, "method": config.method, "server": server}
+    part = Config(**parts, simulation=simulation)
     return _model(part.model_dump_json(), parameterisation)
 
 

@@ -27,7 +27,7 @@ from fedlora.results.folder import RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
-from strategies import get_strategy
+from strategies.base import get_strategy
 from strategies.federation import Progress, run_federation
 from strategies.server_app import resolve
 

@@ -22,9 +22,10 @@ from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.wire import Arrays, decode_as, encode, wire_dtype
-from fedlora.config import Config
+from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
+from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
@@ -111,7 +112,7 @@ class Planned:
     ranks: tuple[int | Literal["full"], ...] = ()
 
 
-class FederatedStrategy(Strategy):
+class FederatedStrategy(Method, Strategy):
     """Base of all methods: samples partitions, sends the global arrays, averages what comes back.
 
     A method fills in the class attributes, :meth:`start_arrays` and :meth:`payload`; one whose aggregate is no weighted
@@ -123,14 +124,12 @@ class FederatedStrategy(Strategy):
 
     Attributes
     ----------
-    name, title, paper : str
-        ``method.name``, what it is in a line, and where it comes from.
+    options : MethodSection
+        ``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``.
     parameterisation : str
         What is trained: ``lora``, ``sb`` or ``expert``.
     trained : tuple of str
         Factors that clients train and send, beside the head; the others are frozen and travel once.
-    learning_rates : dict of str to float
-        Default learning rate by optimiser.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
     names : list of str
@@ -144,15 +143,12 @@ class FederatedStrategy(Strategy):
         Of the last round.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[str]
+    options: MethodSection
     parameterisation: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
-    learning_rates: ClassVar[dict[str, float]]
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.options = config, config.method
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
         self.examples: dict[int, int] = {}
@@ -426,6 +422,20 @@ class FederatedStrategy(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+
+
+def get_strategy(name: str) -> type[FederatedStrategy]:
+    """Return the strategy of a method name.
+
+    Raises
+    ------
+    InputError
+        If there is no such method; close names are suggested.
+    """
+    method = get_method(name)
+    if not issubclass(method, FederatedStrategy):
+        raise InputError("method.name", name, "is no strategy; let its class derive from FederatedStrategy")
+    return method
 
 
 def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:

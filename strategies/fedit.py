@@ -20,6 +20,7 @@ class FedIT(FederatedStrategy):
     name = "fedit"
     title = "FedIT: both factors averaged"
     paper = "arXiv 2305.05644"
+    color, marker = "green", "diamond"
     parameterisation = "lora"
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}

@@ -20,6 +20,8 @@ class FFALoRA(FederatedStrategy):
     name = "ffa-lora"
     title = "FFA-LoRA: A frozen, B averaged"
     paper = "arXiv 2403.12313"
+    exact = True
+    color, marker = "vermilion", "square"
     parameterisation = "lora"
     trained: ClassVar[tuple[str, ...]] = ("lora_B",)
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 4e-2, "sgd": 1.0}

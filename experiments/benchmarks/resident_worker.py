@@ -35,7 +35,7 @@ from fedlora.node.config import load_node
 from fedlora.node.names import NODE_FILE
 from fedlora.node.resident import start_worker, stop_worker
 from fedlora.results.folder import RunFolder
-from strategies import get_strategy
+from strategies.base import get_strategy
 from strategies.federation import run_federation
 from strategies.server_app import resolve
 
