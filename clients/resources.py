@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +38,7 @@ def _config(source: str) -> Config:
 
 @lru_cache(maxsize=2)
 def _data(config: str) -> FederatedData:
-    return prepare_data(Config.model_validate_json(config))
+    return prepare_data(Config(method=_NO_METHOD, **json.loads(config)))
 
 
 def client_data(config: Config) -> FederatedData:
@@ -49,7 +50,7 @@ def client_data(config: Config) -> FederatedData:
     if not _last_data or _last_data[0][0] is not config:
         run = RunSection(seed=config.run.seed)
         part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD)
-        _last_data[:] = [(config, _data(part.model_dump_json()))]
+        _last_data[:] = [(config, _data(part.model_dump_json(exclude={"method"})))]
     return _last_data[0][1]
 
 

@@ -27,7 +27,7 @@ from fedlora.results.identity import check_data
 from fedlora.roles import trained_kinds
 from fedlora.simulation import LocalGrid, RayGrid
 from fedlora.training.dp import choose_ghost_norms
-from strategies import get_strategy
+from strategies.base import get_strategy
 from strategies.federation import Federation, Progress
 from strategies.server_app import resolve
 

@@ -22,10 +22,10 @@ from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
-from fedlora.config import Config
+from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
-from fedlora.methods import Method
+from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.training import evaluate
@@ -173,6 +173,8 @@ class FederatedStrategy(Method, Strategy):
     ----------
     arrays : dict of str to Tensor
         The global arrays that rounds change, before the round's aggregate.
+    options : MethodSection
+        ``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
     names : list of str
@@ -188,8 +190,10 @@ class FederatedStrategy(Method, Strategy):
         Of the last round.
     """
 
+    options: MethodSection
+
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.options = config, config.method
         self.arrays: Arrays = {}
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
@@ -579,6 +583,20 @@ class FederatedStrategy(Method, Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return nothing, as nothing was asked."""
         return None
+
+
+def get_strategy(name: str) -> type[FederatedStrategy]:
+    """Return the strategy of a method name.
+
+    Raises
+    ------
+    InputError
+        If there is no such method; close names are suggested.
+    """
+    method = get_method(name)
+    if not issubclass(method, FederatedStrategy):
+        raise InputError("method.name", name, "is no strategy; let its class derive from FederatedStrategy")
+    return method
 
 
 def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:

@@ -22,6 +22,8 @@ class FFALoRA(FederatedStrategy):
     name = "ffa-lora"
     title = "FFA-LoRA: A frozen, B averaged"
     paper = "arXiv 2403.12313"
+    exact = True
+    color, marker = "vermilion", "square"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 4e-2, "sgd": 1.0}
 
     @classmethod

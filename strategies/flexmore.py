@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +20,13 @@ from fedlora.adapters import AdaptedModel
 from fedlora.adapters.expert import FACTORS, adapt_experts, check_rank, trained_rank
 from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.communication.wire import Arrays, decode, wire_dtype
-from fedlora.config import Config
+from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
+from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.roles import FROZEN, Role, Roles
@@ -73,6 +74,11 @@ class FlexMoRE(FederatedStrategy):
     name = "flexmore"
     title = "FlexMoRE: experts of mixed ranks in one mixture"
     paper = "arXiv 2602.08818"
+    exact = True
+    mixed_ranks = True
+    color, marker = "purple", "up"
+    Options = ExpertOptions
+    options: ExpertOptions
     parameterisation = "expert"
     client = "clients.flexmore:OwnersHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
@@ -97,14 +103,50 @@ class FlexMoRE(FederatedStrategy):
         """Put an owner's expert beside every feed-forward block."""
         return adapt_experts(model, config)
 
+    # Options.
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Check the task, every client's rank, and that there is public text where it is read."""
+        options = expert_options(config)
+        if config.model.task != "causal-lm":
+            remedy = f"{cls.name} makes a mixture of language models; use causal-lm"
+            raise InputError("model.task", config.model.task, remedy)
+        _check_ranks(options, config)
+        reads_public = {
+            "router_init": options.router_init == "public",
+            "router_tuning_steps": options.router_tuning_steps > 0,
+        }
+        for key, reads in reads_public.items():
+            if reads and config.data.public is None:
+                remedy = "needs data.public: examples that the server may read"
+                raise InputError(f"method.{key}", getattr(options, key), remedy)
+
+    @classmethod
+    def unused(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Experts lie in the feed-forward blocks, and have ranks of their own where these are given."""
+        options = expert_options(config)
+        yield "target_modules exclude_modules", f"{cls.name} adapts the feed-forward blocks"
+        if options.ranks is not None or options.device_profile is not None:
+            yield "rank", "every client has a rank of its own"
+        if options.router_init == "public":
+            yield "router_documents", "router rows start from public text"
+        if options.router_tuning_steps == 0:
+            yield "router_tuning_learning_rate", "the router is not tuned"
+
+    @classmethod
+    def start_examples(cls, config: Config) -> int:
+        """Router rows start from so many of an owner's documents, or from public text."""
+        options = expert_options(config)
+        return options.router_documents if options.router_init == "documents" else 0
+
     # What a client is.
 
     def server_model(self, data: FederatedData, device: str | None = None) -> MergedModel:
         """Load the public model as a mixture without experts; learn the clients' ranks and owners."""
-        method = self.config.method
         public = load_base(self.config, None, device or self.server_device())
         mixture = Mixture.of(
-            public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
+            public, num_experts_per_tok=self.options.num_experts_per_tok, norm_topk_prob=self.options.norm_topk_prob
         )
         owners = self.names or client_owners(data)
         ranks = client_ranks(self.config, self.names or data.client_names, complete=not self.names)
@@ -126,7 +168,7 @@ class FlexMoRE(FederatedStrategy):
             return InputError("name", name, "is what results call a model; that node does not take part, rename it")
         if not has_rank(self.config, client, name):
             remedy = f"has no rank for node {name}, which does not take part; add it"
-            return InputError("method.ranks", self.config.method.ranks, remedy)
+            return InputError("method.ranks", self.options.ranks, remedy)
         return None
 
     def enrol(self, ranks: list[Rank], owners: list[str]) -> None:
@@ -138,7 +180,7 @@ class FlexMoRE(FederatedStrategy):
                 raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
         layers = list(self.projections.values())
         for client, rank in enumerate(ranks[known:], known):
-            check_rank(rank, self.projections, "method.ranks" if self.config.method.ranks else "method.rank")
+            check_rank(rank, self.projections, "method.ranks" if self.options.ranks else "method.rank")
             if rank != FULL and rank > break_even_rank(layers):
                 log.warning(
                     "client %d (%s): rank %d is above the break-even rank %.0f, from which a full expert costs no more",
@@ -160,7 +202,7 @@ class FlexMoRE(FederatedStrategy):
         count = self.expert_numbers(self.ranks[contact.client])
         owner = self.owners[contact.client]
         known = any(self.owners[client] == owner for clients in contact.replied.values() for client in clients)
-        rows = sum(self.routers.values()) if self.config.method.router_init == "public" else 0
+        rows = sum(self.routers.values()) if self.options.router_init == "public" else 0
         return Payload(initial=rows, down=count if known else 0, up=count)
 
     def expert_numbers(self, rank: Rank) -> int:
@@ -185,13 +227,13 @@ class FlexMoRE(FederatedStrategy):
         Else the public expert's are 0, and nothing is sent. FlexOlmo's come from public documents; beside rows from the
         owners' documents, 0 makes the better mixture (experiments/studies).
         """
-        if self.config.method.router_init != "public":
+        if self.options.router_init != "public":
             return {}
         assert data.public is not None
         assert isinstance(adapted, MergedModel)
         rows = np.arange(len(data.public))
         chosen = np.sort(np.random.default_rng(self.config.run.seed).permutation(rows))
-        chosen = chosen[: self.config.method.router_documents]
+        chosen = chosen[: self.options.router_documents]
         mixture = adapted.mixture
         states = mean_states(adapted, mixture.blocks, data.public, chosen, self.config.server.batch_size)
         return {f"{path}.public_router": router_row(row)[None] for path, row in zip(self.routers, states, strict=True)}
@@ -290,7 +332,7 @@ class FlexMoRE(FederatedStrategy):
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
         """After the last round, tune the routers on public text, if so configured."""
-        if not self.config.method.router_tuning_steps or server_round != self.config.run.rounds:
+        if not self.options.router_tuning_steps or server_round != self.config.run.rounds:
             return None
         assert isinstance(adapted, MergedModel)
         assert data.public is not None
@@ -354,7 +396,7 @@ class FlexMoRE(FederatedStrategy):
         return {
             "experts": experts,
             "break_even_rank": break_even_rank(list(self.projections.values())),
-            "router_tuned": self.config.method.router_tuning_steps > 0,
+            "router_tuned": self.options.router_tuning_steps > 0,
         }
 
     def summary(self) -> None:
@@ -377,6 +419,25 @@ def client_owners(data: FederatedData) -> list[str]:
         if all(len(found) == 1 for found in domains):
             return [data.domain_names[int(found[0])] for found in domains]
     return [name if name.strip("0123456789") else f"client-{name}" for name in data.client_names]
+
+
+def _check_ranks(options: ExpertOptions, config: Config) -> None:
+    """Refuse ranks that are given twice, or fewer or more than the clients, and shares that do not sum to 1."""
+    ranks, profile = options.ranks, options.device_profile
+    if ranks is not None and profile is not None:
+        raise InputError("method.ranks", ranks, "give ranks or device_profile, not both")
+    if ranks is not None and not ranks:
+        raise InputError("method.ranks", ranks, "is empty; give a rank for every client")
+    clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
+    most = math.inf if config.data.name == NODES else clients  # more nodes may come than the run waits for
+    if isinstance(ranks, list) and clients is not None and not clients <= len(ranks) <= most:
+        raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
+    for rank in profile or ():
+        if rank != FULL and not (rank.isdecimal() and int(rank) > 0):
+            remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'
+            raise InputError("method.device_profile", rank, remedy)
+    if profile is not None and abs(sum(profile.values()) - 1) > 1e-6:
+        raise InputError("method.device_profile", profile, "its shares must sum to 1")
 
 
 def _named(path: str, update: Any) -> Arrays:

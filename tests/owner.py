@@ -20,7 +20,7 @@ from fedlora.data.tokens import prepare_data
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.policy import folder_digest
-from strategies import get_strategy
+from strategies.base import get_strategy
 from strategies.server_app import resolve
 from tests.messages import FIRST_NODE, train_message
 

@@ -27,13 +27,15 @@ from safetensors.torch import load_file
 from fedlora import simulate
 from fedlora.config import load_config
 from fedlora.errors import ClientErrorCode, InputError
+from fedlora.methods import methods
 from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
-from strategies import METHODS
 from strategies.federation import Progress
 from strategies.fedit import FedIT
 from tests.command import fedlora
+
+METHODS = methods()
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, ROUNDS, RANK, TARGET, DELTA = 3, 2, 4, 8.0, 1e-3

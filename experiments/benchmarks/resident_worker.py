@@ -35,8 +35,8 @@ from fedlora.node.config import load_node
 from fedlora.node.names import NODE_FILE
 from fedlora.node.resident import start_worker, stop_worker
 from fedlora.results.folder import RunFolder
-from strategies import get_strategy
-from strategies.federation import run_federation
+from strategies.base import get_strategy
+from strategies.federation import Federation
 from strategies.server_app import resolve
 
 CONFIG: dict[str, Any] = {
@@ -133,7 +133,7 @@ def measure(worker: str, threads: int) -> dict[str, Any]:
         try:
             if worker == "started":
                 _start(node_file)
-            run_federation(config, grid, run, prepare_data(config), get_strategy(config.method.name)(config))
+            Federation(config, grid, run, prepare_data(config), get_strategy(config.method.name)(config)).run()
         finally:
             run.close()
             stop_worker(load_node(node_file))

@@ -16,6 +16,7 @@ from scipy.special import binom, gammaln, log_ndtr, logsumexp
 
 from fedlora.config import MAX_NOISE, MIN_NOISE, Config, PrivacySection
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 
 MAX_STEPS = 10**9
 """Of one client in a federation: rounding in one step's epsilon, so many times, is still far below 0.001."""
@@ -131,8 +132,8 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         raise InputError("run.rounds", config.run.rounds, remedy)
     sigma = privacy.noise_multiplier
     start, start_rate = None, 0.0
-    if config.start_reads_examples():
-        start_rate = min(1.0, config.method.router_documents / examples)
+    if read := get_method(config.method.name).start_examples(config):
+        start_rate = min(1.0, read / examples)
         epsilon = privacy.target_epsilon
         start = sigma
         if epsilon is not None:

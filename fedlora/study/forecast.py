@@ -22,7 +22,7 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.roles import trained_kinds
 from fedlora.study.plan import Run
 from fedlora.training import ClientJob, train_cohort
-from strategies import get_strategy
+from strategies.base import get_strategy
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
 """What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""

@@ -14,8 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
 from fedlora.node.names import NODE_RECORD, labels_digest
-from strategies import get_strategy
-from strategies.base import RoundReport
+from strategies.base import RoundReport, get_strategy
 from strategies.federation import _in_round
 from strategies.nodes import AddressedGrid, Roster
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, train_message

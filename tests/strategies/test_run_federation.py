@@ -13,7 +13,7 @@ from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.simulation.local_grid import LocalGrid
-from strategies import get_strategy
+from strategies.base import get_strategy
 from strategies.federation import Progress, run_federation
 from strategies.server_app import resolve
 
