@@ -31,6 +31,7 @@ from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RunError
+from fedlora.flower import set_reason
 from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
@@ -417,7 +418,7 @@ class _Recorded:
             self.report.clients.append(client)
             if reply.has_error():
                 node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
-                reply.error.__dict__["_reason"] = self._roster.told(node, code, reason)
+                set_reason(reply.error, self._roster.told(node, code, reason))
                 error = {"client": client, "code": reply.error.code, "error": reply.error.reason}
                 self.report.failed.append(error)
             else:

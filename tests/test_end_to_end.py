@@ -360,7 +360,7 @@ def test_a_finished_run_is_not_run_again(
     path, _ = commanded
     before = {file: file.stat().st_mtime_ns for file in (path / "adapter").iterdir()}
     summary = json.loads((path / "summary.json").read_text())
-    monkeypatch.setattr("fedlora.simulator.RayGrid", None)
+    monkeypatch.setattr("fedlora.simulation.RayGrid", None)
     monkeypatch.setattr("fedlora.simulator.prepare_data", None)
     done = fedlora("run", config_file, "--output", path, "--resume")
     assert (done.code, done.err) == (0, "")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
+from fedlora.flower import NodeInfo, set_message_id, set_source
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.strategies import get_strategy
 from fedlora.strategies.base import RoundReport
@@ -54,7 +54,7 @@ class Nodes(FakeGrid):
         ids = []
         for message in messages:
             key = f"query-{len(self.pushed)}"
-            message.metadata.__dict__["_message_id"] = key
+            set_message_id(message, key)
             self.pushed[key] = message
             ids.append(key)
         return ids
@@ -324,7 +324,7 @@ def test_who_was_not_asked_is_not_heard(three: Nodes) -> None:
         reply = original(message)
         assert reply is not None
         if reply.metadata.src_node_id == 7:
-            reply.metadata.__dict__["_src_node_id"] = 666
+            set_source(reply, 666)
         return reply
 
     three.answer = answer
