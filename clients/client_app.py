@@ -13,11 +13,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.half import ClientHalf
-from clients.held import receive
-from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
-from clients.resources import client_data, client_model, forget_data, run_config
 from fedlora.adapters import AdaptedModel
+from fedlora.clients.half import ClientHalf
+from fedlora.clients.held import receive
+from fedlora.clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
+from fedlora.clients.resources import client_data, client_model, forget_data, run_config
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.sources import count_own
@@ -89,7 +89,7 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[
     """Train the clients of the messages in one pass, then yield their replies.
 
     A message carries arrays, ``config`` (server-round and learning-rate), and the parts that the client lacks of those
-    that it keeps. Which arrays are trained and sent is the method's table to say (:mod:`fedlora.roles`). A reply carries
+    that it keeps. The method's table (:mod:`fedlora.roles`) says which arrays are trained and sent. A reply carries
     arrays and metrics: num-examples, steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon
     and delta.
     """

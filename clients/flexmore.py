@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
-from clients.half import ClientHalf
-from clients.participant import Participant
-from clients.resources import client_data
 from fedlora.adapters import ExpertModel
+from fedlora.clients.half import ClientHalf
+from fedlora.clients.participant import Participant
+from fedlora.clients.resources import client_data
 from fedlora.communication.wire import Arrays
 from fedlora.training.expert_start import start_expert
 

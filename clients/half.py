@@ -7,8 +7,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord
 
-from clients.participant import Participant
 from fedlora.adapters import AdaptedModel
+from fedlora.clients.participant import Participant
 from fedlora.communication.wire import Arrays
 from fedlora.config import Config
 

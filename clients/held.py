@@ -14,10 +14,10 @@ from flwr.app import ArrayRecord, Message
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from clients.participant import Participant
 from fedlora.adapters import AdaptedModel
 from fedlora.alignment import aligned
 from fedlora.assets import cache_dir
+from fedlora.clients.participant import Participant
 from fedlora.communication.broadcast import AFTER, HELD, KEY, record_key
 from fedlora.communication.parts import Chain
 from fedlora.communication.wire import Arrays, decode, digest

@@ -15,8 +15,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from safetensors.torch import load, save
 
-from clients.resources import client_data, run_config
 from fedlora.alignment import aligned
+from fedlora.clients.resources import client_data, run_config
 from fedlora.communication.wire import Arrays, decode, encode
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fedlora.adapters import AdaptedModel
 
-BUILT_IN = "strategies"
+BUILT_IN = "fedlora.strategies"
 """The package with the methods of this repository."""
 GROUP = "fedlora.methods"
 """The entry points of methods in other packages."""

@@ -14,6 +14,7 @@ import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
+from fedlora import simulation
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
 from fedlora.data.partition import plot_partition
 from fedlora.data.sources import materialise, with_absolute_paths
@@ -25,18 +26,18 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.roles import trained_kinds
-from fedlora.simulation import LocalGrid, RayGrid
+from fedlora.simulation import LocalGrid
+from fedlora.strategies.base import get_strategy
+from fedlora.strategies.federation import Federation, Progress
+from fedlora.strategies.server_app import resolve
 from fedlora.training.dp import choose_ghost_norms
-from strategies.base import get_strategy
-from strategies.federation import Federation, Progress
-from strategies.server_app import resolve
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("fedlora")
 
-CLIENT_APP = "clients.client_app:app"
+CLIENT_APP = "fedlora.clients.client_app:app"
 
 
 def simulate(
@@ -126,7 +127,7 @@ def simulate(
             log.info("%d clients train in one pass", size)
             folder.set_resolved(_with_cohort_size(resolved, size))
 
-        kind = LocalGrid if section.workers == 0 else RayGrid
+        kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # asked for late: it imports Ray
         with (
             _settled_heap(),
             kind(

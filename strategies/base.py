@@ -28,11 +28,11 @@ from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
-from strategies.aggregation import in_client_order
-from strategies.replies import ReplyError, first_replies, is_finite, read_update
-from strategies.updates import Shapes, Update, Updates
 
 log = logging.getLogger("fedlora")
 

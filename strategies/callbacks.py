@@ -10,11 +10,11 @@ from fedlora.communication.links import link_seed, network_profile, round_networ
 from fedlora.communication.meter import Row, row_dict
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
-from strategies.base import RoundReport
-from strategies.summary import privacy_rows
+from fedlora.strategies.base import RoundReport
+from fedlora.strategies.summary import privacy_rows
 
 if TYPE_CHECKING:
-    from strategies.federation import Federation
+    from fedlora.strategies.federation import Federation
 
 
 @dataclass

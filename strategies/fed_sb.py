@@ -16,8 +16,8 @@ from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
 from fedlora.training.loss import per_example_loss
-from strategies.base import Contact, FederatedStrategy, Payload, Sizes
 
 
 class FedSBOptions(MethodSection):

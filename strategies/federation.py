@@ -23,16 +23,17 @@ from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
+from fedlora.flower import set_reason
 from fedlora.node.names import NODE_RECORD
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
+from fedlora.strategies.guest import Guest
+from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.summary import environment, fairness, round_line, round_seconds, summarise
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
-from strategies.base import FederatedStrategy
-from strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
-from strategies.guest import Guest
-from strategies.nodes import AddressedGrid, Roster
-from strategies.summary import environment, fairness, round_line, round_seconds, summarise
 
 log = logging.getLogger("fedlora")
 
@@ -218,7 +219,7 @@ class Federation:
 
     def round(self, server_round: int) -> None:
         """Train, aggregate, evaluate and write one round."""
-        method, rounds, folder = self.method, self.rounds, self.folder
+        method, rounds = self.method, self.rounds
         self.roster.refresh()
         self._present()
         roles = method.roles(self.config, server_round)
@@ -256,7 +257,6 @@ class Federation:
         outcome = Outcome(server_round, line, self.meter.take_rows(), report)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
-        del folder
 
     def _present(self) -> None:
         """Tell everybody who may be asked in this round."""
@@ -334,7 +334,7 @@ def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
     for reply in replies:
         if reply.has_error():
             node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
-            reply.error.__dict__["_reason"] = roster.told(node, code, reason)
+            set_reason(reply.error, roster.told(node, code, reason))
         yield reply
 
 

@@ -9,7 +9,7 @@ from fedlora.communication.wire import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
-from strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
 
 
 class FFALoRA(FederatedStrategy):

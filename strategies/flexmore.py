@@ -30,12 +30,12 @@ from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.roles import FROZEN, Role, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
+from fedlora.strategies.replies import ReplyError
+from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
-from strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
-from strategies.replies import ReplyError
-from strategies.updates import Shapes, Update, Updates
 
 log = logging.getLogger("fedlora")
 
@@ -80,7 +80,7 @@ class FlexMoRE(FederatedStrategy):
     Options = ExpertOptions
     options: ExpertOptions
     parameterisation = "expert"
-    client = "clients.flexmore:OwnersHalf"
+    client = "fedlora.clients.flexmore:OwnersHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
 
     def __init__(self, config: Config) -> None:

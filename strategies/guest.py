@@ -15,8 +15,8 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.errors import InputError, RunError
-from strategies.base import FederatedStrategy, RoundReport
-from strategies.replies import ReplyError, is_finite, read_metrics
+from fedlora.strategies.base import FederatedStrategy, RoundReport
+from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
 

@@ -18,10 +18,10 @@ from flwr.app import MetricRecord
 
 from fedlora.communication.links import link_seed
 from fedlora.config import Config
-from strategies.base import RoundReport
+from fedlora.strategies.base import RoundReport
 
 if TYPE_CHECKING:
-    from strategies.federation import Federation
+    from fedlora.strategies.federation import Federation
 
 
 def summarise(federation: Federation) -> dict[str, Any]:

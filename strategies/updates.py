@@ -10,7 +10,7 @@ import torch
 from flwr.app import MetricRecord
 
 from fedlora.communication.wire import Arrays
-from strategies.aggregation import Drift, WeightedMean
+from fedlora.strategies.aggregation import Drift, WeightedMean
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.common.serde import message_to_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
 from fedlora.communication.broadcast import is_initial
 from fedlora.communication.decorator import GridDecorator
 from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import payload_bytes
+from fedlora.flower import message_sizes, metadata_values, record_size, with_metadata
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def row_dict(row: Row) -> dict[str, int | str]:
 def message_size(message: Message) -> int:
     """Exact size in bytes of a message in Flower's protobuf form, without serialising like messages again."""
     if not message.has_content():
-        return int(message_to_proto(message).ByteSize())
-    small: list[Any] = [(name, *_varying(value)) for name, value in vars(message.metadata).items()]
+        return message_sizes(message)[0]
+    small: list[Any] = [(name, *_varying(value)) for name, value in metadata_values(message).items()]
     arrays = 0
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
@@ -144,10 +144,9 @@ def message_size(message: Message) -> int:
     sizes = _SIZES.get(layout)
     if sizes is None:
         rest = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
-        bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
         if len(_SIZES) >= _MOST_SIZES:
             _SIZES.clear()
-        sizes = _SIZES[layout] = int(bare.ByteSize()), int(bare.content.ByteSize())
+        sizes = _SIZES[layout] = message_sizes(with_metadata(rest, message.metadata))
     whole, content = sizes
     return whole - _varint(content) + arrays + _varint(content + arrays)
 
@@ -180,8 +179,7 @@ def _record_size(key: str, record: ArrayRecord) -> int:
 def _size_of_layout(key: str, layout: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
     """Size of a record, which depends on its arrays' names, types and lengths and not on their numbers."""
     arrays = {name: Array(dtype, shape, stype, bytes(length)) for name, dtype, shape, stype, length in layout}
-    record = ArrayRecord(arrays)
-    return int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
+    return record_size(key, ArrayRecord(arrays))
 
 
 def _varint(value: int) -> int:
