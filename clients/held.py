@@ -39,7 +39,7 @@ def receive(client: Participant, message: Message, roles: Roles, adapted: Adapte
     RuntimeError
         If arrays that came are not those that the server announced.
     """
-    about: Mapping[str, Any] = message.content.get(HELD) or {}  # type: ignore[assignment]
+    about: Mapping[str, Any] = message.content.get(HELD) or {}
     versions = {str(part): str(version) for part, version in about.items() if "/" not in part}
     found: Arrays = {}
     residual = ""

@@ -35,7 +35,7 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.experiments.flexmore_plot import RANKS, add_seeds, join, plot
-from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate
+from fedlora.experts.expert import FULL, Rank, break_even_rank, numbers, truncate
 from fedlora.experts.mixture import Mixture
 from fedlora.models import load_base, pretrained_source
 from fedlora.results.folder import to_json
@@ -344,7 +344,7 @@ class Bench:
         merged = self.merged()
         layers = list(merged.mixture.projections().values())
         head = sum(merged.mixture.routers().values()) + len(merged.mixture.routers())
-        return 4 * FlexMoRE.payload(layers, rank, head).up
+        return 4 * (numbers(layers, rank) + head)
 
 
 # The study.

@@ -28,7 +28,8 @@ from fedlora.results.identity import check_data
 from fedlora.roles import trained_kinds
 from fedlora.simulation import LocalGrid
 from fedlora.strategies.base import get_strategy
-from fedlora.strategies.federation import Federation, Progress
+from fedlora.strategies.callbacks import Progress
+from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
 from fedlora.training.dp import choose_ghost_norms
 

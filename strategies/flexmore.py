@@ -429,7 +429,7 @@ def _check_ranks(options: ExpertOptions, config: Config) -> None:
     if ranks is not None and not ranks:
         raise InputError("method.ranks", ranks, "is empty; give a rank for every client")
     clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
-    most = math.inf if config.data.name == NODES else clients  # more nodes may come than the run waits for
+    most = math.inf if config.data.name == NODES else clients or 0  # more nodes may come than the run waits for
     if isinstance(ranks, list) and clients is not None and not clients <= len(ranks) <= most:
         raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
     for rank in profile or ():

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from fedlora import simulate
-from fedlora.strategies.federation import Progress
+from fedlora.strategies.callbacks import Progress
 
 answers = 0
 

@@ -31,7 +31,7 @@ from fedlora.methods import methods
 from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
-from fedlora.strategies.federation import Progress
+from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.fedit import FedIT
 from tests.command import fedlora
 

@@ -27,7 +27,8 @@ from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import RunResult, run_folder
-from fedlora.strategies.federation import Progress, run_federation
+from fedlora.strategies.callbacks import Progress
+from fedlora.strategies.federation import Federation
 from fedlora.strategies.flexmore import FlexMoRE
 from fedlora.strategies.server_app import resolve
 from fedlora.study.forecast import forecast
@@ -327,7 +328,7 @@ def run_on_nodes(
     config = resolve(load_config(given))
     strategy = FlexMoRE(config)
     with run_folder(folder, config) as opened:
-        return run_federation(config, Owners(files, config), opened, prepare_data(config), strategy), strategy
+        return Federation(config, Owners(files, config), opened, prepare_data(config), strategy).run(), strategy
 
 
 def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, node_files):

@@ -29,7 +29,7 @@ from fedlora import simulate
 from fedlora.cli import parse_overrides
 from fedlora.config import load_config
 from fedlora.experiments.benchmarks.machine import ROOT, machine
-from fedlora.strategies.federation import Progress
+from fedlora.strategies.callbacks import Progress
 
 PARTS = ("train", "communicate", "aggregate", "evaluate")
 """Of a round, as rounds.jsonl has them; what is left of its wall time is written to the run folder."""

@@ -269,9 +269,9 @@ class AdaptedModel:
             if tuple(value.shape) != expected:
                 raise ValueError(f"the residual of {path} has shape {tuple(value.shape)}, expected {expected}")
         for path, adapter in self.adapters.items():
-            value = residuals.get(path)
             wide = torch.float64 if adapter.weight.dtype == torch.float64 else torch.float32
-            adapter.residual = None if value is None else value.detach().to(adapter.weight.device, wide)
+            added = residuals.get(path)
+            adapter.residual = None if added is None else added.detach().to(adapter.weight.device, wide)
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits."""

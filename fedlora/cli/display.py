@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlora.errors import plain_text
 from fedlora.results.folder import RunResult
-from fedlora.strategies.federation import Progress as Hooks
+from fedlora.strategies.callbacks import Progress as Hooks
 
 COLUMNS = (
     ("round", 5),

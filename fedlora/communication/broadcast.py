@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -86,7 +87,7 @@ class Broadcast(GridDecorator):
         if not current:
             self.parts.sent(client, self.wanted, server_round)
             return message
-        about: dict[str, str] = dict(current)
+        about: dict[str, Any] = {**current}
         about |= {KEY + part: chain.key for part, chain in self.parts.chains.items() if part in current}
         records: dict[str, ArrayRecord] = {}
         for part, piece in self.parts.missing(client, self.wanted).items():
@@ -95,7 +96,7 @@ class Broadcast(GridDecorator):
             records[record_key(part, piece.made)] = self._record(part, current[part], piece)
         self.parts.sent(client, self.wanted, server_round)
         # The content may be one object shared by all of a round's messages, so it is not changed in place.
-        message.content = RecordDict({**message.content, HELD: ConfigRecord(about), **records})  # type: ignore[dict-item]
+        message.content = RecordDict({**message.content, HELD: ConfigRecord(about), **records})
         return message
 
     def _record(self, part: str, version: str, piece: Piece) -> ArrayRecord:

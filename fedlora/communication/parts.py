@@ -144,8 +144,8 @@ class Chain:
         start = 0 if after == self.key else self.versions.index(after)
         rounds: dict[int, Arrays] = {}
         for full, array in arrays.items():
-            name, _, made = full.rpartition(_ROUND)
-            rounds.setdefault(int(made), {})[name] = array
+            name, _, text = full.rpartition(_ROUND)
+            rounds.setdefault(int(text), {})[name] = array
         known = len(self.versions) - 1
         for place, made in enumerate(sorted(rounds), start):
             if place >= known:

@@ -21,7 +21,7 @@ import fedlora
 from fedlora import InputError, simulate
 from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
 from fedlora.results.outputs import SUMS
-from fedlora.strategies.federation import Progress
+from fedlora.strategies.callbacks import Progress
 from tests.command import fedlora as command
 from tests.tiny import save_llama
 

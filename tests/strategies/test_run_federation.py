@@ -14,7 +14,8 @@ from fedlora.errors import InputError
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.strategies.base import get_strategy
-from fedlora.strategies.federation import Progress, run_federation
+from fedlora.strategies.callbacks import Progress
+from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
 
 CONFIG = {
@@ -39,7 +40,7 @@ def run(folder: Path, privacy: dict[str, Any], *, resume: bool, stop: bool = Fal
     with run_folder(folder, config, resume=resume) as opened, grid:
         method = get_strategy("fed-sb")(config)
         progress = Progress(on_round=on_round)
-        return run_federation(config, grid, opened, prepare_data(config), method, progress=progress)
+        return Federation(config, grid, opened, prepare_data(config), method, progress=progress).run()
 
 
 @pytest.mark.parametrize("private", [True, False])
