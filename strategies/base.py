@@ -124,8 +124,6 @@ class FederatedStrategy(Method, Strategy):
 
     Attributes
     ----------
-    options : MethodSection
-        ``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``.
     parameterisation : str
         What is trained: ``lora``, ``sb`` or ``expert``.
     trained : tuple of str
@@ -143,12 +141,11 @@ class FederatedStrategy(Method, Strategy):
         Of the last round.
     """
 
-    options: MethodSection
     parameterisation: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Config) -> None:
-        self.config, self.options = config, config.method
+        self.config = config
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
         self.examples: dict[int, int] = {}
@@ -157,6 +154,11 @@ class FederatedStrategy(Method, Strategy):
         self.report = RoundReport()
         self._sent = ArrayRecord()
         self._failing: set[int] = set()
+
+    @property
+    def options(self) -> MethodSection:
+        """``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``."""
+        return self.config.method
 
     @abstractmethod
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
