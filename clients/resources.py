@@ -86,8 +86,8 @@ def client_model(config: Config, parameterisation: str) -> AdaptedModel:
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)
-    parts = {"run": run, "model": config.model, "data": config.data, "method": config.method, "server": server}
-    part = Config(**parts, simulation=simulation)
+    method, data = config.method, config.data
+    part = Config(run=run, model=config.model, data=data, method=method, server=server, simulation=simulation)
     return _model(part.model_dump_json(), parameterisation)
 
 
