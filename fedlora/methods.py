@@ -19,14 +19,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, ValidationError
 
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
+from fedlora.roles import Roles
 
-BUILT_IN = "strategies"
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedlora.adapters import AdaptedModel
+
+BUILT_IN = "fedlora.strategies"
 """The package with the methods of this repository."""
 GROUP = "fedlora.methods"
 """The entry points of methods in other packages."""
@@ -48,8 +54,15 @@ class Method:
     color, marker : str
         In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
+    parameterisation : str
+        What is trained: ``lora`` or ``sb``.
     learning_rates : dict of str to float
         Default learning rate by optimiser.
+    persistent : bool
+        Whether an array's coordinates mean the same from round to round, so that a server optimiser's moments, or an
+        error memory, may be kept.
+    client : str
+        Where its client half is, as ``MODULE:CLASS``; "" for the common one.
     Options : type of MethodSection
         The section ``[method]`` of a config that names this method: a subclass adds the method's own keys, each with a
         description.
@@ -63,8 +76,43 @@ class Method:
     dp: ClassVar[bool] = True
     color: ClassVar[str] = ""
     marker: ClassVar[str] = ""
+    parameterisation: ClassVar[str] = "lora"
     learning_rates: ClassVar[dict[str, float]]
+    persistent: ClassVar[bool] = True
+    client: ClassVar[str] = ""
     Options: ClassVar[type[MethodSection]] = MethodSection
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """Say how the arrays of each kind travel in a round.
+
+        Parameters
+        ----------
+        config : Config
+        server_round : int
+            From 1.
+
+        Returns
+        -------
+        mapping of str to Role
+            By kind; see :mod:`fedlora.roles`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:
+        """Put what is trained into a frozen base model, in place."""
+        from fedlora.adapters import adapt
+
+        return adapt(model, config, cls.parameterisation)
+
+    @classmethod
+    def client_half(cls) -> Any:
+        """Return the class of its client half, or None for the common one."""
+        if not cls.client:
+            return None
+        module, _, name = cls.client.partition(":")
+        return getattr(importlib.import_module(module), name)
 
     @classmethod
     def check(cls, config: Config) -> None:

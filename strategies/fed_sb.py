@@ -15,8 +15,9 @@ from fedlora.communication.wire import Arrays
 from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
+from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
 from fedlora.training.loss import per_example_loss
-from strategies.base import FederatedStrategy, Payload
 
 
 class FedSBOptions(MethodSection):
@@ -54,8 +55,12 @@ class FedSB(FederatedStrategy):
     Options = FedSBOptions
     options: FedSBOptions
     parameterisation = "sb"
-    trained: ClassVar[tuple[str, ...]] = ("sb_R",)
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 6e-2, "sgd": 1.0}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """R is trained; B and A are sent once."""
+        return {"sb_A": FROZEN, "sb_B": FROZEN, "sb_R": TRAINED, HEAD: TRAINED}
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -109,11 +114,11 @@ class FedSB(FederatedStrategy):
         rng = np.random.default_rng([self.config.run.seed, 0xB])
         return table, np.sort(rng.permutation(rows)[: self.options.init_examples])
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r^2 a layer, both ways; B and A once, r (m + n)."""
-        numbers = len(layers) * rank * rank + head
-        return Payload(initial=sum(rank * (m + n) for m, n in layers), down=numbers, up=numbers)
+        rank = sizes.rank
+        numbers = len(sizes.layers) * rank * rank + sizes.head
+        return Payload(initial=sum(rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)
 
 
 def mean_gradients(

@@ -5,35 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import nn
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.expert import FACTORS, KIND, check_rank, trained_rank
+from fedlora.adapters.expert import FACTORS, adapt_experts, check_rank, trained_rank
 from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.communication.wire import Arrays, decode, wire_dtype
 from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, InputError, plain_text
+from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.roles import FROZEN, Role, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
+from fedlora.strategies.replies import ReplyError
+from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
-from strategies.base import FederatedStrategy, Payload, Planned, RoundReport
-from strategies.replies import ReplyError, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 
@@ -77,8 +79,8 @@ class FlexMoRE(FederatedStrategy):
     color, marker = "purple", "up"
     Options = ExpertOptions
     options: ExpertOptions
-    parameterisation = KIND
-    trained: ClassVar[tuple[str, ...]] = FACTORS
+    parameterisation = "expert"
+    client = "fedlora.clients.flexmore:OwnersHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
 
     def __init__(self, config: Config) -> None:
@@ -88,7 +90,18 @@ class FlexMoRE(FederatedStrategy):
         self.public_digest = ""
         self.projections: dict[str, tuple[int, int]] = {}
         self.routers: dict[str, int] = {}
-        self._arrays: Arrays = {}
+        self._experts: dict[str, Arrays] = {}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """All of an expert is trained, and started by its owner; the public expert's rows are sent once."""
+        own = Role(trained=True, down="round", up="value", made_by="client")
+        return dict.fromkeys(FACTORS, own) | {"public_router": FROZEN}
+
+    @classmethod
+    def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:
+        """Put an owner's expert beside every feed-forward block."""
+        return adapt_experts(model, config)
 
     # Options.
 
@@ -181,30 +194,21 @@ class FlexMoRE(FederatedStrategy):
 
     # The wire.
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: Rank, head: int) -> Payload:
-        """r (m + n) a projection, or m n where it is full, and the router rows (``head``); down once there is one."""
-        count = numbers(layers, rank) + head
-        return Payload(initial=0, down=count, up=count)
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
+        """By the client's own rank: r (m + n) a projection, or m n where it is full, and the router rows.
 
-    def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
-        """Each client's payload by its own rank; once, the router rows' start, where public text makes it."""
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+        Down once its owner has an expert. Once, the router rows' start, where public text makes it.
+        """
+        count = self.expert_numbers(self.ranks[contact.client])
+        owner = self.owners[contact.client]
+        known = any(self.owners[client] == owner for clients in contact.replied.values() for client in clients)
         rows = sum(self.routers.values()) if self.options.router_init == "public" else 0
-
-        def formula(server_round: int, client: int, direction: str) -> int:
-            return size * (rows if direction == "initial" else self.expert_numbers(self.ranks[client]))
-
-        return formula
+        return Payload(initial=rows, down=count if known else 0, up=count)
 
     def expert_numbers(self, rank: Rank) -> int:
         """Count the numbers of an expert of a rank, with its router rows."""
         head = sum(self.routers.values()) + len(self.routers)
-        return self.payload(list(self.projections.values()), rank, head).up
-
-    def holds(self, client: int, answered: Collection[int]) -> bool:
-        """A client gets its owner's expert, once there is one."""
-        return any(self.owners[other] == self.owners[client] for other in answered)
+        return numbers(list(self.projections.values()), rank) + head
 
     def planned(self, adapted: AdaptedModel) -> Planned:
         """Every owner whose clients are asked has an expert at the end, which is evaluated on its own too."""
@@ -240,63 +244,42 @@ class FlexMoRE(FederatedStrategy):
         """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
         if len(self.names) > len(self.owners):  # nodes that came after the start
             self.enrol(client_ranks(self.config, self.names, complete=False), self.names)
-        self._arrays = decode(arrays)
-        self.report = RoundReport(clients=self.sample(server_round))
-        experts = split_owners(self._arrays)
-        records: dict[tuple[str, Rank], ArrayRecord] = {}
-        messages = []
-        for client in self.report.clients:
-            owner, rank = self.owners[client], self.ranks[client]
-            if (owner, rank) not in records:
-                known = owner in experts
-                part = self._at_rank(expert_of(owner, experts[owner]), rank).arrays if known else {}
-                records[owner, rank] = encode(part, wire_dtype(self.config.model.dtype))
-            settings = ConfigRecord(dict(config))
-            settings["server-round"] = server_round
-            rate = self.learning_rate(server_round)
-            settings["learning-rate"] = rate * (FULL_RATE if trained_rank(self.config, rank) == FULL else 1.0)
-            settings["rank"] = str(rank)
-            content = RecordDict({"arrays": records[owner, rank], "config": settings})
-            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round)))
-        return messages
+        self._experts = split_owners(decode(arrays))
+        return super().configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def client_arrays(self, client: int) -> tuple[Hashable, Arrays]:
+        """Its owner's expert at its rank."""
+        owner, rank = self.owners[client], self.ranks[client]
+        known = owner in self._experts
+        part = self._at_rank(expert_of(owner, self._experts[owner]), rank).arrays if known else {}
+        return (owner, rank), part
+
+    def client_shapes(self, client: int) -> Shapes:
+        """Those of an expert of the rank that it declared."""
+        return array_shapes(self.projections, self.routers, self.ranks[client])
+
+    def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
+        """Its rank, and the learning rate that goes with it."""
+        rank = self.ranks[client]
+        settings = super().client_settings(client, server_round)
+        full = trained_rank(self.config, rank) == FULL
+        settings["learning-rate"] = self.learning_rate(server_round) * (FULL_RATE if full else 1.0)
+        settings["rank"] = str(rank)
+        return settings
+
+    def aggregate(self, updates: Updates) -> Arrays | None:
         """Merge: an owner's new expert takes the place of its last one; several clients' are combined in dW."""
-        received: dict[str, list[tuple[int, Expert]]] = {}
-        for client, message in self.valid_replies(replies, str(server_round)):
-            started = time.perf_counter()
-            try:
-                expert, self.report.metrics[client] = self.read_expert(client, message)
-                received.setdefault(expert.owner, []).append((client, expert))
-            except ReplyError as error:
-                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
-            self.report.aggregate_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        record = None
-        if self.enough_replies():
-            merged = split_owners(self._arrays)
-            for owner, parts in received.items():
-                weighed = [(self.weight(client), expert) for client, expert in parts]
-                merged[owner] = self._combined(owner, weighed).arrays
-            arrays = {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
-            if is_finite(arrays.values()):
-                record = encode(arrays, wire_dtype(self.config.model.dtype))
-            else:
-                self.report.uncounted = "the merged experts are not finite"
-        self.report.aggregate_seconds += time.perf_counter() - started
-        return record, self.mean_metrics()
+        received: dict[str, list[tuple[float, Expert]]] = {}
+        for update in updates:
+            expert = self._expert(update.client, update.arrays)
+            received.setdefault(expert.owner, []).append((update.weight, expert))
+        merged = dict(self._experts)
+        for owner, parts in received.items():
+            merged[owner] = self._combined(owner, parts).arrays
+        return {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
 
-    def read_expert(self, client: int, message: Message) -> tuple[Expert, MetricRecord]:
-        """Return a reply's expert and metrics.
-
-        Raises
-        ------
-        ReplyError
-            If the client trained against other public weights, says or sends another rank than it declared, the
-            arrays are not of that rank's names and shapes, or they or an update that they make are not finite.
-        """
+    def check_reply(self, client: int, message: Message) -> None:
+        """Refuse a client that trained against other public weights, or says another rank than it declared."""
         facts = message.content.get("expert")
         if not isinstance(facts, ConfigRecord):
             raise ReplyError("it does not say its rank and public weights")
@@ -305,18 +288,20 @@ class FlexMoRE(FederatedStrategy):
             raise ReplyError(plain_text(f"its rank is {facts.get('rank')!r}, but it declared {rank}"))
         if facts.get("public-digest") != self.public_digest:
             raise ReplyError("it trained against other public weights than the server's")
-        shapes, dtype = array_shapes(self.projections, self.routers, rank), wire_dtype(self.config.model.dtype)
-        vector, metrics = read_update(message, shapes, dtype, private=self.private)
-        parts = vector.split([math.prod(shape) for shape in shapes.values()])
-        arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
-        expert = Expert(self.owners[client], rank, arrays, self.public_digest)
+
+    def check_update(self, update: Update) -> None:
+        """Refuse factors that are finite, but whose product is not."""
+        expert = self._expert(update.client, update.arrays)
         for path in self.projections:
-            update = expert.update(path)
-            factors = (update,) if isinstance(update, torch.Tensor) else update
-            # Finite factors may have a product that is not; no entry of it is above the product of their norms.
-            if not math.prod(float(torch.linalg.vector_norm(f)) for f in factors) < torch.finfo(dtype).max:
+            found = expert.update(path)
+            factors = (found,) if isinstance(found, torch.Tensor) else found
+            # No entry of a product is above the product of the factors' norms.
+            largest = torch.finfo(update.vector.dtype).max
+            if not math.prod(float(torch.linalg.vector_norm(f)) for f in factors) < largest:
                 raise ReplyError(f"the update of {path} is not finite")
-        return expert, metrics
+
+    def _expert(self, client: int, arrays: Arrays) -> Expert:
+        return Expert(self.owners[client], self.ranks[client], arrays, self.public_digest)
 
     def _combined(self, owner: str, parts: list[tuple[float, Expert]]) -> Expert:
         """Combine the experts of one owner's clients: sum p_i dW_i, at the owner's rank, and the mean of the rows."""

@@ -209,8 +209,7 @@ def test_every_method_says_what_it_is(method: Any) -> None:
 
 
 def test_the_app_of_a_node_loads_neither_torch_nor_a_method() -> None:
-    script = (
-        "import sys, clients.node_app; print(sorted({'torch', 'strategies', 'fedlora.methods'} & set(sys.modules)))"
-    )
+    loaded = "sorted({'torch', 'fedlora.strategies', 'fedlora.methods'} & set(sys.modules))"
+    script = f"import sys, fedlora.clients.node_app; print({loaded})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -17,10 +17,10 @@ from fedlora.communication.wire import decode, digest, encode, payload_bytes, wi
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import methods
+from fedlora.strategies.aggregation import weighted_mean
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.fed_sb import mean_gradients
 from fedlora.training import train_cohort
-from strategies.aggregation import weighted_mean
-from strategies.base import FederatedStrategy
-from strategies.fed_sb import mean_gradients
 from tests import tiny
 
 METHODS = methods()

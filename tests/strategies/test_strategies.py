@@ -17,8 +17,8 @@ from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RunError
 from fedlora.methods import methods
-from strategies.aggregation import WeightedMean, in_client_order, weighted_mean
-from strategies.base import FederatedStrategy, get_strategy
+from fedlora.strategies.aggregation import WeightedMean, in_client_order, weighted_mean
+from fedlora.strategies.base import FederatedStrategy, get_strategy
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, records, train_message
 
 METHODS = methods()
