@@ -173,8 +173,6 @@ class FederatedStrategy(Method, Strategy):
     ----------
     arrays : dict of str to Tensor
         The global arrays that rounds change, before the round's aggregate.
-    options : MethodSection
-        ``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
     names : list of str
@@ -190,10 +188,8 @@ class FederatedStrategy(Method, Strategy):
         Of the last round.
     """
 
-    options: MethodSection
-
     def __init__(self, config: Config) -> None:
-        self.config, self.options = config, config.method
+        self.config = config
         self.arrays: Arrays = {}
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
@@ -208,6 +204,11 @@ class FederatedStrategy(Method, Strategy):
         self._record = ArrayRecord()
         self._sent_shapes: Shapes = {}
         self._waited = 0.0
+
+    @property
+    def options(self) -> MethodSection:
+        """``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``."""
+        return self.config.method
 
     # What a method's file says, beside the facts of its class.
 

@@ -429,9 +429,11 @@ def _check_ranks(options: ExpertOptions, config: Config) -> None:
     if ranks is not None and not ranks:
         raise InputError("method.ranks", ranks, "is empty; give a rank for every client")
     clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
-    most = math.inf if config.data.name == NODES else clients or 0  # more nodes may come than the run waits for
-    if isinstance(ranks, list) and clients is not None and not clients <= len(ranks) <= most:
-        raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
+    if isinstance(ranks, list) and clients is not None:
+        # More nodes may come than the run waits for.
+        most = math.inf if config.data.name == NODES else clients
+        if not clients <= len(ranks) <= most:
+            raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
     for rank in profile or ():
         if rank != FULL and not (rank.isdecimal() and int(rank) > 0):
             remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'

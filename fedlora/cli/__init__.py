@@ -1,4 +1,4 @@
-"""The command line: ``fedlora run | study | report | export | methods | assets | server | node | digest |
+"""The command line: ``fedlora run | study | report | export | config | methods | assets | server | node | digest |
 keys``."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.cli import deployment
+from fedlora.cli import deployment, reference
 from fedlora.errors import InputError, RunError
 from fedlora.storage import StorageError, storage_error, writes_to
 
@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(reference.config)
+app.command()(reference.methods)
 app.command()(deployment.server)
 app.command()(deployment.node)
 app.command()(deployment.digest)
@@ -169,17 +171,6 @@ def export(
     from fedlora.results.load import export_run
 
     typer.echo(export_run(folder, output, merged=merged))
-
-
-@app.command()
-def methods() -> None:
-    """List the methods."""
-    from fedlora.methods import methods as find_methods
-
-    table = Table("method", "what", "paper", box=None, pad_edge=False)
-    for name, method in find_methods().items():
-        table.add_row(name, method.title, method.paper)
-    console.print(table)
 
 
 @app.command()

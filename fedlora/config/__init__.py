@@ -9,6 +9,7 @@ from fedlora.config.errors import input_error, unknown_key
 from fedlora.config.examples import DataSection, ModelSection, PartitionSection
 from fedlora.config.privacy import MAX_CLIP, MAX_EPSILON, MAX_NOISE, MIN_DELTA, MIN_NOISE, PrivacySection
 from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
+from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
 from fedlora.config.schema import Config
 from fedlora.config.section import NODES, SERVER, FileFormat, Fraction, LearningRate, Name, Positive, Section, Seed
@@ -27,6 +28,7 @@ __all__ = [
     "DataSection",
     "FileFormat",
     "Fraction",
+    "Key",
     "LearningRate",
     "MethodSection",
     "ModelSection",
@@ -41,11 +43,14 @@ __all__ = [
     "ServerSection",
     "SimulationSection",
     "TrackingSection",
+    "all_keys",
+    "find_keys",
     "input_error",
     "load_config",
     "override",
     "read_config",
     "read_toml",
+    "section_title",
     "unknown_key",
     "unused_keys",
 ]

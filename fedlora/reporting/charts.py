@@ -502,7 +502,7 @@ def describe(comparison: Comparison, group: Group) -> str:
     score, total = group.means[comparison.score], group.means["total_bytes"]
     rows = [
         group.name,
-        *(axis_label(key, flat[key]) for key in beside),
+        *(axis_label(key, flat[key]) for key in beside if key in flat),
         f"learning rate {flat['client.learning_rate'] or 'default'}",
         f"{comparison.score} {with_interval(score, _form(comparison.score))}",
         f"sent {format_value(total.mean, 'bytes')}",

@@ -204,7 +204,9 @@ def compare(found: Found) -> Comparison:
     for of_seed in sorted(by_axes.values(), key=lambda of: _order(flat[id(next(iter(of.values())))], beside)):
         runs = [run for _, run in sorted(of_seed.items())]
         own = flat[id(runs[0])]
-        label = " · ".join([runs[0].config.method.name, *(axis_label(axis, own.get(axis)) for axis in beside)])
+        label = " · ".join(
+            [runs[0].config.method.name, *(axis_label(axis, own[axis]) for axis in beside if axis in own)]
+        )
         known = variants[runs[0].config.method.name]
         if label not in known:
             known.append(label)
@@ -346,11 +348,16 @@ def pareto(costs: Sequence[tuple[float, ...]]) -> list[int]:
 
 
 def _varied(flat: list[dict[str, Value]]) -> list[str]:
-    keys = [key for key in flat[0] if not key.startswith(_NOT_AXES) and key not in _PRIVACY]
+    # A method's own keys are there for its runs alone, and tell only these apart.
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in flat for key in row)
+        if not key.startswith(_NOT_AXES) and key not in _PRIVACY
+    ]
     # What decides most comes first; a tuned rate follows from the rest.
     order = ["method.name", PRIVACY, *keys, "client.learning_rate"]
     keys = [key for key in dict.fromkeys(order) if key != "client.learning_rate"] + ["client.learning_rate"]
-    return [key for key in keys if len({_hashable(row.get(key)) for row in flat}) > 1]
+    return [key for key in keys if len({_hashable(row[key]) for row in flat if key in row}) > 1]
 
 
 def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:

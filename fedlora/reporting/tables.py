@@ -25,7 +25,11 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     "run": run.name,
                     "method": group.method,
                     "privacy": group.privacy,
-                    **{key: in_a_cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+                    **{
+                        key: in_a_cell(flat.get(key))
+                        for key in comparison.varied
+                        if key not in ("method.name", "privacy")
+                    },
                     "seed": run.config.run.seed,
                     "rounds": run.summary.rounds,
                     "clients": run.summary.clients,
@@ -48,7 +52,7 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
             "group": group.name,
             "method": group.method,
             "privacy": group.privacy,
-            **{key: in_a_cell(flat[key]) for key in comparison.varied if key not in ("method.name", "privacy")},
+            **{key: in_a_cell(flat.get(key)) for key in comparison.varied if key not in ("method.name", "privacy")},
             "n": len(group.runs),
             "seeds": " ".join(str(run.config.run.seed) for run in group.runs),
             "pareto": group.name in front,

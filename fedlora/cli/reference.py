@@ -1,0 +1,81 @@
+"""``fedlora config`` and ``fedlora methods``: what a config may say, from the code itself."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedlora.config import Key, MethodSection, all_keys, find_keys, section_title
+
+console = Console()
+
+
+def config(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="A key or a section; all of them by default.")
+    ] = None,
+) -> None:
+    """Describe the keys of a config: their types, defaults and meaning."""
+    # Methods have keys of their own; looking for them takes seconds.
+    from fedlora.methods import methods as find_methods
+
+    found = find_methods()
+    keys = all_keys({name: method.Options for name, method in found.items()})
+    chosen = keys if key is None else find_keys(key, keys)
+    if key is not None and all(one.name == key for one in chosen):
+        for one in chosen:
+            _details(one)
+        return
+    for (section, method), rows in groupby(chosen, lambda one: (one.name.rpartition(".")[0], one.method)):
+        title = f"{found[method].title} (method.name = {method})" if method else section_title(section)
+        console.print(f"[bold]\\[{section}][/bold] {escape(title.partition(': ')[2] or title)}")
+        table = Table("key", "default", "type", "meaning", box=None, pad_edge=False)
+        for row in rows:
+            name = row.name.rpartition(".")[2]
+            table.add_row(*map(escape, (name, row.default, row.type, row.description)))
+        console.print(table, "")
+
+
+def _details(key: Key) -> None:
+    of = f" (method.name = {key.method})" if key.method else ""
+    console.print(f"[bold]{escape(key.name)}[/bold]{of}", highlight=False)
+    for title, text in (("type", key.type), ("range", key.bounds), ("default", key.default or "none")):
+        if text:
+            console.print(f"  {title:<8} {escape(text)}", highlight=False)
+    console.print(f"  {escape(key.description)}", highlight=False)
+
+
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known of them, as JSON.")] = False,
+) -> None:
+    """List the methods."""
+    from fedlora.methods import broken_methods
+    from fedlora.methods import methods as find_methods
+
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "title": method.title,
+                "paper": method.paper,
+                "exact": method.exact,
+                "mixed_ranks": method.mixed_ranks,
+                "dp": method.dp,
+                "options": [key for key in method.Options.model_fields if key not in MethodSection.model_fields],
+            }
+            for name, method in find_methods().items()
+        ]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        table = Table("method", "what", "paper", box=None, pad_edge=False)
+        for name, method in find_methods().items():
+            table.add_row(name, method.title, method.paper)
+        console.print(table)
+    for place, why in broken_methods().items():
+        typer.echo(f"left out, {place}: {why}", err=True)
