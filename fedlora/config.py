@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
 from fedlora.paths import find_path
+from fedlora.registry import ACCOUNTANTS
 
 # Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -191,7 +192,7 @@ class PrivacySection(Section):
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     max_grad_norm: Annotated[float, Field(ge=1e-6)] = 1.0
-    accountant: Literal["rdp", "prv", "gdp"] = "rdp"
+    accountant: Annotated[str, AfterValidator(ACCOUNTANTS.check)] = "rdp"
 
 
 class ServerSection(Section):

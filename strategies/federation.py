@@ -32,6 +32,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RunError
 from fedlora.node.names import NODE_RECORD
+from fedlora.privacy.accountants import get_accountant
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
@@ -144,9 +145,8 @@ def run_federation(
         rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
         rounds.examples = roster.examples
 
-    if config.privacy.mode == "example" and config.privacy.accountant == "gdp":
-        # A central limit theorem of many steps: Opacus warns of it too.
-        log.warning("privacy.accountant = gdp can give several times too small an epsilon; rdp and prv are bounds")
+    if config.privacy.mode != "none" and (note := get_accountant(config.privacy.accountant).note):
+        log.warning(note)
 
     # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
     adapted = strategy.server_model(data)
