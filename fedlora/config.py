@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
 from fedlora.paths import find_path
-from fedlora.registry import ACCOUNTANTS
+from fedlora.registry import ACCOUNTANTS, CODECS
 
 # Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -32,6 +32,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rank = Positive | Literal["full"]
+Codec = Annotated[str, AfterValidator(CODECS.check)]
 FileFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
 
 NODES = "nodes"
@@ -210,6 +211,22 @@ class ServerSection(Section):
     evaluate_clients: bool = False
 
 
+class WireSection(Section):
+    """``[wire]``: how the arrays of a round travel (:mod:`fedlora.communication.codecs`)."""
+
+    codec: Codec | None = Field(
+        default=None,
+        description="How the arrays of a round are encoded, both ways; by default nothing is rounded. Arrays that are "
+        "sent once never are.",
+    )
+    downlink_codec: Codec | None = Field(
+        default=None, description="How arrays on the way to clients are encoded, instead of codec."
+    )
+    uplink_codec: Codec | None = Field(
+        default=None, description="How arrays on the way to the server are encoded, instead of codec."
+    )
+
+
 class SimulationSection(Section):
     """``[simulation]``: where simulated clients run; with ``workers = 0`` in the run's own process, without Ray."""
 
@@ -253,6 +270,7 @@ class Config(Section):
     client: ClientSection = ClientSection()
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
+    wire: WireSection = WireSection()
     simulation: SimulationSection = SimulationSection()
     network: NetworkSection = NetworkSection()
     tracking: TrackingSection = TrackingSection()
