@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
 from fedlora.paths import find_path
-from fedlora.registry import ACCOUNTANTS, CODECS
+from fedlora.registry import ACCOUNTANTS, CLIENT_SAMPLINGS, CODECS, SERVER_OPTIMIZERS
 
 # Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -204,6 +204,26 @@ class ServerSection(Section):
     """
 
     fraction_train: Fraction = 1.0
+    sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
+        default="fixed",
+        description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
+    )
+    optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
+        default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
+    )
+    learning_rate: LearningRate | None = Field(
+        default=None, description="Step size of the server's optimizer (eta); each has a default of its own."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of fedavgm.")
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of the first moment of the server's optimizer."
+    )
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of the second moment of the server's optimizer."
+    )
+    tau: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
+        default=1e-3, description="What the server's optimizer adds to the root of the second moment."
+    )
     min_replies: Positive = 1
     evaluate_every: Positive = 1
     batch_size: Count = 64
@@ -365,6 +385,10 @@ def unused_keys(config: Config) -> list[str]:
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
     note(config.method.router_tuning_steps == 0, "method.router_tuning_learning_rate", "the router is not tuned")
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
+    for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
+        # Imported only where it matters: an optimizer needs torch.
+        if f"server.{key}" in given and key not in SERVER_OPTIMIZERS.get(config.server.optimizer).uses:
+            note(True, f"server.{key}", f"server.optimizer is {config.server.optimizer}")
     note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
     note(
@@ -535,7 +559,8 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
     elif data.partition.clients is None:
         raise InputError("data.partition.clients", None, "is required: the number of clients")
     else:
-        asked = max(1, round(config.server.fraction_train * data.partition.clients))
+        sampling = CLIENT_SAMPLINGS.get(config.server.sampling)()
+        asked = sampling.most(data.partition.clients, config.server.fraction_train)
         if config.server.min_replies > asked:
             remedy = f"can never be reached: a round asks {asked} clients; lower it or raise server.fraction_train"
             raise InputError("server.min_replies", config.server.min_replies, remedy)

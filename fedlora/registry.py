@@ -127,3 +127,7 @@ def _either(names: list[str]) -> str:
 
 ACCOUNTANTS = Registry("fedlora.privacy.accountants:Accountant", "fedlora.accountants", "privacy.accountant")
 CODECS = Registry("fedlora.communication.codecs:Codec", "fedlora.codecs", "wire.codec")
+SERVER_OPTIMIZERS = Registry(
+    "fedlora.server.optimizers:ServerOptimizer", "fedlora.server_optimizers", "server.optimizer"
+)
+CLIENT_SAMPLINGS = Registry("fedlora.server.sampling:ClientSampling", "fedlora.client_samplings", "server.sampling")
