@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
 from fedlora.paths import find_path
-from fedlora.registry import ACCOUNTANTS, CLIENT_SAMPLINGS, CODECS, SERVER_OPTIMIZERS
+from fedlora.registry import ACCOUNTANTS, CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
 
 # Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -188,7 +188,7 @@ class PrivacySection(Section):
     for which epsilon can be computed and means something.
     """
 
-    mode: Literal["none", "example", "client"] = "none"
+    mode: Annotated[str, AfterValidator(MECHANISMS.check)] = "none"
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
@@ -361,7 +361,8 @@ def unused_keys(config: Config) -> list[str]:
         "privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant",
         "privacy.mode is none",
     )
-    note(config.privacy.mode == "example", "client.max_grad_norm", "under DP each example is clipped instead")
+    clips_examples = MECHANISMS.get(config.privacy.mode).clips_examples
+    note(clips_examples, "client.max_grad_norm", "under DP each example is clipped instead")
     note(
         config.method.name != "fed-sb",
         "method.init method.init_examples method.init_learning_rate method.init_not_covered",
@@ -528,17 +529,17 @@ def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
 def _check(config: Config, content: Mapping[str, Any]) -> None:
     """Refuse combinations that no single key shows."""
     privacy, client, data = config.privacy, config.client, config.data
-    if privacy.mode == "client":
-        raise InputError("privacy.mode", "client", "client-level privacy is not available yet; use example or none")
-    if privacy.mode == "example":
+    if privacy.mode != "none":
         both = privacy.target_epsilon is not None and privacy.noise_multiplier is not None
         neither = privacy.target_epsilon is None and privacy.noise_multiplier is None
         if both:
             given = f"{privacy.target_epsilon} and noise_multiplier = {privacy.noise_multiplier}"
             raise InputError("privacy.target_epsilon", given, "give one of the two; the other follows from it")
         if neither:
-            raise InputError("privacy.target_epsilon", None, "is required with mode example (or noise_multiplier)")
+            remedy = f"is required with mode {privacy.mode} (or noise_multiplier)"
+            raise InputError("privacy.target_epsilon", None, remedy)
         _check_ranges(privacy)
+        MECHANISMS.get(privacy.mode)().check(config)
     if client.local_steps is not None and client.local_epochs is not None:
         given = f"{client.local_steps} and local_epochs = {client.local_epochs}"
         raise InputError("client.local_steps", given, "give one of the two")

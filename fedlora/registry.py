@@ -126,6 +126,7 @@ def _either(names: list[str]) -> str:
 
 
 ACCOUNTANTS = Registry("fedlora.privacy.accountants:Accountant", "fedlora.accountants", "privacy.accountant")
+MECHANISMS = Registry("fedlora.privacy.mechanisms:Mechanism", "fedlora.mechanisms", "privacy.mode")
 CODECS = Registry("fedlora.communication.codecs:Codec", "fedlora.codecs", "wire.codec")
 SERVER_OPTIMIZERS = Registry(
     "fedlora.server.optimizers:ServerOptimizer", "fedlora.server_optimizers", "server.optimizer"

@@ -26,6 +26,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.models import load_base
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 from strategies.aggregation import Drift, WeightedMean, in_client_order
@@ -303,7 +304,7 @@ class FederatedStrategy(Strategy):
         for client, message in self.valid_replies(replies, str(server_round)):
             started = time.perf_counter()
             try:
-                vector, metrics = read_update(message, shapes, dtype, private=self.private)
+                vector, metrics = read_update(message, shapes, dtype, mechanism=mechanism_of(self.config))
             except ReplyError as error:
                 self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
             else:
@@ -332,11 +333,6 @@ class FederatedStrategy(Strategy):
         shapes = {name: tuple(array.shape) for name, array in self._sent.items()}
         dtypes = {array.dtype for array in self._sent.values()}
         return shapes, getattr(torch, dtypes.pop()) if dtypes else wire_dtype(self.config.model.dtype)
-
-    @property
-    def private(self) -> bool:
-        """Whether clients say what privacy they spend."""
-        return self.config.privacy.mode != "none"
 
     def weight(self, client: int) -> float:
         """Return a client's weight before normalisation: its number of examples."""

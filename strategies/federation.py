@@ -33,6 +33,7 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RunError
 from fedlora.node.names import NODE_RECORD
 from fedlora.privacy.accountants import get_accountant
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
@@ -302,7 +303,7 @@ def summarise(
             "delta": config.privacy.target_delta,
             "accountant": config.privacy.accountant,
             "mode": config.privacy.mode,
-            "unit": "one example of one client",
+            "unit": mechanism_of(config).unit,
             "covers_init": strategy.covers_init,
         }
     names = adapted.names(strategy.trained)
@@ -408,7 +409,7 @@ class _Recorded:
     def __init__(self, replies: Iterable[Message], roster: Roster) -> None:
         self._replies, self._roster = replies, roster
         self._clients = roster.clients()
-        self._private = roster.config.privacy.mode != "none"
+        self._mechanism = mechanism_of(roster.config)
         self.report = RoundReport()
 
     def __iter__(self) -> Any:
@@ -423,7 +424,7 @@ class _Recorded:
             else:
                 # A user's own client may answer otherwise; what the strategy makes of that is its own affair.
                 try:
-                    metrics = read_metrics(reply.content.get("metrics"), private=self._private)  # type: ignore[arg-type]
+                    metrics = read_metrics(reply.content.get("metrics"), mechanism=self._mechanism)  # type: ignore[arg-type]
                 except ReplyError:
                     metrics = MetricRecord()
                 self.report.metrics[client] = metrics

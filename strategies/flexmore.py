@@ -28,6 +28,7 @@ from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
@@ -264,7 +265,7 @@ class FlexMoRE(FederatedStrategy):
         if facts.get("public-digest") != self.public_digest:
             raise ReplyError("it trained against other public weights than the server's")
         shapes, dtype = array_shapes(self.projections, self.routers, rank), wire_dtype(self.config.model.dtype)
-        vector, metrics = read_update(message, shapes, dtype, private=self.private)
+        vector, metrics = read_update(message, shapes, dtype, mechanism=mechanism_of(self.config))
         parts = vector.split([math.prod(shape) for shape in shapes.values()])
         arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
         expert = Expert(self.owners[client], rank, arrays, self.public_digest)

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from fedlora.communication.wire import decode_as
 from fedlora.errors import plain_text
 from fedlora.node.names import NODE_RECORD, is_node_name
+from fedlora.privacy.mechanisms import Mechanism
 
 MOST_EXAMPLES = 10**8
 """So many examples one client may say that it has; the mean takes clients by them."""
@@ -103,7 +104,7 @@ def read_description(message: Message, *, real: bool) -> Description:
 
 @_only_reply_errors
 def read_update(
-    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, private: bool
+    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, mechanism: Mechanism
 ) -> tuple[torch.Tensor, MetricRecord]:
     """Read what a client trained.
 
@@ -115,8 +116,8 @@ def read_update(
         Names and shapes of the arrays that were asked for.
     dtype : torch.dtype
         Of the wire.
-    private : bool
-        Whether the run is private, so that the reply must say what it spent.
+    mechanism : Mechanism
+        Says what a reply must tell of what its client spent.
 
     Returns
     -------
@@ -138,11 +139,11 @@ def read_update(
         sizes = [math.prod(shape) for shape in shapes.values()]
         name = next(name for name, part in zip(shapes, vector.split(sizes), strict=True) if not _in_range(part))
         raise ReplyError(f"{name} is not finite")
-    return vector, read_metrics(metrics, private=private)
+    return vector, read_metrics(metrics, mechanism=mechanism)
 
 
 @_only_reply_errors
-def read_metrics(metrics: MetricRecord, *, private: bool) -> MetricRecord:
+def read_metrics(metrics: MetricRecord, *, mechanism: Mechanism) -> MetricRecord:
     """Return the metrics that the server uses, each a number that can be one.
 
     A loss, a time or a worker that is none is left out: nothing hangs on it.
@@ -161,29 +162,20 @@ def read_metrics(metrics: MetricRecord, *, private: bool) -> MetricRecord:
             read[name] = math.nan  # of a client whose training diverges
     if "steps" in metrics:
         read["steps"] = _whole(metrics, "steps", _MOST_STEPS)
-    if not private:
+    if not mechanism.reply_metrics:
         return read
     if "steps" not in read:
         raise ReplyError("it does not say its steps")
     if "total-steps" in metrics:
         read["total-steps"] = _whole(metrics, "total-steps", _MOST_STEPS)
-    for name, fits in _SPENT.items():
+    for name, fits in mechanism.reply_metrics.items():
         value = metrics.get(name)
         if not (_is_number(value) or value == math.inf) or not fits(value):
             raise ReplyError(f"{name} is {_shown(value)}")
         read[name] = value
-    if math.isinf(read["epsilon"]) and read["noise-multiplier"] > 0:  # type: ignore[arg-type, operator]
+    if math.isinf(read.get("epsilon", 0.0)) and read.get("noise-multiplier", 0.0) > 0:  # type: ignore[arg-type, operator]
         raise ReplyError("epsilon is inf, with noise")
     return read
-
-
-_SPENT: dict[str, Callable[[float], bool]] = {
-    "noise-multiplier": lambda value: 0 <= value < math.inf,
-    "sample-rate": lambda value: 0 < value <= 1,
-    "epsilon": lambda value: value >= 0,
-    "delta": lambda value: 0 <= value < 1,
-}
-"""What a private reply says of the privacy that its client has spent."""
 
 
 def first_replies(
