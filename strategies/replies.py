@@ -53,7 +53,7 @@ class Description:
     partition: int = -1
 
 
-def _only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
+def only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
     """Let whatever a reply makes our code raise be a ReplyError."""
 
     @functools.wraps(read)
@@ -66,7 +66,7 @@ def _only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
     return checked
 
 
-@_only_reply_errors
+@only_reply_errors
 def read_description(message: Message, *, real: bool) -> Description:
     """Read a client's answer to the question what it holds.
 
@@ -102,7 +102,7 @@ def read_description(message: Message, *, real: bool) -> Description:
     return Description(examples, str(name), labels)
 
 
-@_only_reply_errors
+@only_reply_errors
 def read_update(
     message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, mechanism: Mechanism
 ) -> tuple[torch.Tensor, MetricRecord]:
@@ -129,20 +129,44 @@ def read_update(
     ReplyError
         If something lacks, arrays have other names, shapes or dtypes, a number is not finite, or a metric is nonsense.
     """
+    record, read = read_reply(message, mechanism=mechanism)
+    vector = decode_as(record, shapes, dtype)
+    check_numbers(vector, shapes)
+    return vector, read
+
+
+@only_reply_errors
+def read_reply(message: Message, *, mechanism: Mechanism) -> tuple[ArrayRecord, MetricRecord]:
+    """Return the arrays of a reply as they came, and the metrics that :func:`read_metrics` lets through.
+
+    Raises
+    ------
+    ReplyError
+        If it has not metrics and one record of arrays, or a metric is nonsense.
+    """
     # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
     records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
     metrics = message.content.get("metrics")
     if not isinstance(metrics, MetricRecord) or len(records) != 1:
         raise ReplyError("it needs metrics and one record of arrays")
-    vector = decode_as(records[0], shapes, dtype)
+    return records[0], read_metrics(metrics, mechanism=mechanism)
+
+
+def check_numbers(vector: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse numbers that are not finite, or would not stay so in a sum.
+
+    Raises
+    ------
+    ReplyError
+        Naming the array.
+    """
     if not _in_range(vector):
         sizes = [math.prod(shape) for shape in shapes.values()]
         name = next(name for name, part in zip(shapes, vector.split(sizes), strict=True) if not _in_range(part))
         raise ReplyError(f"{name} is not finite")
-    return vector, read_metrics(metrics, mechanism=mechanism)
 
 
-@_only_reply_errors
+@only_reply_errors
 def read_metrics(metrics: MetricRecord, *, mechanism: Mechanism) -> MetricRecord:
     """Return the metrics that the server uses, each a number that can be one.
 
