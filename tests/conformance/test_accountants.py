@@ -56,7 +56,7 @@ def test_more_costs_more(accountant: Accountant) -> None:
     assert 0 < epsilon() < math.inf
     assert epsilon(count=4 * count) > epsilon()
     assert epsilon(sigma=sigma / 1.5) > epsilon()
-    assert epsilon(rate=rate / 2) < epsilon()
+    assert epsilon(rate=rate / 2) <= epsilon()  # an accountant may leave sampling out
     assert epsilon(delta=1e-8) > epsilon()
 
 
