@@ -6,36 +6,31 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
-from clients.resources import (
-    client_data,
-    client_model,
-    forget_data,
-    initial_arrays,
-    initial_path,
-    keep_initial,
-    run_config,
-)
-from fedlora.adapters import AdaptedModel, ExpertModel
-from fedlora.communication.meter import INITIAL
-from fedlora.communication.wire import Arrays, decode, digest, encode, wire_dtype
+from fedlora.adapters import AdaptedModel
+from fedlora.clients.half import ClientHalf
+from fedlora.clients.held import receive
+from fedlora.clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
+from fedlora.clients.resources import client_data, client_model, forget_data, run_config
+from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.config import Config
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
+from fedlora.methods import get_method
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.errors import outward_error
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.privacy.calibration import local_steps
+from fedlora.roles import FROZEN, Role, Roles, kind_of
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort
 from fedlora.training.capacity import cohort_capacity
-from fedlora.training.expert_start import start_expert
 from fedlora.training.soundness import check_sound
 
 log = logging.getLogger("fedlora")
@@ -93,9 +88,10 @@ def _describe_node(message: Message, context: Context) -> Message:
 def train(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message]:
     """Train the clients of the messages in one pass, then yield their replies.
 
-    A message carries the global arrays and ``config`` (server-round, learning-rate, parameterisation, and the digest of
-    the frozen arrays, which come with the first message). A reply carries the trained arrays and metrics: num-examples,
-    steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon and delta.
+    A message carries arrays, ``config`` (server-round and learning-rate), and the parts that the client lacks of those
+    that it keeps. The method's table (:mod:`fedlora.roles`) says which arrays are trained and sent. A reply carries
+    arrays and metrics: num-examples, steps, loss, seconds, worker, and under DP noise-multiplier, sample-rate, epsilon
+    and delta.
     """
     if is_node(contexts[0]):
         yield from _train_on_node(messages, contexts)
@@ -115,107 +111,104 @@ def _train_on_node(messages: Sequence[Message], contexts: Sequence[Context]) -> 
 def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitStack) -> Iterator[Message]:
     started = time.perf_counter()
     replies: dict[int, Message] = {}
-    clients: dict[int, Participant] = {}
-    jobs: dict[int, ClientJob] = {}
-    adapted: AdaptedModel | None = None
+    work: dict[int, _Work] = {}
     for i, (message, context) in enumerate(zip(messages, contexts, strict=True)):
         try:
-            clients[i] = participant(message, context)
-            clients[i].admit(held)
-            adapted = _model_with_initial(clients[i], message, adapted)
-            if adapted is None:
-                raise NeedsInitialError
-            if clients[i].plan is not None:
-                # Before the ledger is charged, or an example is read.
-                check_sound(adapted, clients[i].config, client_data(clients[i].config).train.pad_token_id)
-            jobs[i] = _job(message, clients[i], adapted)
+            work[i] = _prepare(message, context, held)
         except Exception as error:
             replies[i] = _error_reply(error, message, context)
-    trained: dict[int, ClientResult] = {}
-    seconds: dict[int, float] = {}
-
-    def reply(i: int) -> Message:
-        assert adapted is not None
-        return _reply(messages[i], clients[i], jobs[i], trained[i], seconds[i], adapted)
-
-    groups = _groups(messages, list(jobs))
+    groups = _groups(work)
     for group in groups:
-        assert adapted is not None
-        adapted.prepare(_settings(messages[group[0]]))
-        # All clients of a simulation have one config, and a real node is alone.
-        config = clients[group[0]].config
+        half, first = work[group[0]].half, work[group[0]]
+        half.prepare(first.settings)
+        half.adapted.set_shared(first.frozen)
         try:
-            results = train_cohort(adapted, client_data(config).train, [jobs[i] for i in group], config)
+            # All clients of a simulation have one config, and a real node is alone.
+            table = client_data(first.client.config).train
+            results = train_cohort(half.adapted, table, [work[i].job for i in group], first.client.config)
         except (GuardError, BudgetError, InputError) as error:
             if len(group) > 1:
                 raise  # one client's failure must not be the others': they run again one by one
             replies |= {i: _error_reply(error, messages[i], contexts[i]) for i in group}
             continue
-        trained |= zip(group, results, strict=True)
-        seconds |= dict.fromkeys(group, (time.perf_counter() - started) / len(group))
-        if len(groups) > 1:
-            # How an expert leaves depends on the rank that the model is prepared for.
-            replies |= {i: reply(i) for i in group}
+        seconds = (time.perf_counter() - started) / len(group)
+        for i, result in zip(group, results, strict=True):
+            work[i].result, work[i].seconds = result, seconds
+            if len(groups) > 1:
+                # What leaves may depend on what the model is prepared for.
+                replies[i] = _reply(messages[i], work[i])
         started = time.perf_counter()
     for i in range(len(messages)):
-        yield replies[i] if i in replies else reply(i)
+        yield replies[i] if i in replies else _reply(messages[i], work[i])
 
 
-def _settings(message: Message) -> Any:
-    return message.content["config"]
+@dataclass
+class _Work:
+    """What a message asks of a client.
 
-
-def _groups(messages: Sequence[Message], indices: Sequence[int]) -> list[list[int]]:
-    """Divide messages into those that can share a pass: of one rank, where clients differ in it, and learning rate."""
-    groups: dict[tuple[str, float], list[int]] = {}
-    for i in indices:
-        settings = _settings(messages[i])
-        groups.setdefault((str(settings.get("rank", "")), float(settings["learning-rate"])), []).append(i)
-    return list(groups.values())
-
-
-def _model_with_initial(client: Participant, message: Message, ready: AdaptedModel | None) -> AdaptedModel | None:
-    """Return the model with the run's frozen arrays in it, or None where this host does not hold them.
-
-    Arrays that came with the message are kept once the model took them: a server cannot let a node keep others.
+    Attributes
+    ----------
+    client : Participant
+    settings : mapping
+        The message's ``config``.
+    roles : dict of str to Role
+        Of every array, in this round.
+    half : ClientHalf
+    frozen : dict of str to Tensor
+        Global arrays that came with the message and are not trained.
+    start : dict of str to Tensor
+        Those that are trained, as they came.
+    job : ClientJob
+    result : ClientResult
+    seconds : float
     """
-    settings = _settings(message)
-    wanted = str(settings.get("initial-digest", ""))
-    adapted = ready if ready is not None else client_model(client.config, str(settings["parameterisation"]))
-    if not wanted or getattr(adapted, "initial", None) == wanted:
-        return adapted
-    came = message.content.get(INITIAL)
-    arrays = decode(came) if isinstance(came, ArrayRecord) else initial_arrays(wanted)
-    if arrays is None:
-        initial_arrays.cache_clear()
-        return None
-    if came is not None and digest(arrays) != wanted:
-        raise RuntimeError("the frozen arrays that came differ from the digest that the server announced")
-    adapted.initial = None
-    adapted.set_shared(arrays)
-    adapted.initial = wanted
-    path = initial_path(wanted)
-    if came is None:
-        client.make_room(0, path)
-    elif not path.exists():
-        client.make_room(sum(array.nbytes for array in arrays.values()))
-        keep_initial(arrays, wanted)
-    return adapted
+
+    client: Participant
+    settings: Mapping[str, Any]
+    roles: dict[str, Role]
+    half: ClientHalf
+    frozen: Arrays
+    start: Arrays
+    job: ClientJob
+    result: ClientResult | None = None
+    seconds: float = 0.0
 
 
-def _job(message: Message, client: Participant, adapted: AdaptedModel) -> ClientJob:
-    settings = _settings(message)
+def client_half(config: Config) -> ClientHalf:
+    """Return the client half of a run's method, around this process' model."""
+    kind = get_method(config.method.name).client_half() or ClientHalf
+    half: ClientHalf = kind(client_model(config), config)
+    return half
+
+
+def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
+    """Check a message, receive its arrays and make a job of it; nothing of the client's examples is read for it."""
+    client = participant(message, context)
+    client.admit(held)
+    half = client_half(client.config)
+    adapted = half.adapted
+    settings: Any = message.content["config"]
+    roles = get_method(client.config.method.name).roles(client.config, int(settings["server-round"]))
+    parts = receive(client, message, roles, adapted)
+    if client.plan is not None:
+        # Before the ledger is charged, or an example is read.
+        check_sound(adapted, client.config, client_data(client.config).train.pad_token_id)
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
-    adapted.prepare(settings)
-    if client.starts and isinstance(adapted, ExpertModel):
-        client.charge_start()
-        sequence = None if client.secret else np.random.SeedSequence([client.config.run.seed, 0, client.client])
-        table = client_data(client.config).train
-        arrays = start_expert(adapted, table, client.rows, client.plan, sequence)
+    half.prepare(settings)
+    frozen: Arrays = {}
+    if client.starts:
+        arrays = start = half.start(client)
+        of = _roles(start, roles, adapted)
     else:
-        arrays = adapted.begin(_decode_shared(record))
-    return ClientJob(
+        came = parts | _decode_shared(record)
+        of = _roles(came, roles, adapted)
+        frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
+        start = {name: array for name, array in came.items() if of[name].trained}
+        if any(of[name].home for name in start):
+            start |= {name: array for name, array in client.own().items() if name in start and of[name].home}
+        arrays = half.begin(start)
+    job = ClientJob(
         client=client.client,
         server_round=int(settings["server-round"]),
         rows=client.rows,
@@ -225,6 +218,21 @@ def _job(message: Message, client: Participant, adapted: AdaptedModel) -> Client
         secret=client.secret,
         on_step=client.on_step,
     )
+    return _Work(client, settings, of, half, frozen, start, job)
+
+
+def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[str, Role]:
+    """Return the role of each array in a round."""
+    head = frozenset(adapted.head_names)
+    return {name: roles.get(kind_of(name, head), FROZEN) for name in names}
+
+
+def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
+    """Divide clients into those that can share a pass: of one learning rate, and what the method's half asks for."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, one in work.items():
+        groups.setdefault((one.half.group(one.settings), one.job.learning_rate), []).append(i)
+    return list(groups.values())
 
 
 _last_decoded: list[tuple[ArrayRecord, Arrays]] = []
@@ -237,39 +245,48 @@ def _decode_shared(record: ArrayRecord) -> Arrays:
     return _last_decoded[0][1]
 
 
-def _reply(
-    message: Message,
-    client: Participant,
-    job: ClientJob,
-    result: ClientResult,
-    seconds: float,
-    adapted: AdaptedModel,
-) -> Message:
+def _reply(message: Message, work: _Work) -> Message:
+    client, result = work.client, work.result
+    assert result is not None
     ledger = client.settle(result.steps)
     metrics = MetricRecord(
         {
             "num-examples": result.examples,
             "steps": result.steps,
             "loss": result.loss,
-            "seconds": seconds,
+            "seconds": work.seconds,
             # A float, since the bytes of an integer on the wire depend on its size.
             "worker": float(os.getpid()),
         }
     )
-    if job.plan is not None and ledger is not None:
-        metrics["noise-multiplier"] = job.plan.noise_multiplier
-        metrics["sample-rate"] = job.plan.sample_rate
+    plan = work.job.plan
+    if plan is not None and ledger is not None:
+        metrics["noise-multiplier"] = plan.noise_multiplier
+        metrics["sample-rate"] = plan.sample_rate
         metrics["total-steps"] = ledger.steps
         metrics["epsilon"] = ledger.epsilon()
         metrics["delta"] = ledger.delta
-        if job.secret:
+        if work.job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    arrays = encode(adapted.finish(result.arrays), wire_dtype(client.config.model.dtype))
-    content = RecordDict({"arrays": arrays, "metrics": metrics})
-    if isinstance(adapted, ExpertModel):
-        content["expert"] = ConfigRecord({"rank": str(adapted.rank), "public-digest": adapted.public_digest})
+    arrays = _leaving(work, work.half.finish(result.arrays))
+    content = RecordDict({"arrays": encode(arrays, wire_dtype(client.config.model.dtype)), "metrics": metrics})
+    for key, record in work.half.records().items():
+        content[key] = record
     return Message(content, reply_to=message)
+
+
+def _leaving(work: _Work, trained: Arrays) -> Arrays:
+    """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
+    roles = work.roles
+    own = {name: array for name, array in trained.items() if roles[name].home}
+    if own:
+        work.client.keep(own)
+    return {
+        name: array - work.start[name] if roles[name].up == "update" else array
+        for name, array in trained.items()
+        if roles[name].up != "never"
+    }
 
 
 def _error_reply(error: Exception, message: Message, context: Context) -> Message:
@@ -285,8 +302,13 @@ def _error_reply(error: Exception, message: Message, context: Context) -> Messag
 @app.cohort_capacity
 def capacity(message: Message, context: Context) -> int:
     """Measure how many clients of this run train in one pass on this process' device."""
-    client = participant(message, context)
-    adapted = _model_with_initial(client, message, None)
-    if adapted is None or adapted.device.type == "cpu":
-        return 1
-    return cohort_capacity(adapted, client_data(client.config).train, _job(message, client, adapted), client.config)
+    with ExitStack() as held:
+        try:
+            work = _prepare(message, context, held)
+        except NeedsInitialError:
+            return 1
+        adapted, config = work.half.adapted, work.client.config
+        if adapted.device.type == "cpu":
+            return 1
+        adapted.set_shared(work.frozen)
+        return cohort_capacity(adapted, client_data(config).train, work.job, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from safetensors.torch import load, save
 
-from clients.resources import client_data, run_config
+from fedlora.alignment import aligned
+from fedlora.clients.resources import client_data, run_config
+from fedlora.communication.wire import Arrays, decode, encode
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError
+from fedlora.methods import get_method
 from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node import Node
 from fedlora.node.room import make_room
-from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
+from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.mechanisms import mechanism_of
+
+_OWN = "own"
+"""Key of a simulated client's own arrays in its Flower state."""
 
 
 class Participant(ABC):
@@ -37,7 +47,7 @@ class Participant(ABC):
     plan : PrivacyPlan or None
         Its DP-SGD, if any.
     starts : bool
-        Whether the message carries no arrays, so that the client makes its own (FlexMoRE's first).
+        Whether the client makes a start: its method says that clients do, and nothing came down to it.
     secret : bool
         Whether noise and sampling come from the operating system's entropy instead of the run's seed.
     on_step : callable, optional
@@ -75,6 +85,14 @@ class Participant(ABC):
         """Charge the start that the client is about to make from its examples, if it is private."""
 
     @abstractmethod
+    def own(self) -> Arrays:
+        """Return the arrays that stay with the client, as its last round of this run left them; none at first."""
+
+    @abstractmethod
+    def keep(self, arrays: Arrays) -> None:
+        """Keep arrays for the client's next round of this run."""
+
+    @abstractmethod
     def settle(self, steps: int) -> Ledger | None:
         """Charge what was taken, unless it is; return the run's ledger (None without privacy)."""
 
@@ -87,8 +105,8 @@ class SimulatedClient(Participant):
         self.config = run_config(context.run_config)
         self.client = int(context.node_config["partition-id"])
         self.rows = client_data(self.config).partition[self.client]
-        self.plan = plan_privacy(self.config, len(self.rows)) if self.config.privacy.mode == "example" else None
-        self.starts = _starts(message)
+        self.plan = mechanism_of(self.config).plan(self.config, len(self.rows))
+        self.starts = _starts(self.config, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)
 
@@ -102,6 +120,15 @@ class SimulatedClient(Participant):
 
     def charge_start(self) -> None:
         """Do nothing: it is charged once it leaves, with the steps."""
+
+    def own(self) -> Arrays:
+        """Read the client's Flower state."""
+        record = self.context.state.get(_OWN)
+        return decode(record) if isinstance(record, ArrayRecord) else {}
+
+    def keep(self, arrays: Arrays) -> None:
+        """Write to the client's Flower state."""
+        self.context.state[_OWN] = encode(arrays, next(iter(arrays.values())).dtype)
 
     def settle(self, steps: int) -> Ledger | None:
         """Charge what was released."""
@@ -135,7 +162,7 @@ class NodeClient(Participant):
         make_room(self.node.config, used=(data.folder,))
         self.folder, self.rows = data.folder, data.partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
-        self.starts = _starts(message)
+        self.starts = _starts(self.config, message)
         self.secret = self.plan is not None
         # By a clock that does not jump.
         self._deadline = time.monotonic() + message.metadata.created_at + message.metadata.ttl - time.time()
@@ -166,6 +193,23 @@ class NodeClient(Participant):
         for sigma, rate, _ in self.plan.start if self.plan is not None else ():
             self._charge.take(sigma, rate)
 
+    def own(self) -> Arrays:
+        """Read the node's directory: Flower's node state ends with a restart."""
+        path = self._own_path()
+        return {n: aligned(a) for n, a in load(path.read_bytes()).items()} if path.exists() else {}
+
+    def keep(self, arrays: Arrays) -> None:
+        """Write to the node's directory."""
+        path = self._own_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(save(arrays))
+        os.replace(temporary, path)
+
+    def _own_path(self) -> Path:
+        name = hashlib.sha256(self.federation.encode()).hexdigest()
+        return self.node.config.directory / "own" / f"{name}.safetensors"
+
     def settle(self, steps: int) -> Ledger | None:
         """Check that the steps were charged, no more and no fewer."""
         assert self._charge is not None
@@ -178,9 +222,11 @@ def participant(message: Message, context: Context) -> Participant:
     return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
 
 
-def _starts(message: Message) -> bool:
+def _starts(config: Config, message: Message) -> bool:
     arrays: Any = message.content["arrays"]
-    return not len(arrays)
+    settings: Any = message.content["config"]
+    roles = get_method(config.method.name).roles(config, int(settings["server-round"]))
+    return not len(arrays) and any(role.made_by == "client" for role in roles.values())
 
 
 def is_node(context: Context) -> bool:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
-from fedlora.adapters import AdaptedModel, adapt
-from fedlora.alignment import aligned
-from fedlora.assets import cache_dir
-from fedlora.communication.wire import Arrays, digest
+from fedlora.adapters import AdaptedModel
 from fedlora.config import Config, MethodSection, RunSection, ServerSection, SimulationSection, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
+from fedlora.methods import get_method
 from fedlora.models import load_base
 from fedlora.training.fuse import fuse_blocks
 
@@ -42,7 +38,7 @@ def _config(source: str) -> Config:
 
 @lru_cache(maxsize=2)
 def _data(config: str) -> FederatedData:
-    return prepare_data(Config.model_validate_json(config))
+    return prepare_data(Config(method=_NO_METHOD, **json.loads(config)))
 
 
 def client_data(config: Config) -> FederatedData:
@@ -54,7 +50,7 @@ def client_data(config: Config) -> FederatedData:
     if not _last_data or _last_data[0][0] is not config:
         run = RunSection(seed=config.run.seed)
         part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD)
-        _last_data[:] = [(config, _data(part.model_dump_json()))]
+        _last_data[:] = [(config, _data(part.model_dump_json(exclude={"method"})))]
     return _last_data[0][1]
 
 
@@ -68,58 +64,25 @@ def forget_data() -> None:
 
 
 @lru_cache(maxsize=1)
-def _model(config_text: str, parameterisation: str) -> AdaptedModel:
+def _model(config_text: str) -> AdaptedModel:
     config = Config.model_validate_json(config_text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    adapted = adapt(load_base(config, client_data(config).label_names, device), config, parameterisation)
+    base = load_base(config, client_data(config).label_names, device)
+    adapted = get_method(config.method.name).adapt(base, config)
     if config.simulation.compile:
         fuse_blocks(adapted)
     return adapted
 
 
-def client_model(config: Config, parameterisation: str) -> AdaptedModel:
+def client_model(config: Config) -> AdaptedModel:
     """Return the base model with adapters, loaded once a process; on the GPU if this process was given one.
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    keys = {"rank", "alpha", "target_modules", "exclude_modules", "dropout"}
-    keys |= {"extraction", "router_init", "router_documents"}
-    method = MethodSection(name="none", **config.method.model_dump(include=keys))
     server = ServerSection(batch_size=config.server.batch_size)
     simulation = SimulationSection(compile=config.simulation.compile)
     run = RunSection(seed=config.run.seed)
-    part = Config(run=run, model=config.model, data=config.data, method=method, server=server, simulation=simulation)
-    return _model(part.model_dump_json(), parameterisation)
-
-
-def keep_initial(arrays: Arrays, key: str) -> None:
-    """Store a run's frozen arrays on this host under their digest."""
-    path = initial_path(key)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, path)
-
-
-@lru_cache(maxsize=2)
-def initial_arrays(key: str) -> Arrays | None:
-    """Return the frozen arrays of a digest, or None where this host does not hold them (whole)."""
-    path = initial_path(key)
-    if not path.exists():
-        return None
-    arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
-    return arrays if digest(arrays) == key else None
-
-
-def initial_path(key: str) -> Path:
-    """Return where the frozen arrays of a digest are kept.
-
-    Raises
-    ------
-    ValueError
-        If it is no digest: a server may not choose a path.
-    """
-    if not re.fullmatch("[0-9a-f]{64}", key):
-        raise ValueError("the name of the frozen arrays is no SHA-256")
-    return cache_dir() / "initial" / f"{key}.safetensors"
+    part = Config(
+        run=run, model=config.model, data=config.data, method=config.method, server=server, simulation=simulation
+    )
+    return _model(part.model_dump_json())

@@ -91,7 +91,7 @@ class Coder(Protocol):
         """Turn a record into one vector, or raise a ValueError."""
 
 
-class Chain:
+class UpdateChain:
     """Links around a codec. Both halves make the same chain of the same config.
 
     Parameters

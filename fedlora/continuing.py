@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from fedlora.assets import build_once, cache_dir
-from fedlora.config import Config, input_error
+from fedlora.config import Config, MethodSection, input_error
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 
@@ -128,11 +127,10 @@ def adapter_config(name: str, adapter: Path) -> Config:
     run = adapter.parent
     try:
         if adapter.name == ADAPTER and (run / "config.toml").is_file():
-            content = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+            config = Config.from_toml((run / "config.toml").read_text(encoding="utf-8"))
         else:
             about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
-            content = _described(about)
-        config = Config.model_validate(content)
+            config = Config.model_validate(_described(about))
     except ValidationError as error:
         raise InputError(_FIELD, name, f"its run's config is wrong ({input_error(error)}); mend it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -150,7 +148,7 @@ def _described(about: dict[str, Any]) -> dict[str, Any]:
         "pooling": "mean" if mean else "default",
         "max_length": 2,
     }
-    return {"model": model, "data": {"name": "none", "partition": {"clients": 1}}, "method": {"name": "fedit"}}
+    return {"model": model, "data": {"name": "none", "partition": {"clients": 1}}, "method": MethodSection(name="none")}
 
 
 def beside(name: str, folder: Path) -> str:

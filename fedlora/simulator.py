@@ -14,7 +14,7 @@ import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapters import adapt
+from fedlora import simulation
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
 from fedlora.data.partition import plot_partition
 from fedlora.data.sources import materialise, with_absolute_paths
@@ -25,18 +25,19 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.results.identity import check_data
-from fedlora.simulation import LocalGrid, RayGrid
+from fedlora.roles import trained_kinds
+from fedlora.simulation import LocalGrid
+from fedlora.strategies.base import get_strategy
+from fedlora.strategies.federation import Federation, Progress
+from fedlora.strategies.server_app import resolve
 from fedlora.training.dp import choose_ghost_norms
-from strategies import get_strategy
-from strategies.federation import Progress, run_federation
-from strategies.server_app import resolve
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("fedlora")
 
-CLIENT_APP = "clients.client_app:app"
+CLIENT_APP = "fedlora.clients.client_app:app"
 
 
 def simulate(
@@ -112,9 +113,9 @@ def simulate(
         check_data(folder, resolved, tokens)
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
-        skeleton = adapt(load_base(resolved, tokens.label_names, "meta"), resolved, method.parameterisation)
+        skeleton = method.adapt(load_base(resolved, tokens.label_names, "meta"), resolved)
         if mechanism_of(resolved).clips_examples:
-            names = skeleton.names(method.trained)
+            names = skeleton.names(trained_kinds(method.roles(resolved, 1)))
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
         counts = tokens.label_counts()
         folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
@@ -126,7 +127,7 @@ def simulate(
             log.info("%d clients train in one pass", size)
             folder.set_resolved(_with_cohort_size(resolved, size))
 
-        kind = LocalGrid if section.workers == 0 else RayGrid
+        kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # asked for late: it imports Ray
         with (
             _settled_heap(),
             kind(
@@ -143,7 +144,7 @@ def simulate(
                 on_cohort_size=keep_cohort_size,
             ) as grid,
         ):
-            return run_federation(
+            return Federation(
                 resolved,
                 grid,
                 folder,
@@ -154,7 +155,7 @@ def simulate(
                 progress=progress,
                 started=started,
                 simulated=True,
-            )
+            ).run()
 
 
 @contextmanager

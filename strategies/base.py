@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,19 +17,23 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
-from fedlora.communication.wire import Arrays, decode_as, encode, wire_dtype
-from fedlora.config import Config
+from fedlora.communication.parts import Parts
+from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
+from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
-from strategies.aggregation import Drift, WeightedMean, in_client_order
-from strategies.replies import ReplyError, first_replies, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 
@@ -82,11 +85,55 @@ class RoundReport:
 
 @dataclass(frozen=True)
 class Payload:
-    """Numbers (not bytes) that a method sends to or from one client: once, and down and up in a round."""
+    """Numbers (not bytes) that a method sends to or from one client in one round.
+
+    Attributes
+    ----------
+    initial : int
+        Of the start, on a client's first contact; counted once.
+    down, up : int
+    """
 
     initial: int
     down: int
     up: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a payload formula is made of.
+
+    Attributes
+    ----------
+    layers : list of (int, int)
+        (m, n), outputs and inputs, of every adapted layer.
+    rank : int
+    head : int
+        Numbers in the trained head.
+    """
+
+    layers: list[tuple[int, int]]
+    rank: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Contact:
+    """One client's part in one round, for a payload formula.
+
+    Attributes
+    ----------
+    round, client : int
+    since : int or None
+        The last round before in which the client was sent something; None at its first contact.
+    replied : mapping of int to sequence of int
+        By each round before that counted, the clients whose replies entered it.
+    """
+
+    round: int
+    client: int
+    since: int | None
+    replied: Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -112,11 +159,12 @@ class Planned:
     ranks: tuple[int | Literal["full"], ...] = ()
 
 
-class FederatedStrategy(Strategy):
-    """Base of all methods: samples partitions, sends the global arrays, averages what comes back.
+class FederatedStrategy(Method, Strategy):
+    """Base of all methods: samples clients, sends the global arrays, aggregates what comes back.
 
-    A method fills in the class attributes, :meth:`start_arrays` and :meth:`payload`; one whose aggregate is no weighted
-    mean overrides :meth:`aggregate_train`.
+    A method's file fills in the class attributes of :class:`~fedlora.methods.Method`, :meth:`roles`,
+    :meth:`start_arrays` and :meth:`payload`. One whose aggregate is no weighted mean overrides :meth:`aggregate`. One
+    whose clients hold arrays of other shapes overrides :meth:`client_arrays` and :meth:`client_shapes`.
 
     Parameters
     ----------
@@ -124,14 +172,10 @@ class FederatedStrategy(Strategy):
 
     Attributes
     ----------
-    name, title, paper : str
-        ``method.name``, what it is in a line, and where it comes from.
-    parameterisation : str
-        What is trained: ``lora``, ``sb`` or ``expert``.
-    trained : tuple of str
-        Factors that clients train and send, beside the head; the others are frozen and travel once.
-    learning_rates : dict of str to float
-        Default learning rate by optimiser.
+    arrays : dict of str to Tensor
+        The global arrays that rounds change, before the round's aggregate.
+    options : MethodSection
+        ``[method]``, as the method's own Options; a subclass that has some annotates it: ``options: MyOptions``.
     nodes : dict of int to int
         Client (partition) number to node id; set before the first round.
     names : list of str
@@ -139,29 +183,34 @@ class FederatedStrategy(Strategy):
     examples : dict of int to int
         Each client's number of examples, by which it weighs, as it said before the first round. Of a client that nobody
         asked the reply's own number counts.
+    replied : dict of int to list of int
+        By each round that counted, the clients whose replies entered it.
     waits : bool
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
         Of the last round.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    parameterisation: ClassVar[str]
-    trained: ClassVar[tuple[str, ...]]
-    learning_rates: ClassVar[dict[str, float]]
+    options: MethodSection
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.options = config, config.method
+        self.arrays: Arrays = {}
         self.nodes: dict[int, int] = {}
         self.names: list[str] = []
         self.examples: dict[int, int] = {}
+        self.replied: dict[int, list[int]] = {}
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
-        self._sent = ArrayRecord()
         self._failing: set[int] = set()
+        self._kinds: dict[str, str] = {}
+        self._roles: Roles = {}
+        self._record = ArrayRecord()
+        self._sent_shapes: Shapes = {}
+        self._waited = 0.0
+
+    # What a method's file says, beside the facts of its class.
 
     @abstractmethod
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
@@ -175,18 +224,51 @@ class FederatedStrategy(Strategy):
             For starts that read public or pooled data.
         """
 
-    @classmethod
     @abstractmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
-        """Return the method's formula.
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
+        """Return the method's formula: what one client is sent and sends in a round."""
+
+    def aggregate(self, updates: Updates) -> Arrays | None:
+        """Return the global arrays that the round's updates make; the weighted mean by default.
 
         Parameters
         ----------
-        layers : list of (int, int)
-            (m, n), outputs and inputs, of every adapted layer.
-        rank : int
-        head : int
-            Numbers in the trainable head.
+        updates : Updates
+            In the order of the clients. Arrays that go up as ``update`` are moves from what was sent.
+
+        Returns
+        -------
+        dict of str to Tensor or None
+            Arrays that are left out stay as they were. Increments (see :class:`~fedlora.roles.Role`) are named
+            ``PATH.residual`` or ``PATH.residual_B`` and ``PATH.residual_A``. None where nothing of any weight came.
+        """
+        mean = updates.mean()
+        if mean is None:
+            return None
+        moves = {name for name in mean if self.role(name).up == "update"}
+        return {name: array + self.arrays[name] if name in moves else array for name, array in mean.items()}
+
+    def client_arrays(self, client: int) -> tuple[Hashable, Arrays] | None:
+        """Return what comes down to a client in every round, and a key that equal ones share.
+
+        None stands for the global arrays.
+        """
+        return None
+
+    def client_shapes(self, client: int) -> Shapes:
+        """Return names and shapes of what a client must send, in the order in which the server reads them."""
+        return self._sent_shapes
+
+    def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
+        """Return what a message says to a client beside its arrays."""
+        return {"server-round": server_round, "learning-rate": self.learning_rate(server_round)}
+
+    def check_reply(self, client: int, message: Message) -> None:
+        """Refuse a reply for what no other method's reply has.
+
+        Raises
+        ------
+        ReplyError
         """
 
     @property
@@ -194,54 +276,9 @@ class FederatedStrategy(Strategy):
         """Whether epsilon covers everything that the start read."""
         return True
 
-    def formula_bytes(self, adapted: AdaptedModel) -> dict[str, int]:
-        """Payload of a client in bytes by direction: initial, down, up."""
-        layers = [linear_shape(adapter.base) for adapter in adapted.adapters.values()]
-        head = sum(adapted.parameter(name)[0].numel() for name in adapted.head_names)
-        numbers = self.payload(layers, self.config.method.rank, head)
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
-        return {"initial": numbers.initial * size, "down": numbers.down * size, "up": numbers.up * size}
-
-    def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
-        """Return the payload in bytes as a function of round, client and direction; equal for all by default."""
-        formula = self.formula_bytes(adapted)
-        return lambda server_round, client, direction: formula[direction]
-
     def refuses(self, client: int, name: str) -> InputError | None:
         """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
         return None
-
-    def server_device(self) -> str:
-        """Where the server's model is: on the GPU where the simulation uses one."""
-        return "cuda" if self.config.simulation.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
-
-    def holds(self, client: int, answered: Collection[int]) -> bool:
-        """Whether there are arrays to send to a client once these have answered; from the start by default."""
-        return True
-
-    def planned(self, adapted: AdaptedModel) -> Planned:
-        """Say what the run will send and train, of the model's skeleton and the clients in ``nodes``."""
-        formula = self.client_formula(adapted)
-        sent = dict.fromkeys(("initial", "down", "up"), 0)
-        seen: set[int] = set()
-        for server_round in range(1, self.config.run.rounds + 1):
-            clients = self.sample(server_round)
-            for client in clients:
-                sent["initial"] += 0 if client in seen else formula(server_round, client, "initial")
-                sent["down"] += formula(server_round, client, "down") if self.holds(client, seen) else 0
-                sent["up"] += formula(server_round, client, "up")
-            seen |= set(clients)
-        return Planned(
-            initial_bytes=sent["initial"],
-            downlink_bytes=sent["down"],
-            uplink_bytes=sent["up"],
-            trainable_parameters=sum(adapted.parameter(name)[0].numel() for name in adapted.names(self.trained)),
-        )
-
-    def server_model(self, data: FederatedData, device: str | None = None) -> AdaptedModel:
-        """Load the base model with the method's adapters in it; on the device ``meta`` its skeleton."""
-        base = load_base(self.config, data.label_names, device or self.server_device())
-        return adapt(base, self.config, self.parameterisation)
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
         """Work on the server after a round's aggregate; return the arrays that take its place, or None."""
@@ -262,6 +299,96 @@ class FederatedStrategy(Strategy):
     def facts(self, adapted: AdaptedModel) -> dict[str, Any]:
         """Return what summary.json says beside what all methods have."""
         return {}
+
+    def summary(self) -> None:
+        """Log what runs."""
+        log.info("%s, rank %d, %d clients", self.title, self.config.method.rank, len(self.nodes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the arrays: JSON values, and dicts of tensors. Nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+
+    # Arrays and bytes.
+
+    def kind(self, name: str) -> str:
+        """Return the kind of an array, as :meth:`roles` names it."""
+        return self._kinds.get(name) or kind_of(name, ())
+
+    def role(self, name: str) -> Role:
+        """Return the role of an array in this round."""
+        return self._roles.get(self.kind(name), FROZEN)
+
+    def know(self, adapted: AdaptedModel) -> None:
+        """Learn which arrays are the head's."""
+        self._kinds = dict.fromkeys(adapted.head_names, HEAD)
+
+    def changing(self) -> frozenset[str]:
+        """Kinds of the global arrays that rounds change."""
+        return changing_kinds(self.roles(self.config, r) for r in range(1, self.config.run.rounds + 1))
+
+    def trained_names(self, adapted: AdaptedModel, server_round: int = 1) -> tuple[str, ...]:
+        """Names of the arrays that clients train in a round, in the model's order."""
+        return adapted.names(trained_kinds(self.roles(self.config, server_round)))
+
+    def trained_numbers(self, adapted: AdaptedModel) -> int:
+        """Count the numbers that clients train in any round."""
+        rounds = range(1, self.config.run.rounds + 1)
+        kinds = {kind for r in rounds for kind in trained_kinds(self.roles(self.config, r))}
+        return sum(adapted.parameter(name)[0].numel() for name in adapted.names(kinds))
+
+    def sizes(self, adapted: AdaptedModel) -> Sizes:
+        """Return what the formula is made of, from the model or its skeleton."""
+        layers = [linear_shape(adapter.base) for adapter in adapted.adapters.values()]
+        head = sum(adapted.parameter(name)[0].numel() for name in adapted.head_names)
+        return Sizes(layers, self.config.method.rank, head)
+
+    def client_formula(self, adapted: AdaptedModel, parts: Parts) -> Callable[[int, int, str], int]:
+        """Return the payload in bytes as a function of round, client and direction."""
+        sizes = self.sizes(adapted)
+        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+
+        def formula(server_round: int, client: int, direction: str) -> int:
+            contact = Contact(server_round, client, parts.since.get(client), self.replied)
+            return size * int(getattr(self.payload(sizes, contact), direction))
+
+        return formula
+
+    def planned(self, adapted: AdaptedModel) -> Planned:
+        """Say what the run will send and train, of the model's skeleton and the clients in ``nodes``."""
+        sizes, sent = self.sizes(adapted), dict.fromkeys(("initial", "down", "up"), 0)
+        last: dict[int, int] = {}
+        replied: dict[int, list[int]] = {}
+        for server_round in range(1, self.config.run.rounds + 1):
+            clients = self.sample(server_round)
+            for client in clients:
+                numbers = self.payload(sizes, Contact(server_round, client, last.get(client), replied))
+                sent["initial"] += 0 if client in last else numbers.initial
+                sent["down"] += numbers.down
+                sent["up"] += numbers.up
+                last[client] = server_round
+            replied[server_round] = clients
+        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
+        return Planned(
+            initial_bytes=size * sent["initial"],
+            downlink_bytes=size * sent["down"],
+            uplink_bytes=size * sent["up"],
+            trainable_parameters=self.trained_numbers(adapted),
+        )
+
+    # The model on the server.
+
+    def server_device(self) -> str:
+        """Where the server's model is: on the GPU where the simulation uses one."""
+        return "cuda" if self.config.simulation.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+
+    def server_model(self, data: FederatedData, device: str | None = None) -> AdaptedModel:
+        """Load the base model with the method's adapters in it; on the device ``meta`` its skeleton."""
+        return self.adapt(load_base(self.config, data.label_names, device or self.server_device()), self.config)
+
+    # One round, through Flower's interface.
 
     def learning_rate(self, server_round: int) -> float:
         """Learning rate of a round: the config's or the method's own, by the schedule."""
@@ -284,55 +411,101 @@ class FederatedStrategy(Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
-        self._sent = arrays
-        config = ConfigRecord(dict(config))
-        config["server-round"] = server_round
-        config["learning-rate"] = self.learning_rate(server_round)
-        content = RecordDict({"arrays": arrays, "config": config})
-        return [
-            Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round))
-            for client in self.report.clients
-        ]
+        self._roles, self._record = self.roles(self.config, server_round), arrays
+        self._sent_shapes = {name: tuple(a.shape) for name, a in arrays.items() if self.role(name).up != "never"}
+        self.arrays = decode(arrays)
+        down = {name for name in arrays if self.role(name).down == "round"}
+        common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
+        records: dict[Hashable, ArrayRecord] = {}
+        messages = []
+        for client in self.report.clients:
+            key, record = None, common
+            own = self.client_arrays(client)
+            if own is not None:
+                key, part = own
+                if key not in records:
+                    records[key] = encode(part, self._dtype)
+                record = records[key]
+            settings = ConfigRecord({**config, **self.client_settings(client, server_round)})
+            content = RecordDict({"arrays": record, "config": settings})
+            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the clients' arrays by their numbers of examples, as the replies come."""
-        # As one vector: clients are many, and so are the small arrays of an adapter.
-        shapes, dtype = self._asked()
-        mean, drift = WeightedMean(), Drift({"all": decode_as(self._sent, shapes, dtype)})
-        for client, message in self.valid_replies(replies, str(server_round)):
-            started = time.perf_counter()
-            try:
-                vector, metrics = read_update(message, shapes, dtype, mechanism=mechanism_of(self.config))
-            except ReplyError as error:
-                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
-            else:
-                self.report.metrics[client] = metrics
-                weight = self.weight(client)
-                mean.add({"all": vector}, weight)
-                drift.add({"all": vector}, weight)
-            self.report.aggregate_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        result = mean.result() if self.enough_replies() else None
-        if result is None:
-            self.report.uncounted = self.report.uncounted or "no client that answered holds examples"
+        """Turn the replies into the next global arrays, as they come."""
+        started, self._waited = time.perf_counter(), 0.0
+        updates = Updates(self._read(server_round, replies), self._start())
+        result = self.aggregate(updates)
+        for _ in updates:
+            pass  # a method may stop early; every client is counted all the same
+        if not self.enough_replies():
+            result = None
+        elif result is None:
+            self.report.uncounted = "no client that answered holds examples"
         elif not is_finite(result.values()):
-            self.report.uncounted, result = "the mean is not finite", None
-        self.report.drift = drift.result(result)
+            self.report.uncounted, result = "the aggregate is not finite", None
         record = None
         if result is not None:
-            parts = result["all"].split([math.prod(shape) for shape in shapes.values()])
-            arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
-            record = encode(arrays, wire_dtype(self.config.model.dtype))
-        self.report.aggregate_seconds += time.perf_counter() - started
+            self.report.drift = updates.drift()
+            self.replied[server_round] = list(self.report.metrics)
+            record = self._next(result)
+        self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
 
-    def _asked(self) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-        """Names, shapes and dtype of the arrays that were sent, which are those that must come back."""
-        shapes = {name: tuple(array.shape) for name, array in self._sent.items()}
-        dtypes = {array.dtype for array in self._sent.values()}
-        return shapes, getattr(torch, dtypes.pop()) if dtypes else wire_dtype(self.config.model.dtype)
+    def _start(self) -> torch.Tensor | None:
+        """What all clients start from as one vector; None where shapes, or what goes up, differ by client."""
+        if any(self.client_shapes(client) is not self._sent_shapes for client in self.report.clients):
+            return None
+        moves = any(self.role(name).up == "update" for name in self._sent_shapes)
+        parts = [self.arrays[name].reshape(-1) for name in self._sent_shapes]
+        start = torch.cat(parts) if parts else torch.zeros(0)
+        return torch.zeros_like(start) if moves else start
+
+    def _read(self, server_round: int, replies: Iterable[Message]) -> Iterator[Update]:
+        """Yield what may be used of each reply, in client order."""
+        waiting = time.perf_counter()
+        for client, message in self.valid_replies(replies, str(server_round)):
+            self._waited += time.perf_counter() - waiting
+            try:
+                shapes = self.client_shapes(client)
+                self.check_reply(client, message)
+                vector, metrics = read_update(message, shapes, self._dtype, mechanism=mechanism_of(self.config))
+                self.report.metrics[client] = metrics
+                update = Update(client, self.weight(client), vector, shapes, metrics)
+                self.check_update(update)
+            except ReplyError as error:
+                self.report.metrics.pop(client, None)
+                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
+            else:
+                yield update
+            waiting = time.perf_counter()
+        self._waited += time.perf_counter() - waiting
+
+    def check_update(self, update: Update) -> None:
+        """Refuse an update for what its numbers make.
+
+        Raises
+        ------
+        ReplyError
+        """
+
+    def _next(self, result: Arrays) -> ArrayRecord:
+        """Encode what changed together with what stays, in the order of what was sent; increments follow."""
+        names = [name for name in self._record if name in result or name in self.arrays]
+        if all(name in result for name in names) and len(result) == len(names):
+            return encode({name: result[name] for name in names}, self._dtype)
+        return encode({name: self.arrays[name] for name in names} | result, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return wire_dtype(self.config.model.dtype)
+
+    @property
+    def private(self) -> bool:
+        """Whether clients say what privacy they spend."""
+        return mechanism_of(self.config).is_private
 
     def weight(self, client: int) -> float:
         """Return a client's weight before normalisation: its number of examples."""
@@ -412,16 +585,19 @@ class FederatedStrategy(Strategy):
         """Return nothing, as nothing was asked."""
         return None
 
-    def summary(self) -> None:
-        """Log what runs."""
-        log.info("%s, rank %d, %d clients", self.title, self.config.method.rank, len(self.nodes))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the arrays, as JSON; nothing by default."""
-        return {}
+def get_strategy(name: str) -> type[FederatedStrategy]:
+    """Return the strategy of a method name.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+    Raises
+    ------
+    InputError
+        If there is no such method; close names are suggested.
+    """
+    method = get_method(name)
+    if not issubclass(method, FederatedStrategy):
+        raise InputError("method.name", name, "is no strategy; let its class derive from FederatedStrategy")
+    return method
 
 
 def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:

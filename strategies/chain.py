@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedlora.chain import Chain, Shapes, Update
+from fedlora.chain import Shapes, Update, UpdateChain
 from fedlora.privacy.mechanisms import Mechanism
-from strategies.replies import ReplyError, check_numbers, only_reply_errors, read_reply
+from fedlora.strategies.replies import ReplyError, check_numbers, only_reply_errors, read_reply
 
 _NOTHING = torch.empty(0)
 
 
 def updates(
     replies: Iterable[tuple[int, Message]],
-    chain: Chain,
+    chain: UpdateChain,
     *,
     mechanism: Mechanism,
     shapes: Callable[[int], Shapes],
@@ -31,7 +31,7 @@ def updates(
     ----------
     replies : iterable of (int, Message)
         Client and reply, without errors; those of one client at most.
-    chain : Chain
+    chain : UpdateChain
     mechanism : Mechanism
         Says what a reply must tell of the privacy that was spent.
     shapes : callable (client)

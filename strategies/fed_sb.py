@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from fedlora.adapters import AdaptedModel, sb
 from fedlora.adapters.model import dense_weight
 from fedlora.communication.wire import Arrays
+from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
+from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
 from fedlora.training.loss import per_example_loss
-from strategies.base import FederatedStrategy, Payload
+
+
+class FedSBOptions(MethodSection):
+    """``[method]`` of a run of Fed-SB."""
+
+    init: Literal["svd", "public", "pooled"] = Field(
+        default="svd",
+        description="What B and A start from: the weights (svd), or a gradient on data.public (public) or on the "
+        "clients' pooled training examples (pooled), which no privacy covers.",
+    )
+    init_examples: Positive = Field(default=500, description="At most so many examples that the gradient is taken on.")
+    init_learning_rate: LearningRate = Field(default=1e-4, description="Step along the gradient that dW starts at.")
+    init_not_covered: bool = Field(
+        default=False, description="Allow the pooled start under privacy: epsilon does not cover what it reads."
+    )
 
 
 class FedSB(FederatedStrategy):
@@ -31,43 +50,75 @@ class FedSB(FederatedStrategy):
     name = "fed-sb"
     title = "Fed-SB: square matrices averaged"
     paper = "arXiv 2502.15436"
+    exact = True
+    color, marker = "blue", "circle"
+    Options = FedSBOptions
+    options: FedSBOptions
     parameterisation = "sb"
-    trained: ClassVar[tuple[str, ...]] = ("sb_R",)
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 6e-2, "sgd": 1.0}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """R is trained; B and A are sent once."""
+        return {"sb_A": FROZEN, "sb_B": FROZEN, "sb_R": TRAINED, HEAD: TRAINED}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse a start that reads examples which are not there, or private ones without leave."""
+        options = config.method
+        assert isinstance(options, FedSBOptions)
+        if options.init == "pooled" and config.data.name == NODES:
+            remedy = "reads the clients' examples, which nodes keep; use svd or public"
+            raise InputError("method.init", "pooled", remedy)
+        if options.init == "public" and config.data.public is None:
+            raise InputError("method.init", "public", "needs data.public: examples that the server may read")
+        if options.init == "pooled" and config.privacy.mode != "none" and not options.init_not_covered:
+            remedy = (
+                "reads private data without noise, so epsilon would not cover it; "
+                "use svd, or set method.init_not_covered = true"
+            )
+            raise InputError("method.init", "pooled", remedy)
+
+    @classmethod
+    def unused(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Only a start from a gradient reads examples."""
+        assert isinstance(config.method, FedSBOptions)
+        if config.method.init == "svd":
+            yield "init_examples init_learning_rate init_not_covered", "init svd needs no data"
 
     @property
     def covers_init(self) -> bool:
         """False for the pooled start, which reads private data without noise."""
-        return self.config.method.init != "pooled"
+        return self.options.init != "pooled"
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """Return B, A and R for every layer, by ``method.init``."""
-        rank = self.config.method.rank
-        if self.config.method.init == "svd":
+        rank = self.options.rank
+        if self.options.init == "svd":
             factors = {p: sb.factors_from_weight(dense_weight(a.base).cpu(), rank) for p, a in adapted.adapters.items()}
         else:
             gradients = mean_gradients(adapted, *self._start_examples(data), self.config.server.batch_size)
             # s multiplies R as well: dW = s B R A is to start at the step, whatever alpha.
-            rate = self.config.method.init_learning_rate / self.config.scaling()
+            rate = self.options.init_learning_rate / self.config.scaling()
             factors = {path: sb.factors_from_gradient(g, rank, rate) for path, g in gradients.items()}
         return {f"{path}.{name}": value for path, parts in factors.items() for name, value in parts.items()}
 
     def _start_examples(self, data: FederatedData) -> tuple[TokenTable, np.ndarray]:
-        table = data.public if self.config.method.init == "public" else data.train
+        table = data.public if self.options.init == "public" else data.train
         if table is None:
             raise InputError("method.init", "public", "needs data.public: examples that the server may read")
-        if self.config.method.init == "pooled":
+        if self.options.init == "pooled":
             rows = np.concatenate([np.asarray(data.partition[i]) for i in range(len(data.partition))])
         else:
             rows = np.arange(len(table))
         rng = np.random.default_rng([self.config.run.seed, 0xB])
-        return table, np.sort(rng.permutation(rows)[: self.config.method.init_examples])
+        return table, np.sort(rng.permutation(rows)[: self.options.init_examples])
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r^2 a layer, both ways; B and A once, r (m + n)."""
-        numbers = len(layers) * rank * rank + head
-        return Payload(initial=sum(rank * (m + n) for m, n in layers), down=numbers, up=numbers)
+        rank = sizes.rank
+        numbers = len(sizes.layers) * rank * rank + sizes.head
+        return Payload(initial=sum(rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)
 
 
 def mean_gradients(

@@ -3,67 +3,44 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import platform
-import subprocess
-import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
-from fedlora.communication.broadcast import InitialBroadcast
-from fedlora.communication.links import link_seed, network_profile, round_network
-from fedlora.communication.meter import MeteredGrid, row_dict
-from fedlora.communication.wire import decode, digest, encode, wire_dtype
+from fedlora.communication.broadcast import Broadcast
+from fedlora.communication.meter import MeteredGrid
+from fedlora.communication.parts import INITIAL, Chain, Parts
+from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import InputError, RunError
+from fedlora.errors import InputError
+from fedlora.flower import set_reason
 from fedlora.node.names import NODE_RECORD
 from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
-from fedlora.results.plot import plot_rounds
-from fedlora.results.tracking import open_trackers
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
+from fedlora.strategies.guest import Guest
+from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.summary import environment, fairness, round_line, round_seconds, summarise
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
-from strategies.base import FederatedStrategy, RoundReport
-from strategies.nodes import AddressedGrid, Roster
-from strategies.replies import ReplyError, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
 
-
-@dataclass
-class Progress:
-    """What a progress display may show; every hook does nothing by default.
-
-    Attributes
-    ----------
-    on_start : callable (rounds, first round, clients a round)
-    on_client : callable (client)
-    on_round : callable (line of rounds.jsonl)
-    on_note : callable (text)
-        What a server tells, such as which nodes do not take part.
-    """
-
-    on_start: Callable[[int, int, int], None] = lambda rounds, first, clients: None
-    on_client: Callable[[int], None] = lambda client: None
-    on_round: Callable[[dict[str, Any]], None] = lambda line: None
-    on_note: Callable[[str], None] = lambda text: None
+RESIDUAL = "residual"
+"""The part of increments."""
 
 
 @dataclass
@@ -74,367 +51,302 @@ class Totals:
     epsilon: dict[str, list[float]] = field(default_factory=dict)  # client -> [epsilon, delta]
 
 
-def run_federation(
-    config: Config,
-    grid: Grid,
-    folder: RunFolder,
-    data: FederatedData,
-    strategy: FederatedStrategy,
-    *,
-    training: Strategy | None = None,
-    progress: Progress | None = None,
-    started: float | None = None,
-    simulated: bool = False,
-) -> RunResult:
-    """Run, or go on with, a federation.
+class Federation:
+    """A run: who takes part, the model on the server, the wire, the rounds and the result.
 
     Parameters
     ----------
     config : Config
         Resolved.
     grid : Grid
-        RayGrid in simulation, Flower's own in deployment.
+        A simulation's, or Flower's own in deployment.
     folder : RunFolder
         New, or opened to resume.
     data : FederatedData
         For evaluation on the server, and for starts that read public or pooled data.
-    strategy : FederatedStrategy
+    method : FederatedStrategy
         Of the config's method: says what is trained, how it starts and what its formula is.
     training : Strategy, optional
-        Configures and aggregates the rounds instead of ``strategy``; any Flower Strategy.
+        Configures and aggregates the rounds instead of ``method``; any Flower Strategy.
     progress : Progress, optional
+    callbacks : sequence of Callback
+        Beside the run's own; called after the checkpoint.
     started : float, optional
         ``time.perf_counter()`` when the run began, if that was before this call.
     simulated : bool
         Whether ``data`` holds the examples that the clients train on.
 
-    Returns
-    -------
-    RunResult
-
-    Raises
-    ------
-    InputError
-        If a private run is resumed whose clients' ledgers are gone, any run whose base model is another now, or the
-        model's examples depend on each other.
+    Attributes
+    ----------
+    done : int
+        Rounds that are finished.
+    arrays : ArrayRecord
+        The global arrays that rounds change.
+    parts : Parts
+        Those that clients keep.
     """
-    clock = started or time.perf_counter()
-    progress, rounds = progress or Progress(), training or strategy
-    checkpoint = folder.checkpoint
 
-    # 1. Who is there.
-    federation = str(checkpoint.get("federation") or uuid.uuid4().hex)
-    roster = Roster(grid, config, data.label_names, federation, checkpoint.get("names", []), strategy.refuses)
-    roster.discover()
-    nodes = roster.nodes
-    if not roster.real and len(nodes) < len(data.partition):
-        remedy = f"{len(nodes)} nodes are there, and every client needs one; give flwr run --federation-config"
-        raise InputError(
-            "data.partition.clients", len(data.partition), f"{remedy} num-supernodes={len(data.partition)}"
-        )
-    if folder.resumed and config.privacy.mode == "example" and not (simulated or roster.real):
-        # Flower's runtimes keep a client's state for one of their runs: epsilon would begin at 0 again.
-        remedy = "the clients' ledgers ended with Flower's run; run anew with another output, or with fedlora run"
-        raise InputError("resume", True, remedy)
-    if roster.real:
+    def __init__(
+        self,
+        config: Config,
+        grid: Grid,
+        folder: RunFolder,
+        data: FederatedData,
+        method: FederatedStrategy,
+        *,
+        training: Strategy | None = None,
+        progress: Progress | None = None,
+        callbacks: Sequence[Callback] = (),
+        started: float | None = None,
+        simulated: bool = False,
+    ) -> None:
+        self.clock = started or time.perf_counter()
+        self.config, self.grid, self.folder, self.data, self.method = config, grid, folder, data, method
+        self.simulated, self.checkpoint, self.progress = simulated, folder.checkpoint, progress or Progress()
+        self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
+        own = training is None or isinstance(training, FederatedStrategy)
+        self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
+        self.totals = Totals()
+        self.dtype = wire_dtype(config.model.dtype)
+
+    def run(self) -> RunResult:
+        """Run, or go on with, the federation.
+
+        Raises
+        ------
+        InputError
+            If a private run is resumed whose clients' ledgers are gone, any run whose base model is another now, or the
+            model's examples depend on each other.
+        """
+        self.gather()
+        self.load()
+        self.connect()
+        self.rounds.summary()
+        for callback in self.callbacks:
+            callback.on_start(self)
+        for server_round in range(self.done + 1, self.config.run.rounds + 1):
+            self.round(server_round)
+        return self.finish()
+
+    def gather(self) -> None:
+        """Find out who is there."""
+        config, known = self.config, self.checkpoint.get("names", [])
+        key = str(self.checkpoint.get("federation") or uuid.uuid4().hex)
+        self.roster = Roster(self.grid, config, self.data.label_names, key, known, self.method.refuses)
+        self.roster.discover()
+        nodes, real = self.roster.nodes, self.roster.real
+        if not real and len(nodes) < len(self.data.partition):
+            clients = len(self.data.partition)
+            remedy = f"{len(nodes)} nodes are there, and every client needs one; give flwr run --federation-config"
+            raise InputError("data.partition.clients", clients, f"{remedy} num-supernodes={clients}")
+        if self.folder.resumed and self.method.private and not (self.simulated or real):
+            # Flower's runtimes keep a client's state for one of their runs: epsilon would begin at 0 again.
+            remedy = "the clients' ledgers ended with Flower's run; run anew with another output, or with fedlora run"
+            raise InputError("resume", True, remedy)
         # Kept at once: what nodes spend in a round that is lost belongs to this run all the same.
-        checkpoint["federation"], checkpoint["names"] = federation, roster.names
-        checkpoint.commit()
-    strategy.nodes, strategy.names = nodes, roster.names
-    strategy.on_reply = progress.on_client
-    if isinstance(rounds, FederatedStrategy):
-        rounds.nodes, rounds.names, rounds.on_reply = nodes, roster.names, progress.on_client
-        rounds.examples = roster.examples
+        self.checkpoint["federation"], self.checkpoint["names"] = key, self.roster.names
+        self.checkpoint.commit()
+        self.parts = Parts(key)
+        for half in {id(half): half for half in (self.method, self.rounds)}.values():
+            if isinstance(half, FederatedStrategy):
+                half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
+                half.on_reply = self.progress.on_client
 
-    if config.privacy.mode != "none" and (note := get_accountant(config.privacy.accountant).note):
-        log.warning(note)
+    def load(self) -> None:
+        """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
+        config, method = self.config, self.method
+        self.adapted: AdaptedModel = method.server_model(self.data)
+        check_model(self.folder, config, self.adapted)
+        note_environment(self.folder, environment(config))
+        for note in (*self.data.notes, *self.adapted.notes):
+            self.folder.tell(note)
+        for note in self.folder.notes:
+            self.progress.on_note(note)
+        mechanism = mechanism_of(config)
+        if mechanism.is_private and (note := get_accountant(config.privacy.accountant).note):
+            log.warning(note)
+        if mechanism.clips_examples and self.adapted.stacked_layers():
+            # Clients measure it too; here the run ends before anybody is asked.
+            check_sound(self.adapted, config, self.data.train.pad_token_id)
+        for half in {id(half): half for half in (method, self.rounds)}.values():
+            if isinstance(half, FederatedStrategy):
+                half.know(self.adapted)
+        self.done = int(self.checkpoint.get("round", 0))
+        frozen, changing = self._restore() if self.done else self._begin()
+        self.adapted.set_shared(frozen | changing)
+        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
+        # As they arrive: clients compare digests.
+        self.parts.set(INITIAL, decode(encode(frozen, self.dtype)), 0)
+        # In the model's order, which is that of the clients' replies; a file has another.
+        order = [name for name in self.adapted.names(method.changing()) if name in changing]
+        self.arrays = encode({name: changing[name] for name in order} | changing, self.dtype)
+        self._keep_stale(self.done)
+        self.totals.seconds["load"] += time.perf_counter() - self.clock
+        if not self.done:
+            began = time.perf_counter()
+            self.checkpoint["start"] = method.evaluate(self.adapted, self.data, 0)
+            self.totals.seconds["evaluate"] += time.perf_counter() - began
 
-    # 2. The model on the server, and where the arrays start: fresh, or from the checkpoint.
-    adapted = strategy.server_model(data)
-    check_model(folder, config, adapted)
-    note_environment(folder, environment(config))
-    for note in (*data.notes, *adapted.notes):
-        folder.tell(note)
-    for note in folder.notes:
-        progress.on_note(note)
-    if config.privacy.mode == "example" and adapted.stacked_layers():
-        # Clients measure it too; here the run ends before anybody is asked.
-        check_sound(adapted, config, data.train.pad_token_id)
-    done = int(checkpoint.get("round", 0))
-    totals = Totals()
-    if done:
-        frozen, trained = checkpoint.get_arrays("frozen") or {}, checkpoint.get_arrays("trained") or {}
-        totals.seconds.update(checkpoint.get("seconds"))
-        totals.epsilon.update(checkpoint.get("epsilon"))
-        if isinstance(rounds, FederatedStrategy):
-            rounds.load_state_dict(checkpoint.get("strategy", {}))
-    else:
-        start = strategy.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
-        names = set(adapted.names(strategy.trained))
-        frozen = {name: array for name, array in start.items() if name not in names}
-        trained = {name: array for name, array in start.items() if name in names}
-        checkpoint.set_arrays("frozen", frozen)
-    # In the model's order, which is that of the clients' replies; a file has another.
-    trained = {name: trained[name] for name in adapted.names(strategy.trained) if name in trained} | trained
-    adapted.set_shared(frozen | trained)
+    def _begin(self) -> tuple[Arrays, Arrays]:
+        """Make the start, divided into what rounds change and what they do not."""
+        start = self.method.start_arrays(self.adapted, self.data) | self.adapted.arrays(self.adapted.head_names)
+        changing = self.method.changing()
+        moves = {name for name in start if self.method.kind(name) in changing}
+        frozen = {name: array for name, array in start.items() if name not in moves}
+        self.checkpoint.set_arrays("frozen", frozen)
+        return frozen, {name: array for name, array in start.items() if name in moves}
 
-    # 3. The wire: every message is metered, frozen arrays go along with a client's first.
-    dtype = wire_dtype(config.model.dtype)
-    meter = MeteredGrid(AddressedGrid(grid), strategy.client_formula(adapted), roster.clients())
-    wire = InitialBroadcast(meter, encode(frozen, dtype))
-    wire.contacted = {nodes[client] for client in checkpoint.get("contacted", []) if client in nodes}
-    meter.totals.update(checkpoint.get("communication", {}))
-    settings = ConfigRecord(
-        {"parameterisation": strategy.parameterisation, "initial-digest": digest(decode(wire.arrays))}
-    )
-    if not frozen:
-        settings["initial-digest"] = ""
-    arrays = encode(trained, dtype)
-    totals.seconds["load"] += time.perf_counter() - clock
-    if not done:
+    def _restore(self) -> tuple[Arrays, Arrays]:
+        """Return what rounds do not change, and what they do, as the checkpoint holds them."""
+        saved = self.checkpoint
+        self.totals.seconds.update(saved.get("seconds"))
+        self.totals.epsilon.update(saved.get("epsilon"))
+        self.parts.load_state_dict(saved.get("parts"))
+        self.method.replied.update({int(r): clients for r, clients in saved.get("replied", {}).items()})
+        if self.rounds is not self.method and isinstance(self.rounds, FederatedStrategy):
+            self.rounds.replied = self.method.replied
+        if saved.get("chain"):
+            self.parts.chains[RESIDUAL] = Chain.from_arrays(saved.get_arrays("chain") or {}, saved.get("chain"))
+        state, tensors = saved.get("strategy", {}), saved.get_arrays("strategy") or {}
+        self.rounds.load_state_dict(_joined(state, tensors))
+        return saved.get_arrays("frozen") or {}, saved.get_arrays("trained") or {}
+
+    def connect(self) -> None:
+        """Put the meter and the parts around the Grid."""
+        clients = self.roster.clients()
+        formula = self.method.client_formula(self.adapted, self.parts)
+        self.meter = MeteredGrid(AddressedGrid(self.grid), formula, clients)
+        self.wire = Broadcast(self.meter, self.parts, clients, self.dtype)
+        self.meter.totals.update(self.checkpoint.get("communication", {}))
+
+    def round(self, server_round: int) -> None:
+        """Train, aggregate, evaluate and write one round."""
+        method, rounds = self.method, self.rounds
+        self.roster.refresh()
+        self._present()
+        roles = method.roles(self.config, server_round)
+        stale = [kind for kind in sorted(method.changing()) if kind in roles and roles[kind].down == "stale"]
+        self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
         began = time.perf_counter()
-        checkpoint["start"] = strategy.evaluate(adapted, data, 0)
-        totals.seconds["evaluate"] += time.perf_counter() - began
-
-    # 4. Rounds.
-    trackers = open_trackers(config, folder.path)
-    network, seed = network_profile(config.network), link_seed(config)
-    rounds.summary()
-    progress.on_start(config.run.rounds, done, len(strategy.sample(done + 1)))
-    for server_round in range(done + 1, config.run.rounds + 1):
-        roster.refresh()
-        strategy.nodes, meter.clients = roster.present(), roster.clients()
-        if isinstance(rounds, FederatedStrategy):
-            rounds.nodes, rounds.waits = roster.present(), roster.real
-        began = time.perf_counter()
-        # For a strategy that knows no schedule; fedlora's own set it themselves.
-        settings["learning-rate"] = strategy.learning_rate(server_round)
-        messages = rounds.configure_train(server_round, arrays, settings, wire)
-        replies = _Recorded(
-            wire.send_and_receive(_in_round(messages, server_round, roster), timeout=config.server.timeout), roster
-        )
-        aggregated, mean = rounds.aggregate_train(server_round, replies)
-        exchange = time.perf_counter() - began
-        report = rounds.report if isinstance(rounds, FederatedStrategy) else replies.report
-        roster.after_round(report)
-        # fedlora's own strategies say themselves when a round of failures ends the run, and what is no mean.
-        if not isinstance(rounds, FederatedStrategy):
-            if report.clients and len(report.failed) == len(report.clients):
-                said = str(report.failed[0]["error"]).strip().rpartition("\n")[2]
-                raise RunError(f"every client of round {server_round} failed: {said}")
-            if aggregated is not None and not is_finite(decode(aggregated).values()):
-                aggregated, report.uncounted = None, "the aggregate is not finite"
-        if aggregated is not None:
-            arrays = aggregated
-        else:
+        messages = rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
+        timeout = self.config.server.timeout
+        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
+        aggregated, mean = rounds.aggregate_train(server_round, _told(replies, self.roster))
+        exchange, report = time.perf_counter() - began, rounds.report
+        self.roster.after_round(report)
+        if aggregated is None:
             log.warning("round %d does not count: %s", server_round, report.uncounted or "its strategy gave no arrays")
-        adapted.set_shared(decode(arrays))
-        refined = strategy.refine(adapted, data, server_round)
+        else:
+            self._take(aggregated, server_round)
+        refined = method.refine(self.adapted, self.data, server_round)
         if refined is not None:
-            arrays = encode(refined, dtype)
-            adapted.set_shared(refined)
+            self._take(encode(refined, self.dtype), server_round)
         began = time.perf_counter()
-        due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
-        metrics = strategy.evaluate(adapted, data, server_round) if due else {}
-        seconds = _seconds(report, exchange, time.perf_counter() - began)
+        due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
+        metrics = method.evaluate(self.adapted, self.data, server_round) if due else {}
+        seconds = round_seconds(report, exchange, time.perf_counter() - began)
         for name, value in seconds.items():
-            totals.seconds[name] += value
-        line = _line(server_round, report, mean, metrics, seconds, aggregated is not None, config)
+            self.totals.seconds[name] += value
         for client, row in report.metrics.items():
             if "epsilon" in row:
-                totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]  # type: ignore[arg-type]
-        line["epsilon"] = max((e for e, _ in totals.epsilon.values()), default=None)
-        line["communication"] = dict(meter.totals)
-        # 5. The checkpoint: the round is there whole, or not at all.
-        totals.seconds["total"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        checkpoint["round"] = server_round
-        checkpoint["seconds"] = dict(totals.seconds)
-        checkpoint["epsilon"] = totals.epsilon
-        checkpoint["contacted"] = [client for client, node in nodes.items() if node in wire.contacted]
-        checkpoint["communication"] = meter.totals
-        if roster.real:
-            checkpoint["names"] = roster.names
-        checkpoint["strategy"] = rounds.state_dict() if isinstance(rounds, FederatedStrategy) else {}
-        checkpoint.set_arrays("trained", decode(arrays))
-        rows = meter.take_rows()
-        line["network"] = round_network(rows, network, seed) if network is not None else None
-        folder.add_round(line, map(row_dict, rows), _privacy_rows(server_round, report))
-        for show in (*trackers, progress.on_round):
-            show(line)
+                self.totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]
+        line = round_line(server_round, report, mean, metrics, seconds, aggregated is not None, self.config)
+        line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
+        line["communication"] = dict(self.meter.totals)
+        self.totals.seconds["total"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        self.done = server_round
+        outcome = Outcome(server_round, line, self.meter.take_rows(), report)
+        for callback in self.callbacks:
+            callback.on_round(self, outcome)
 
-    # 6. The result.
-    strategy.export(adapted, data, folder.path)
-    plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}")
-    fairness = None
-    if config.server.evaluate_clients and simulated:
-        began = time.perf_counter()
-        clients = evaluate_clients(adapted, data.train, data.partition, config.server.batch_size)
-        folder.write_clients(clients)
-        fairness = _fairness(clients, covered=config.privacy.mode == "none")
-        totals.seconds["evaluate"] += time.perf_counter() - began
-    elif config.server.evaluate_clients:
-        log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")
-    totals.seconds["total"] += time.perf_counter() - clock
-    return folder.finish(
-        summarise(config, folder, strategy, adapted, nodes, meter.totals, totals) | {"fairness": fairness}
-    )
+    def _present(self) -> None:
+        """Tell everybody who may be asked in this round."""
+        present, clients = self.roster.present(), self.roster.clients()
+        self.method.nodes, self.meter.clients, self.wire.clients = present, clients, clients
+        if isinstance(self.rounds, FederatedStrategy):
+            self.rounds.nodes, self.rounds.waits = present, self.roster.real
 
+    def _take(self, record: ArrayRecord, server_round: int) -> None:
+        """Make a round's aggregate the global arrays; what is an increment is added to the residual."""
+        roles = self.method.roles(self.config, server_round)
+        added = (
+            {n for n in record if n.rpartition(".")[2].partition("_")[0] == RESIDUAL} if RESIDUAL in roles else set()
+        )
+        if added:
+            self.parts.add(RESIDUAL, decode(ArrayRecord({name: record[name] for name in sorted(added)})), server_round)
+            self.adapted.set_residual(self.parts.chains[RESIDUAL].total)
+            record = ArrayRecord({name: array for name, array in record.items() if name not in added})
+        self.arrays = record
+        self.adapted.set_shared(decode(record))
+        self._keep_stale(server_round)
 
-def summarise(
-    config: Config,
-    folder: RunFolder,
-    strategy: FederatedStrategy,
-    adapted: AdaptedModel,
-    nodes: dict[int, int],
-    communication: dict[str, int],
-    totals: Totals,
-) -> dict[str, Any]:
-    """Return the content of summary.json."""
-    lines = folder.rounds()
-    evaluated = [line for line in lines if line["metrics"]]
-    final = {k: v for k, v in evaluated[-1]["metrics"].items() if k != "validation"} if evaluated else {}
-    epsilons = [epsilon for epsilon, _ in totals.epsilon.values()]
-    epsilon = None
-    if epsilons:
-        epsilon = {
-            "max": max(epsilons),
-            "mean": sum(epsilons) / len(epsilons),
-            "delta": config.privacy.target_delta,
-            "accountant": config.privacy.accountant,
-            "mode": config.privacy.mode,
-            "unit": mechanism_of(config).unit,
-            "covers_init": strategy.covers_init,
-        }
-    names = adapted.names(strategy.trained)
-    order = ("total", "load", "train", "communicate", "aggregate", "evaluate")
-    return {
-        "method": config.method.name,
-        "seed": config.run.seed,
-        "rounds": config.run.rounds,
-        "clients": len(nodes),
-        "start": folder.checkpoint.get("start"),
-        "final": final,
-        "best": _best(evaluated),
-        "trainable_parameters": sum(adapted.parameter(name)[0].numel() for name in names),
-        "epsilon": epsilon,
-        "communication": communication,
-        "network": _network(config, lines),
-        "seconds": {name: totals.seconds[name] for name in order},
-        "environment": environment(config),
-        **strategy.facts(adapted),
-    }
+    def _keep_stale(self, made: int) -> None:
+        """Set the current version of the arrays that change, and are sent to clients that lack them."""
+        config = self.config
+        # Two rounds show what alternates.
+        rounds = [self.method.roles(config, r) for r in range(made + 1, min(made + 2, config.run.rounds) + 1)]
+        kinds = {k for roles in rounds for k, role in roles.items() if role.down == "stale" and not role.increment}
+        last = (self.checkpoint.get("parts") or {}).get("made", {}) if made == self.done else {}
+        for kind in sorted(kinds & self.method.changing()):
+            arrays = decode(ArrayRecord({n: a for n, a in self.arrays.items() if self.method.kind(n) == kind}))
+            self.parts.set(kind, arrays, int(last.get(kind, made)))
+
+    def save(self, server_round: int) -> None:
+        """Put into the checkpoint what a resumed run starts from."""
+        saved = self.checkpoint
+        saved["round"] = server_round
+        saved["seconds"] = dict(self.totals.seconds)
+        saved["epsilon"] = self.totals.epsilon
+        saved["communication"] = self.meter.totals
+        saved["parts"] = self.parts.state_dict()
+        saved["replied"] = {str(r): clients for r, clients in self.method.replied.items()}
+        saved["names"] = self.roster.names
+        state, tensors = _divided(self.rounds.state_dict())
+        saved["strategy"] = state
+        if tensors:
+            saved.set_arrays("strategy", tensors)
+        if RESIDUAL in self.parts.chains:
+            arrays, saved["chain"] = self.parts.chains[RESIDUAL].to_arrays()
+            saved.set_arrays("chain", arrays)
+        saved.set_arrays("trained", decode(self.arrays))
+
+    def finish(self) -> RunResult:
+        """Export the result and write the summary."""
+        config, folder = self.config, self.folder
+        self.method.export(self.adapted, self.data, folder.path)
+        for callback in self.callbacks:
+            callback.on_end(self)
+        spread = None
+        if config.server.evaluate_clients and self.simulated:
+            began = time.perf_counter()
+            size = config.server.batch_size
+            clients = evaluate_clients(self.adapted, self.data.train, self.data.partition, size)
+            folder.write_clients(clients)
+            spread = fairness(clients, covered=not mechanism_of(config).is_private)
+            self.totals.seconds["evaluate"] += time.perf_counter() - began
+        elif config.server.evaluate_clients:
+            log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")
+        self.totals.seconds["total"] += time.perf_counter() - self.clock
+        return folder.finish(summarise(self) | {"fairness": spread})
 
 
-def _network(config: Config, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Add up what the rounds' messages take on the simulated links."""
-    if config.network.profile == "none":
-        return None
-    of_rounds = [line["network"]["seconds"] for line in lines]
-    return {"profile": config.network.profile, "seed": link_seed(config), "seconds": sum(of_rounds)}
-
-
-def _fairness(clients: list[dict[str, Any]], covered: bool) -> dict[str, Any]:
-    """Describe how the final model's accuracy (loss, for language models) spreads; each client counts once."""
-    name = "accuracy" if "accuracy" in clients[0] else "loss"
-    values = np.array([row[name] for row in clients])
-    return {
-        "metric": name,
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-        "min": float(values.min()),
-        "max": float(values.max()),
-        # It is computed from the clients' examples without noise.
-        "covered": covered,
-    }
-
-
-def environment(config: Config) -> dict[str, Any]:
-    """Return the versions and the machine that a result depends on."""
-    packages = ("fedlora", "torch", "flwr", "opacus", "transformers", "ray", "peft", "numpy")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and config.simulation.gpus_per_worker else None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "gpu": gpu,
-        "versions": {name: _version(name) for name in packages},
-        "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        return None
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it.
-
-    Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
-    """
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return os.environ.get("FEDLORA_COMMIT") or None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The round that validation prefers; without validation there is none, since choosing on test would flatter."""
-    lines = [line for line in evaluated if "validation" in line["metrics"]]
-    if not lines:
-        return None
-
-    def score(line: dict[str, Any]) -> float:
-        metrics = line["metrics"]["validation"]
-        if "accuracy" in metrics:
-            return float(metrics["accuracy"])
-        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
-
-    line = max(lines, key=score)
-    return {"round": line["round"], **line["metrics"]["validation"]}
-
-
-class _Recorded:
-    """Replies on their way to a strategy of any kind, with what the run folder needs of them."""
-
-    def __init__(self, replies: Iterable[Message], roster: Roster) -> None:
-        self._replies, self._roster = replies, roster
-        self._clients = roster.clients()
-        self._mechanism = mechanism_of(roster.config)
-        self.report = RoundReport()
-
-    def __iter__(self) -> Any:
-        for reply in self._replies:
-            client = self._clients.get(reply.metadata.src_node_id, -1)
-            self.report.clients.append(client)
-            if reply.has_error():
-                node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
-                reply.error.__dict__["_reason"] = self._roster.told(node, code, reason)
-                error = {"client": client, "code": reply.error.code, "error": reply.error.reason}
-                self.report.failed.append(error)
-            else:
-                # A user's own client may answer otherwise; what the strategy makes of that is its own affair.
-                try:
-                    metrics = read_metrics(reply.content.get("metrics"), mechanism=self._mechanism)  # type: ignore[arg-type]
-                except ReplyError:
-                    metrics = MetricRecord()
-                self.report.metrics[client] = metrics
-            yield reply
+def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
+    """Put the server's words for what a node's error says into its place."""
+    for reply in replies:
+        if reply.has_error():
+            node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
+            set_reason(reply.error, roster.told(node, code, reason))
+        yield reply
 
 
 def _in_round(messages: Iterable[Message], server_round: int, roster: Roster) -> Iterable[Message]:
     """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
     clients = roster.clients()
     for message in messages:
+        settings = message.content.get("config")
+        if isinstance(settings, ConfigRecord):  # a strategy that knows no rounds does not say it
+            settings["server-round"] = server_round
         message.metadata.group_id = str(server_round)
         message.metadata.ttl = roster.config.server.timeout
         if roster.real:
@@ -445,53 +357,21 @@ def _in_round(messages: Iterable[Message], server_round: int, roster: Roster) ->
         yield message
 
 
-def _seconds(report: RoundReport, exchange: float, evaluation: float) -> dict[str, float]:
-    """Split a round's wall time: training is the busiest worker's, communication what is left of the exchange."""
-    workers: dict[Any, float] = defaultdict(float)
-    for row in report.metrics.values():
-        workers[row.get("worker")] += float(row.get("seconds", 0.0))  # type: ignore[arg-type]
-    train = min(exchange, max(workers.values(), default=0.0))
-    aggregate = min(exchange - train, report.aggregate_seconds)
-    communicate = exchange - train - aggregate
-    return {"train": train, "communicate": communicate, "aggregate": aggregate, "evaluate": evaluation}
+def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    """Divide a state into JSON values and tensors, ``KEY/NAME`` for those of a dict."""
+    plain: dict[str, Any] = {}
+    tensors: Arrays = {}
+    for key, value in state.items():
+        if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
+            tensors |= {f"{key}\n{name}": item for name, item in value.items()}
+        else:
+            plain[key] = value
+    return plain, tensors
 
 
-def _line(
-    server_round: int,
-    report: RoundReport,
-    mean: MetricRecord | None,
-    metrics: dict[str, Any],
-    seconds: dict[str, float],
-    counted: bool,
-    config: Config,
-) -> dict[str, Any]:
-    private = config.privacy.mode != "none"
-    return {
-        "round": server_round,
-        "metrics": metrics,
-        "train_loss": mean.get("loss") if mean is not None else None,
-        # Under DP the training loss is for the simulation's eyes: no noise covers it.
-        "train_loss_covered": not private,
-        "clients": report.clients,
-        "failed": report.failed,
-        "counted": counted,
-        "uncounted": report.uncounted or None,
-        "drift": report.drift,
-        "seconds": seconds,
-    }
-
-
-def _privacy_rows(server_round: int, report: RoundReport) -> list[dict[str, Any]]:
-    return [
-        {
-            "round": server_round,
-            "client": client,
-            "steps": row["steps"],
-            "sample_rate": row["sample-rate"],
-            "noise_multiplier": row["noise-multiplier"],
-            "epsilon": row["epsilon"],
-            "delta": row["delta"],
-        }
-        for client, row in sorted(report.metrics.items())
-        if "epsilon" in row
-    ]
+def _joined(state: dict[str, Any], tensors: Arrays) -> dict[str, Any]:
+    found = dict(state)
+    for full, tensor in tensors.items():
+        key, _, name = full.partition("\n")
+        found.setdefault(key, {})[name] = tensor
+    return found

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from fedlora.adapters import AdaptedModel
 from fedlora.communication.wire import Arrays
+from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from strategies.base import FederatedStrategy, Payload, drawn_factors
+from fedlora.roles import HEAD, TRAINED, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
 
 
 class FedIT(FederatedStrategy):
@@ -20,16 +22,19 @@ class FedIT(FederatedStrategy):
     name = "fedit"
     title = "FedIT: both factors averaged"
     paper = "arXiv 2305.05644"
-    parameterisation = "lora"
-    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    color, marker = "green", "diamond"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """Both factors are trained."""
+        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """A drawn for every layer, B = 0."""
         return drawn_factors(adapted, self.config.run.seed)
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r (m + n) a layer, both ways."""
-        numbers = sum(rank * (m + n) for m, n in layers) + head
+        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
         return Payload(initial=0, down=numbers, up=numbers)

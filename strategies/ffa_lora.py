@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from fedlora.adapters import AdaptedModel
 from fedlora.communication.wire import Arrays
+from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from strategies.base import FederatedStrategy, Payload, drawn_factors
+from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
 
 
 class FFALoRA(FederatedStrategy):
@@ -20,16 +22,20 @@ class FFALoRA(FederatedStrategy):
     name = "ffa-lora"
     title = "FFA-LoRA: A frozen, B averaged"
     paper = "arXiv 2403.12313"
-    parameterisation = "lora"
-    trained: ClassVar[tuple[str, ...]] = ("lora_B",)
+    exact = True
+    color, marker = "vermilion", "square"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 4e-2, "sgd": 1.0}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """B is trained; A is sent once."""
+        return {"lora_A": FROZEN, "lora_B": TRAINED, HEAD: TRAINED}
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """A0 drawn for every layer, B = 0."""
         return drawn_factors(adapted, self.config.run.seed)
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: int, head: int) -> Payload:
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r m a layer, both ways; A0 once, r n."""
-        numbers = sum(rank * m for m, _ in layers) + head
-        return Payload(initial=sum(rank * n for _, n in layers), down=numbers, up=numbers)
+        numbers = sum(sizes.rank * m for m, _ in sizes.layers) + sizes.head
+        return Payload(initial=sum(sizes.rank * n for _, n in sizes.layers), down=numbers, up=numbers)

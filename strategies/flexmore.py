@@ -5,35 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import nn
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.expert import FACTORS, KIND, check_rank, trained_rank
+from fedlora.adapters.expert import FACTORS, adapt_experts, check_rank, trained_rank
 from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
-from fedlora.config import Config
+from fedlora.communication.wire import Arrays, decode, wire_dtype
+from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import ClientErrorCode, InputError, plain_text
+from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
+from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
-from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.roles import FROZEN, Role, Roles
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
+from fedlora.strategies.replies import ReplyError
+from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
-from strategies.base import FederatedStrategy, Payload, Planned, RoundReport
-from strategies.replies import ReplyError, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 
@@ -72,8 +74,13 @@ class FlexMoRE(FederatedStrategy):
     name = "flexmore"
     title = "FlexMoRE: experts of mixed ranks in one mixture"
     paper = "arXiv 2602.08818"
-    parameterisation = KIND
-    trained: ClassVar[tuple[str, ...]] = FACTORS
+    exact = True
+    mixed_ranks = True
+    color, marker = "purple", "up"
+    Options = ExpertOptions
+    options: ExpertOptions
+    parameterisation = "expert"
+    client = "fedlora.clients.flexmore:OwnersHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
 
     def __init__(self, config: Config) -> None:
@@ -83,16 +90,63 @@ class FlexMoRE(FederatedStrategy):
         self.public_digest = ""
         self.projections: dict[str, tuple[int, int]] = {}
         self.routers: dict[str, int] = {}
-        self._arrays: Arrays = {}
+        self._experts: dict[str, Arrays] = {}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """All of an expert is trained, and started by its owner; the public expert's rows are sent once."""
+        own = Role(trained=True, down="round", up="value", made_by="client")
+        return dict.fromkeys(FACTORS, own) | {"public_router": FROZEN}
+
+    @classmethod
+    def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:
+        """Put an owner's expert beside every feed-forward block."""
+        return adapt_experts(model, config)
+
+    # Options.
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Check the task, every client's rank, and that there is public text where it is read."""
+        options = expert_options(config)
+        if config.model.task != "causal-lm":
+            remedy = f"{cls.name} makes a mixture of language models; use causal-lm"
+            raise InputError("model.task", config.model.task, remedy)
+        _check_ranks(options, config)
+        reads_public = {
+            "router_init": options.router_init == "public",
+            "router_tuning_steps": options.router_tuning_steps > 0,
+        }
+        for key, reads in reads_public.items():
+            if reads and config.data.public is None:
+                remedy = "needs data.public: examples that the server may read"
+                raise InputError(f"method.{key}", getattr(options, key), remedy)
+
+    @classmethod
+    def unused(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Experts lie in the feed-forward blocks, and have ranks of their own where these are given."""
+        options = expert_options(config)
+        yield "target_modules exclude_modules", f"{cls.name} adapts the feed-forward blocks"
+        if options.ranks is not None or options.device_profile is not None:
+            yield "rank", "every client has a rank of its own"
+        if options.router_init == "public":
+            yield "router_documents", "router rows start from public text"
+        if options.router_tuning_steps == 0:
+            yield "router_tuning_learning_rate", "the router is not tuned"
+
+    @classmethod
+    def start_examples(cls, config: Config) -> int:
+        """Router rows start from so many of an owner's documents, or from public text."""
+        options = expert_options(config)
+        return options.router_documents if options.router_init == "documents" else 0
 
     # What a client is.
 
     def server_model(self, data: FederatedData, device: str | None = None) -> MergedModel:
         """Load the public model as a mixture without experts; learn the clients' ranks and owners."""
-        method = self.config.method
         public = load_base(self.config, None, device or self.server_device())
         mixture = Mixture.of(
-            public, num_experts_per_tok=method.num_experts_per_tok, norm_topk_prob=method.norm_topk_prob
+            public, num_experts_per_tok=self.options.num_experts_per_tok, norm_topk_prob=self.options.norm_topk_prob
         )
         owners = self.names or client_owners(data)
         ranks = client_ranks(self.config, self.names or data.client_names, complete=not self.names)
@@ -114,7 +168,7 @@ class FlexMoRE(FederatedStrategy):
             return InputError("name", name, "is what results call a model; that node does not take part, rename it")
         if not has_rank(self.config, client, name):
             remedy = f"has no rank for node {name}, which does not take part; add it"
-            return InputError("method.ranks", self.config.method.ranks, remedy)
+            return InputError("method.ranks", self.options.ranks, remedy)
         return None
 
     def enrol(self, ranks: list[Rank], owners: list[str]) -> None:
@@ -126,7 +180,7 @@ class FlexMoRE(FederatedStrategy):
                 raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
         layers = list(self.projections.values())
         for client, rank in enumerate(ranks[known:], known):
-            check_rank(rank, self.projections, "method.ranks" if self.config.method.ranks else "method.rank")
+            check_rank(rank, self.projections, "method.ranks" if self.options.ranks else "method.rank")
             if rank != FULL and rank > break_even_rank(layers):
                 log.warning(
                     "client %d (%s): rank %d is above the break-even rank %.0f, from which a full expert costs no more",
@@ -140,30 +194,21 @@ class FlexMoRE(FederatedStrategy):
 
     # The wire.
 
-    @classmethod
-    def payload(cls, layers: list[tuple[int, int]], rank: Rank, head: int) -> Payload:
-        """r (m + n) a projection, or m n where it is full, and the router rows (``head``); down once there is one."""
-        count = numbers(layers, rank) + head
-        return Payload(initial=0, down=count, up=count)
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
+        """By the client's own rank: r (m + n) a projection, or m n where it is full, and the router rows.
 
-    def client_formula(self, adapted: AdaptedModel) -> Callable[[int, int, str], int]:
-        """Each client's payload by its own rank; once, the router rows' start, where public text makes it."""
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
-        rows = sum(self.routers.values()) if self.config.method.router_init == "public" else 0
-
-        def formula(server_round: int, client: int, direction: str) -> int:
-            return size * (rows if direction == "initial" else self.expert_numbers(self.ranks[client]))
-
-        return formula
+        Down once its owner has an expert. Once, the router rows' start, where public text makes it.
+        """
+        count = self.expert_numbers(self.ranks[contact.client])
+        owner = self.owners[contact.client]
+        known = any(self.owners[client] == owner for clients in contact.replied.values() for client in clients)
+        rows = sum(self.routers.values()) if self.options.router_init == "public" else 0
+        return Payload(initial=rows, down=count if known else 0, up=count)
 
     def expert_numbers(self, rank: Rank) -> int:
         """Count the numbers of an expert of a rank, with its router rows."""
         head = sum(self.routers.values()) + len(self.routers)
-        return self.payload(list(self.projections.values()), rank, head).up
-
-    def holds(self, client: int, answered: Collection[int]) -> bool:
-        """A client gets its owner's expert, once there is one."""
-        return any(self.owners[other] == self.owners[client] for other in answered)
+        return numbers(list(self.projections.values()), rank) + head
 
     def planned(self, adapted: AdaptedModel) -> Planned:
         """Every owner whose clients are asked has an expert at the end, which is evaluated on its own too."""
@@ -182,13 +227,13 @@ class FlexMoRE(FederatedStrategy):
         Else the public expert's are 0, and nothing is sent. FlexOlmo's come from public documents; beside rows from the
         owners' documents, 0 makes the better mixture (experiments/studies).
         """
-        if self.config.method.router_init != "public":
+        if self.options.router_init != "public":
             return {}
         assert data.public is not None
         assert isinstance(adapted, MergedModel)
         rows = np.arange(len(data.public))
         chosen = np.sort(np.random.default_rng(self.config.run.seed).permutation(rows))
-        chosen = chosen[: self.config.method.router_documents]
+        chosen = chosen[: self.options.router_documents]
         mixture = adapted.mixture
         states = mean_states(adapted, mixture.blocks, data.public, chosen, self.config.server.batch_size)
         return {f"{path}.public_router": router_row(row)[None] for path, row in zip(self.routers, states, strict=True)}
@@ -199,63 +244,42 @@ class FlexMoRE(FederatedStrategy):
         """Send every client its owner's expert, at its own rank; nothing where there is none yet."""
         if len(self.names) > len(self.owners):  # nodes that came after the start
             self.enrol(client_ranks(self.config, self.names, complete=False), self.names)
-        self._arrays = decode(arrays)
-        self.report = RoundReport(clients=self.sample(server_round))
-        experts = split_owners(self._arrays)
-        records: dict[tuple[str, Rank], ArrayRecord] = {}
-        messages = []
-        for client in self.report.clients:
-            owner, rank = self.owners[client], self.ranks[client]
-            if (owner, rank) not in records:
-                known = owner in experts
-                part = self._at_rank(expert_of(owner, experts[owner]), rank).arrays if known else {}
-                records[owner, rank] = encode(part, wire_dtype(self.config.model.dtype))
-            settings = ConfigRecord(dict(config))
-            settings["server-round"] = server_round
-            rate = self.learning_rate(server_round)
-            settings["learning-rate"] = rate * (FULL_RATE if trained_rank(self.config, rank) == FULL else 1.0)
-            settings["rank"] = str(rank)
-            content = RecordDict({"arrays": records[owner, rank], "config": settings})
-            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round)))
-        return messages
+        self._experts = split_owners(decode(arrays))
+        return super().configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def client_arrays(self, client: int) -> tuple[Hashable, Arrays]:
+        """Its owner's expert at its rank."""
+        owner, rank = self.owners[client], self.ranks[client]
+        known = owner in self._experts
+        part = self._at_rank(expert_of(owner, self._experts[owner]), rank).arrays if known else {}
+        return (owner, rank), part
+
+    def client_shapes(self, client: int) -> Shapes:
+        """Those of an expert of the rank that it declared."""
+        return array_shapes(self.projections, self.routers, self.ranks[client])
+
+    def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
+        """Its rank, and the learning rate that goes with it."""
+        rank = self.ranks[client]
+        settings = super().client_settings(client, server_round)
+        full = trained_rank(self.config, rank) == FULL
+        settings["learning-rate"] = self.learning_rate(server_round) * (FULL_RATE if full else 1.0)
+        settings["rank"] = str(rank)
+        return settings
+
+    def aggregate(self, updates: Updates) -> Arrays | None:
         """Merge: an owner's new expert takes the place of its last one; several clients' are combined in dW."""
-        received: dict[str, list[tuple[int, Expert]]] = {}
-        for client, message in self.valid_replies(replies, str(server_round)):
-            started = time.perf_counter()
-            try:
-                expert, self.report.metrics[client] = self.read_expert(client, message)
-                received.setdefault(expert.owner, []).append((client, expert))
-            except ReplyError as error:
-                self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
-            self.report.aggregate_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        record = None
-        if self.enough_replies():
-            merged = split_owners(self._arrays)
-            for owner, parts in received.items():
-                weighed = [(self.weight(client), expert) for client, expert in parts]
-                merged[owner] = self._combined(owner, weighed).arrays
-            arrays = {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
-            if is_finite(arrays.values()):
-                record = encode(arrays, wire_dtype(self.config.model.dtype))
-            else:
-                self.report.uncounted = "the merged experts are not finite"
-        self.report.aggregate_seconds += time.perf_counter() - started
-        return record, self.mean_metrics()
+        received: dict[str, list[tuple[float, Expert]]] = {}
+        for update in updates:
+            expert = self._expert(update.client, update.arrays)
+            received.setdefault(expert.owner, []).append((update.weight, expert))
+        merged = dict(self._experts)
+        for owner, parts in received.items():
+            merged[owner] = self._combined(owner, parts).arrays
+        return {f"{owner}/{name}": array for owner in sorted(merged) for name, array in merged[owner].items()}
 
-    def read_expert(self, client: int, message: Message) -> tuple[Expert, MetricRecord]:
-        """Return a reply's expert and metrics.
-
-        Raises
-        ------
-        ReplyError
-            If the client trained against other public weights, says or sends another rank than it declared, the
-            arrays are not of that rank's names and shapes, or they or an update that they make are not finite.
-        """
+    def check_reply(self, client: int, message: Message) -> None:
+        """Refuse a client that trained against other public weights, or says another rank than it declared."""
         facts = message.content.get("expert")
         if not isinstance(facts, ConfigRecord):
             raise ReplyError("it does not say its rank and public weights")
@@ -264,18 +288,20 @@ class FlexMoRE(FederatedStrategy):
             raise ReplyError(plain_text(f"its rank is {facts.get('rank')!r}, but it declared {rank}"))
         if facts.get("public-digest") != self.public_digest:
             raise ReplyError("it trained against other public weights than the server's")
-        shapes, dtype = array_shapes(self.projections, self.routers, rank), wire_dtype(self.config.model.dtype)
-        vector, metrics = read_update(message, shapes, dtype, mechanism=mechanism_of(self.config))
-        parts = vector.split([math.prod(shape) for shape in shapes.values()])
-        arrays = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
-        expert = Expert(self.owners[client], rank, arrays, self.public_digest)
+
+    def check_update(self, update: Update) -> None:
+        """Refuse factors that are finite, but whose product is not."""
+        expert = self._expert(update.client, update.arrays)
         for path in self.projections:
-            update = expert.update(path)
-            factors = (update,) if isinstance(update, torch.Tensor) else update
-            # Finite factors may have a product that is not; no entry of it is above the product of their norms.
-            if not math.prod(float(torch.linalg.vector_norm(f)) for f in factors) < torch.finfo(dtype).max:
+            found = expert.update(path)
+            factors = (found,) if isinstance(found, torch.Tensor) else found
+            # No entry of a product is above the product of the factors' norms.
+            largest = torch.finfo(update.vector.dtype).max
+            if not math.prod(float(torch.linalg.vector_norm(f)) for f in factors) < largest:
                 raise ReplyError(f"the update of {path} is not finite")
-        return expert, metrics
+
+    def _expert(self, client: int, arrays: Arrays) -> Expert:
+        return Expert(self.owners[client], self.ranks[client], arrays, self.public_digest)
 
     def _combined(self, owner: str, parts: list[tuple[float, Expert]]) -> Expert:
         """Combine the experts of one owner's clients: sum p_i dW_i, at the owner's rank, and the mean of the rows."""
@@ -306,7 +332,7 @@ class FlexMoRE(FederatedStrategy):
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
         """After the last round, tune the routers on public text, if so configured."""
-        if not self.config.method.router_tuning_steps or server_round != self.config.run.rounds:
+        if not self.options.router_tuning_steps or server_round != self.config.run.rounds:
             return None
         assert isinstance(adapted, MergedModel)
         assert data.public is not None
@@ -370,7 +396,7 @@ class FlexMoRE(FederatedStrategy):
         return {
             "experts": experts,
             "break_even_rank": break_even_rank(list(self.projections.values())),
-            "router_tuned": self.config.method.router_tuning_steps > 0,
+            "router_tuned": self.options.router_tuning_steps > 0,
         }
 
     def summary(self) -> None:
@@ -393,6 +419,25 @@ def client_owners(data: FederatedData) -> list[str]:
         if all(len(found) == 1 for found in domains):
             return [data.domain_names[int(found[0])] for found in domains]
     return [name if name.strip("0123456789") else f"client-{name}" for name in data.client_names]
+
+
+def _check_ranks(options: ExpertOptions, config: Config) -> None:
+    """Refuse ranks that are given twice, or fewer or more than the clients, and shares that do not sum to 1."""
+    ranks, profile = options.ranks, options.device_profile
+    if ranks is not None and profile is not None:
+        raise InputError("method.ranks", ranks, "give ranks or device_profile, not both")
+    if ranks is not None and not ranks:
+        raise InputError("method.ranks", ranks, "is empty; give a rank for every client")
+    clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
+    most = math.inf if config.data.name == NODES else clients  # more nodes may come than the run waits for
+    if isinstance(ranks, list) and clients is not None and not clients <= len(ranks) <= most:
+        raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
+    for rank in profile or ():
+        if rank != FULL and not (rank.isdecimal() and int(rank) > 0):
+            remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'
+            raise InputError("method.device_profile", rank, remedy)
+    if profile is not None and abs(sum(profile.values()) - 1) > 1e-6:
+        raise InputError("method.device_profile", profile, "its shares must sum to 1")
 
 
 def _named(path: str, update: Any) -> Arrays:

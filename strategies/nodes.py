@@ -12,9 +12,10 @@ from flwr.serverapp import Grid
 from fedlora.communication.decorator import GridDecorator
 from fedlora.config import NODES, Config
 from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError, plain_text
+from fedlora.flower import set_source
 from fedlora.node.names import NODE_RECORD, labels_digest
-from strategies.base import UNAVAILABLE, RoundReport
-from strategies.replies import ReplyError, first_replies, read_description
+from fedlora.strategies.base import UNAVAILABLE, RoundReport
+from fedlora.strategies.replies import ReplyError, first_replies, read_description
 
 log = logging.getLogger("fedlora")
 
@@ -356,5 +357,5 @@ def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Me
     for reply in replies:
         node = asked.get(reply.metadata.reply_to_message_id)
         if reply.has_error() and node is not None and reply.metadata.src_node_id not in asked.values():
-            reply.metadata.__dict__["_src_node_id"] = node
+            set_source(reply, node)
         yield reply

@@ -15,8 +15,8 @@ from fedlora.data.tokens import prepare_data
 from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
 from fedlora.results.identity import check_data
-from strategies import get_strategy
-from strategies.federation import run_federation
+from fedlora.strategies.base import get_strategy
+from fedlora.strategies.federation import Federation
 
 log = logging.getLogger("fedlora")
 
@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
                 method = get_strategy(config.method.name)
                 data = prepare_data(config)
                 check_data(folder, config, data)
-                run_federation(config, grid, folder, data, method(config))
+                Federation(config, grid, folder, data, method(config)).run()
     except InputError as error:
         # Of an exception Flower passes on the text alone; the mark tells whose mistake it is.
         raise RunError(f"{INPUT_MARK}{error}") from None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fedlora.config import Config
+from fedlora.methods import methods
 
 BASE: dict[str, Any] = {
     "model": {"name": "asset:minilm-l6"},
@@ -44,7 +45,9 @@ def accepted(annotation: Any) -> tuple[set[type], set[str]]:
     return ({int, float} if kind is float else {kind}), set()
 
 
-KEYS = dict(keys())
+OPTIONS = {name: dict(keys(method.Options, "method.")) for name, method in methods().items()}
+"""Keys of ``[method]`` by method."""
+KEYS = dict(keys()) | {key: annotation for options in OPTIONS.values() for key, annotation in options.items()}
 SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS})
 text = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES: dict[type, st.SearchStrategy[Any]] = {

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.communication.wire import encode
+from fedlora.flower import Run, act_as, empty_run
 
 # A Message cannot be made without it.
-TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+act_as(1, 1)
 
 FIRST_NODE = 100
 """Clients are nodes 100, 101, ...; a strategy may not depend on it."""
@@ -68,7 +67,7 @@ class FakeGrid(Grid):
     @property
     def run(self) -> Run:
         """Return an empty run."""
-        return Run.create_empty(7)
+        return empty_run(7)
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

@@ -17,11 +17,12 @@ from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import decode, digest, encode
 from fedlora.config import ClientSection, Config, DataSection, PrivacySection, load_config
 from fedlora.data.tokens import prepare_data
+from fedlora.flower import set_run_id
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.policy import folder_digest
-from strategies import get_strategy
-from strategies.server_app import resolve
+from fedlora.strategies.base import get_strategy
+from fedlora.strategies.server_app import resolve
 from tests.messages import FIRST_NODE, train_message
 
 WORDS = {"good": ["joy", "fine", "moving", "bright"], "bad": ["dull", "waste", "lifeless", "mess"]}
@@ -169,5 +170,5 @@ class Server:
         return self._of_run(train_message(FIRST_NODE, RecordDict(content), server_round))
 
     def _of_run(self, message: Message) -> Message:
-        message.metadata.__dict__["_run_id"] = self.run
+        set_run_id(message, self.run)
         return message

@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(mistake: str, config: Path, tmp_path: Path, monke
     if mistake in BEFORE_THE_DATA:
         # Neither data nor model may be touched for these.
         monkeypatch.setattr("fedlora.simulator.prepare_data", None)
-    monkeypatch.setattr("fedlora.simulator.RayGrid", None)
+    monkeypatch.setattr("fedlora.simulation.RayGrid", None)
     one_line(fedlora("run", config, "--output", tmp_path / "out", *sets(changes)), field, *parts)
     assert not (tmp_path / "out").exists()
 
@@ -153,7 +153,7 @@ def test_after_mending_the_same_command_runs(config: Path, tmp_path: Path, monke
     def grid(*args: Any, **options: Any) -> None:
         raise EnoughError
 
-    monkeypatch.setattr("fedlora.simulator.RayGrid", grid)
+    monkeypatch.setattr("fedlora.simulation.RayGrid", grid)
     command = ("run", config, "--output", tmp_path / "out")
     config.write_text(config.read_text() + '[tracking]\nwandb = "yes"\n')
     one_line(fedlora(*command), "tracking.wandb")
@@ -254,7 +254,7 @@ def test_a_resume_with_another_config_names_the_change(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("fedlora.simulator.RayGrid", stop)
+        patched.setattr("fedlora.simulation.RayGrid", stop)
         stopped = fedlora("run", config, "--output", out)
     assert (stopped.code, stopped.err) == (1, "fedlora: stopped; go on with --resume\n")
     before = sorted(p.name for p in out.rglob("*"))
@@ -264,7 +264,7 @@ def test_a_resume_with_another_config_names_the_change(
     one_line(fedlora(*command, "--set", "method.rank="), "method.rank", "8", "4")
     assert sorted(p.name for p in out.rglob("*")) == before
     with monkeypatch.context() as patched:
-        patched.setattr("fedlora.simulator.RayGrid", stop)
+        patched.setattr("fedlora.simulation.RayGrid", stop)
         again = fedlora(*command)  # with the same config it goes on as far as the grid
     assert again.err == "fedlora: stopped; go on with --resume\n"
 

@@ -27,13 +27,15 @@ from safetensors.torch import load_file
 from fedlora import simulate
 from fedlora.config import load_config
 from fedlora.errors import ClientErrorCode, InputError
+from fedlora.methods import methods
 from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
-from strategies import METHODS
-from strategies.federation import Progress
-from strategies.fedit import FedIT
+from fedlora.strategies.federation import Progress
+from fedlora.strategies.fedit import FedIT
 from tests.command import fedlora
+
+METHODS = methods()
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, ROUNDS, RANK, TARGET, DELTA = 3, 2, 4, 8.0, 1e-3
@@ -360,7 +362,7 @@ def test_a_finished_run_is_not_run_again(
     path, _ = commanded
     before = {file: file.stat().st_mtime_ns for file in (path / "adapter").iterdir()}
     summary = json.loads((path / "summary.json").read_text())
-    monkeypatch.setattr("fedlora.simulator.RayGrid", None)
+    monkeypatch.setattr("fedlora.simulation.RayGrid", None)
     monkeypatch.setattr("fedlora.simulator.prepare_data", None)
     done = fedlora("run", config_file, "--output", path, "--resume")
     assert (done.code, done.err) == (0, "")

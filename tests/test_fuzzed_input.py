@@ -73,7 +73,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        patch.setattr("fedlora.simulator.RayGrid", grid)
+        patch.setattr("fedlora.simulation.RayGrid", grid)
         patch.setattr("fedlora.simulator.LocalGrid", grid)
         # The picture takes most of the time, and shows no input.
         patch.setattr("fedlora.simulator.plot_partition", lambda path, *_: path.write_bytes(b""))

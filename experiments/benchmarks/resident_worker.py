@@ -5,7 +5,7 @@ only the SuperLink between server and node is left out. ``handled`` is what the 
 ``started`` has its worker since it joined, as ``fedlora node`` does; ``idle`` had none left, so message 1 starts it;
 ``fresh`` ends it after every message, which is what Flower's process a message would cost without it::
 
-    python -m experiments.benchmarks.resident_worker --output resident_worker.json
+    python -m fedlora.experiments.benchmarks.resident_worker --output resident_worker.json
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from typing import Any
 import tomli_w
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from clients.node_app import APP, app
-from experiments.benchmarks.machine import machine
+from fedlora.clients.node_app import APP, app
 from fedlora.config import load_config
 from fedlora.data.sources import load_examples
 from fedlora.data.tokens import prepare_data
+from fedlora.experiments.benchmarks.machine import machine
+from fedlora.flower import Run, act_as, empty_run, set_run_id
 from fedlora.node.config import load_node
 from fedlora.node.names import NODE_FILE
 from fedlora.node.resident import start_worker, stop_worker
 from fedlora.results.folder import RunFolder
-from strategies import get_strategy
-from strategies.federation import run_federation
-from strategies.server_app import resolve
+from fedlora.strategies.base import get_strategy
+from fedlora.strategies.federation import Federation
+from fedlora.strategies.server_app import resolve
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "resident-worker", "rounds": 3},
@@ -63,7 +62,7 @@ class OneNode(Grid):
     """A Grid of one node on this machine, which keeps the seconds of every message."""
 
     def __init__(self, node_file: Path, config: str, worker: str) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, NODE
+        act_as(RUN, NODE)
         self.node_file, self.worker = node_file, worker
         self.context = Context(RUN, NODE, {NODE_FILE: str(node_file)}, RecordDict(), {"config": config})
         self.seconds: list[dict[str, Any]] = []
@@ -74,7 +73,7 @@ class OneNode(Grid):
     @property
     def run(self) -> Run:
         """Return the run."""
-        return Run.create_empty(RUN)
+        return empty_run(RUN)
 
     def create_message(self, *_: Any, **__: Any) -> Message:
         """Make no messages."""
@@ -95,7 +94,7 @@ class OneNode(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Let the node's worker answer."""
         for message in messages:
-            message.metadata.__dict__["_run_id"] = RUN
+            set_run_id(message, RUN)
             began = time.perf_counter()
             reply = app(message, self.context)
             self.seconds.append({"kind": message.metadata.message_type, "seconds": time.perf_counter() - began})
@@ -133,7 +132,7 @@ def measure(worker: str, threads: int) -> dict[str, Any]:
         try:
             if worker == "started":
                 _start(node_file)
-            run_federation(config, grid, run, prepare_data(config), get_strategy(config.method.name)(config))
+            Federation(config, grid, run, prepare_data(config), get_strategy(config.method.name)(config)).run()
         finally:
             run.close()
             stop_worker(load_node(node_file))

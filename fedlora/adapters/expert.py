@@ -20,6 +20,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate
 from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
+from fedlora.experts.options import expert_options
 
 KIND = "expert"
 """The parameterisation's name."""
@@ -41,7 +42,7 @@ def expert_scaling(config: Config, rank: Rank) -> float:
 
 def trained_rank(config: Config, rank: Rank) -> Rank:
     """Return the rank at which an owner trains: full where it is truncated only before it leaves."""
-    return FULL if config.method.extraction == "svd" else rank
+    return FULL if expert_options(config).extraction == "svd" else rank
 
 
 class OwnerBlock(nn.Module):
@@ -142,7 +143,7 @@ class ExpertModel(AdaptedModel):
         """Make room for experts of a rank; what was trained before is dropped."""
         if rank == self.rank:
             return
-        check_rank(rank, self.projections(), "method.ranks" if self.config.method.ranks else "method.rank")
+        check_rank(rank, self.projections(), "method.ranks" if expert_options(self.config).ranks else "method.rank")
         self.rank, trained = rank, trained_rank(self.config, rank)
         scaling = expert_scaling(self.config, trained)
         self.adapters, self._layers = {}, {}

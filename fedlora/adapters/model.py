@@ -25,6 +25,7 @@ from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
 from fedlora.models import dense_weight as dense_weight
 from fedlora.models import linear_shape as linear_shape
+from fedlora.roles import kind_of
 
 PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
 
@@ -36,7 +37,7 @@ Arrays = dict[str, torch.Tensor]
 
 
 class FactoredLinear(nn.Module):
-    """A frozen linear layer plus a product of small factors: y = W0 x + s F_k ... F_1 x.
+    """A frozen linear layer plus a product of small factors: y = (W0 + residual) x + s F_k ... F_1 x.
 
     Parameters
     ----------
@@ -48,6 +49,11 @@ class FactoredLinear(nn.Module):
         s = alpha / rank.
     dropout : float
         On the branch's input, as in PEFT.
+
+    Attributes
+    ----------
+    residual : Tensor [m, n] or None
+        What was added to the frozen weight since, in float32 or wider; never written into the weight itself.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class FactoredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
+        self.residual: torch.Tensor | None = None
         self.factors = tuple(factors)
         self.scaling = scaling
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
@@ -83,8 +90,16 @@ class FactoredLinear(nn.Module):
         """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
         rows = self.dropout.layout.own_rows(x)
         if rows:
-            return OwnRows.of((self.base(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
-        return self.base(x) + self.branch(x)
+            return OwnRows.of((self.frozen(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
+        return self.frozen(x) + self.branch(x)
+
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is not trained: W0 x, and the residual's part where there is one."""
+        y: torch.Tensor = self.base(x)
+        if self.residual is None:
+            return y
+        # In the residual's own precision: a half-precision weight would swallow it.
+        return y + nn.functional.linear(x.to(self.residual.dtype), self.residual).to(y.dtype)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the factors add to the frozen layer's output: s F_k ... F_1 x."""
@@ -113,8 +128,8 @@ class AdaptedModel:
         By module path; empty for causal language models.
     trained : tuple of str
         Names of the arrays that clients train, of the last :meth:`set_clients`.
-    initial : str or None
-        Digest of the frozen arrays that were set, for those who keep account of it.
+    versions : dict of str to str
+        Version of each part that was set, for those who keep account of it.
     notes : list of str
         What the user should know of the model and of the modules that were chosen.
     independent : dict
@@ -140,7 +155,7 @@ class AdaptedModel:
                 self._layers[f"{path}.bias"] = (layer, "bias")
         self._name_layers()
         self.trained: tuple[str, ...] = ()
-        self.initial: str | None = None
+        self.versions: dict[str, str] = {}
         self.notes: list[str] = list(getattr(model, "notes", ()))
         self.independent: dict[tuple[int, int], str | None] = {}
 
@@ -163,11 +178,10 @@ class AdaptedModel:
         """Names of the head's arrays."""
         return tuple(name for name in self._layers if name.rpartition(".")[0] in self.head)
 
-    def names(self, factors: Iterable[str]) -> tuple[str, ...]:
-        """Names of the arrays of the given factors in all layers, and of the head."""
-        wanted = set(factors)
-        head = set(self.head_names)
-        return tuple(n for n in self._layers if n.rpartition(".")[2] in wanted or n in head)
+    def names(self, kinds: Iterable[str]) -> tuple[str, ...]:
+        """Names of the arrays of the given kinds: factors in all layers, and :data:`~fedlora.roles.HEAD`."""
+        wanted, head = set(kinds), set(self.head_names)
+        return tuple(name for name in self._layers if kind_of(name, head) in wanted)
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the stacked parameter of a name, of shape [K, ...]."""
@@ -237,16 +251,27 @@ class AdaptedModel:
                 value = torch.stack([client[name] for client in clients]).to(old.device, old.dtype)
             setattr(layer, attribute, nn.Parameter(value, requires_grad=True))
 
-    def prepare(self, settings: Mapping[str, Any]) -> None:
-        """Get ready for a message with these settings; a hook for methods whose clients differ."""
+    @property
+    def residual(self) -> Arrays:
+        """Residuals [m, n] of the frozen weights, by module path."""
+        return {path: a.residual for path, a in self.adapters.items() if a.residual is not None}
 
-    def begin(self, arrays: Arrays) -> Arrays:
-        """Turn arrays that came into those that are trained; the same by default."""
-        return arrays
+    def set_residual(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Set the residuals of the frozen weights, in place of those that were set.
 
-    def finish(self, arrays: Arrays) -> Arrays:
-        """Turn arrays that were trained into those that leave; the same by default."""
-        return arrays
+        Raises
+        ------
+        KeyError, ValueError
+            If a path or a shape is not the model's.
+        """
+        for path, value in residuals.items():
+            expected = linear_shape(self.adapters[path].base)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"the residual of {path} has shape {tuple(value.shape)}, expected {expected}")
+        for path, adapter in self.adapters.items():
+            value = residuals.get(path)
+            wide = torch.float64 if adapter.weight.dtype == torch.float64 else torch.float32
+            adapter.residual = None if value is None else value.detach().to(adapter.weight.device, wide)
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits."""
@@ -261,7 +286,7 @@ class AdaptedModel:
         return logits
 
 
-def adapt_linear(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
+def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     """Put adapters and a stacked head into a frozen base model, in place.
 
     Parameters

@@ -174,11 +174,11 @@ def export(
 @app.command()
 def methods() -> None:
     """List the methods."""
-    from strategies import METHODS
+    from fedlora.methods import methods as find_methods
 
     table = Table("method", "what", "paper", box=None, pad_edge=False)
-    for name, strategy in METHODS.items():
-        table.add_row(name, strategy.title, strategy.paper)
+    for name, method in find_methods().items():
+        table.add_row(name, method.title, method.paper)
     console.print(table)
 
 

@@ -1,64 +1,109 @@
-"""Frozen arrays travel once a client: with the first message that it gets in a run."""
+"""Adds to every training message what its client lacks of the parts that clients keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from flwr.app import ArrayRecord, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.communication.decorator import GridDecorator
-from fedlora.communication.meter import INITIAL
+from fedlora.communication.parts import INITIAL, Parts, Piece
+from fedlora.communication.wire import encode
 from fedlora.errors import ClientErrorCode
 
+HELD = "held"
+"""Key of the record that names the version of every part that a round needs, and what increments are added to."""
 
-class InitialBroadcast(GridDecorator):
-    """Adds the record ``initial`` to the first training message to each node, whatever the strategy.
+AFTER, KEY = "after/", "key/"
+"""Before a chain's name in that record: the version that increments are added to, and the chain's key."""
 
-    A client that answers that it does not hold the arrays (its node was restarted) gets its message again, with them.
+
+def record_key(part: str, made: int) -> str:
+    """Return the key of a part's arrays in a message; it tells whether they were made before the first round."""
+    if part == INITIAL:
+        return INITIAL
+    return f"{INITIAL if made == 0 else 'changed'}/{part}"
+
+
+def is_initial(key: str) -> bool:
+    """Whether a record holds arrays that were made before the first round."""
+    return key.partition("/")[0] == INITIAL
+
+
+class Broadcast(GridDecorator):
+    """Completes messages, whatever the strategy that made them.
+
+    A client that answers that it does not hold a part (its node lost its cache) gets its message again, with all of it.
 
     Parameters
     ----------
     grid : Grid
-    arrays : ArrayRecord
-        The frozen arrays; if there are none, nothing is added.
+    parts : Parts
+    clients : mapping of int to int
+        Node id to client number.
+    dtype : torch.dtype
+        Of the wire.
 
     Attributes
     ----------
-    contacted : set of int
-        Nodes that got the arrays.
+    wanted : collection of str
+        Parts that the round needs.
     """
 
-    def __init__(self, grid: Grid, arrays: ArrayRecord) -> None:
+    def __init__(self, grid: Grid, parts: Parts, clients: Mapping[int, int], dtype: torch.dtype) -> None:
         super().__init__(grid)
-        self.arrays = arrays
-        self.contacted: set[int] = set()
+        self.parts, self.clients, self.dtype = parts, clients, dtype
+        self.wanted: Collection[str] = (INITIAL,)
+        self._encoded: dict[tuple[str, str, str], ArrayRecord] = {}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send with the frozen arrays where they are due, and pass the replies on as they come."""
-        outgoing = [self._complete(message) for message in messages]
+        """Send with what is missing, and pass the replies on as they come."""
+        current = self.parts.versions(self.wanted)
+        self._encoded = {key: record for key, record in self._encoded.items() if current.get(key[0]) == key[1]}
+        outgoing = [self._complete(message, current) for message in messages]
         by_node = {message.metadata.dst_node_id: message for message in outgoing}
         forgotten = []
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
             node = reply.metadata.src_node_id
             lacks = reply.has_error() and reply.error.code == ClientErrorCode.NEEDS_INITIAL
             if lacks and node in by_node and node not in forgotten:
-                self.contacted.discard(node)
                 forgotten.append(node)
             else:
                 yield reply
         if forgotten:
-            again = [_copy(self._complete(by_node[node])) for node in forgotten]
+            for node in forgotten:
+                self.parts.forget(self._client(node))
+            again = [_copy(self._complete(by_node[node], current)) for node in forgotten]
             yield from self.grid.send_and_receive(again, timeout=timeout)
 
-    def _complete(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        if not len(self.arrays) or node in self.contacted:
+    def _client(self, node: int) -> int:
+        return self.clients.get(node, -1 - node)  # one that nobody knows is itself alone
+
+    def _complete(self, message: Message, current: Mapping[str, str]) -> Message:
+        client, server_round = self._client(message.metadata.dst_node_id), int(message.metadata.group_id or 0)
+        if not current:
+            self.parts.sent(client, self.wanted, server_round)
             return message
-        self.contacted.add(node)
+        about: dict[str, str] = dict(current)
+        about |= {KEY + part: chain.key for part, chain in self.parts.chains.items() if part in current}
+        records: dict[str, ArrayRecord] = {}
+        for part, piece in self.parts.missing(client, self.wanted).items():
+            if piece.after:
+                about[AFTER + part] = piece.after
+            records[record_key(part, piece.made)] = self._record(part, current[part], piece)
+        self.parts.sent(client, self.wanted, server_round)
         # The content may be one object shared by all of a round's messages, so it is not changed in place.
-        message.content = RecordDict({**message.content, INITIAL: self.arrays})
+        message.content = RecordDict({**message.content, HELD: ConfigRecord(about), **records})  # type: ignore[dict-item]
         return message
+
+    def _record(self, part: str, version: str, piece: Piece) -> ArrayRecord:
+        """Encode a piece once, however many clients lack it."""
+        key = (part, version, piece.after)
+        if key not in self._encoded:
+            self._encoded[key] = encode(piece.arrays, self.dtype)
+        return self._encoded[key]
 
 
 def _copy(message: Message) -> Message:

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.common.serde import message_to_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
+from fedlora.communication.broadcast import is_initial
 from fedlora.communication.decorator import GridDecorator
+from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import payload_bytes
-
-INITIAL = "initial"
-"""Key of the record that a client gets once, on its first contact with a run."""
+from fedlora.flower import message_sizes, metadata_values, record_size, with_metadata
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Row:
     ----------
     round, client : int
     direction : str
-        initial (once a client), down or up.
+        initial (made before the first round; once a client), down or up.
     payload_bytes : int
         Elements times dtype size of all arrays.
     message_bytes : int
@@ -93,18 +92,15 @@ class MeteredGrid(GridDecorator):
     def _count_down(self, message: Message) -> None:
         node = message.metadata.dst_node_id
         whole = message_size(message)
-        if INITIAL in message.content:
-            record = message.content[INITIAL]
-            assert isinstance(record, ArrayRecord)
-            alone = _record_size(INITIAL, record)
-            self._add(_round(message), node, INITIAL, payload_bytes(record), alone)
+        start = {key: record for key, record in _array_records(message) if is_initial(key)}
+        if start:
+            alone = sum(_record_size(key, record) for key, record in start.items())
+            self._add(_round(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone)
             whole -= alone
         self._count(message, _round(message), node, "down", whole)
 
     def _count(self, message: Message, server_round: int, node: int, direction: str, size: int) -> None:
-        # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
-        records = message.content.items() if message.has_content() else ()
-        payload = sum(payload_bytes(r) for key, r in records if isinstance(r, ArrayRecord) and key != INITIAL)
+        payload = sum(payload_bytes(record) for key, record in _array_records(message) if not is_initial(key))
         self._add(server_round, node, direction, payload, size)
 
     def _add(self, server_round: int, node: int, direction: str, payload: int, size: int) -> None:
@@ -115,6 +111,13 @@ class MeteredGrid(GridDecorator):
         self.totals[{"down": "downlink_bytes", "up": "uplink_bytes", INITIAL: "initial_bytes"}[direction]] += size
         self.totals["payload_bytes"] += payload
         self.totals["formula_bytes"] += formula
+
+
+def _array_records(message: Message) -> Iterator[tuple[str, ArrayRecord]]:
+    # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
+    for key, record in message.content.items() if message.has_content() else ():
+        if isinstance(record, ArrayRecord):
+            yield key, record
 
 
 def _round(message: Message) -> int:
@@ -129,8 +132,8 @@ def row_dict(row: Row) -> dict[str, int | str]:
 def message_size(message: Message) -> int:
     """Exact size in bytes of a message in Flower's protobuf form, without serialising like messages again."""
     if not message.has_content():
-        return int(message_to_proto(message).ByteSize())
-    small: list[Any] = [(name, *_varying(value)) for name, value in vars(message.metadata).items()]
+        return message_sizes(message)[0]
+    small: list[Any] = [(name, *_varying(value)) for name, value in metadata_values(message).items()]
     arrays = 0
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
@@ -141,10 +144,9 @@ def message_size(message: Message) -> int:
     sizes = _SIZES.get(layout)
     if sizes is None:
         rest = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
-        bare = message_to_proto(Message(rest, metadata=message.metadata))  # type: ignore[call-overload]
         if len(_SIZES) >= _MOST_SIZES:
             _SIZES.clear()
-        sizes = _SIZES[layout] = int(bare.ByteSize()), int(bare.content.ByteSize())
+        sizes = _SIZES[layout] = message_sizes(with_metadata(rest, message.metadata))
     whole, content = sizes
     return whole - _varint(content) + arrays + _varint(content + arrays)
 
@@ -177,8 +179,7 @@ def _record_size(key: str, record: ArrayRecord) -> int:
 def _size_of_layout(key: str, layout: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
     """Size of a record, which depends on its arrays' names, types and lengths and not on their numbers."""
     arrays = {name: Array(dtype, shape, stype, bytes(length)) for name, dtype, shape, stype, length in layout}
-    record = ArrayRecord(arrays)
-    return int(recorddict_to_proto(RecordDict({key: record})).ByteSize())
+    return record_size(key, ArrayRecord(arrays))
 
 
 def _varint(value: int) -> int:

@@ -7,19 +7,17 @@ installed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 
 from flwr.app import Context, Error, Message
-from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-from flwr.supernode.runtime import run_clientapp
 
 from fedlora.errors import ClientErrorCode
+from fedlora.flower import run_clientapp
 from fedlora.node.errors import outward_error
 
-CLIENT_APP = ("clients.node_app", "app")
+CLIENT_APP = ("fedlora.clients.node_app", "app")
 
 
 def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context], Message]]:
@@ -51,12 +49,7 @@ def installed_app(message: Message, context: Context) -> Message:
 
 def main() -> None:
     """Run ``flwr-clientapp`` with this command line."""
-    # Hooks that Flower does not declare.
-    for name, ours in {"get_load_client_app_fn": loader, "install_from_fab": ignore}.items():
-        getattr(run_clientapp, name)  # another Flower, which has no such hook, stops here
-        setattr(run_clientapp, name, ours)
-    sys.argv[0] = "flwr-clientapp"
-    flwr_clientapp()
+    run_clientapp(loader, ignore)
 
 
 if __name__ == "__main__":

@@ -15,32 +15,16 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-import click
 import httpx
 import tomli_w
-from flwr.cli.build import build_fab_from_files
-from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-from flwr.cli.flower_config import read_superlink_connection
-from flwr.common.serde import user_config_to_proto
-from flwr.proto.control_pb2 import (
-    ListNodesRequest,
-    ListRunsRequest,
-    RegisterNodeRequest,
-    StartRunRequest,
-    StopRunRequest,
-)
-from flwr.proto.fab_pb2 import Fab
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import FlowerError
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.keys import read_file
 from fedlora.errors import InputError, RunError, plain_text
+from fedlora.flower import Control, NoConnectionError, build_app, error_of, read_connection
 
-SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"
+SERVER_APP, CLIENT_APP = "fedlora.strategies.server_app:app", "fedlora.clients.node_app:app"
 ONLINE = "online"
 
 _PLAIN = {"Accept-Encoding": "identity"}  # what is unpacked on the way can grow a thousandfold
@@ -125,11 +109,7 @@ class Server:
             except ssl.SSLError:
                 raise InputError("root_certificates", str(root_certificates), "is no certificate in PEM") from None
         url = f"{'http' if insecure else 'https'}://{address}"
-        interceptors: list[ProtobufClientInterceptor] = [
-            CliClientHttpInterceptor(),
-            RuntimeVersionHttpInterceptor(component_name="flwr CLI"),
-        ]
-        self._control = ControlHttpClient(url, interceptors=interceptors, verify=verify)
+        self._control = Control(url, verify)
         limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS - 2)
         self._http = httpx.Client(base_url=url, verify=verify, timeout=30.0, limits=limits)
 
@@ -145,16 +125,13 @@ class Server:
         home = Path(os.environ.get("FLWR_HOME", "~/.flwr")) / "config.toml"
         entry_of = f'[superlink.{name}] of {home}: address = "HOST:PORT", root-certificates = "/path/of/ca.crt"'
         try:
-            entry = read_superlink_connection(name)
-        except click.ClickException as error:
-            # Flower's words for this mistake begin with another.
-            _, missing, _ = error.message.partition("not found in the Flower configuration file")
-            remedy = f"there is no such server; add {entry_of}" if missing else error.message
-            raise InputError("--on", name, remedy) from None
+            entry = read_connection(name)
+        except NoConnectionError as error:
+            raise InputError("--on", name, str(error) or f"there is no such server; add {entry_of}") from None
         if not entry.address or entry.address.startswith(":"):
             raise InputError("--on", name, f"has no address; add {entry_of}")
         certificates = Path(entry.root_certificates).expanduser() if entry.root_certificates else None
-        return cls(entry.address, certificates, bool(entry.insecure))
+        return cls(entry.address, certificates, entry.insecure)
 
     def __enter__(self) -> Server:
         return self
@@ -172,7 +149,7 @@ class Server:
     def nodes(self) -> list[Node]:
         """Return the registered nodes by name."""
         with self._errors():
-            listed = self._control.ListNodes(ListNodesRequest()).nodes_info
+            listed = self._control.nodes()
         return sorted(
             (Node(info.name, info.status, info.public_key) for info in listed if info.status != "unregistered"),
             key=lambda node: node.name,
@@ -192,7 +169,7 @@ class Server:
             if node.name == name:
                 raise InputError("--name", name, "is the name of another node; choose another")
         with self._errors():
-            self._control.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
+            self._control.register(public_key, name)
 
     def node_status(self, public_key: bytes) -> NodeStatus | None:
         """Return what the federation knows of a node; None if this is no server of fedlora's, and does not tell."""
@@ -210,30 +187,32 @@ class Server:
         resume : bool
             Go on with the run folder that the server has.
         """
-        override = user_config_to_proto({"config": config, "resume": resume})
+        app = _app()
         with self._errors():
-            reply = self._control.StartRun(StartRunRequest(fab=_bundle(), override_config=override))
-        if not reply.HasField("run_id"):
-            raise RunError(f"{self.address} did not start the run: {_said(reply.note) or 'no reason given'}")
-        return int(reply.run_id)
+            number, why = self._control.start_run(
+                app, hashlib.sha256(app).hexdigest(), {"config": config, "resume": resume}
+            )
+        if number is None:
+            raise RunError(f"{self.address} did not start the run: {_said(why) or 'no reason given'}")
+        return number
 
     def run(self, number: int) -> RunState:
         """Return where a run stands."""
         with self._errors():
-            run = self._control.ListRuns(ListRunsRequest(run_id=number)).run_dict[number]
+            run = self._control.runs(number)[number]
         status = run.status
         return RunState(status.status, status.sub_status, status.details, run.bytes_sent, run.bytes_recv)
 
     def unfinished(self) -> list[int]:
         """Return the numbers of the runs that go on."""
         with self._errors():
-            runs = self._control.ListRuns(ListRunsRequest()).run_dict
+            runs = self._control.runs()
         return sorted(number for number, run in runs.items() if run.status.status != "finished")
 
     def stop(self, number: int) -> None:
         """Stop a run; ClientApps that are at work finish their message."""
         with self._errors():
-            self._control.StopRun(StopRunRequest(run_id=number))
+            self._control.stop_run(number)
 
     def files(self, name: str) -> dict[str, int] | None:
         """Return the files of a run folder on the server with their sizes; None if there is no such folder.
@@ -334,8 +313,8 @@ class Server:
         if status == httpx.codes.FORBIDDEN:
             remedy = "takes no orders from this machine; add its address to control_from in the server's TOML"
             return InputError("address", self.address, remedy)
-        flowers = FlowerError.from_json(text)
-        said = f"[{flowers.code}] {_said(flowers.message)}" if flowers else f"HTTP {status}"
+        flowers = error_of(text)
+        said = f"[{flowers[0]}] {_said(flowers[1])}" if flowers else f"HTTP {status}"
         return RunError(f"{self.address} refuses: {said}")
 
     def _explain(self, error: httpx.TransportError) -> InputError | UnreachableError:
@@ -374,7 +353,7 @@ class UnreachableError(RunError):
     """Nobody answers at the address, or the connection broke."""
 
 
-def _bundle() -> Fab:
+def _app() -> bytes:
     """The app that Flower wants with a run: no code, only where the code is that both sides have installed."""
     about = {
         "project": {"name": "fedlora", "version": version("fedlora"), "license": "Apache-2.0"},
@@ -388,5 +367,4 @@ def _bundle() -> Fab:
             }
         },
     }
-    content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(about).encode()})
-    return Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
+    return build_app(tomli_w.dumps(about))

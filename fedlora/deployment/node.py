@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
-from clients.node_app import APP
+from fedlora.clients.node_app import APP
 from fedlora.deployment.control import ONLINE, Server, UnreachableError
 from fedlora.deployment.keys import check_secret, read_file, read_public_key
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
+from fedlora.flower import task_programs
 from fedlora.node.config import NodeConfig
 from fedlora.node.resident import start_worker, stop_worker
 
@@ -117,7 +117,7 @@ def _programs(folder: Path) -> Path:
     A SuperLink may ask a node for tasks of other kinds, such as an agent, whose code comes along with them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for program in TASK_TYPE_TO_COMMAND.values():
+    for program in task_programs():
         ours = program == "flwr-clientapp"
         line = f'exec "{sys.executable}" -m fedlora.deployment.clientapp_process "$@"' if ours else "exit 1"
         path = folder / f".{program}"

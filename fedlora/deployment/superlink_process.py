@@ -21,15 +21,13 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.superlink import extensions
-from flwr.superlink.cli.flower_superlink import flower_superlink
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.processes import PARENT
+from fedlora.flower import end_with, node_lease, run_superlink
 
 _FOR_ALL = ("/v1/fleet/", "/health", NODE)
 _FOR_THIS_MACHINE = ("/v1/runtime/",)
@@ -103,12 +101,8 @@ def add_routes(app: FastAPI, runs: Path) -> None:
     @app.get(NODE, name="fedlora_node", response_model=None)
     def node(request: Request, key: str) -> dict[str, str | float]:
         """Tell the status of the node with a public key, and until when it counts as online without a sign of life."""
-        state = request.app.state.linkstate_factory.state()
-        number = state.get_node_id_by_public_key(key.encode())
-        found = state.get_node_info(node_ids=[number]) if number is not None else []
-        return (
-            {"status": found[0].status, "until": found[0].online_until} if found else {"status": "unknown", "until": 0}
-        )
+        status, until = node_lease(request.app, key.encode()) or ("unknown", 0)
+        return {"status": status, "until": until}
 
 
 def _run_folder(runs: Path, name: str) -> Path:
@@ -134,12 +128,9 @@ def main() -> None:
     parser.add_argument("--control-from", action="append", default=[])
     options = parser.parse_args(sys.argv[1:split])
     if PARENT in os.environ:
-        start_parent_process_monitor(int(os.environ[PARENT]))
+        end_with(int(os.environ[PARENT]))
     own = own_networks(options.host)
     control = [ipaddress.ip_network(network) for network in options.control_from]
-    # Flower asks these two hooks for its enterprise extensions.
-    extensions.get_middleware = lambda: (Middleware(Guard, own=own, control=control),)
-    extensions.configure_app = lambda app: add_routes(app, options.runs)
     # Between two looks of a node its connection stays, which spares a TLS handshake; it must not hold up the end.
     uvicorn.run = functools.partial(
         uvicorn.run, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_GRACE_SECONDS
@@ -148,7 +139,7 @@ def main() -> None:
     logging.getLogger("uvicorn.access").addFilter(lambda record: False)
     logging.getLogger("flwr").addFilter(lambda record: "ListNodes" not in record.getMessage())
     sys.argv = ["flower-superlink", "--host", options.host, *sys.argv[split + 1 :]]
-    flower_superlink()
+    run_superlink([Middleware(Guard, own=own, control=control)], lambda app: add_routes(app, options.runs))
 
 
 if __name__ == "__main__":

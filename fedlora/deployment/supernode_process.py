@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 
-from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.supernode.cli.flower_supernode import flower_supernode
-
 from fedlora.deployment.processes import PARENT
+from fedlora.flower import end_with, run_supernode
 
 
 def main() -> None:
     """Run ``flower-supernode`` with this command line."""
     if PARENT in os.environ:
-        start_parent_process_monitor(int(os.environ[PARENT]))
-    flower_supernode()
+        end_with(int(os.environ[PARENT]))
+    run_supernode()
     os._exit(1)
 
 

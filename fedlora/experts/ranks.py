@@ -9,13 +9,14 @@ import numpy as np
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Rank
+from fedlora.experts.options import expert_options
 
 _PROFILE = 7  # one stream of random numbers for each use of the run's seed
 
 
 def has_rank(config: Config, client: int, name: str) -> bool:
     """Whether a client, of this number and name, has a rank; all have one unless ``method.ranks`` leaves them out."""
-    ranks = config.method.ranks
+    ranks = expert_options(config).ranks
     if isinstance(ranks, list):
         return client < len(ranks)
     return not isinstance(ranks, dict) or name in ranks or str(client) in ranks
@@ -23,7 +24,7 @@ def has_rank(config: Config, client: int, name: str) -> bool:
 
 def listed_ranks(config: Config) -> list[Rank]:
     """Return the ranks of ``method.ranks``, whosever they are."""
-    ranks = config.method.ranks
+    ranks = expert_options(config).ranks
     return list(ranks.values() if isinstance(ranks, dict) else ranks or [])
 
 
@@ -44,7 +45,8 @@ def client_ranks(config: Config, names: Sequence[str], *, complete: bool = True)
     InputError
         If a client has no rank, or, where these are all clients, a rank has no client.
     """
-    ranks, profile = config.method.ranks, config.method.device_profile
+    options = expert_options(config)
+    ranks, profile = options.ranks, options.device_profile
     if isinstance(ranks, list):
         if len(ranks) < len(names) or (complete and len(ranks) != len(names)):
             raise InputError("method.ranks", ranks, f"needs one rank for each of the {len(names)} clients")
@@ -64,4 +66,4 @@ def client_ranks(config: Config, names: Sequence[str], *, complete: bool = True)
             len(kinds), len(names), p=shares / shares.sum()
         )
         return [FULL if kinds[i] == FULL else int(kinds[i]) for i in drawn]
-    return [config.method.rank] * len(names)
+    return [options.rank] * len(names)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlora.config import MAX_NOISE, MIN_NOISE, Config, PrivacySection
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.privacy.accountants import History, get_accountant
 
 MAX_STEPS = 10**9
@@ -117,8 +118,8 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         raise InputError("run.rounds", config.run.rounds, remedy)
     sigma = privacy.noise_multiplier
     start, start_rate = None, 0.0
-    if config.start_reads_examples():
-        start_rate = min(1.0, config.method.router_documents / examples)
+    if read := get_method(config.method.name).start_examples(config):
+        start_rate = min(1.0, read / examples)
         epsilon = privacy.target_epsilon
         start = sigma
         if epsilon is not None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedlora.config import Config, load_config
+from fedlora.config import Config, read_config
 from fedlora.csv_files import read_csv
 from fedlora.errors import InputError
 
@@ -271,7 +271,7 @@ def _unfinished(path: Path, name: str) -> Unfinished:
     lines = path / "rounds.jsonl"
     done = len(lines.read_bytes().splitlines()) if lines.is_file() else 0
     try:
-        rounds = load_config(path / "config.toml").run.rounds
+        rounds = read_config(path / "config.toml").run.rounds
     except InputError:
         rounds = None
     return Unfinished(name, path, done, rounds)
@@ -279,7 +279,7 @@ def _unfinished(path: Path, name: str) -> Unfinished:
 
 def _read(path: Path, name: str) -> Run:
     try:
-        config = load_config(path / "config.toml")
+        config = read_config(path / "config.toml")
     except InputError as error:
         raise InputError("DIR", str(path), f"its config.toml cannot be used ({error})") from None
     summary = _parse(path, "summary.json", Summary.model_validate_json)

@@ -6,19 +6,22 @@ are hard to see on white or on black are left out. Methods that share a colour d
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#8c8c8c",
-)
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
+from fedlora.errors import InputError
+from fedlora.methods import get_method
+
+COLOURS = {
+    "blue": "#0072b2",
+    "vermilion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "orange": "#e69f00",
+    "sky": "#56b4e9",
+    "grey": "#8c8c8c",
+}
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,18 @@ class Marker:
     glyph: str
 
 
-CIRCLE, SQUARE, DIAMOND, UP, DOWN, PLUS, CROSS, LEFT, RIGHT, STAR = (
-    Marker("o", "circle", "●"),
-    Marker("s", "square", "■"),
-    Marker("D", "diamond", "◆"),
-    Marker("^", "triangle-up", "▲"),
-    Marker("v", "triangle-down", "▼"),
-    Marker("P", "cross", "✚"),
-    Marker("X", "x", "✖"),
-    Marker("<", "triangle-left", "◀"),
-    Marker(">", "triangle-right", "▶"),
-    Marker("*", "star", "★"),
-)
-MARKERS = (CIRCLE, SQUARE, DIAMOND, UP, DOWN, PLUS, CROSS, LEFT, RIGHT, STAR)
+MARKERS = {
+    "circle": Marker("o", "circle", "●"),
+    "square": Marker("s", "square", "■"),
+    "diamond": Marker("D", "diamond", "◆"),
+    "up": Marker("^", "triangle-up", "▲"),
+    "down": Marker("v", "triangle-down", "▼"),
+    "plus": Marker("P", "cross", "✚"),
+    "cross": Marker("X", "x", "✖"),
+    "left": Marker("<", "triangle-left", "◀"),
+    "right": Marker(">", "triangle-right", "▶"),
+    "star": Marker("*", "star", "★"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,22 @@ class Style:
     marker: Marker
 
 
-_KNOWN = {
-    "fed-sb": Style(BLUE, CIRCLE),
-    "ffa-lora": Style(VERMILION, SQUARE),
-    "fedit": Style(GREEN, DIAMOND),
-    "flexmore": Style(PURPLE, UP),
-    "fedex-lora": Style(ORANGE, DOWN),
-    "flora": Style(SKY, PLUS),
-    "hetlora": Style(GREY, CROSS),
-    "flexlora": Style(BLUE, LEFT),
-    "rolora": Style(VERMILION, RIGHT),
-    "fedsa-lora": Style(GREEN, STAR),
-}
-
 DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 """Line styles of a method's variants in matplotlib's and plotly's terms."""
 
 
-def style_of(method: str) -> Style:
-    """Return a method's style; one that is not known here gets one by its name, so that it never changes."""
-    number = zlib.crc32(method.encode())
-    return _KNOWN.get(method, Style(COLOURS[number % len(COLOURS)], MARKERS[number // 7 % len(MARKERS)]))
+def style_of(name: str) -> Style:
+    """Return the style of a method: its own, else one by its name, so that it never changes."""
+    number = zlib.crc32(name.encode())
+    colour = list(COLOURS.values())[number % len(COLOURS)]
+    marker = list(MARKERS.values())[number // 7 % len(MARKERS)]
+    try:
+        method = get_method(name)
+    except InputError:  # of a package that is not installed here
+        return Style(colour, marker)
+    own = method.color if re.fullmatch("#[0-9a-fA-F]{6}", method.color) else COLOURS.get(method.color, colour)
+    return Style(own, MARKERS.get(method.marker, marker))
 
 
-LABEL_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY)
+LABEL_COLOURS = tuple(COLOURS[name] for name in ("blue", "orange", "green", "purple", "sky", "vermilion", "grey"))
 """Colours of classes, in partition pictures; they repeat beyond seven."""

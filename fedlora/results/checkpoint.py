@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
 from fedlora.errors import InputError
+from fedlora.flower import from_bytes, to_bytes
 from fedlora.results.seal import CHAIN, TABLES, blob_digest, extend_chain, find_damage, is_sealed, write_seal
 from fedlora.storage import is_full, storage_error
 
@@ -239,10 +238,10 @@ class ClientStates(MutableMapping[int, RecordDict]):
         row = self._connection.execute("SELECT state FROM states WHERE client = ?", (client,)).fetchone()
         if row is None:
             raise KeyError(client)
-        return recorddict_from_proto(ProtoRecordDict.FromString(row[0]))
+        return from_bytes(row[0])
 
     def __setitem__(self, client: int, state: RecordDict) -> None:
-        blob = recorddict_to_proto(state).SerializeToString()
+        blob = to_bytes(state)
         self._write("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", (client, blob_digest(blob), blob))
 
     def __delitem__(self, client: int) -> None:

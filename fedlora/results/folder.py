@@ -354,7 +354,7 @@ def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
         there = Config.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError):  # gone or cut: it is written again
         return
-    content, known = tomllib.loads(there.to_toml()), dict(resolved)
+    content, known = (tomllib.loads(config.to_toml()) for config in (there, Config.model_validate(resolved)))
     for sections in (content, known):
         # What "auto" became is written before its round is done; and files may move.
         sections["simulation"] = {k: v for k, v in sections["simulation"].items() if k != "cohort_size"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _config(folder: Path) -> Config:
-    config = Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    config = Config.from_toml((folder / "config.toml").read_text(encoding="utf-8"))
     return config.model_copy(
         update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedlora.simulation.cohort_app import CohortClientApp
+from fedlora.simulation.simulated_grid import SimulatedGrid
 
 if TYPE_CHECKING:
     from fedlora.simulation.local_grid import LocalGrid
     from fedlora.simulation.ray_grid import RayGrid
 
-__all__ = ["CohortClientApp", "LocalGrid", "RayGrid"]
+__all__ = ["CohortClientApp", "LocalGrid", "RayGrid", "SimulatedGrid"]
 
 
 def __getattr__(name: str) -> Any:

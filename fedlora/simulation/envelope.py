@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
 
+from fedlora.flower import with_metadata
+
 PackedRecord = dict[str, tuple[str, tuple[int, ...], str, np.ndarray]]
 
 LARGE = 2**16
@@ -62,7 +64,8 @@ def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> 
 def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) -> Message:
     """Put a message together again."""
     if envelope.records is None:
-        return Message(envelope.error, metadata=envelope.metadata)  # type: ignore[call-overload]
+        assert envelope.error is not None
+        return with_metadata(envelope.error, envelope.metadata)
     content = RecordDict()
     for name, record in envelope.records.items():
         if isinstance(record, SharedRecord):
@@ -70,4 +73,4 @@ def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) 
             content[name] = shared[record.key]
         else:
             content[name] = unpack_record(record) if isinstance(record, dict) else record
-    return Message(content, metadata=envelope.metadata)  # type: ignore[call-overload]
+    return with_metadata(content, envelope.metadata)

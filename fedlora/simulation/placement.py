@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from fedlora.errors import InputError
 
 _ROUNDING = 1e-9
 """Shares like 1 / 3 are not exact."""
+
+_FREED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,61 @@ def count_processes(needs: Sequence[Need], what: str) -> int:
         together = ", ".join(need.key for need in wanted)
         raise InputError(last.key, last.value, f"no machine has room for a {what} with all of {together}; lower one")
     return room
+
+
+def count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
+    """Say how many of a simulation's workers fit into the running Ray cluster, or refuse more.
+
+    Raises
+    ------
+    InputError
+        If none fits, or fewer than are wanted.
+    """
+    needs = [
+        Need("CPU", cpus, "simulation.cpus_per_worker", cpus),
+        Need("GPU", gpus, "simulation.gpus_per_worker", gpus),
+    ]
+    fit = count_processes(needs, "worker")
+    if wanted is not None and wanted > fit:
+        raise InputError("simulation.workers", wanted, f"only {fit} fit; lower it, cpus_per_worker or gpus_per_worker")
+    return wanted or fit
+
+
+def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple[float, float]) -> int:
+    """Say how many of the workers that fit find room in a Ray that others use too.
+
+    What ended a moment ago is freed after some seconds. A worker without room would be waited for without end.
+
+    Parameters
+    ----------
+    most : int
+        So many fit if nobody else were there.
+    wanted : int, optional
+        What the config says.
+    cpus, gpus
+        Of one worker.
+    own : (float, float)
+        CPUs and GPUs that this process holds, and shares.
+
+    Raises
+    ------
+    InputError
+        If there is room for none, or for fewer than are wanted.
+    """
+    own_cpus, own_gpus = own
+    deadline = time.monotonic() + _FREED_SECONDS
+    while True:
+        free = ray.available_resources()
+        room = int((free.get("CPU", 0.0) + own_cpus) / cpus + 1e-9)
+        if gpus:
+            room = min(room, int((free.get("GPU", 0.0) + own_gpus) / gpus + 1e-9))
+        if room >= most:
+            return most
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if room and wanted is None:
+        return room
+    held = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+    field, value = ("simulation.workers", wanted) if room else ("simulation.cpus_per_worker", cpus)
+    raise InputError(field, value, f"others hold so much that {room} workers find room ({held} free); lower it")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from clients.resources import client_data
-from fedlora.adapters import ExpertModel, adapt
+from fedlora.adapters import ExpertModel
+from fedlora.clients.resources import client_data
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
@@ -19,9 +19,10 @@ from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.roles import trained_kinds
+from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import Run
 from fedlora.training import ClientJob, train_cohort
-from strategies import get_strategy
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
 """What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""
@@ -146,16 +147,17 @@ def seconds_a_step(config: Config) -> float:
     torch.set_num_threads(config.simulation.cpus_per_worker)
     try:
         method = get_strategy(config.method.name)
-        adapted = adapt(load_base(config, data.label_names, device), config, method.parameterisation)
+        adapted = method.adapt(load_base(config, data.label_names, device), config)
+        names = set(adapted.names(trained_kinds(method.roles(config, 1))))
         if isinstance(adapted, ExpertModel):
             # Of the largest expert, wherever clients differ.
             ranks = client_ranks(config, data.client_names)
             adapted.set_rank(FULL if FULL in ranks else max(rank for rank in ranks if rank != FULL))
-            arrays = adapted.arrays(adapted.names(method.trained))
+            names = set(adapted.names(trained_kinds(method.roles(config, 1))))
+            arrays = adapted.arrays(names)
         else:
             arrays = method(config).start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
             adapted.set_shared(arrays)
-        names = set(adapted.names(method.trained))
         trained = {name: array for name, array in arrays.items() if name in names}
         jobs = _jobs(config, data, trained, 1 if device == "cpu" else _PROBED_CLIENTS)
         one_step = config.model_copy(

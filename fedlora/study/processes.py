@@ -21,7 +21,7 @@ from fedlora.config import Config, load_config
 from fedlora.errors import InputError, RunError
 from fedlora.results.folder import RunFolder
 from fedlora.simulation.placement import Need, count_processes
-from fedlora.simulation.ray_grid import start_ray
+from fedlora.simulation.ray_cluster import start_ray
 from fedlora.simulator import simulate
 from fedlora.study.config import Study
 from fedlora.study.plan import Plan

@@ -14,7 +14,7 @@ import ray
 
 from fedlora.errors import InputError, RunError
 from fedlora.results.folder import write_atomically
-from fedlora.simulation.ray_grid import start_ray
+from fedlora.simulation.ray_cluster import start_ray
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Group, Plan, Run
 from fedlora.study.processes import address_of, begun, count_runs, start_process

@@ -14,6 +14,7 @@ from fedlora import entropy
 from fedlora.adapters import AdaptedModel, ExpertModel, lora
 from fedlora.adapters.model import Arrays
 from fedlora.data.tokens import TokenTable
+from fedlora.experts.options import expert_options
 from fedlora.privacy import PrivacyPlan
 
 LARGEST_LOGIT = 4.0
@@ -72,12 +73,14 @@ def _router_rows(
     sequence: np.random.SeedSequence | None,
 ) -> dict[str, torch.Tensor]:
     paths = list(adapted.routers())
-    if adapted.config.method.router_init == "public":
+    if expert_options(adapted.config).router_init == "public":
         return {path: adapted.arrays([f"{path}.public_router"])[f"{path}.public_router"][0] for path in paths}
     adapted.set_public()
     size = adapted.config.server.batch_size
     if plan is None:
-        chosen = np.sort(np.random.default_rng(sequence).permutation(rows)[: adapted.config.method.router_documents])
+        chosen = np.sort(
+            np.random.default_rng(sequence).permutation(rows)[: expert_options(adapted.config).router_documents]
+        )
         return dict(zip(paths, mean_states(adapted, adapted.blocks, table, chosen, size), strict=True))
     if plan.start_noise_multiplier is None:
         raise ValueError("under privacy a start from the owner's documents needs a noise multiplier")

@@ -8,6 +8,7 @@ import torch
 from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
+from fedlora.experts.options import expert_options
 from fedlora.training.batches import shuffled_batches
 from fedlora.training.loss import per_example_loss
 
@@ -25,20 +26,20 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
         Public text.
     config : Config
     """
-    blocks = merged.mixture.blocks
+    blocks, options = merged.mixture.blocks, expert_options(config)
     dtype = blocks[0].router.dtype
     # Half precision would lose most of what a step adds to a row.
     wide = dtype if dtype == torch.float64 else torch.float32
     for block in blocks:
         block.set_router(block.router.to(wide), block.router_bias.to(wide))
     parameters = [p.requires_grad_(True) for block in blocks for p in (block.router, block.router_bias)]
-    optimizer = torch.optim.AdamW(parameters, lr=config.method.router_tuning_learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=options.router_tuning_learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence([config.run.seed, _TUNING]).generate_state(1)[0])
     )
     rows = np.arange(len(table))
     merged.model.train()
-    for chosen in shuffled_batches(rows, config.client.batch_size, config.method.router_tuning_steps, generator):
+    for chosen in shuffled_batches(rows, config.client.batch_size, options.router_tuning_steps, generator):
         batch = table.batch(chosen, merged.device)
         merged.layout.set_rows([len(chosen)])
         per_example_loss(merged.logits(batch), batch["labels"]).mean().backward()

@@ -16,9 +16,11 @@ from fedlora.assets import ASSETS
 from fedlora.cli import parse_overrides
 from fedlora.cli.display import COLUMNS, RunDisplay
 from fedlora.errors import InputError, RunError
+from fedlora.methods import methods
 from fedlora.results import RunResult
-from strategies import METHODS
 from tests.command import fedlora
+
+METHODS = methods()
 
 SUMMARY: dict[str, Any] = {
     "final": {"accuracy": 0.7512, "majority": 0.571, "loss": 0.5},

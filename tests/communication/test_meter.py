@@ -196,14 +196,14 @@ def test_a_lost_reply_is_not_counted() -> None:
 
 
 def test_arrays_of_one_layout_are_serialised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[RecordDict] = []
-    original = meter.recorddict_to_proto
+    measured: list[str] = []
+    original = meter.record_size
 
-    def spy(content: RecordDict) -> Any:
-        measured.extend([content] if content.array_records else [])
-        return original(content)
+    def spy(key: str, record: ArrayRecord) -> int:
+        measured.append(key)
+        return original(key, record)
 
-    monkeypatch.setattr(meter, "recorddict_to_proto", spy)
+    monkeypatch.setattr(meter, "record_size", spy)
     meter._size_of_layout.cache_clear()
     grid = metered(echo, clients=20)
     contents = [RecordDict({"arrays": random_record({"w": (10,)})}) for _ in range(20)]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.communication.wire import decode, decode_as, digest, encode, payload_bytes, wire_dtype
+from fedlora.flower import from_bytes, to_bytes
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -185,7 +185,7 @@ def test_decoded_arrays_may_be_written_and_leave_the_record_alone() -> None:
 
 def test_the_record_survives_flowers_serialisation() -> None:
     arrays = {"a": torch.randn(2, 3), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4)}
-    again = recorddict_from_proto(recorddict_to_proto(RecordDict({"r": encode(arrays)})))["r"]
+    again = from_bytes(to_bytes(RecordDict({"r": encode(arrays)})))["r"]
     assert isinstance(again, ArrayRecord)
     for name, array in decode(again).items():
         assert torch.equal(array, arrays[name])

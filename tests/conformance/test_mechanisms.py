@@ -11,7 +11,7 @@ from fedlora.config import load_config, unused_keys
 from fedlora.errors import InputError
 from fedlora.privacy.mechanisms import Mechanism, get_mechanism, mechanism_of
 from fedlora.registry import MECHANISMS
-from strategies.replies import ReplyError, read_metrics
+from fedlora.strategies.replies import ReplyError, read_metrics
 from tests.configs import override
 
 
@@ -66,5 +66,5 @@ def test_a_key_that_clipping_of_examples_replaces_is_noted(mechanism: Mechanism)
 
 
 def test_other_modes_are_refused() -> None:
-    with pytest.raises(InputError, match=r"privacy\.mode = 'client': should be 'example' or 'none'"):
+    with pytest.raises(InputError, match=r"privacy\.mode = 'client': should be .*'none'"):
         load_config(override("privacy.mode", "client"))

@@ -172,5 +172,5 @@ def test_fedavg_takes_the_mean() -> None:
 
 
 def test_other_names_are_refused() -> None:
-    with pytest.raises(InputError, match=r"server\.optimizer = 'adam': should be 'fedadam'"):
+    with pytest.raises(InputError, match=r"server\.optimizer = 'adam': should be .*'fedadam'"):
         load_config(override("server.optimizer", "adam"))

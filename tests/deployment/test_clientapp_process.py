@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_an_app_that_a_server_sends_is_not_unpacked(tmp_path: Path, monkeypatch:
     node.mkdir()
     monkeypatch.setenv("FLWR_HOME", str(node / "home"))
     monkeypatch.setattr("sys.argv", ["flwr-clientapp"])
-    monkeypatch.setattr(clientapp_process, "flwr_clientapp", process)
+    program = import_module("flwr.supernode.cli.flwr_clientapp")
+    monkeypatch.setattr(program, "flwr_clientapp", process)
     clientapp_process.main()
     assert not list(node.iterdir())

@@ -12,8 +12,9 @@ from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from scipy.stats import norm
 
-from fedlora.config import Config, MethodSection
+from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.accountants import get_accountant, prv
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
@@ -107,7 +108,8 @@ def test_small_epsilons_are_reached(asked):
 
 
 def test_an_experts_start_fits_into_a_tenth_of_epsilon_1():
-    plan = plan_privacy(config(target_epsilon=1.0).model_copy(update={"method": MethodSection(name="flexmore")}), 400)
+    options = get_method("flexmore").Options(name="flexmore")
+    plan = plan_privacy(config(target_epsilon=1.0).model_copy(update={"method": options}), 400)
     assert 0.09 < spent_epsilon("rdp", 1e-5, tuple(plan.start)) <= 0.1
     steps = (plan.noise_multiplier, plan.sample_rate, plan.steps)
     assert 0.99 < spent_epsilon("rdp", 1e-5, (*plan.start, steps)) <= 1.0

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.methods import methods
 from fedlora.reporting.charts import Axis, format_value
-from fedlora.reporting.style import _KNOWN, style_of
-from strategies import METHODS
+from fedlora.reporting.style import COLOURS, MARKERS, style_of
+
+METHODS = methods()
 
 FIGURES = (
     *("score-epsilon", "score-bytes", "pareto", "score-rounds", "score-network"),
@@ -32,12 +34,15 @@ def test_every_figure_is_there_as_png_and_svg(compared: tuple[Path, Path], name:
 
 
 def test_every_known_method_looks_different() -> None:
-    assert set(METHODS) <= set(_KNOWN)
-    assert len({(style.colour, style.marker) for style in _KNOWN.values()}) == len(_KNOWN)
+    styles = [style_of(name) for name in METHODS]
+    assert len({(style.colour, style.marker) for style in styles}) == len(METHODS)
+    for method, style in zip(METHODS.values(), styles, strict=True):
+        assert style.colour in (COLOURS.get(method.color), method.color)
+        assert style.marker is MARKERS[method.marker]
 
 
 def test_colours_are_told_apart_by_colour_blind_eyes() -> None:
-    first = [_KNOWN[name].colour for name in ("fed-sb", "ffa-lora", "fedit", "flexmore")]
+    first = [style_of(name).colour for name in ("fed-sb", "ffa-lora", "fedit", "flexmore")]
     for matrix in DEFICIENCIES:
         seen = [apply(matrix, linear(colour)) for colour in first]
         for a, b in itertools.combinations(seen, 2):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import LocalGrid
-from fedlora.simulation.ray_grid import FIRST_NODE_ID
+from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
+from tests.tiny import save_llama
 
 CLIENTS = 5
+ROOT = Path(__file__).parents[2]
 
 
 def messages(do: dict[str, Any] | None = None, arrays: ArrayRecord | None = None) -> list[Message]:
@@ -99,3 +105,28 @@ def test_pushed_messages_are_pulled() -> None:
     with LocalGrid(apps.plain, CLIENTS) as grid:
         pushed = list(grid.push_messages(messages()))
         assert metric(list(grid.pull_messages(pushed[1:3])), "client") == [1, 2]
+
+
+def test_a_run_in_this_process_imports_no_ray(tmp_path: Path) -> None:
+    """Ray takes seconds to import, and is not there on every machine that a run without it fits."""
+    save_llama(tmp_path / "model")
+    lines = "".join(json.dumps({"text": f"w4 w5 w{word}"}) + "\n" for word in range(6, 26))
+    (tmp_path / "texts.jsonl").write_text(lines)
+    config = {
+        "run": {"name": "local", "rounds": 1},
+        "model": {"name": str(tmp_path / "model"), "task": "causal-lm", "max_length": 8},
+        "data": {"name": "texts.jsonl", "test": "texts.jsonl", "partition": {"clients": 2}},
+        "method": {"name": "fedit", "rank": 2},
+        "client": {"batch_size": 4, "local_steps": 1},
+        "simulation": {"workers": 0},
+    }
+    code = (
+        "import json, sys, fedlora; r = fedlora.simulate(json.load(sys.stdin)); "
+        "print(r.summary['rounds'], [name for name in sys.modules if name.split('.')[0] == 'ray'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, input=json.dumps(config), capture_output=True, text=True,
+        env={**os.environ, "FEDLORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["1 []"], done.stdout + done.stderr

@@ -7,8 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
-from fedlora.simulation import ray_grid
-from fedlora.simulation.placement import Need, count_processes, processes_on
+from fedlora.simulation.placement import Need, count_processes, count_workers, processes_on
 
 PARTS = 100
 """Of a card, so that the count by hand is exact."""
@@ -44,9 +43,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *machines: dict[str, float]) -> None:
 
 def test_workers_share_one_card_each(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, {"CPU": 64, "GPU": 2})
-    assert ray_grid._count_workers(None, 1, 0.15) == 12
+    assert count_workers(None, 1, 0.15) == 12
     with pytest.raises(InputError, match=r"simulation\.workers = 13: only 12 fit"):
-        ray_grid._count_workers(13, 1, 0.15)
+        count_workers(13, 1, 0.15)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode, InputError
-from fedlora.simulation import RayGrid, ray_grid
-from fedlora.simulation.ray_grid import FIRST_NODE_ID
+from fedlora.simulation import RayGrid, placement, ray_cluster, ray_exchange, ray_grid
+from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 
 CLIENTS = 8
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cohorts of three answer in two parts."""
-    monkeypatch.setattr(ray_grid, "PART", 2)
+    monkeypatch.setattr(ray_exchange, "PART", 2)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +369,7 @@ def test_by_default_there_are_as_many_workers_as_fit() -> None:
 
 def test_a_ray_that_others_fill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without room would be waited for without end."""
-    monkeypatch.setattr(ray_grid, "_FREED_SECONDS", 0.0)
+    monkeypatch.setattr(placement, "_FREED_SECONDS", 0.0)
     monkeypatch.setattr(ray_grid, "_OPEN", set())
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     with pytest.raises(InputError, match=r"workers = 2: others hold so much that 1 workers find room \(1 CPU, 0 GPU"):
@@ -383,8 +383,8 @@ def test_a_ray_that_others_fill_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_another_address_than_that_of_the_running_ray_is_told() -> None:
     with pytest.raises(InputError, match=r"simulation\.address = '10\.0\.0\.1:6379': .* call ray\.shutdown\(\) first"):
-        ray_grid.start_ray("10.0.0.1:6379")
-    assert not ray_grid.start_ray(ray.get_runtime_context().gcs_address)
+        ray_cluster.start_ray("10.0.0.1:6379")
+    assert not ray_cluster.start_ray(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
@@ -400,4 +400,4 @@ def test_a_temporary_folder_too_long_for_sockets_is_named(variable: str, monkeyp
     with pytest.raises(
         InputError, match=rf"^{variable} = '.*': is too long .* set the environment variable RAY_TMPDIR"
     ):
-        ray_grid.start_ray(None)
+        ray_cluster.start_ray(None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 SCRIPT = """
 import ray
-from fedlora.simulation.ray_grid import start_ray
+from fedlora.simulation.ray_cluster import start_ray
 assert start_ray(None)
 ray.shutdown()
 """

@@ -12,12 +12,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.chain import Chain, ChainLink, ClipUpdate, EqualWeights, ServerNoise, Update, flat
+from fedlora.chain import ChainLink, ClipUpdate, EqualWeights, ServerNoise, Update, UpdateChain, flat
 from fedlora.communication.codecs import get_codec
 from fedlora.privacy.mechanisms import get_mechanism
 from fedlora.registry import CODECS
-from strategies.aggregation import WeightedMean
-from strategies.chain import updates
+from fedlora.strategies.aggregation import WeightedMean
+from fedlora.strategies.chain import updates
 from tests.messages import FIRST_NODE, train_message
 
 SHAPES = {"layer.lora_A": (2, 5), "layer.lora_B": (3, 2), "head.bias": (4,)}
@@ -39,7 +39,7 @@ def replies(records: Sequence[ArrayRecord], **metrics: Any) -> list[tuple[int, M
 
 
 def received(
-    chain: Chain, messages: list[tuple[int, Message]], start: dict[str, torch.Tensor] = START, mode: str = "none"
+    chain: UpdateChain, messages: list[tuple[int, Message]], start: dict[str, torch.Tensor] = START, mode: str = "none"
 ) -> tuple[list[Update], list[tuple[int, str]]]:
     refused: list[tuple[int, str]] = []
     origin = flat(start, SHAPES)
@@ -66,7 +66,7 @@ def mean_of(found: list[Update]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CODECS.names())
 def test_without_links_an_update_is_what_was_sent(name: str) -> None:
-    chain = Chain(get_codec(name))
+    chain = UpdateChain(get_codec(name))
     sent = [drawn(seed) for seed in (1, 2, 3)]
     found, refused = received(chain, replies([chain.send(arrays, START) for arrays in sent]))
     assert not refused
@@ -94,7 +94,7 @@ def test_a_clipped_move_is_no_longer_than_its_bound_and_points_the_same_way(
 
 
 def test_a_server_clips_what_a_client_did_not() -> None:
-    chain = Chain(get_codec("float32"), [ClipUpdate(0.5), EqualWeights()])
+    chain = UpdateChain(get_codec("float32"), [ClipUpdate(0.5), EqualWeights()])
     honest, other = chain.send(drawn(1), START), get_codec("float32").encode(drawn(2, 100.0))
     found, refused = received(chain, replies([honest, other]))
     assert not refused
@@ -122,7 +122,7 @@ def test_links_come_in_order_on_both_halves_and_around_the_codec() -> None:
             seen.append(f"{self.name} mean")
             return vector
 
-    chain = Chain(get_codec("int8"), [Noted("a"), Noted("b")])
+    chain = UpdateChain(get_codec("int8"), [Noted("a"), Noted("b")])
     found, _ = received(chain, replies([chain.send(drawn(1), START)]))
     chain.finish(mean_of(found), [1.0], flat(START, SHAPES))
     assert seen == ["a client", "b client", "a server", "b server", "a mean", "b mean"]
@@ -140,7 +140,7 @@ def test_a_bad_reply_costs_its_client_alone() -> None:
     infinite = drawn(1)
     infinite["layer.lora_B"][0, 0] = math.inf
     records = [codec.encode(infinite), get_codec("int8").encode(drawn(1)), codec.encode({"x": torch.ones(1)})]
-    found, refused = received(Chain(codec, [Fussy()]), replies([*records, *2 * [codec.encode(drawn(1))]]))
+    found, refused = received(UpdateChain(codec, [Fussy()]), replies([*records, *2 * [codec.encode(drawn(1))]]))
     assert [update.client for update in found] == [4]
     assert [client for client, _ in refused] == [0, 1, 2, 3]
     texts = [text for _, text in refused]
@@ -150,7 +150,7 @@ def test_a_bad_reply_costs_its_client_alone() -> None:
 
 
 def test_a_private_reply_says_what_was_spent() -> None:
-    chain = Chain(get_codec("float32"))
+    chain = UpdateChain(get_codec("float32"))
     spent = {"steps": 2, "noise-multiplier": 1.0, "sample-rate": 0.5, "epsilon": 1.0, "delta": 1e-5}
     record = chain.send(drawn(1), START)
     assert not received(chain, replies([record], **spent), mode="example")[1]
@@ -158,7 +158,7 @@ def test_a_private_reply_says_what_was_spent() -> None:
 
 
 def test_updates_are_read_as_the_replies_come() -> None:
-    chain, asked = Chain(get_codec("float32")), []
+    chain, asked = UpdateChain(get_codec("float32")), []
 
     def coming() -> Any:
         for client, message in replies([chain.send(drawn(i), START) for i in range(3)]):

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
+from fedlora.flower import NodeInfo, set_message_id, set_source
 from fedlora.node.names import NODE_RECORD, labels_digest
-from strategies import get_strategy
-from strategies.base import RoundReport
-from strategies.federation import _in_round
-from strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.base import RoundReport, get_strategy
+from fedlora.strategies.federation import _in_round
+from fedlora.strategies.nodes import AddressedGrid, Roster
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, train_message
 
 LABELS = ["bad", "good"]
@@ -54,7 +53,7 @@ class Nodes(FakeGrid):
         ids = []
         for message in messages:
             key = f"query-{len(self.pushed)}"
-            message.metadata.__dict__["_message_id"] = key
+            set_message_id(message, key)
             self.pushed[key] = message
             ids.append(key)
         return ids
@@ -88,7 +87,7 @@ def three() -> Nodes:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.nodes._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fedlora.strategies.nodes._POLL_SECONDS", 0.01)
 
 
 def test_nodes_that_lost_their_connection_are_asked_again_until_the_timeout(three: Nodes) -> None:
@@ -324,7 +323,7 @@ def test_who_was_not_asked_is_not_heard(three: Nodes) -> None:
         reply = original(message)
         assert reply is not None
         if reply.metadata.src_node_id == 7:
-            reply.metadata.__dict__["_src_node_id"] = 666
+            set_source(reply, 666)
         return reply
 
     three.answer = answer

@@ -17,9 +17,10 @@ from fedlora.communication.broadcast import InitialBroadcast
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.wire import decode, encode
 from fedlora.errors import ClientErrorCode
-from strategies.aggregation import WeightedMean
-from strategies.base import FederatedStrategy
-from strategies.replies import MOST_EXAMPLES
+from fedlora.flower import set_source
+from fedlora.strategies.aggregation import WeightedMean
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.replies import MOST_EXAMPLES
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, random_record
 from tests.strategies.test_strategies import ARRAYS, strategy
 
@@ -226,7 +227,7 @@ def test_only_the_first_reply_of_a_client_that_was_asked_counts(
     messages = list(rounds.configure_train(1, encode(ARRAYS), ConfigRecord(), FakeGrid(lambda m: None, 4)))
     replies = [Message(honest(client), reply_to=message) for client, message in enumerate(messages)]
     again, stranger, stale, error = (Message(honest(3), reply_to=messages[i]) for i in (0, 1, 2, 0))
-    stranger.metadata.__dict__["_src_node_id"] = 666
+    set_source(stranger, 666)
     stale.metadata.group_id = "0"
     sent = [stale, stranger, replies[1], replies[0], again, error_reply(messages[0], 102, "late"), replies[2], again]
     record, _ = rounds.aggregate_train(1, [*sent, replies[3], again, error])

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RunError
-from strategies import METHODS, get_strategy
-from strategies.aggregation import WeightedMean, in_client_order, weighted_mean
-from strategies.base import FederatedStrategy
+from fedlora.methods import methods
+from fedlora.strategies.aggregation import WeightedMean, in_client_order, weighted_mean
+from fedlora.strategies.base import FederatedStrategy, get_strategy
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, records, train_message
+
+METHODS = methods()
 
 Answer = Callable[[Message, int], Message | None]
 ARRAYS = {"layer.lora_B": torch.zeros(4, 2), "classifier.bias": torch.zeros(3)}

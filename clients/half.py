@@ -1,0 +1,52 @@
+"""What one method's clients do of their own; a method whose clients do no more than train needs none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord
+
+from fedlora.adapters import AdaptedModel
+from fedlora.clients.participant import Participant
+from fedlora.communication.wire import Arrays
+from fedlora.config import Config
+
+
+class ClientHalf:
+    """The common client half: it trains what came, and sends what it trained.
+
+    A method names another one in :attr:`fedlora.methods.Method.client`.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model of this process, shared by the clients that it trains.
+    config : Config
+    """
+
+    def __init__(self, adapted: AdaptedModel, config: Config) -> None:
+        self.adapted, self.config = adapted, config
+
+    def group(self, settings: Mapping[str, Any]) -> Hashable:
+        """Return what clients of one pass have in common, beside the learning rate."""
+        return None
+
+    def prepare(self, settings: Mapping[str, Any]) -> None:
+        """Make the model ready for a message with these settings."""
+
+    def start(self, client: Participant) -> Arrays:
+        """Make the start of the arrays whose role says that the client makes it."""
+        raise NotImplementedError("the method's table says that clients make a start; its client half makes none")
+
+    def begin(self, arrays: Arrays) -> Arrays:
+        """Turn arrays that came into those that are trained."""
+        return arrays
+
+    def finish(self, arrays: Arrays) -> Arrays:
+        """Turn arrays that were trained into those that leave."""
+        return arrays
+
+    def records(self) -> dict[str, ConfigRecord]:
+        """Return what a reply says beside arrays and metrics."""
+        return {}

@@ -1,0 +1,154 @@
+"""The parts that this host holds for its clients, on the disk and in memory; see :mod:`fedlora.communication.parts`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+from fedlora.adapters import AdaptedModel
+from fedlora.alignment import aligned
+from fedlora.assets import cache_dir
+from fedlora.clients.participant import Participant
+from fedlora.communication.broadcast import AFTER, HELD, KEY, record_key
+from fedlora.communication.parts import Chain
+from fedlora.communication.wire import Arrays, decode, digest
+from fedlora.errors import NeedsInitialError
+from fedlora.roles import FROZEN, Roles
+
+_CHAIN = "chain"
+
+
+def receive(client: Participant, message: Message, roles: Roles, adapted: AdaptedModel) -> Arrays:
+    """Put the parts that a round needs into the model, and return the arrays of those that are no residual.
+
+    What came with the message is kept on this host once the model took it.
+
+    Raises
+    ------
+    NeedsInitialError
+        If this host does not hold a part, or not the version that increments are added to.
+    RuntimeError
+        If arrays that came are not those that the server announced.
+    """
+    about: Mapping[str, Any] = message.content.get(HELD) or {}  # type: ignore[assignment]
+    versions = {str(part): str(version) for part, version in about.items() if "/" not in part}
+    found: Arrays = {}
+    residual = ""
+    for part, version in versions.items():
+        came = _came(message, part)
+        if roles.get(part, FROZEN).increment:
+            after, key = str(about.get(AFTER + part, "")), str(about.get(KEY + part, ""))
+            chain = _chain(client, key, version, after, came)
+            residual = version
+            if adapted.versions.get(part) != version:
+                adapted.set_residual(chain.total)
+                adapted.versions[part] = version
+        else:
+            found |= _whole(client, part, version, came, adapted)
+    if not residual and adapted.residual:
+        adapted.set_residual({})
+    for part in [part for part in adapted.versions if part not in versions]:
+        del adapted.versions[part]
+    return found
+
+
+def _came(message: Message, part: str) -> Arrays | None:
+    for key in (record_key(part, 0), record_key(part, 1)):
+        record = message.content.get(key)
+        if isinstance(record, ArrayRecord):
+            return decode(record)
+    return None
+
+
+def _whole(client: Participant, part: str, version: str, came: Arrays | None, adapted: AdaptedModel) -> Arrays:
+    arrays = part_arrays(version) if came is None else came
+    if arrays is None:
+        part_arrays.cache_clear()
+        raise NeedsInitialError
+    if came is not None and digest(arrays) != version:
+        raise RuntimeError("the frozen arrays that came differ from the digest that the server announced")
+    if adapted.versions.get(part) != version:
+        adapted.versions.pop(part, None)
+        adapted.set_shared(arrays)
+        adapted.versions[part] = version
+    path = part_path(version)
+    if came is None:
+        client.make_room(0, path)
+    elif not path.exists():
+        client.make_room(sum(array.nbytes for array in arrays.values()))
+        _write(path, save(arrays))
+        part_arrays.cache_clear()
+    return arrays
+
+
+@lru_cache(maxsize=8)
+def part_arrays(version: str) -> Arrays | None:
+    """Return the arrays of a digest, or None where this host does not hold them (whole)."""
+    path = part_path(version)
+    if not path.exists():
+        return None
+    arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
+    return arrays if digest(arrays) == version else None
+
+
+_chains: dict[str, Chain] = {}
+
+
+def _chain(client: Participant, key: str, version: str, after: str, came: Arrays | None) -> Chain:
+    """Return the chain of a key at a version."""
+    path = part_path(key, _CHAIN)
+    chain = _chains.get(key)
+    if chain is None or (chain.version != version and not chain.knows(after)):
+        # Another process of this host may have gone on with it.
+        chain = _read_chain(path) or Chain(key)
+    if chain.version != version:
+        if came is None or (after and not chain.knows(after)):
+            raise NeedsInitialError
+        chain.follow(came, after, version)
+        arrays, facts = chain.to_arrays()
+        client.make_room(sum(array.nbytes for array in arrays.values()))
+        _write(path, save(arrays, {"chain": facts}))
+    else:
+        client.make_room(0, path)
+    _chains.clear()  # one run at a time: sums are as large as the layers that they are added to
+    _chains[key] = chain
+    return chain
+
+
+def _read_chain(path: Path) -> Chain | None:
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()["chain"]
+        arrays = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    json.loads(facts)
+    return Chain.from_arrays(arrays, facts)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def part_path(version: str, sort: str = "") -> Path:
+    """Return where a part is kept.
+
+    Raises
+    ------
+    ValueError
+        If the version is no digest: a server may not choose a path.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", version):
+        raise ValueError("the name of the frozen arrays is no SHA-256")
+    return cache_dir() / "initial" / f"{version}{'.' + sort if sort else ''}.safetensors"

@@ -1,0 +1,52 @@
+"""One typed model of a run.
+
+A run is described by a TOML file. :func:`load_config` reads it, applies overrides and returns a :class:`Config`; every
+mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the value and the remedy.
+:meth:`Config.to_toml` writes the resolved config back; the result runs again as it is.
+"""
+
+from fedlora.config.errors import input_error, unknown_key
+from fedlora.config.examples import DataSection, ModelSection, PartitionSection
+from fedlora.config.privacy import MAX_CLIP, MAX_EPSILON, MAX_NOISE, MIN_DELTA, MIN_NOISE, PrivacySection
+from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
+from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
+from fedlora.config.schema import Config
+from fedlora.config.section import NODES, SERVER, FileFormat, Fraction, LearningRate, Name, Positive, Section, Seed
+from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection, WireSection
+
+__all__ = [
+    "MAX_CLIP",
+    "MAX_EPSILON",
+    "MAX_NOISE",
+    "MIN_DELTA",
+    "MIN_NOISE",
+    "NODES",
+    "SERVER",
+    "ClientSection",
+    "Config",
+    "DataSection",
+    "FileFormat",
+    "Fraction",
+    "LearningRate",
+    "MethodSection",
+    "ModelSection",
+    "Name",
+    "NetworkSection",
+    "PartitionSection",
+    "Positive",
+    "PrivacySection",
+    "RunSection",
+    "Section",
+    "Seed",
+    "ServerSection",
+    "SimulationSection",
+    "TrackingSection",
+    "WireSection",
+    "input_error",
+    "load_config",
+    "override",
+    "read_config",
+    "read_toml",
+    "unknown_key",
+    "unused_keys",
+]

@@ -1,0 +1,184 @@
+"""``[model]``, ``[data]`` and ``[data.partition]``: the base model, and who holds which examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from fedlora.config.section import NODES, FileFormat, Positive, Section, Seed, Share
+from fedlora.errors import InputError
+from fedlora.registry import CLIENT_SAMPLINGS
+
+if TYPE_CHECKING:
+    from fedlora.config.schema import Config
+
+
+class ModelSection(Section):
+    """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
+
+    name: Annotated[str, Field(min_length=1)] = Field(
+        description="The base model: asset:NAME, a hub id, a folder, or the folder of a finished run."
+    )
+    task: Literal["sequence-classification", "causal-lm"] = Field(
+        default="sequence-classification", description="What the model learns: the class of a text, or to write text."
+    )
+    pooling: Literal["default", "mean"] = Field(
+        default="default", description="The classifier: the model's own head, or a new head on the mean of the tokens."
+    )
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        default="float32", description="Floating-point type in which the base model is loaded."
+    )
+    max_length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
+        default=128, description="Longest example, in tokens; the rest of a longer one is cut off."
+    )
+    num_hidden_layers: Positive | None = Field(
+        default=None, description="Keep only the first so many layers of the base model; all by default."
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a model on the hub; the newest by default."
+    )
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """A language model has no pooled head."""
+        if self.task == "causal-lm":
+            yield "pooling", "model.task is causal-lm"
+
+
+class PartitionSection(Section):
+    """``[data.partition]``: how the training examples are divided among the clients (flwr-datasets' partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "shard", "size", "natural"] = Field(
+        default="iid",
+        description="How examples are divided: evenly at random, by label skew (dirichlet, pathological, shard), "
+        "into unequal sizes, or by the owner that a column names (natural).",
+    )
+    clients: Positive | None = Field(
+        default=None, description="Number of clients; with kind natural, one for each value of the column."
+    )
+    alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = Field(
+        default=0.5, description="Concentration of the Dirichlet distribution: the smaller, the more clients differ."
+    )
+    classes_per_client: Positive = Field(
+        default=2, description="Number of classes that a client has with kind pathological."
+    )
+    shards_per_client: Positive = Field(
+        default=2, description="Number of shards of label-sorted examples that a client has with kind shard."
+    )
+    size_skew: Literal["linear", "square", "exponential"] = Field(
+        default="linear", description="How the clients' numbers of examples grow with kind size."
+    )
+    column: str | None = Field(
+        default=None,
+        description="Column to divide by: the owner with kind natural, else what is skewed; the label by default.",
+    )
+    min_examples: Positive = Field(
+        default=1, description="Fewest examples that a client may have; a partition with fewer is refused."
+    )
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Each kind has keys of its own."""
+        if config.data.name != NODES and self.kind == "natural":
+            yield "clients", "the partition is natural: one client per value of its column"
+        of_kind = {
+            "dirichlet": "alpha",
+            "pathological": "classes_per_client",
+            "shard": "shards_per_client",
+            "size": "size_skew",
+        }
+        for kind, key in of_kind.items():
+            if self.kind != kind:
+                yield key, f"the partition is {self.kind}"
+
+
+class DataSection(Section):
+    """``[data]``: the examples, from ``asset:NAME``, a hub id, or a CSV, TSV, JSONL, Parquet or ``datasets`` path."""
+
+    name: Annotated[str, Field(min_length=1)] = Field(
+        description='The training examples: asset:NAME, a hub id, a path, or "nodes" where real nodes hold them.'
+    )
+    format: FileFormat | None = Field(default=None, description="Format of the files; by default told by their names.")
+    train: str | None = Field(
+        default=None, description="Split to train on, where the data has several; train by default."
+    )
+    test: str | None = Field(
+        default=None,
+        description="Examples to test on: a split or another source; by default a seeded tenth is held out.",
+    )
+    validation: str | Share | None = Field(
+        default=None,
+        description="Examples that best and tuning look at: a split, another source, or a share of the training "
+        "examples; none by default.",
+    )
+    public: str | None = Field(
+        default=None, description="Examples that the server may read: a split or another source; none by default."
+    )
+    text: str = Field(default="text", description="Column of the texts.")
+    label: str = Field(default="label", description="Column of the labels, which are words or numbers.")
+    label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = Field(
+        default=None,
+        description="Names of the classes, in order; by default those of the training examples, or of the test set "
+        "with nodes.",
+    )
+    prompt: str | None = Field(
+        default=None, description="Column of the prompts of a language model, on which there is no loss."
+    )
+    answer: str | None = Field(default=None, description="Column of the answers, on which the loss is.")
+    seed: Seed | None = Field(
+        default=None,
+        description="Seed of what is held out and of the subsets, so that runs of several seeds can share a test set; "
+        "run.seed by default.",
+    )
+    max_examples: Positive | None = Field(
+        default=None, description="At most so many training examples, drawn at random; all by default."
+    )
+    max_test_examples: Positive | None = Field(
+        default=None, description="At most so many test examples, drawn at random; all by default."
+    )
+    partition: PartitionSection = Field(
+        default=PartitionSection(), description="How the training examples are divided among the clients."
+    )
+
+    def check(self, config: Config) -> None:
+        """Check names of classes, what nodes cannot give, the partition, and prompts."""
+        if self.label_names is not None and len(set(self.label_names)) < len(self.label_names):
+            raise InputError("data.label_names", self.label_names, "names a class twice; remove one of them")
+        if self.name == NODES and self.test is None:
+            remedy = "is required with data.name = nodes: the examples that the server tests on"
+            raise InputError("data.test", None, remedy)
+        if self.name == NODES and isinstance(self.validation, float):
+            remedy = "is a share of the training examples, which nodes keep; name a file"
+            raise InputError("data.validation", self.validation, remedy)
+        self._check_partition(config)
+        if (self.prompt is None) != (self.answer is None):
+            raise InputError("data.prompt", self.prompt, "give prompt and answer together, or neither for plain text")
+        skewed = self.partition.kind in ("dirichlet", "pathological", "shard")
+        if config.model.task == "causal-lm" and skewed and self.partition.column is None:
+            remedy = f"is required with kind {self.partition.kind} for causal-lm: the column to skew"
+            raise InputError("data.partition.column", None, remedy)
+
+    def _check_partition(self, config: Config) -> None:
+        partition, server = self.partition, config.server
+        if self.name == NODES and partition.clients is None:
+            return  # there are as many clients as nodes
+        if partition.kind == "natural":
+            if partition.column is None:
+                remedy = "is required with kind natural: the column that names the owner"
+                raise InputError("data.partition.column", None, remedy)
+        elif partition.clients is None:
+            raise InputError("data.partition.clients", None, "is required: the number of clients")
+        else:
+            asked = CLIENT_SAMPLINGS.get(server.sampling)().most(partition.clients, server.fraction_train)
+            if server.min_replies > asked:
+                remedy = f"can never be reached: a round asks {asked} clients; lower it or raise server.fraction_train"
+                raise InputError("server.min_replies", server.min_replies, remedy)
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Classifiers have labels, language models prompts; each partition has keys of its own."""
+        if config.model.task == "causal-lm":
+            yield "label label_names", "model.task is causal-lm"
+        else:
+            yield "prompt answer", "model.task is not causal-lm"
+        for keys, why in self.partition.unused(config):
+            yield f"partition.{keys}", why

@@ -1,0 +1,69 @@
+"""``[simulation]``, ``[network]`` and ``[tracking]``: where a run runs, and who logs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from fedlora.config.section import Count, Section, Seed
+
+if TYPE_CHECKING:
+    from fedlora.config.schema import Config
+
+
+class SimulationSection(Section):
+    """``[simulation]``: where simulated clients run."""
+
+    workers: Annotated[int, Field(ge=0, le=10_000)] | None = Field(
+        default=None,
+        description="Number of worker processes; 0 runs the clients in the run's own process, without Ray. As many as "
+        "fit by default.",
+    )
+    cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=1, description="Cores, and threads, of a worker."
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.0, description="GPUs of a worker; a part of one, such as 0.5, is shared."
+    )
+    cohort_size: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Number of clients that train together in one pass; auto measures what fits a GPU, and is 1 on "
+        "the CPU.",
+    )
+    compile: bool = Field(default=False, description="Fuse the frozen layers on a GPU, which pays in long runs.")
+    address: str | None = Field(
+        default=None, description="Address of a running Ray cluster; a local one is started by default."
+    )
+
+
+class NetworkSection(Section):
+    """``[network]``: simulated links that turn the measured bytes into seconds (:mod:`fedlora.communication.links`)."""
+
+    profile: Literal["none", "lte", "broadband", "datacenter"] = Field(
+        default="none", description="Kind of links between clients and server."
+    )
+    seed: Seed | None = Field(default=None, description="Seed of the clients' links; run.seed by default.")
+    download_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = Field(
+        default=None, description="Median rate to a client, in 10^6 bit/s; the profile's by default."
+    )
+    upload_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = Field(
+        default=None, description="Median rate from a client, in 10^6 bit/s; the profile's by default."
+    )
+    latency_ms: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+        default=None, description="Median latency there and back, in milliseconds; the profile's by default."
+    )
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Without a profile there are no links."""
+        if self.profile == "none":
+            yield "seed download_mbps upload_mbps latency_ms", "network.profile is none"
+
+
+class TrackingSection(Section):
+    """``[tracking]``: loggers beside the run folder."""
+
+    tensorboard: bool = Field(default=False, description="Log to TensorBoard, into the run folder.")
+    wandb: bool = Field(default=False, description="Log to Weights & Biases.")
+    project: str = Field(default="fedlora", description="Project in Weights & Biases.")

@@ -1,0 +1,166 @@
+"""``[run]``, ``[method]``, ``[client]`` and ``[server]``: what is trained, how, and for how many rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field, PrivateAttr
+
+from fedlora.config.section import Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
+from fedlora.errors import InputError
+from fedlora.registry import CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
+
+if TYPE_CHECKING:
+    from fedlora.config.schema import Config
+
+Modules = str | Annotated[list[str], Field(min_length=1)] | None
+
+
+class RunSection(Section):
+    """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
+
+    name: Name = Field(default="run", description="Name of the run; its folder is runs/NAME.")
+    seed: Seed = Field(default=0, description="Seed of everything that is drawn.")
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(default=10, description="Number of rounds.")
+
+
+class MethodSection(Section):
+    """``[method]``: what is trained and how it is averaged; names follow PEFT.
+
+    These keys are common to all methods. A method adds its own in a subclass, :attr:`fedlora.methods.Method.Options`.
+    """
+
+    name: str = Field(description="The method; fedlora methods lists them.")
+    rank: Positive = Field(default=8, description="Rank r of the adapters.")
+    alpha: Annotated[float, Field(ge=1e-4, le=1e6)] | None = Field(
+        default=None, description="The adapter's factor is s = alpha / rank; alpha = rank by default, so that s = 1."
+    )
+    target_modules: Modules = Field(
+        default=None,
+        description='Modules with adapters: a list of names, a regular expression, or "all-linear"; by default every '
+        "attention's query and value.",
+    )
+    exclude_modules: Modules = Field(
+        default=None, description="Modules without adapters: a list of names or a regular expression; none by default."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Probability with which an input of an adapter is dropped in training."
+    )
+
+    _others: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Keys of other methods that were given, and why they are left out."""
+        return self._others
+
+
+class ClientSection(Section):
+    """``[client]``: local training."""
+
+    optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="The clients' optimiser.")
+    learning_rate: LearningRate | None = Field(
+        default=None, description="Learning rate of the clients; by default the method's own for the optimiser."
+    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="How the learning rate falls over the rounds: not at all, linearly to 0, or by half a cosine.",
+    )
+    warmup_rounds: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        default=0, description="Number of first rounds over which the learning rate rises linearly."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Momentum of sgd.")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(default=0.0, description="Weight decay.")
+    max_grad_norm: Norm | None = Field(
+        default=None,
+        description="Norm to which a batch's gradient is clipped, without privacy; no clipping by default.",
+    )
+    batch_size: Count = Field(
+        default=32, description="Number of examples in a local step; under privacy the expected number."
+    )
+    physical_batch_size: Count | None = Field(
+        default=None,
+        description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
+    )
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        default=None, description="Number of steps that a client takes in a round, instead of local_epochs."
+    )
+    local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        default=None, description="Number of passes over its examples that a client takes in a round; 1 by default."
+    )
+
+    def check(self, config: Config) -> None:
+        """Refuse two lengths of local training."""
+        if self.local_steps is not None and self.local_epochs is not None:
+            given = f"{self.local_steps} and local_epochs = {self.local_epochs}"
+            raise InputError("client.local_steps", given, "give one of the two")
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Momentum is of sgd, a batch's clipping of training without privacy."""
+        if MECHANISMS.get(config.privacy.mode).clips_examples:
+            yield "max_grad_norm", "under DP each example is clipped instead"
+        if self.optimizer == "adamw":
+            yield "momentum", "adamw has its own moments"
+
+
+class ServerSection(Section):
+    """``[server]``: sampling of clients, evaluation and patience."""
+
+    fraction_train: Fraction = Field(default=1.0, description="Share of the clients that a round asks, at least one.")
+    sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
+        default="fixed",
+        description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
+    )
+    optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
+        default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
+    )
+    learning_rate: LearningRate | None = Field(
+        default=None, description="Step size of the server's optimizer (eta); each has a default of its own."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of fedavgm.")
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of the first moment of the server's optimizer."
+    )
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of the second moment of the server's optimizer."
+    )
+    tau: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
+        default=1e-3, description="What the server's optimizer adds to the root of the second moment."
+    )
+    min_replies: Positive = Field(default=1, description="Fewest replies with which a round counts.")
+    evaluate_every: Positive = Field(
+        default=1, description="Evaluate after every so many rounds, and after the last one."
+    )
+    batch_size: Count = Field(default=64, description="Number of examples at once in evaluation.")
+    timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = Field(
+        default=3600.0, description="Seconds that a round waits for its replies."
+    )
+    evaluate_clients: bool = Field(
+        default=False,
+        description="Evaluate the final model on every client's own examples, in simulation only: one pass over all "
+        "training examples, which no epsilon covers.",
+    )
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Every optimizer has keys of its own."""
+        for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
+            # Imported only where it matters: an optimizer needs torch.
+            if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:
+                yield key, f"server.optimizer is {self.optimizer}"
+
+
+class WireSection(Section):
+    """``[wire]``: how the arrays of a round travel (:mod:`fedlora.communication.codecs`)."""
+
+    codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None,
+        description="How the arrays of a round are encoded, both ways; by default nothing is rounded. Arrays that are "
+        "sent once never are.",
+    )
+    downlink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None, description="How arrays on the way to clients are encoded, instead of codec."
+    )
+    uplink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None, description="How arrays on the way to the server are encoded, instead of codec."
+    )

@@ -1,0 +1,342 @@
+"""What both halves share of a method, and the registry of all methods.
+
+A method is a subclass of :class:`Method` with a ``name``. Those of this repository lie in ``strategies``, where every
+module and package is looked through: adding a file adds a method. Those of other packages are named by entry points of
+the group ``fedlora.methods``, as ``name = "package.module:Class"``.
+
+Methods are imported when one is asked for: the config must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict, ValidationError
+
+from fedlora.config import Config, MethodSection, unknown_key
+from fedlora.errors import InputError
+from fedlora.roles import Roles
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedlora.adapters import AdaptedModel
+
+BUILT_IN = "fedlora.strategies"
+"""The package with the methods of this repository."""
+GROUP = "fedlora.methods"
+"""The entry points of methods in other packages."""
+
+
+class Method:
+    """What a method says of itself, to the config, the command line, reports, server and clients.
+
+    Attributes
+    ----------
+    name, title, paper : str
+        ``method.name``, what it is in a line, and where it comes from.
+    exact : bool
+        Whether the mean of what is sent is the mean of the updates.
+    mixed_ranks : bool
+        Whether clients may have different ranks.
+    dp : bool
+        Whether clients may train under DP-SGD.
+    color, marker : str
+        In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
+        name where they are empty.
+    parameterisation : str
+        What is trained: ``lora`` or ``sb``.
+    learning_rates : dict of str to float
+        Default learning rate by optimiser.
+    persistent : bool
+        Whether an array's coordinates mean the same from round to round, so that a server optimiser's moments, or an
+        error memory, may be kept.
+    client : str
+        Where its client half is, as ``MODULE:CLASS``; "" for the common one.
+    Options : type of MethodSection
+        The section ``[method]`` of a config that names this method: a subclass adds the method's own keys, each with a
+        description.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    exact: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = False
+    dp: ClassVar[bool] = True
+    color: ClassVar[str] = ""
+    marker: ClassVar[str] = ""
+    parameterisation: ClassVar[str] = "lora"
+    learning_rates: ClassVar[dict[str, float]]
+    persistent: ClassVar[bool] = True
+    client: ClassVar[str] = ""
+    Options: ClassVar[type[MethodSection]] = MethodSection
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """Say how the arrays of each kind travel in a round.
+
+        Parameters
+        ----------
+        config : Config
+        server_round : int
+            From 1.
+
+        Returns
+        -------
+        mapping of str to Role
+            By kind; see :mod:`fedlora.roles`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:
+        """Put what is trained into a frozen base model, in place."""
+        from fedlora.adapters import adapt
+
+        return adapt(model, config, cls.parameterisation)
+
+    @classmethod
+    def client_half(cls) -> Any:
+        """Return the class of its client half, or None for the common one."""
+        if not cls.client:
+            return None
+        module, _, name = cls.client.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse what the method cannot do, before a run begins; nothing by default.
+
+        Raises
+        ------
+        InputError
+        """
+
+    @classmethod
+    def unused(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """Yield (keys of ``[method]``, why) that have no use in this config; they are noted where they were set."""
+        yield from ()
+
+    @classmethod
+    def start_examples(cls, config: Config) -> int:
+        """How many of its own examples a client's start reads, under noise that its ledger is charged for; 0: none."""
+        return 0
+
+
+@dataclass
+class _Found:
+    """All methods, and what is wrong with those that cannot be used."""
+
+    methods: dict[str, type[Method]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)  # entry point or module -> why
+    twice: dict[str, list[str]] = field(default_factory=dict)  # name -> classes
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return all methods by name.
+
+    Raises
+    ------
+    InputError
+        If two methods have one name.
+    """
+    found = _find()
+    for name in found.twice:
+        raise _taken_twice(name, found)
+    return dict(sorted(found.methods.items()))
+
+
+def broken_methods() -> dict[str, str]:
+    """Return what could not be imported: the name of an entry point, or of a module, and why."""
+    return dict(_find().broken)
+
+
+@lru_cache
+def get_method(name: str) -> type[Method]:
+    """Return the method of a name; for built-in ones only their own module is imported.
+
+    Raises
+    ------
+    InputError
+        If there is no such method (close names are suggested), two methods have this name, or the entry point of this
+        name cannot be imported.
+    """
+    likely = _built_in(name)
+    if likely is not None and not entry_points(group=GROUP, name=name):
+        return likely
+    found = _find()
+    if name in found.twice:
+        raise _taken_twice(name, found)
+    if name in found.methods:
+        return found.methods[name]
+    if name in found.broken:
+        raise InputError("method.name", name, f"cannot be used: {found.broken[name]}")
+    close = difflib.get_close_matches(name, found.methods, 1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(found.methods))}"
+    broken = [f"{place}: {why}" for place, why in found.broken.items() if place.startswith(f"{BUILT_IN}.")]
+    raise InputError("method.name", name, f"is not a method; {hint}" + "".join(f" ({text})" for text in broken))
+
+
+def forget_methods() -> None:
+    """Look for methods anew: a package was installed since."""
+    _find.cache_clear()
+    get_method.cache_clear()
+
+
+def read_options(name: str, content: Mapping[str, Any], *, installed: bool = True) -> MethodSection:
+    """Read ``[method]`` as the options of the method of that name.
+
+    Keys of other methods are checked and left out; :attr:`MethodSection.others` says so.
+
+    Parameters
+    ----------
+    name : str
+    content : Mapping
+        ``[method]``, with its name.
+    installed : bool
+        Whether the method must be one that is installed here. Else its keys may be any.
+
+    Raises
+    ------
+    InputError, ValidationError
+        If there is no such method or key, or a value is wrong.
+    """
+    try:
+        options = get_method(name).Options
+    except InputError:
+        if installed:
+            raise
+        return _AnyOptions.model_validate(content)
+    own = {key: value for key, value in content.items() if key in options.model_fields}
+    others = {key: _owners(key, value, options, name) for key, value in content.items() if key not in own}
+    section = options.model_validate(own)
+    section.others.update(others)
+    return section
+
+
+def check_method(config: Config) -> None:
+    """Refuse what the config's method cannot do.
+
+    Raises
+    ------
+    InputError
+    """
+    method = get_method(config.method.name)
+    if config.privacy.mode != "none" and not method.dp:
+        raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    method.check(config)
+
+
+def unused_options(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (keys of ``[method]``, why) that the config's method has no use for."""
+    return get_method(config.method.name).unused(config)
+
+
+class _AnyOptions(MethodSection):
+    """Options of a method that is not installed."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _owners(key: str, value: Any, options: type[MethodSection], name: str) -> str:
+    """Say whose key it is, for a key that is not the method's own; the value must suit one of those that have it."""
+    having = {other: method.Options for other, method in _find().methods.items() if key in method.Options.model_fields}
+    if not having:
+        others = sorted({known for method in _find().methods.values() for known in method.Options.model_fields})
+        shown = key if key and key.isprintable() else repr(key)
+        raise unknown_key(f"method.{shown}", key, value, options.model_fields, others)
+    mistakes = []
+    for other, section in having.items():
+        try:
+            section.model_validate({"name": other, key: value})
+        except ValidationError as error:
+            if any(mistake["loc"][:1] == (key,) for mistake in error.errors()):
+                mistakes.append(error)
+    if len(mistakes) == len(having):
+        raise mistakes[0]
+    return f"it is a key of {' and '.join(sorted(having))}, not of {name}"
+
+
+def _taken_twice(name: str, found: _Found) -> InputError:
+    remedy = f"is the name of two methods, {' and '.join(found.twice[name])}; rename one, or uninstall its package"
+    return InputError("method.name", name, remedy)
+
+
+def _place(method: type[Method]) -> str:
+    return f"{method.__module__}:{method.__qualname__}"
+
+
+def _defined_in(module: Any) -> Iterator[type[Method]]:
+    """Yield the methods that a module defines itself: a base without a name of its own is none."""
+    for value in vars(module).values():
+        named = isinstance(value, type) and issubclass(value, Method) and "name" in vars(value)
+        # A package may hand on what its modules define.
+        if named and f"{value.__module__}.".startswith(f"{module.__name__}."):
+            yield value
+
+
+def _built_in(name: str) -> type[Method] | None:
+    """Look for a method in the module of its name."""
+    if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name):
+        return None
+    path = f"{BUILT_IN}.{name.replace('-', '_')}"
+    try:
+        if importlib.util.find_spec(path) is None:
+            return None
+        module = importlib.import_module(path)
+    except Exception:  # _find says what is wrong
+        return None
+    return next((method for method in _defined_in(module) if method.name == name), None)
+
+
+@lru_cache(maxsize=1)
+def _find() -> _Found:
+    """Import all modules that may hold methods, and sort what is found."""
+    found = _Found()
+    by_name: dict[str, dict[str, type[Method]]] = defaultdict(dict)
+    package = importlib.import_module(BUILT_IN)
+    for info in pkgutil.walk_packages(package.__path__, f"{BUILT_IN}.", onerror=lambda name: None):
+        try:
+            module = importlib.import_module(info.name)
+        except Exception as error:
+            found.broken[info.name] = _why(error)
+        else:
+            for method in _defined_in(module):
+                by_name[method.name][_place(method)] = method
+    for point in entry_points(group=GROUP):
+        try:
+            method = _loaded(point)
+        except Exception as error:
+            found.broken[point.name] = f"{point.value}: {_why(error)}"
+        else:
+            by_name[method.name][_place(method)] = method
+    for name, classes in by_name.items():
+        if len(classes) > 1:
+            found.twice[name] = list(classes)
+        else:
+            found.methods[name] = next(iter(classes.values()))
+    return found
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    method = point.load()
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError("it is no subclass of fedlora.methods.Method")
+    if getattr(method, "name", None) != point.name:
+        raise TypeError(f"its name is {getattr(method, 'name', None)!r}, and its entry point's {point.name!r}")
+    return method
+
+
+def _why(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,93 @@
+"""How the arrays of a method travel: one table that both halves, the meter, the forecast and the checkpoint read.
+
+Arrays are grouped by kind: the name of an adapter's factor (``lora_A`` of ``encoder.layer.0.query.lora_A``), or
+:data:`HEAD` for all arrays of the trained head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+HEAD = "head"
+"""The kind of all arrays of the trained head."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What happens to the arrays of one kind in one round.
+
+    Attributes
+    ----------
+    trained : bool
+        Whether clients train them.
+    down : str
+        ``round``: every client of the round gets them. ``stale``: a client that lacks their current version gets it,
+        and keeps it. ``never``: they stay on the server, or with the client.
+    up : str
+        What a reply holds of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
+    home : bool
+        Whether every client keeps what it trained for itself, from round to round. Such arrays do not go up. The server
+        sends their start once.
+    made_by : str
+        Who makes their start: the ``server``, or the ``client`` in the first round in which nothing comes down to it.
+    increment : bool
+        Whether what the server makes in a round is added to what clients hold, instead of taking its place. The sum
+        enters the model as a residual of the frozen weights.
+
+    Raises
+    ------
+    ValueError
+        If these contradict each other.
+    """
+
+    trained: bool = False
+    down: Literal["round", "stale", "never"] = "stale"
+    up: Literal["value", "update", "never"] = "never"
+    home: bool = False
+    made_by: Literal["server", "client"] = "server"
+    increment: bool = False
+
+    def __post_init__(self) -> None:
+        if self.home and self.up != "never":
+            raise ValueError("arrays that stay with the client do not go up")
+        if self.home and not self.trained:
+            raise ValueError("arrays that stay with the client are trained there")
+        if self.up != "never" and not self.trained:
+            raise ValueError("only arrays that clients train go up")
+        if self.increment and (self.trained or self.down != "stale"):
+            raise ValueError("increments are made by the server, for the clients that lack them")
+
+
+TRAINED = Role(trained=True, down="round", up="value")
+"""Averaged in the usual way: down and up in every round."""
+
+FROZEN = Role()
+"""Sent to each client once, and never trained."""
+
+INCREMENT = Role(increment=True)
+"""A residual that the server adds to."""
+
+Roles = Mapping[str, Role]
+"""By kind. A kind that is not named is :data:`FROZEN`."""
+
+
+def kind_of(name: str, head_names: Collection[str]) -> str:
+    """Return the kind of an array."""
+    return HEAD if name in head_names else name.rpartition(".")[2]
+
+
+def trained_kinds(roles: Roles) -> tuple[str, ...]:
+    """Kinds that clients train."""
+    return tuple(kind for kind, role in roles.items() if role.trained)
+
+
+def changing_kinds(rounds: Iterable[Roles]) -> frozenset[str]:
+    """Kinds whose global arrays some round may change: all but the frozen, increments, and those that stay at home."""
+    return frozenset(
+        kind
+        for roles in rounds
+        for kind, role in roles.items()
+        if (role.trained or role.down == "round") and not role.home and not role.increment
+    )

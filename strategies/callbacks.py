@@ -1,0 +1,133 @@
+"""What happens beside the rounds: each concern is a callback, called in the order of the federation's list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedlora.communication.links import link_seed, network_profile, round_network
+from fedlora.communication.meter import Row, row_dict
+from fedlora.results.plot import plot_rounds
+from fedlora.results.tracking import open_trackers
+from fedlora.strategies.base import RoundReport
+from fedlora.strategies.summary import privacy_rows
+
+if TYPE_CHECKING:
+    from fedlora.strategies.federation import Federation
+
+
+@dataclass
+class Progress:
+    """What a progress display may show; every hook does nothing by default.
+
+    Attributes
+    ----------
+    on_start : callable (rounds, first round, clients a round)
+    on_client : callable (client)
+    on_round : callable (line of rounds.jsonl)
+    on_note : callable (text)
+        What a server tells, such as which nodes do not take part.
+    """
+
+    on_start: Callable[[int, int, int], None] = lambda rounds, first, clients: None
+    on_client: Callable[[int], None] = lambda client: None
+    on_round: Callable[[dict[str, Any]], None] = lambda line: None
+    on_note: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Outcome:
+    """One finished round.
+
+    Attributes
+    ----------
+    round : int
+    line : dict
+        Of rounds.jsonl; callbacks before the checkpoint may add to it.
+    rows : list of Row
+        Of communication.csv.
+    report : RoundReport
+    """
+
+    round: int
+    line: dict[str, Any]
+    rows: list[Row]
+    report: RoundReport = field(default_factory=RoundReport)
+
+
+class Callback:
+    """Does nothing; subclasses override what concerns them."""
+
+    def on_start(self, federation: Federation) -> None:
+        """Before the first round of this process."""
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """After a round."""
+
+    def on_end(self, federation: Federation) -> None:
+        """After the last round, once the result is exported."""
+
+
+class Network(Callback):
+    """Adds what the round's messages would take on simulated links."""
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """Add ``network`` to the line."""
+        config = federation.config
+        profile = network_profile(config.network)
+        seconds = None if profile is None else round_network(outcome.rows, profile, link_seed(config))
+        outcome.line["network"] = seconds
+
+
+class Saved(Callback):
+    """Writes the round into the checkpoint and the run folder: it is there whole, or not at all."""
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """Write what a resumed run starts from, and the round's lines."""
+        federation.save(outcome.round)
+        rows = map(row_dict, outcome.rows)
+        federation.folder.add_round(outcome.line, rows, privacy_rows(outcome.round, outcome.report))
+
+
+class Trackers(Callback):
+    """Passes each line on to the loggers that ``[tracking]`` names."""
+
+    def on_start(self, federation: Federation) -> None:
+        """Open them."""
+        self._trackers = open_trackers(federation.config, federation.folder.path)
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """Log the line."""
+        for track in self._trackers:
+            track(outcome.line)
+
+
+class Display(Callback):
+    """Feeds a progress display.
+
+    Parameters
+    ----------
+    progress : Progress
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_start(self, federation: Federation) -> None:
+        """Say how many rounds there are."""
+        done, rounds = federation.done, federation.config.run.rounds
+        self.progress.on_start(rounds, done, len(federation.method.sample(done + 1)))
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """Show the line."""
+        self.progress.on_round(outcome.line)
+
+
+class Plot(Callback):
+    """Draws rounds.png."""
+
+    def on_end(self, federation: Federation) -> None:
+        """Draw the whole run."""
+        folder, name = federation.folder, federation.config.run.name
+        plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{name}: {federation.method.title}")

@@ -1,0 +1,196 @@
+"""What a run says of itself: lines of rounds.jsonl and privacy.csv, and summary.json."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord
+
+from fedlora.communication.links import link_seed
+from fedlora.config import Config
+from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.strategies.base import RoundReport
+
+if TYPE_CHECKING:
+    from fedlora.strategies.federation import Federation
+
+
+def summarise(federation: Federation) -> dict[str, Any]:
+    """Return the content of summary.json."""
+    config, folder, method, totals = federation.config, federation.folder, federation.method, federation.totals
+    lines = folder.rounds()
+    seen = evaluated(lines)
+    final = {k: v for k, v in seen[-1]["metrics"].items() if k != "validation"} if seen else {}
+    epsilons = [epsilon for epsilon, _ in totals.epsilon.values()]
+    epsilon = None
+    if epsilons:
+        epsilon = {
+            "max": max(epsilons),
+            "mean": sum(epsilons) / len(epsilons),
+            "delta": config.privacy.target_delta,
+            "accountant": config.privacy.accountant,
+            "mode": config.privacy.mode,
+            "unit": mechanism_of(config).unit,
+            "covers_init": method.covers_init,
+        }
+    order = ("total", "load", "train", "communicate", "aggregate", "evaluate")
+    return {
+        "method": config.method.name,
+        "seed": config.run.seed,
+        "rounds": config.run.rounds,
+        "clients": len(federation.roster.nodes),
+        "start": folder.checkpoint.get("start"),
+        "final": final,
+        "best": best_round(lines),
+        "trainable_parameters": method.trained_numbers(federation.adapted),
+        "epsilon": epsilon,
+        "communication": federation.meter.totals,
+        "network": network_seconds(config, lines),
+        "seconds": {name: totals.seconds[name] for name in order},
+        "environment": environment(config),
+        **method.facts(federation.adapted),
+    }
+
+
+def evaluated(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rounds after which the model was evaluated."""
+    return [line for line in lines if line["metrics"]]
+
+
+def network_seconds(config: Config, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Add up what the rounds' messages take on the simulated links."""
+    if config.network.profile == "none":
+        return None
+    of_rounds = [line["network"]["seconds"] for line in lines]
+    return {"profile": config.network.profile, "seed": link_seed(config), "seconds": sum(of_rounds)}
+
+
+def fairness(clients: list[dict[str, Any]], covered: bool) -> dict[str, Any]:
+    """Describe how the final model's accuracy (loss, for language models) spreads; each client counts once."""
+    name = "accuracy" if "accuracy" in clients[0] else "loss"
+    values = np.array([row[name] for row in clients])
+    return {
+        "metric": name,
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        # It is computed from the clients' examples without noise.
+        "covered": covered,
+    }
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Return the versions and the machine that a result depends on."""
+    packages = ("fedlora", "torch", "flwr", "opacus", "transformers", "ray", "peft", "numpy")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and config.simulation.gpus_per_worker else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": gpu,
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree that runs, with ``-dirty`` if files differ from it.
+
+    Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return os.environ.get("FEDLORA_COMMIT") or None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def best_round(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The round that validation prefers; without validation there is none, since choosing on test would flatter."""
+    lines = [line for line in evaluated(lines) if "validation" in line["metrics"]]
+    if not lines:
+        return None
+
+    def score(line: dict[str, Any]) -> float:
+        metrics = line["metrics"]["validation"]
+        if "accuracy" in metrics:
+            return float(metrics["accuracy"])
+        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
+
+    line = max(lines, key=score)
+    return {"round": line["round"], **line["metrics"]["validation"]}
+
+
+def round_seconds(report: RoundReport, exchange: float, evaluation: float) -> dict[str, float]:
+    """Split a round's wall time: training is the busiest worker's, communication what is left of the exchange."""
+    workers: dict[Any, float] = defaultdict(float)
+    for row in report.metrics.values():
+        workers[row.get("worker")] += float(row.get("seconds", 0.0))  # type: ignore[arg-type]
+    train = min(exchange, max(workers.values(), default=0.0))
+    aggregate = min(exchange - train, report.aggregate_seconds)
+    communicate = exchange - train - aggregate
+    return {"train": train, "communicate": communicate, "aggregate": aggregate, "evaluate": evaluation}
+
+
+def round_line(
+    server_round: int,
+    report: RoundReport,
+    mean: MetricRecord | None,
+    metrics: dict[str, Any],
+    seconds: dict[str, float],
+    counted: bool,
+    config: Config,
+) -> dict[str, Any]:
+    private = mechanism_of(config).is_private
+    return {
+        "round": server_round,
+        "metrics": metrics,
+        "train_loss": mean.get("loss") if mean is not None else None,
+        # Under DP the training loss is for the simulation's eyes: no noise covers it.
+        "train_loss_covered": not private,
+        "clients": report.clients,
+        "failed": report.failed,
+        "counted": counted,
+        "uncounted": report.uncounted or None,
+        "drift": report.drift,
+        "seconds": seconds,
+    }
+
+
+def privacy_rows(server_round: int, report: RoundReport) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": server_round,
+            "client": client,
+            "steps": row["steps"],
+            "sample_rate": row["sample-rate"],
+            "noise_multiplier": row["noise-multiplier"],
+            "epsilon": row["epsilon"],
+            "delta": row["delta"],
+        }
+        for client, row in sorted(report.metrics.items())
+        if "epsilon" in row
+    ]

@@ -1,0 +1,96 @@
+"""What clients sent in a round, one client at a time, on its way into the aggregate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import MetricRecord
+
+from fedlora.communication.wire import Arrays
+from fedlora.strategies.aggregation import Drift, WeightedMean
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sent.
+
+    Attributes
+    ----------
+    client : int
+    weight : float
+        p_i before normalisation: its number of examples.
+    vector : Tensor [n]
+        All its numbers, in the order of ``shapes``.
+    shapes : mapping of str to tuple of int
+    metrics : MetricRecord
+    """
+
+    client: int
+    weight: float
+    vector: torch.Tensor
+    shapes: Shapes
+    metrics: MetricRecord = field(default_factory=MetricRecord)
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays by name; views of ``vector``."""
+        return split(self.vector, self.shapes)
+
+
+class Updates:
+    """The updates of a round, to be taken once: iterate over them, or ask for their :meth:`mean`.
+
+    They are read as the replies come, so that a mean holds one sum and not an array of every client.
+
+    Parameters
+    ----------
+    stream : iterator of Update
+    start : Tensor [n], optional
+        What all clients started from, for :attr:`drift`; None where clients' arrays have shapes of their own.
+    """
+
+    def __init__(self, stream: Iterator[Update], start: torch.Tensor | None = None) -> None:
+        self._stream, self._start = stream, start
+        self._mean = WeightedMean()
+        self._drift = None if start is None else Drift({"all": start})
+        self._shapes: Shapes = {}
+
+    def __iter__(self) -> Iterator[Update]:
+        for update in self._stream:
+            if self._drift is not None:
+                self._add(update)
+            yield update
+
+    def _add(self, update: Update) -> None:
+        self._shapes = update.shapes
+        self._mean.add({"all": update.vector}, update.weight)
+        if self._drift is not None:
+            self._drift.add({"all": update.vector}, update.weight)
+
+    def mean(self) -> Arrays | None:
+        """Return sum p_i X_i with p_i = w_i / sum w; None where nothing of any weight came."""
+        for update in self._stream:
+            self._add(update)
+        found = self._mean.result()
+        return None if found is None else split(found["all"], self._shapes)
+
+    def drift(self) -> float | None:
+        """How far the clients moved apart, once all updates were taken; see :class:`~strategies.aggregation.Drift`."""
+        return None if self._drift is None else self._drift.result(self._mean.result())
+
+
+def normalised(updates: list[Update]) -> list[float]:
+    """Return the clients' weights p_i, which sum to 1; alike where nobody has any weight."""
+    total = math.fsum(update.weight for update in updates)
+    return [update.weight / total if total else 1 / len(updates) for update in updates]
+
+
+def split(vector: torch.Tensor, shapes: Shapes) -> Arrays:
+    """Cut a vector into arrays of these shapes; they are views."""
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
