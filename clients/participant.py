@@ -25,8 +25,9 @@ from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node import Node
 from fedlora.node.room import make_room
-from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
+from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.mechanisms import mechanism_of
 
 _OWN = "own"
 """Key of a simulated client's own arrays in its Flower state."""
@@ -104,7 +105,7 @@ class SimulatedClient(Participant):
         self.config = run_config(context.run_config)
         self.client = int(context.node_config["partition-id"])
         self.rows = client_data(self.config).partition[self.client]
-        self.plan = plan_privacy(self.config, len(self.rows)) if self.config.privacy.mode == "example" else None
+        self.plan = mechanism_of(self.config).plan(self.config, len(self.rows))
         self.starts = _starts(self.config, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)

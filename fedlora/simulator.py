@@ -21,8 +21,8 @@ from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
 from fedlora.models import load_base
-from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.roles import trained_kinds
@@ -115,7 +115,7 @@ def simulate(
         _check_clients(resolved, tokens)
         # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
         skeleton = method.adapt(load_base(resolved, tokens.label_names, "meta"), resolved)
-        if resolved.privacy.mode == "example":
+        if mechanism_of(resolved).clips_examples:
             names = skeleton.names(trained_kinds(method.roles(resolved, 1)))
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
         counts = tokens.label_counts()
@@ -201,9 +201,8 @@ def _ghost_norms(chosen: Mapping[str, bool]) -> str:
 
 def _check_clients(config: Config, data: FederatedData) -> None:
     """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
-    if config.privacy.mode == "example":
-        for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
-            plan_privacy(config, examples)
+    for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
+        mechanism_of(config).plan(config, examples)
 
 
 def _resolve_cohorts(config: Config) -> Config:

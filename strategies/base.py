@@ -27,6 +27,7 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.models import load_base
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
@@ -471,7 +472,7 @@ class FederatedStrategy(Method, Strategy):
             try:
                 shapes = self.client_shapes(client)
                 self.check_reply(client, message)
-                vector, metrics = read_update(message, shapes, self._dtype, private=self.private)
+                vector, metrics = read_update(message, shapes, self._dtype, mechanism=mechanism_of(self.config))
                 self.report.metrics[client] = metrics
                 update = Update(client, self.weight(client), vector, shapes, metrics)
                 self.check_update(update)
@@ -505,7 +506,7 @@ class FederatedStrategy(Method, Strategy):
     @property
     def private(self) -> bool:
         """Whether clients say what privacy they spend."""
-        return self.config.privacy.mode != "none"
+        return mechanism_of(self.config).is_private
 
     def weight(self, client: int) -> float:
         """Return a client's weight before normalisation: its number of examples."""

@@ -25,6 +25,8 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
 from fedlora.flower import set_reason
 from fedlora.node.names import NODE_RECORD
+from fedlora.privacy.accountants import get_accountant
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.strategies.base import FederatedStrategy
@@ -160,10 +162,10 @@ class Federation:
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)
-        if config.privacy.mode == "example" and config.privacy.accountant == "gdp":
-            # A central limit theorem of many steps: Opacus warns of it too.
-            log.warning("privacy.accountant = gdp can give several times too small an epsilon; rdp and prv are bounds")
-        if config.privacy.mode == "example" and self.adapted.stacked_layers():
+        mechanism = mechanism_of(config)
+        if mechanism.is_private and (note := get_accountant(config.privacy.accountant).note):
+            log.warning(note)
+        if mechanism.clips_examples and self.adapted.stacked_layers():
             # Clients measure it too; here the run ends before anybody is asked.
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         for half in {id(half): half for half in (method, self.rounds)}.values():
@@ -321,7 +323,7 @@ class Federation:
             size = config.server.batch_size
             clients = evaluate_clients(self.adapted, self.data.train, self.data.partition, size)
             folder.write_clients(clients)
-            spread = fairness(clients, covered=config.privacy.mode == "none")
+            spread = fairness(clients, covered=not mechanism_of(config).is_private)
             self.totals.seconds["evaluate"] += time.perf_counter() - began
         elif config.server.evaluate_clients:
             log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")

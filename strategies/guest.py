@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.errors import InputError, RunError
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
 
@@ -91,7 +92,7 @@ class Guest:
                 # A user's own client may answer otherwise; what the strategy makes of that is its own affair.
                 try:
                     found: Any = reply.content.get("metrics")
-                    metrics = read_metrics(found, private=self.method.private)
+                    metrics = read_metrics(found, mechanism=mechanism_of(self.method.config))
                 except ReplyError:
                     metrics = MetricRecord()
                 self.report.metrics[client] = metrics

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from fedlora.communication.wire import decode_as
 from fedlora.errors import plain_text
 from fedlora.node.names import NODE_RECORD, is_node_name
+from fedlora.privacy.mechanisms import Mechanism
 
 MOST_EXAMPLES = 10**8
 """So many examples one client may say that it has; the mean takes clients by them."""
@@ -52,7 +53,7 @@ class Description:
     partition: int = -1
 
 
-def _only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
+def only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
     """Let whatever a reply makes our code raise be a ReplyError."""
 
     @functools.wraps(read)
@@ -65,7 +66,7 @@ def _only_reply_errors(read: Callable[_P, _T]) -> Callable[_P, _T]:
     return checked
 
 
-@_only_reply_errors
+@only_reply_errors
 def read_description(message: Message, *, real: bool) -> Description:
     """Read a client's answer to the question what it holds.
 
@@ -101,9 +102,9 @@ def read_description(message: Message, *, real: bool) -> Description:
     return Description(examples, str(name), labels)
 
 
-@_only_reply_errors
+@only_reply_errors
 def read_update(
-    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, private: bool
+    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, mechanism: Mechanism
 ) -> tuple[torch.Tensor, MetricRecord]:
     """Read what a client trained.
 
@@ -115,8 +116,8 @@ def read_update(
         Names and shapes of the arrays that were asked for.
     dtype : torch.dtype
         Of the wire.
-    private : bool
-        Whether the run is private, so that the reply must say what it spent.
+    mechanism : Mechanism
+        Says what a reply must tell of what its client spent.
 
     Returns
     -------
@@ -128,21 +129,45 @@ def read_update(
     ReplyError
         If something lacks, arrays have other names, shapes or dtypes, a number is not finite, or a metric is nonsense.
     """
+    record, read = read_reply(message, mechanism=mechanism)
+    vector = decode_as(record, shapes, dtype)
+    check_numbers(vector, shapes)
+    return vector, read
+
+
+@only_reply_errors
+def read_reply(message: Message, *, mechanism: Mechanism) -> tuple[ArrayRecord, MetricRecord]:
+    """Return the arrays of a reply as they came, and the metrics that :func:`read_metrics` lets through.
+
+    Raises
+    ------
+    ReplyError
+        If it has not metrics and one record of arrays, or a metric is nonsense.
+    """
     # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
     records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
     metrics = message.content.get("metrics")
     if not isinstance(metrics, MetricRecord) or len(records) != 1:
         raise ReplyError("it needs metrics and one record of arrays")
-    vector = decode_as(records[0], shapes, dtype)
+    return records[0], read_metrics(metrics, mechanism=mechanism)
+
+
+def check_numbers(vector: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse numbers that are not finite, or would not stay so in a sum.
+
+    Raises
+    ------
+    ReplyError
+        Naming the array.
+    """
     if not _in_range(vector):
         sizes = [math.prod(shape) for shape in shapes.values()]
         name = next(name for name, part in zip(shapes, vector.split(sizes), strict=True) if not _in_range(part))
         raise ReplyError(f"{name} is not finite")
-    return vector, read_metrics(metrics, private=private)
 
 
-@_only_reply_errors
-def read_metrics(metrics: MetricRecord, *, private: bool) -> MetricRecord:
+@only_reply_errors
+def read_metrics(metrics: MetricRecord, *, mechanism: Mechanism) -> MetricRecord:
     """Return the metrics that the server uses, each a number that can be one.
 
     A loss, a time or a worker that is none is left out: nothing hangs on it.
@@ -161,29 +186,20 @@ def read_metrics(metrics: MetricRecord, *, private: bool) -> MetricRecord:
             read[name] = math.nan  # of a client whose training diverges
     if "steps" in metrics:
         read["steps"] = _whole(metrics, "steps", _MOST_STEPS)
-    if not private:
+    if not mechanism.reply_metrics:
         return read
     if "steps" not in read:
         raise ReplyError("it does not say its steps")
     if "total-steps" in metrics:
         read["total-steps"] = _whole(metrics, "total-steps", _MOST_STEPS)
-    for name, fits in _SPENT.items():
+    for name, fits in mechanism.reply_metrics.items():
         value = metrics.get(name)
         if not (_is_number(value) or value == math.inf) or not fits(value):
             raise ReplyError(f"{name} is {_shown(value)}")
         read[name] = value
-    if math.isinf(read["epsilon"]) and read["noise-multiplier"] > 0:  # type: ignore[arg-type, operator]
+    if math.isinf(read.get("epsilon", 0.0)) and read.get("noise-multiplier", 0.0) > 0:  # type: ignore[arg-type, operator]
         raise ReplyError("epsilon is inf, with noise")
     return read
-
-
-_SPENT: dict[str, Callable[[float], bool]] = {
-    "noise-multiplier": lambda value: 0 <= value < math.inf,
-    "sample-rate": lambda value: 0 < value <= 1,
-    "epsilon": lambda value: value >= 0,
-    "delta": lambda value: 0 <= value < 1,
-}
-"""What a private reply says of the privacy that its client has spent."""
 
 
 def first_replies(

@@ -18,6 +18,7 @@ from flwr.app import MetricRecord
 
 from fedlora.communication.links import link_seed
 from fedlora.config import Config
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.base import RoundReport
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
             "delta": config.privacy.target_delta,
             "accountant": config.privacy.accountant,
             "mode": config.privacy.mode,
-            "unit": "one example of one client",
+            "unit": mechanism_of(config).unit,
             "covers_init": method.covers_init,
         }
     order = ("total", "load", "train", "communicate", "aggregate", "evaluate")
@@ -163,7 +164,7 @@ def round_line(
     counted: bool,
     config: Config,
 ) -> dict[str, Any]:
-    private = config.privacy.mode != "none"
+    private = mechanism_of(config).is_private
     return {
         "round": server_round,
         "metrics": metrics,

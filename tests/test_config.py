@@ -31,7 +31,8 @@ def refused(source: Any, overrides: dict[str, Any] | None = None) -> InputError:
 
 def test_the_schema_is_the_documented_one() -> None:
     assert {key.partition(".")[0] for key in KEYS} == {
-        *("run", "model", "data", "method", "client", "privacy", "server", "simulation", "network", "tracking")
+        *("run", "model", "data", "method", "client", "privacy", "server", "wire", "simulation"),
+        *("network", "tracking"),
     }
     named = """run.name run.seed run.rounds model.name model.task model.pooling model.dtype model.max_length data.name
         data.test data.validation data.public data.text data.label data.partition.kind data.partition.clients

@@ -18,6 +18,9 @@ from fedlora.alignment import aligned
 
 Arrays = dict[str, torch.Tensor]
 
+_NPY = "numpy.ndarray"
+"""Flower's name for arrays that are .npy files."""
+
 
 def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> ArrayRecord:
     """Turn named tensors into a Flower ArrayRecord of one dtype (numpy has no bfloat16, so that cannot be it)."""
@@ -25,7 +28,8 @@ def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
         return ArrayRecord()
     # Adapters are many small arrays: one conversion for all, and a copy of a record that Flower has checked before.
     flat = torch.cat([array.detach().cpu().reshape(-1) for array in arrays.values()]).to(dtype).numpy()
-    record: ArrayRecord = pickle.loads(_blank(flat.dtype, tuple((n, tuple(a.shape)) for n, a in arrays.items())))
+    layout = tuple((n, tuple(a.shape)) for n, a in arrays.items())
+    record = blank(str(flat.dtype), _NPY, layout)
     numbers, start = flat.view(np.uint8), 0
     for array in record.values():
         end = start + math.prod(array.shape) * flat.itemsize
@@ -71,9 +75,7 @@ def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype:
     ValueError
         If names, shapes or dtypes are others, or bytes lack.
     """
-    for name in sorted(set(record) ^ set(shapes)):
-        said = record[name].shape if name in record else None
-        raise ValueError(f"{_shown(name)} has shape {_shown(said)}, expected {shapes.get(name)}")
+    check_names(record, shapes)
     kind = np.dtype(str(dtype).removeprefix("torch."))
     parts: list[bytes | memoryview] = []
     for name, shape in shapes.items():
@@ -83,9 +85,9 @@ def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype:
         start = len(header if in_order else fortran)
         if not array.data.startswith((header, fortran)) or len(array.data) - start != kind.itemsize * math.prod(shape):
             if tuple(array.shape) != shape:
-                raise ValueError(f"{name} has shape {_shown(array.shape)}, expected {shape}")
+                raise ValueError(f"{name} has shape {shown(array.shape)}, expected {shape}")
             if array.dtype != str(kind):
-                raise ValueError(f"{name} is of {_shown(array.dtype)}, expected {kind}")
+                raise ValueError(f"{name} is of {shown(array.dtype)}, expected {kind}")
             raise ValueError(f"the bytes of {name} are not those of {kind} numbers of shape {shape}")
         numbers = memoryview(array.data)[start:]
         parts.append(numbers if in_order else np.frombuffer(numbers, kind).reshape(shape, order="F").tobytes())
@@ -93,7 +95,14 @@ def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype:
     return torch.from_numpy(np.frombuffer(joined, kind)) if joined else torch.empty(0, dtype=dtype)
 
 
-def _shown(said: object) -> str:
+def check_names(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a ValueError that names an array which lacks, or which nobody asked for."""
+    for name in sorted(set(record) ^ set(shapes)):
+        said = record[name].shape if name in record else None
+        raise ValueError(f"{shown(name)} has shape {shown(said)}, expected {shapes.get(name)}")
+
+
+def shown(said: object) -> str:
     """Return what somebody else said, fit for a line of a log."""
     text = ascii(said)[1:-1] if isinstance(said, str) else ascii(said)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -103,12 +112,20 @@ def _shown(said: object) -> str:
 # anew each time, which takes ten times as long as the copy for the small arrays that adapters are.
 
 
+def blank(dtype: str, stype: str, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> ArrayRecord:
+    """Return a record whose arrays have no numbers yet, only the header of a .npy file where they are one.
+
+    Flower checks what is put into a record one by one; a copy of one that was checked before costs less.
+    """
+    record: ArrayRecord = pickle.loads(_pickled_blank(dtype, stype, layout))
+    return record
+
+
 @lru_cache(maxsize=64)
-def _blank(dtype: np.dtype, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> bytes:
-    """Return a pickled record whose arrays are headers alone."""
+def _pickled_blank(dtype: str, stype: str, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> bytes:
     record = ArrayRecord()
     for name, shape in layout:
-        record[name] = Array(str(dtype), shape, "numpy.ndarray", _header(dtype, shape))
+        record[name] = Array(dtype, shape, stype, _header(np.dtype(dtype), shape) if stype == _NPY else b"")
     return pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
 
 
@@ -139,7 +156,7 @@ def _start(data: bytes) -> int:
 def _decode(array: Array) -> np.ndarray:
     data = array.data
     start = _start(data)
-    if array.stype != "numpy.ndarray" or not start:
+    if array.stype != _NPY or not start:
         raise ValueError("its bytes are no .npy file")
     shape, fortran_order, dtype = _layout(data[:start])
     # The numbers must be there before memory is taken for them; pickled objects are never read.
@@ -165,5 +182,5 @@ def wire_dtype(model_dtype: str) -> torch.dtype:
 
 
 def payload_bytes(record: ArrayRecord) -> int:
-    """Bytes of a record's numbers alone, as they came: elements times the size of their dtype."""
-    return sum(len(array.data) - _start(array.data) for array in record.values())
+    """Bytes of a record's numbers alone, as they came: without the headers of .npy files."""
+    return sum(len(array.data) - (_start(array.data) if array.stype == _NPY else 0) for array in record.values())

@@ -13,7 +13,7 @@ from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
 from fedlora.config.schema import Config
 from fedlora.config.section import NODES, SERVER, FileFormat, Fraction, LearningRate, Name, Positive, Section, Seed
-from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection
+from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection, WireSection
 
 __all__ = [
     "MAX_CLIP",
@@ -43,6 +43,7 @@ __all__ = [
     "ServerSection",
     "SimulationSection",
     "TrackingSection",
+    "WireSection",
     "all_keys",
     "find_keys",
     "input_error",

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedlora.config.section import NODES, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
+from fedlora.registry import CLIENT_SAMPLINGS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -168,7 +169,7 @@ class DataSection(Section):
         elif partition.clients is None:
             raise InputError("data.partition.clients", None, "is required: the number of clients")
         else:
-            asked = max(1, round(server.fraction_train * partition.clients))
+            asked = CLIENT_SAMPLINGS.get(server.sampling)().most(partition.clients, server.fraction_train)
             if server.min_replies > asked:
                 remedy = f"can never be reached: a round asks {asked} clients; lower it or raise server.fraction_train"
                 raise InputError("server.min_replies", server.min_replies, remedy)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedlora.config.section import Section
 from fedlora.errors import InputError
+from fedlora.registry import ACCOUNTANTS, MECHANISMS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -27,8 +28,8 @@ class PrivacySection(Section):
     With mode example the values have ranges for which epsilon can be computed and means something.
     """
 
-    mode: Literal["none", "example", "client"] = Field(
-        default="none", description="What is protected: nothing, or one example of one client; client is to come."
+    mode: Annotated[str, AfterValidator(MECHANISMS.check)] = Field(
+        default="none", description="What is protected: nothing, or one example of one client."
     )
     target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Epsilon that no client may exceed over the whole run; noise is calibrated to it."
@@ -45,14 +46,12 @@ class PrivacySection(Section):
     max_grad_norm: Annotated[float, Field(ge=1e-6)] = Field(
         default=1.0, description="Norm to which each example's gradient is clipped."
     )
-    accountant: Literal["rdp", "prv", "gdp"] = Field(
-        default="rdp", description="How epsilon is computed: rdp and prv are bounds, gdp is an approximation."
+    accountant: Annotated[str, AfterValidator(ACCOUNTANTS.check)] = Field(
+        default="rdp", description="How epsilon is computed from the steps that were taken."
     )
 
     def check(self, config: Config) -> None:
         """Refuse values for which no accountant has an answer, or none that means anything."""
-        if self.mode == "client":
-            raise InputError("privacy.mode", "client", "client-level privacy is not available yet; use example or none")
         if self.mode == "none":
             return
         epsilon, sigma = self.target_epsilon, self.noise_multiplier
@@ -60,7 +59,7 @@ class PrivacySection(Section):
             given = f"{epsilon} and noise_multiplier = {sigma}"
             raise InputError("privacy.target_epsilon", given, "give one of the two; the other follows from it")
         if epsilon is None and sigma is None:
-            raise InputError("privacy.target_epsilon", None, "is required with mode example (or noise_multiplier)")
+            raise InputError("privacy.target_epsilon", None, f"is required with mode {self.mode} (or noise_multiplier)")
         if epsilon is not None and epsilon > MAX_EPSILON:
             remedy = "promises nothing, since exp(epsilon) is no number any more; give at most"
             raise InputError("privacy.target_epsilon", epsilon, f"{remedy} {MAX_EPSILON:g}, or mode none")
@@ -76,6 +75,7 @@ class PrivacySection(Section):
         if self.max_grad_norm > MAX_CLIP:
             remedy = f"clips nothing, and noise in proportion to it may overflow; give at most {MAX_CLIP:g}"
             raise InputError("privacy.max_grad_norm", self.max_grad_norm, remedy)
+        MECHANISMS.get(self.mode)().check(config)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Without privacy nothing of it counts."""

@@ -13,7 +13,7 @@ from fedlora.config.examples import DataSection, ModelSection
 from fedlora.config.privacy import PrivacySection
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
 from fedlora.config.section import Section
-from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection
+from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection, WireSection
 
 COMMON_KEYS = "common keys"
 """Context of validation: of ``[method]`` only what all methods share; the method's package is not imported."""
@@ -31,6 +31,7 @@ class Config(Section):
     client: ClientSection = ClientSection()
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
+    wire: WireSection = WireSection()
     simulation: SimulationSection = SimulationSection()
     network: NetworkSection = NetworkSection()
     tracking: TrackingSection = TrackingSection()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from fedlora.config.section import Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
+from fedlora.registry import CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -97,7 +98,7 @@ class ClientSection(Section):
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Momentum is of sgd, a batch's clipping of training without privacy."""
-        if config.privacy.mode == "example":
+        if MECHANISMS.get(config.privacy.mode).clips_examples:
             yield "max_grad_norm", "under DP each example is clipped instead"
         if self.optimizer == "adamw":
             yield "momentum", "adamw has its own moments"
@@ -107,6 +108,26 @@ class ServerSection(Section):
     """``[server]``: sampling of clients, evaluation and patience."""
 
     fraction_train: Fraction = Field(default=1.0, description="Share of the clients that a round asks, at least one.")
+    sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
+        default="fixed",
+        description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
+    )
+    optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
+        default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
+    )
+    learning_rate: LearningRate | None = Field(
+        default=None, description="Step size of the server's optimizer (eta); each has a default of its own."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of fedavgm.")
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of the first moment of the server's optimizer."
+    )
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of the second moment of the server's optimizer."
+    )
+    tau: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
+        default=1e-3, description="What the server's optimizer adds to the root of the second moment."
+    )
     min_replies: Positive = Field(default=1, description="Fewest replies with which a round counts.")
     evaluate_every: Positive = Field(
         default=1, description="Evaluate after every so many rounds, and after the last one."
@@ -119,4 +140,27 @@ class ServerSection(Section):
         default=False,
         description="Evaluate the final model on every client's own examples, in simulation only: one pass over all "
         "training examples, which no epsilon covers.",
+    )
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Every optimizer has keys of its own."""
+        for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
+            # Imported only where it matters: an optimizer needs torch.
+            if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:
+                yield key, f"server.optimizer is {self.optimizer}"
+
+
+class WireSection(Section):
+    """``[wire]``: how the arrays of a round travel (:mod:`fedlora.communication.codecs`)."""
+
+    codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None,
+        description="How the arrays of a round are encoded, both ways; by default nothing is rounded. Arrays that are "
+        "sent once never are.",
+    )
+    downlink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None, description="How arrays on the way to clients are encoded, instead of codec."
+    )
+    uplink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
+        default=None, description="How arrays on the way to the server are encoded, instead of codec."
     )

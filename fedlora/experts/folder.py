@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,6 +18,7 @@ from fedlora.alignment import aligned
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Arrays, Expert
 from fedlora.experts.mixture import Mixture
+from fedlora.models import dense_weight
 
 ROUTER_FILE = "router.safetensors"
 """The owner's router row and bias in every block, which no PEFT format has."""
@@ -63,9 +63,8 @@ def save_expert(expert: Expert, mixture: Mixture, folder: Path, base: str) -> No
         full = {}
         for name, delta in updates.items():
             path = name.removesuffix(".delta")
-            stock: torch.Tensor = layers[path].weight.detach().cpu()  # type: ignore[operator]
-            oriented = delta.T if isinstance(layers[path], Conv1D) else delta
-            full[f"{path}.weight"] = (stock.to(oriented.dtype) + oriented).contiguous()
+            whole = dense_weight(layers[path]).cpu().to(delta.dtype) + delta
+            full[f"{path}.weight"] = (whole.T if isinstance(layers[path], Conv1D) else whole).contiguous()
         save_file(full, folder / FULL_FILE, metadata={"format": "pt"})
     else:
         tensors = {f"base_model.model.{name}.weight": array for name, array in updates.items()}
@@ -101,9 +100,8 @@ def load_expert(folder: str | Path, mixture: Mixture) -> Expert:
         layers = _layers(mixture)
         for name, weight in load_file(path / FULL_FILE).items():
             module = name.removesuffix(".weight")
-            stock: torch.Tensor = layers[module].weight.detach().cpu()  # type: ignore[operator]
-            delta = weight - stock.to(weight.dtype)
-            arrays[f"{module}.delta"] = delta.T if isinstance(layers[module], Conv1D) else delta
+            whole = weight.T if isinstance(layers[module], Conv1D) else weight
+            arrays[f"{module}.delta"] = whole - dense_weight(layers[module]).cpu().to(whole.dtype)
     else:
         tensors = load_file(path / "adapter_model.safetensors")
         arrays |= {n.removeprefix("base_model.model.").removesuffix(".weight"): a for n, a in tensors.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,7 @@ from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.node.names import NODE_NAME
 from fedlora.paths import beside, find_path
+from fedlora.registry import ACCOUNTANTS
 
 _FORMATS = get_args(FileFormat)
 
@@ -36,6 +37,13 @@ def _device(text: str) -> str:
     if re.fullmatch(r"auto|cpu|cuda:\d{1,4}", text) is None:
         raise PydanticCustomError("device", "should be auto, cpu or cuda:NUMBER")
     return text
+
+
+def _bound(name: str) -> str:
+    if not ACCOUNTANTS.get(ACCOUNTANTS.check(name)).is_bound:
+        bounds = " or ".join(f"'{other}'" for other in ACCOUNTANTS.names() if ACCOUNTANTS.get(other).is_bound)
+        raise PydanticCustomError("no_bound", "{text}", {"text": f"should be {bounds}, which never count too little"})
+    return name
 
 
 class SuperlinkSection(Section):
@@ -74,8 +82,8 @@ class ModelEntry(Section):
 class PolicySection(Section):
     """``[policy]``: what the owner accepts, whatever config a server sends.
 
-    ``max_epsilon`` at ``delta`` is the ceiling over all runs together, by an accountant that never counts too little:
-    gdp, which a run may use, does. ``allow_non_private`` accepts runs without privacy, which no ceiling can count; so
+    ``max_epsilon`` at ``delta`` is the ceiling over all runs together, by an accountant that never counts too little;
+    a run may use others too. ``allow_non_private`` accepts runs without privacy, which no ceiling can count; so
     one of the two is given.
 
     ``models`` are loaded beside fedlora's own assets, and no others. ``max_describes_per_day`` bounds how often servers
@@ -84,7 +92,7 @@ class PolicySection(Section):
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    accountant: Literal["rdp", "prv"] = "rdp"
+    accountant: Annotated[str, AfterValidator(_bound)] = "rdp"
     min_noise_multiplier: Annotated[float, Field(ge=0)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     max_sample_rate: Fraction | None = None

@@ -11,7 +11,8 @@ from fedlora.errors import InputError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.ledger import NodeLedger
 from fedlora.node.policy import admitted_model, check_policy
-from fedlora.privacy import PrivacyPlan, plan_privacy
+from fedlora.privacy import PrivacyPlan
+from fedlora.privacy.mechanisms import mechanism_of
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,6 @@ class Node:
         if policy.max_epsilon is not None and policy.delta >= 1 / examples:
             remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
-        plan = plan_privacy(run, examples) if run.privacy.mode == "example" else None
+        plan = mechanism_of(run).plan(run, examples)
         check_policy(policy, plan)
         return plan

@@ -15,10 +15,10 @@ class Ledger:
     Parameters
     ----------
     accountant : str
-        Opacus' name of the accounting mechanism: rdp, prv or gdp.
+        ``privacy.accountant``.
     delta : float
     history : list of (float, float, int), optional
-        (noise multiplier, sample rate, steps), as Opacus' accountants keep it.
+        (noise multiplier, sample rate, steps), as accountants take it.
 
     Notes
     -----

@@ -300,10 +300,10 @@ def privacy_label(config: Config) -> str:
 
 def axis_label(axis: str, value: Value) -> str:
     """Name an axis' value in a few characters: rank 8, α 0.5, 10 clients."""
-    if axis == "method.name" or (axis, value) == ("privacy.mode", "example"):
-        return str(value)
     if (axis, value) == ("privacy.mode", "none"):
         return "no privacy"
+    if axis in ("method.name", "privacy.mode"):
+        return str(value)
     if axis == "privacy.target_epsilon":
         return f"ε {value:g}" if isinstance(value, int | float) else f"ε {value}"
     if axis == "data.partition.clients":

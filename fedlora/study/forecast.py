@@ -17,8 +17,8 @@ from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Rank
 from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base
-from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import trained_kinds
 from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import Run
@@ -91,7 +91,7 @@ def forecast(config: Config) -> Forecast:
     planned = strategy.planned(strategy.server_model(data, "meta"))
     sizes = [int(size) for size in data.partition.sizes]
     steps = [local_steps(config, size) for size in sizes]
-    private = config.privacy.mode == "example"
+    plans = [mechanism_of(config).plan(config, size) for size in sizes]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round, in rounds that are due, and after the last.
     evaluations = 2 + sum(server_round % every == 0 for server_round in rounds[:-1])
@@ -105,7 +105,7 @@ def forecast(config: Config) -> Forecast:
         uplink_bytes=planned.uplink_bytes,
         steps=sum(steps[client] for server_round in rounds for client in strategy.sample(server_round)),
         evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,
-        noise_multipliers=[plan_privacy(config, size).noise_multiplier for size in sizes] if private else [],
+        noise_multipliers=[plan.noise_multiplier for plan in plans if plan is not None],
         ranks=list(planned.ranks),
     )
 
@@ -206,7 +206,7 @@ def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[C
     jobs = []
     for client in range(min(most, len(data.partition))):
         rows = data.partition[client]
-        plan = plan_privacy(config, len(rows)) if config.privacy.mode == "example" else None
+        plan = mechanism_of(config).plan(config, len(rows))
         assert config.client.learning_rate is not None
         jobs.append(ClientJob(client, 1, rows, arrays, config.client.learning_rate, plan))
     return jobs

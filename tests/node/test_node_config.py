@@ -71,7 +71,7 @@ def test_a_format_may_be_said(tmp_path: Path) -> None:
         ("policy.max_epsilon", 0.0, ["policy.max_epsilon", "0.0"]),
         ("policy.allow_non_private", True, ["policy.max_epsilon", "3.0", "allow_non_private"]),
         ("policy.max_sample_rate", 1.5, ["policy.max_sample_rate", "1.5"]),
-        ("policy.accountant", "gdp", ["policy.accountant", "gdp", "'rdp' or 'prv'"]),
+        ("policy.accountant", "gdp", ["policy.accountant", "gdp", "'rdp'"]),
         ("worker.device", "gpu", ["worker.device", "gpu"]),
         ("worker.idle_seconds", -1.0, ["worker.idle_seconds", "-1.0"]),
         ("state.directory", "", ["state.directory"]),

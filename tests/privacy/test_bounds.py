@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedlora.config import MAX_EPSILON, MAX_NOISE, MIN_NOISE, load_config
 from fedlora.errors import InputError
-from fedlora.privacy import Ledger, calibration, plan_privacy
+from fedlora.privacy import Ledger, plan_privacy
+from fedlora.privacy.accountants import rdp
 from fedlora.privacy.calibration import MAX_STEPS, PrivacyPlan, noise_multiplier, spent_epsilon
 
 SECONDS = 20.0
@@ -183,7 +184,7 @@ def test_whatever_a_ledger_holds_is_counted(accountant, delta, history):
 @pytest.mark.parametrize("sigma", [1.0, 3000.0])
 def test_a_steps_divergence_is_the_integral_that_defines_it(rate, sigma):
     """To 30 digits: A = E (1 + q y)^alpha over z ~ N(0, sigma^2), y = exp((2 z - 1) / (2 sigma^2)) - 1."""
-    found = dict(zip(calibration._ORDERS, calibration._small_step_rdp(sigma, rate), strict=True))
+    found = dict(zip(rdp._ORDERS, rdp._small_step_rdp(sigma, rate), strict=True))
     with mpmath.workdps(30):
         q, s = mpmath.mpf(rate), mpmath.mpf(sigma)
         for alpha in (1.1, 4.7, 24):

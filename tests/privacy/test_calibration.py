@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,9 +15,10 @@ from scipy.stats import norm
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.node.config import PolicySection
-from fedlora.privacy import calibration, plan_privacy
+from fedlora.privacy import plan_privacy
+from fedlora.privacy.accountants import get_accountant, prv
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
+from fedlora.registry import ACCOUNTANTS
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -80,7 +80,7 @@ def test_opacus_own_search_asks_for_no_less_noise(accountant):
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Accountants that were asked, each time that no answer was remembered."""
     asked: list[str] = []
-    monkeypatch.setattr(calibration, "create_accountant", lambda name: asked.append(name) or create_accountant(name))
+    monkeypatch.setattr(prv, "create_accountant", lambda name: asked.append(name) or create_accountant(name))
     noise_multiplier.cache_clear()
     spent_epsilon.cache_clear()
     yield asked
@@ -204,7 +204,7 @@ def test_unlike_steps_add_up(accountant):
     assert halves == pytest.approx(spent_epsilon(accountant, 1e-5, (first,)), rel=1e-3)
 
 
-@pytest.mark.parametrize("accountant", get_args(PolicySection.model_fields["accountant"].annotation))
+@pytest.mark.parametrize("accountant", [name for name in ACCOUNTANTS.names() if get_accountant(name).is_bound])
 @pytest.mark.parametrize(("sigma", "rate"), [(0.4, 0.001), (0.5, 0.01), (0.7, 0.05), (1.0, 0.1), (2.0, 0.5)])
 def test_what_an_owner_counts_by_is_never_less_than_one_steps_own_epsilon(accountant, sigma, rate):
     """The exact delta of (1 - q) N(0, sigma^2) + q N(1, sigma^2) against N(0, sigma^2), at the epsilon that is told."""

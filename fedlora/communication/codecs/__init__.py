@@ -1,0 +1,212 @@
+"""Codecs of the wire, one file each: how named arrays become bytes, and how many."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+
+from fedlora.alignment import aligned
+from fedlora.communication import wire
+from fedlora.config import Config
+from fedlora.registry import CODECS
+
+Arrays = dict[str, torch.Tensor]
+Shape = tuple[int, ...]
+
+
+class Codec(ABC):
+    """Turns named arrays into a Flower ArrayRecord and back. Stateless and deterministic.
+
+    A subclass gives the bytes of one array (:meth:`pack`, :meth:`unpack`) and says how many they are
+    (:meth:`payload_bytes`). What was decoded and is encoded again must give the same bytes, since a resumed run sends
+    what it has decoded. Numbers that are not finite must not become finite.
+
+    Attributes
+    ----------
+    name : str
+        ``wire.codec``, and the name of the file.
+    lossy : bool
+        Whether float32 numbers come back other than they were.
+    unbiased : bool
+        Whether what comes back is right on average; a codec that is lossy and biased wants error feedback.
+    dtype : torch.dtype
+        Of decoded numbers.
+    """
+
+    name: ClassVar[str]
+    lossy: ClassVar[bool]
+    unbiased: ClassVar[bool]
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    @abstractmethod
+    def payload_bytes(self, shape: Shape) -> int:
+        """Return the bytes of an array of a shape: the formula that measured bytes are held against."""
+
+    @abstractmethod
+    def pack(self, array: torch.Tensor) -> bytes:
+        """Return the bytes of an array on the CPU, of :attr:`dtype`."""
+
+    @abstractmethod
+    def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
+        """Undo :meth:`pack`; ``data`` is somebody else's, but has the right length."""
+
+    def encode(self, arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
+        """Turn named tensors into a record that Flower can send."""
+        if not arrays:
+            return ArrayRecord()
+        # Adapters are many small arrays: one conversion for all, and a copy of a record that Flower checked before.
+        flat = torch.cat([array.detach().cpu().reshape(-1) for array in arrays.values()]).to(self.dtype)
+        shapes = [tuple(array.shape) for array in arrays.values()]
+        record = wire.blank(self.name, self._stype, tuple(zip(arrays, shapes, strict=True)))
+        for array, data in zip(record.values(), self.pack_all(flat, shapes), strict=True):
+            array.data = data
+        return record
+
+    def decode(self, record: ArrayRecord) -> Arrays:
+        """Turn a record that says its own names and shapes into tensors, aligned.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are not what :meth:`encode` makes of such arrays.
+        """
+        shapes = {name: tuple(array.shape) for name, array in record.items()}
+        if any(size < 0 for shape in shapes.values() for size in shape):
+            raise ValueError("an array cannot be read: a size is negative")
+        return {n: aligned(a) for n, a in named(self.decode_vector(record, shapes), shapes).items()}
+
+    def decode_vector(self, record: ArrayRecord, shapes: Mapping[str, Shape]) -> torch.Tensor:
+        """Turn a record that somebody else sent into one vector, if it holds just what was asked for.
+
+        Parameters
+        ----------
+        record : ArrayRecord
+        shapes : mapping of str to tuple of int
+            Names and shapes of the arrays that must be there, and no other.
+
+        Returns
+        -------
+        Tensor [n]
+            The numbers in the order of ``shapes``; the caller's own.
+
+        Raises
+        ------
+        ValueError
+            If names, shapes or the codec are others, or bytes lack.
+        """
+        wire.check_names(record, shapes)
+        parts = [torch.empty(0, dtype=self.dtype)]
+        for name, shape in shapes.items():
+            array = record[name]
+            if tuple(array.shape) != shape:
+                raise ValueError(f"{name} has shape {wire.shown(array.shape)}, expected {shape}")
+            if array.stype != self._stype:
+                raise ValueError(f"{name} is encoded as {wire.shown(array.stype)}, expected {self._stype}")
+            if len(array.data) != self.payload_bytes(shape):
+                raise ValueError(f"{name} has {len(array.data)} bytes, expected {self.payload_bytes(shape)}")
+            if array.data:
+                parts.append(self.unpack(memoryview(array.data), shape).reshape(-1))
+        return torch.cat(parts)
+
+    def pack_all(self, flat: torch.Tensor, shapes: Sequence[Shape]) -> Iterable[bytes]:
+        """Yield the bytes of all arrays of a record, which lie one after the other in ``flat``."""
+        for part, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+            yield self.pack(part.view(shape)) if part.numel() else b""
+
+    @property
+    def _stype(self) -> str:
+        # Not numpy's: Flower's own strategies must refuse what they would misread.
+        return f"fedlora.{self.name}"
+
+
+class NumpyCodec(Codec):
+    """Numbers of one numpy dtype, as .npy files, which every Flower strategy reads.
+
+    Attributes
+    ----------
+    wire : torch.dtype
+        On the wire.
+    """
+
+    wire: ClassVar[torch.dtype]
+
+    def payload_bytes(self, shape: Shape) -> int:
+        """Elements times the size of their dtype."""
+        return math.prod(shape) * self.wire.itemsize
+
+    def pack(self, array: torch.Tensor) -> bytes:
+        """Return the numbers, without the header of a .npy file."""
+        return array.to(self.wire).numpy().tobytes()
+
+    def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
+        """Read the numbers."""
+        numbers = np.frombuffer(bytearray(data), str(self.wire).removeprefix("torch."))
+        return torch.from_numpy(numbers).to(self.dtype).view(shape)
+
+    def encode(self, arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
+        """Convert all arrays at once."""
+        return wire.encode(arrays, self.wire)
+
+    def decode(self, record: ArrayRecord) -> Arrays:
+        """Read .npy files; numbers of a dtype that is not the codec's, as some Flower strategies make, keep it."""
+        arrays = wire.decode(record)
+        return {name: a.to(self.dtype) if a.dtype == self.wire else a for name, a in arrays.items()}
+
+    def decode_vector(self, record: ArrayRecord, shapes: Mapping[str, Shape]) -> torch.Tensor:
+        """Read them as one vector; no header is parsed."""
+        return wire.decode_as(record, shapes, self.wire).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class RunCodecs:
+    """The codecs of a run.
+
+    Attributes
+    ----------
+    down, up : Codec
+        Of the arrays of a round, to and from clients.
+    once : Codec
+        Of frozen arrays: lossless, since server and clients must hold the same bits and factors stay orthonormal.
+    """
+
+    down: Codec
+    up: Codec
+    once: Codec
+
+
+@cache
+def get_codec(name: str) -> Codec:
+    """Return the codec of a name.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    made: Codec = CODECS.get(name)()
+    return made
+
+
+def run_codecs(config: Config) -> RunCodecs:
+    """Return the codecs of a config.
+
+    By default nothing is rounded: float32, in which half-precision models are trained too, or float64 of a float64 one.
+    """
+    lossless = "float64" if config.model.dtype == "float64" else "float32"
+    both = config.wire.codec or lossless
+    down, up = config.wire.downlink_codec or both, config.wire.uplink_codec or both
+    return RunCodecs(get_codec(down), get_codec(up), get_codec(lossless))
+
+
+def named(vector: torch.Tensor, shapes: Mapping[str, Shape]) -> Arrays:
+    """Return the arrays that lie one after the other in a vector, as views."""
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

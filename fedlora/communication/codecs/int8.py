@@ -1,0 +1,52 @@
+"""int8: about a quarter of float32's bytes, one scale a row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fedlora.communication.codecs import Codec, Shape
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+class Int8(Codec):
+    """A row's numbers as multiples -127 to 127 of one float32 scale, the row's largest number / 127.
+
+    A row is the last dimension of an array; a vector is one row. The error of a number is at most half the scale, and
+    of one sign for the same number: moves far smaller than the scale are lost, unless updates travel instead of values.
+    """
+
+    name = "int8"
+    lossy = True
+    unbiased = False
+
+    def payload_bytes(self, shape: Shape) -> int:
+        """One byte a number, and four a row."""
+        return math.prod(shape) + 4 * _rows(shape)
+
+    def pack(self, array: torch.Tensor) -> bytes:
+        """Round each row to the nearest multiples of its scale."""
+        rows = array.reshape(_rows(array.shape), -1)
+        scales = _coarse(rows.abs().amax(1) / 127)
+        scales[scales < _SMALLEST] = 0
+        steps = (rows / scales.clamp(min=_SMALLEST)[:, None]).nan_to_num().round()
+        return scales.numpy().tobytes() + steps.clamp(-127, 127).to(torch.int8).numpy().tobytes()
+
+    def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
+        """Multiply the steps by their scales."""
+        count = _rows(shape)
+        scales = torch.from_numpy(np.frombuffer(data, np.float32, count).copy())
+        steps = torch.from_numpy(np.frombuffer(data, np.int8, offset=4 * count).copy())
+        return (steps.view(count, -1).float() * scales[:, None]).view(shape)
+
+
+def _rows(shape: Shape) -> int:
+    return math.prod(shape[:-1]) if math.prod(shape) else 0
+
+
+def _coarse(scales: torch.Tensor) -> torch.Tensor:
+    """Round scales up to 16 bits, so that 127 steps are exact in float32, and what is decoded has the same scales."""
+    return ((scales.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)

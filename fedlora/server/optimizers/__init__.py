@@ -1,0 +1,90 @@
+"""Server optimisers, one file each: where the global arrays go from where they are, given the mean of the clients'."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from fedlora.config import Config, ServerSection
+from fedlora.errors import InputError
+from fedlora.registry import SERVER_OPTIMIZERS
+
+Arrays = dict[str, torch.Tensor]
+
+
+class ServerOptimizer(ABC):
+    """Steps along the mean of a round's clients.
+
+    Parameters
+    ----------
+    server : ServerSection
+        ``learning_rate``, ``momentum``, ``beta_1``, ``beta_2`` and ``tau``, as far as :attr:`uses` names them.
+
+    Attributes
+    ----------
+    name : str
+        ``server.optimizer``, and the name of the file.
+    uses : tuple of str
+        Keys of ``[server]`` that it reads.
+    stateful : bool
+        Whether it keeps moments, whose coordinates must mean the same from round to round.
+    """
+
+    name: ClassVar[str]
+    uses: ClassVar[tuple[str, ...]] = ()
+    stateful: ClassVar[bool] = True
+
+    def __init__(self, server: ServerSection) -> None:
+        self.server = server
+
+    @abstractmethod
+    def step(self, current: Mapping[str, torch.Tensor], mean: Mapping[str, torch.Tensor]) -> Arrays:
+        """Return the next global arrays.
+
+        It is called once for each round that counts, with a mean that is finite.
+
+        Parameters
+        ----------
+        current : mapping of str to Tensor
+            The global arrays that the clients started from; it may hold others too.
+        mean : mapping of str to Tensor
+            Of the clients' arrays; which arrays these are may change from round to round.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The arrays of ``mean``, in its order, of their shapes and dtypes.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on with the same bits: JSON values, and dicts of tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        if state:
+            raise ValueError(f"{self.name} keeps nothing, but the state has {sorted(state)}")
+
+
+def server_optimizer(config: Config, *, persistent: bool) -> ServerOptimizer:
+    """Make the server optimiser of a run.
+
+    Parameters
+    ----------
+    config : Config
+    persistent : bool
+        Whether the coordinates of the method's arrays mean the same from round to round.
+
+    Raises
+    ------
+    InputError
+        If there is none of that name, or it keeps moments of coordinates that do not persist.
+    """
+    kind: type[ServerOptimizer] = SERVER_OPTIMIZERS.get(config.server.optimizer)
+    if kind.stateful and not persistent:
+        remedy = f"keeps moments from round to round, but {config.method.name} changes its coordinates; use fedavg"
+        raise InputError("server.optimizer", config.server.optimizer, remedy)
+    return kind(config.server)

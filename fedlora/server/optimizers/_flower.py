@@ -1,0 +1,95 @@
+"""Flower's server optimisers, driven on a mean.
+
+Flower's classes average the replies themselves, in ``FedAvg.aggregate_train``, and step on what that returns. Here a
+class stands in the place of that method and returns the mean as it is given.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+
+from fedlora.config import ServerSection
+from fedlora.server.optimizers import Arrays, ServerOptimizer
+
+Moments = dict[str, dict[str, np.ndarray]]
+
+
+class OnMean(FedAvg):
+    """To be inherited after one of Flower's optimisers: what it steps on is the record that it is given."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        """Return the mean."""
+        return replies, None
+
+
+class FlowerOptimizer(ServerOptimizer):
+    """One of Flower's optimisers. Every array has moments and a number of steps of its own.
+
+    So a method may train other arrays in another round: those that it leaves out stay as they are.
+
+    Attributes
+    ----------
+    moments : tuple of str
+        Flower's attributes that hold moments, as dicts or lists of numpy arrays.
+    """
+
+    moments: tuple[str, ...]
+
+    def __init__(self, server: ServerSection) -> None:
+        super().__init__(server)
+        self._moments: Moments = {moment: {} for moment in self.moments}
+        self._steps: dict[str, int] = {}
+
+    @abstractmethod
+    def make(self) -> Any:
+        """Return Flower's optimiser, of a class that also inherits :class:`OnMean`."""
+
+    def step(self, current: Mapping[str, torch.Tensor], mean: Mapping[str, torch.Tensor]) -> Arrays:
+        """Let Flower step arrays that have taken equally many steps together."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name in mean:
+            groups[self._steps.get(name, 0)].append(name)
+        stepped: Arrays = {}
+        for steps, names in groups.items():
+            strategy = self.make()
+            self.restore(strategy, names, _numpy(current, names))
+            record = ArrayRecord({name: Array(array) for name, array in _numpy(mean, names).items()})
+            result, _ = strategy.aggregate_train(steps + 1, record)
+            for name, array in result.items():
+                stepped[name] = torch.from_numpy(array.numpy().copy()).to(mean[name].dtype)
+            for moment in self.moments:
+                kept = getattr(strategy, moment)
+                found = kept if isinstance(kept, dict) else dict(zip(names, kept or (), strict=bool(kept)))
+                self._moments[moment] |= found
+            self._steps |= dict.fromkeys(names, steps + 1)
+        return {name: stepped[name] for name in mean}
+
+    def restore(self, strategy: Any, names: list[str], current: dict[str, np.ndarray]) -> None:
+        """Give Flower's optimiser what these arrays are, and their moments if they have any."""
+        strategy.current_arrays = current
+        for moment in self.moments:
+            kept = self._moments[moment]
+            if names[0] in kept:
+                setattr(strategy, moment, {name: kept[name] for name in names})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments as tensors, and the numbers of steps."""
+        moments = {k: {n: torch.from_numpy(np.array(a)) for n, a in kept.items()} for k, kept in self._moments.items()}
+        return {"steps": dict(self._steps), **moments}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self._steps = {name: int(steps) for name, steps in state["steps"].items()}
+        self._moments = {k: {n: tensor.numpy().copy() for n, tensor in state[k].items()} for k in self.moments}
+
+
+def _numpy(arrays: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, np.ndarray]:
+    return {name: arrays[name].detach().cpu().numpy() for name in names}

@@ -1,0 +1,54 @@
+"""Sampling of a round's clients, one way a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from functools import cache
+from typing import ClassVar
+
+from fedlora.registry import CLIENT_SAMPLINGS
+
+
+class ClientSampling(ABC):
+    """Chooses the clients of a round. Stateless: what it draws depends on its arguments alone, never on node ids.
+
+    Attributes
+    ----------
+    name : str
+        ``server.sampling``, and the name of the file.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def sample(self, present: Collection[int], server_round: int, seed: int, fraction: float) -> list[int]:
+        """Return the clients of a round, sorted.
+
+        Parameters
+        ----------
+        present : collection of int
+            Numbers of the clients that are there, in any order.
+        server_round : int
+        seed : int
+            ``run.seed``.
+        fraction : float
+            ``server.fraction_train``.
+        """
+
+    @abstractmethod
+    def most(self, clients: int, fraction: float) -> int:
+        """Return how many of so many clients a round asks at most."""
+
+
+@cache
+def get_sampling(name: str) -> ClientSampling:
+    """Return the sampling of a name.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    made: ClientSampling = CLIENT_SAMPLINGS.get(name)()
+    return made
