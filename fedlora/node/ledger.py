@@ -31,6 +31,7 @@ _LONGEST_NAME = 200
 _LONGEST_LABELS = 100_000
 _IDLE_RUNS = 200
 _DAY = 86400.0
+_SYNCHRONOUS = "EXTRA"  # what is charged stays charged when the power goes
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -333,7 +334,7 @@ class NodeLedger:
                 # A transaction is over once it is on the disk, in this file: with a write-ahead log, which would take
                 # one flush and not four, the steps of a killed process would go with a second file.
                 database.execute("PRAGMA journal_mode = DELETE")
-                database.execute("PRAGMA synchronous = EXTRA")
+                database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
                 yield database
             finally:
                 database.close()

@@ -71,6 +71,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    # No power goes here, and a thousand messages flush the disk some ten thousand times.
+    monkeypatch.setattr(node_ledger, "_SYNCHRONOUS", "OFF")
     yield
     clients.client_app.forget_data()
 
