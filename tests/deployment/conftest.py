@@ -46,7 +46,7 @@ def examples(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def federation(examples: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A server and three nodes with TLS and authentication; whatever was started is gone at the end."""
     data = {"east": examples / "east.csv", "north": examples / "north.jsonl", "west": examples / "west.parquet"}
