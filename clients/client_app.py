@@ -16,7 +16,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from fedlora.adapters import AdaptedModel
 from fedlora.clients.half import ClientHalf
 from fedlora.clients.held import receive
-from fedlora.clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
+from fedlora.clients.participant import (
+    Participant,
+    is_node,
+    node_record,
+    open_node,
+    participant,
+    run_of,
+    sent_config,
+    sent_digest,
+)
 from fedlora.clients.resources import client_data, client_model, forget_data, run_config
 from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
 from fedlora.config import Config
@@ -78,7 +87,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
     node.ledger.check_budget(federation, plan, local_steps(config, examples), start)
-    node.ledger.register(federation, run, label_names)
+    node.ledger.register(federation, run, label_names, sent_digest(context))
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
     return Message(content, reply_to=message)

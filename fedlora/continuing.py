@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from fedlora.assets import build_once, cache_dir
-from fedlora.config import Config, MethodSection, input_error
+from fedlora.config import ANY_METHOD, Config, MethodSection, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 
@@ -127,7 +127,7 @@ def adapter_config(name: str, adapter: Path) -> Config:
     run = adapter.parent
     try:
         if adapter.name == ADAPTER and (run / "config.toml").is_file():
-            config = Config.from_toml((run / "config.toml").read_text(encoding="utf-8"))
+            config = Config.model_validate(read_toml(run / "config.toml"), context=ANY_METHOD)
         else:
             about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
             config = Config.model_validate(_described(about))

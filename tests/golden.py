@@ -61,10 +61,11 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 def digests(case: str, folder: Path) -> dict[str, str]:
     """Run a case in this checkout, into ``folder``, and return a digest of each of its results."""
     from fedlora import simulate
+
     try:
         from fedlora.strategies.callbacks import Progress
     except ImportError:  # of a commit that has it elsewhere
-        from strategies.federation import Progress  # type: ignore[no-redef]
+        from fedlora.strategies.federation import Progress  # type: ignore[no-redef]
 
     name, overrides, resumed = CASES[case]
     config = ROOT / "experiments" / f"{name}.toml"

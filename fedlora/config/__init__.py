@@ -11,11 +11,12 @@ from fedlora.config.privacy import MAX_CLIP, MAX_EPSILON, MAX_NOISE, MIN_DELTA, 
 from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
 from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
-from fedlora.config.schema import Config
+from fedlora.config.schema import ANY_METHOD, Config
 from fedlora.config.section import NODES, SERVER, FileFormat, Fraction, LearningRate, Name, Positive, Section, Seed
 from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection, WireSection
 
 __all__ = [
+    "ANY_METHOD",
     "MAX_CLIP",
     "MAX_EPSILON",
     "MAX_NOISE",

@@ -102,6 +102,8 @@ class ClientSection(Section):
             yield "max_grad_norm", "under DP each example is clipped instead"
         if self.optimizer == "adamw":
             yield "momentum", "adamw has its own moments"
+        if 0 < self.weight_decay < 1e-12:
+            yield "weight_decay", "it is so small that no number changes by it"
 
 
 class ServerSection(Section):
@@ -144,6 +146,8 @@ class ServerSection(Section):
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Every optimizer has keys of its own."""
+        if self.evaluate_every > config.run.rounds:
+            yield "evaluate_every", f"of {config.run.rounds} rounds the last is evaluated"
         for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
             # Imported only where it matters: an optimizer needs torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:
