@@ -85,6 +85,12 @@ class RunSection(Section):
     name: Name = "run"
     seed: Seed = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
+    strategy: Annotated[
+        str | None, Field(description="A user's own strategy: class, arguments, digest; written by simulate().")
+    ] = None
+    client_app: Annotated[
+        str | None, Field(description="A user's own client: where it is from, digest; written by simulate().")
+    ] = None
 
 
 class ModelSection(Section):
