@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedlora.adapters import AdaptedModel, ExpertModel
+from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
 from fedlora.clients.resources import (
     client_data,
@@ -25,7 +26,7 @@ from fedlora.clients.resources import (
     run_config,
 )
 from fedlora.communication.meter import INITIAL
-from fedlora.communication.wire import Arrays, decode, digest, encode, wire_dtype
+from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config

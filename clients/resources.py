@@ -14,8 +14,9 @@ from safetensors.torch import load, save
 
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.alignment import aligned
+from fedlora.arrays import Arrays
 from fedlora.assets import cache_dir
-from fedlora.communication.wire import Arrays, digest
+from fedlora.communication.wire import digest
 from fedlora.config import Config, MethodSection, RunSection, ServerSection, SimulationSection, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import load_base

@@ -21,7 +21,8 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
-from fedlora.communication.wire import Arrays, decode_as, encode, wire_dtype
+from fedlora.arrays import Arrays
+from fedlora.communication.wire import decode_as, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text

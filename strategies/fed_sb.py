@@ -9,7 +9,7 @@ import torch
 
 from fedlora.adapters import AdaptedModel, sb
 from fedlora.adapters.model import dense_weight
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
 from fedlora.strategies.base import FederatedStrategy, Payload

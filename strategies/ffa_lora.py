@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedlora.adapters import AdaptedModel
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.data.tokens import FederatedData
 from fedlora.strategies.base import FederatedStrategy, Payload, drawn_factors
 

@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.expert import FACTORS, KIND, check_rank, trained_rank
 from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.arrays import Arrays
+from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, plain_text

@@ -15,8 +15,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 
 from fedlora.alignment import aligned
-
-Arrays = dict[str, torch.Tensor]
+from fedlora.arrays import Arrays
 
 
 def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> ArrayRecord:

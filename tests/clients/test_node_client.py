@@ -14,9 +14,10 @@ from flwr.app import Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.arrays import Arrays
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
-from fedlora.communication.wire import Arrays, decode, encode
+from fedlora.communication.wire import decode, encode
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import (
     BudgetError,
