@@ -137,7 +137,7 @@ def test_clients_are_told_apart_by_their_functions(tmp_path: Path, monkeypatch: 
         (tmp_path / "of_mine.py").write_text(text)
         digests.add(str(describe_app("of_mine:app")))
     assert len(digests) == 2
-    with pytest.raises(InputError, match=r"client_app = no_such_module:app: there is no such module"):
+    with pytest.raises(InputError, match=r"client_app = 'no_such_module:app': there is no such module"):
         describe_app("no_such_module:app")
 
 
