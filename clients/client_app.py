@@ -30,8 +30,8 @@ from fedlora.communication.wire import decode, digest, encode, wire_dtype
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config
-from fedlora.node.errors import outward_error
 from fedlora.node.names import NODE_RECORD, labels_digest
+from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import local_steps
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult, train_cohort

@@ -15,9 +15,9 @@ from flwr.app import ConfigRecord, Context, Message
 from fedlora.clients.resources import client_data, run_config
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError
-from fedlora.node.ledger import Charge
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE, NODE_RECORD
-from fedlora.node.node import Node
+from fedlora.node.node_ledger import Charge
 from fedlora.node.room import make_room
 from fedlora.privacy import Ledger, PrivacyPlan, plan_privacy
 from fedlora.privacy.calibration import local_steps
@@ -188,9 +188,9 @@ def is_node(context: Context) -> bool:
     return NODE_FILE in context.node_config
 
 
-def open_node(context: Context) -> Node:
+def open_node(context: Context) -> LocalNode:
     """Return the node whose file Flower's node config names."""
-    return Node.open(str(context.node_config[NODE_FILE]))
+    return LocalNode.open(str(context.node_config[NODE_FILE]))
 
 
 def node_record(message: Message) -> Any:

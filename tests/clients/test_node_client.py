@@ -31,10 +31,10 @@ from fedlora.errors import (
 )
 from fedlora.experts import Mixture
 from fedlora.models import load_base
-from fedlora.node.errors import is_outward, outward_error
-from fedlora.node.ledger import Charge
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_RECORD, labels_digest
-from fedlora.node.node import Node
+from fedlora.node.node_ledger import Charge
+from fedlora.node.outward_errors import is_outward, outward_error
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
 from tests import architectures, tiny
@@ -70,7 +70,7 @@ def refused(reply: Message, code: ClientErrorCode) -> str:
 
 
 def steps(node_file: Path) -> int:
-    return Node.open(node_file).ledger.steps()
+    return LocalNode.open(node_file).ledger.steps()
 
 
 def arrays_of(reply: Message) -> Arrays:
@@ -128,7 +128,7 @@ def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, cach
     start, step = (plan.start_noise_multiplier, 1.0), (plan.noise_multiplier, 12 / 60)
     first = app(server.train(1), here)
     assert metrics_of(first)["total-steps"] == 1 + 3
-    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 3)}
+    assert set(LocalNode.open(node_file).ledger.history()) == {(*start, 1), (*step, 3)}
     public = Mixture.of(load_base(server.config, None)).public_digest
     assert dict(first.content["expert"]) == {"rank": "2", "public-digest": public}
     trained = arrays_of(first)
@@ -137,7 +137,7 @@ def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, cach
     server.arrays = encode(trained)
     second = arrays_of(app(server.train(2), here))
     assert any(not torch.equal(second[name], trained[name]) for name in trained)
-    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 6)}
+    assert set(LocalNode.open(node_file).ledger.history()) == {(*start, 1), (*step, 6)}
 
 
 def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cach
         policy={"max_epsilon": (without + both) / 2, "models": listed(server.config.model.name)},
     )
     refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
-    Node.open(node_file).ledger.register("f1", str(server.run), None)
+    LocalNode.open(node_file).ledger.register("f1", str(server.run), None)
     refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 0
 
@@ -173,7 +173,7 @@ def test_every_format_trains_alike(tmp_path: Path, cache: Path) -> None:
         app(server.describe(), server.context(node_file))
         reply = app(server.train(1), server.context(node_file))
         assert metrics_of(reply)["loss"] > 0
-        assert Node.open(node_file).ledger.history() == [(0.0, 1.0, 3)]
+        assert LocalNode.open(node_file).ledger.history() == [(0.0, 1.0, 3)]
         results.append(arrays_of(reply))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
@@ -248,7 +248,7 @@ def test_weaker_privacy_than_the_owner_accepts(
     here = weak.context(node_file)
     assert refused(app(weak.describe(), here), ClientErrorCode.POLICY) == reason
     # A server that describes one config and trains with another gets no further.
-    Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS)
+    LocalNode.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS)
     assert refused(app(weak.train(1), here), ClientErrorCode.POLICY) == reason
     assert steps(node_file) == 0
 
@@ -276,11 +276,11 @@ def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> 
     # A second run, whatever its server calls its budget, gets what is left.
     second = Server(tmp_path / "server", run=2, federation="second", privacy__target_epsilon=100.0)
     reply = app(second.describe(), second.context(node_file))
-    left = Node.open(node_file).ledger.left()
+    left = LocalNode.open(node_file).ledger.left()
     assert left is not None
     assert 0 < left < 3.5
     assert refused(reply, ClientErrorCode.BUDGET) == f"BudgetError: epsilon left = {left:.4g}"
-    Node.open(node_file).ledger.register("second", "2", LABELS)
+    LocalNode.open(node_file).ledger.register("second", "2", LABELS)
     assert "epsilon left" in refused(app(second.train(1), second.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 3
     # The owner may raise the ceiling; the ledger goes on from where it was.
