@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -65,19 +66,25 @@ def describe(made: object) -> UserCode:
 
 
 def describe_app(app: object) -> UserCode:
-    """Describe a ClientApp by its functions, or ``module:attribute`` by the module's source."""
+    """Describe a ClientApp by its functions, or ``module:attribute`` by the module's source.
+
+    Raises
+    ------
+    InputError
+        If there is no such module.
+    """
     if not isinstance(app, str):
         kind = type(app)
         functions = _sha(_text(vars(app)) if hasattr(app, "__dict__") else "")
         return UserCode(f"{kind.__module__}.{kind.__qualname__}", {}, functions)
     module, _, _ = app.partition(":")
     try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise InputError("client_app", app, "there is no such module; give MODULE:ATTRIBUTE as it can be imported here")
-    return UserCode(app, {}, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
+        there = sys.modules.get(module)
+        file = there.__file__ if there else getattr(importlib.util.find_spec(module), "origin", None)
+        return UserCode(app, {}, hashlib.sha256(Path(file or "").read_bytes()).hexdigest())
+    except (ImportError, ValueError, AttributeError, OSError):
+        remedy = "there is no such module with a source; give MODULE:ATTRIBUTE as it can be imported here"
+        raise InputError("client_app", app, remedy) from None
 
 
 def with_user_code(config: Config, own: Mapping[str, UserCode]) -> Config:
