@@ -115,12 +115,12 @@ def simulate(
         for note in unused_keys(given):
             log.info("note: %s", note)
         tokens = _prepare(folder, method)
-        config = folder.resolved
+        chosen = folder.resolved
         # One of the method's own kind knows more of the run than its rounds.
-        whole = rounds if isinstance(rounds, method) else method(config)
+        whole = rounds if isinstance(rounds, method) else method(chosen)
         with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
             return run_federation(
-                config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
+                chosen, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
             )
 
 

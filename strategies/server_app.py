@@ -33,8 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     """
     source = str(context.run_config["config"])
     beside = Path(__file__).parents[1] / source if "\n" not in source else Path(source)
-    given = load_config(source if "\n" in source or Path(source).is_file() else beside)
-    config = resolve(with_user_code(given, {}))
+    read = load_config(source if "\n" in source or Path(source).is_file() else beside)
+    config = resolve(with_user_code(read, {}))
     resume = bool(context.run_config.get("resume", False))
     given = str(context.run_config.get("output") or "")
     output = Path(given or Path("runs") / config.run.name)

@@ -114,7 +114,7 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
         if base is object or "__init__" not in vars(base):
             continue
         more = False
-        for parameter in list(inspect.signature(base.__init__).parameters.values())[1:]:
+        for parameter in list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]:
             more |= parameter.kind is inspect.Parameter.VAR_KEYWORD
             if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
                 found.setdefault(parameter.name, parameter)
@@ -149,11 +149,12 @@ def _text(value: Any, depth: int = 0, above: tuple[int, ...] = ()) -> str:
     if isinstance(value, functools.partial):
         return inner(("partial", value.func, value.args, value.keywords))
     if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-        return f"tensor {value.dtype} {tuple(value.shape)} {_text(content.tobytes())}"
+        raw = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+        return f"tensor {value.dtype} {tuple(value.shape)} {inner(raw.tobytes())}"
     if isinstance(value, np.ndarray):
-        content = value.tolist() if value.dtype.hasobject else value.tobytes()
-        return f"array {value.dtype} {value.shape} {inner(content)}"
+        return (
+            f"array {value.dtype} {value.shape} {inner(value.tolist() if value.dtype.hasobject else value.tobytes())}"
+        )
     if isinstance(value, Mapping):
         return "{" + ", ".join(sorted(f"{inner(key)}: {inner(item)}" for key, item in value.items())) + "}"
     if isinstance(value, Set):
