@@ -60,8 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 def digests(case: str, folder: Path) -> dict[str, str]:
     """Run a case in this checkout, into ``folder``, and return a digest of each of its results."""
-    from fedlora import simulate
-    from fedlora.strategies.federation import Progress
+    from fedlora.simulator import Progress, simulate  # where every commit has them
 
     name, overrides, resumed = CASES[case]
     config = ROOT / "experiments" / f"{name}.toml"
