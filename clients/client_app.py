@@ -14,6 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedlora.adapters import AdaptedModel
+from fedlora.arrays import Arrays
 from fedlora.clients.half import ClientHalf
 from fedlora.clients.held import receive
 from fedlora.clients.participant import (
@@ -27,14 +28,14 @@ from fedlora.clients.participant import (
     sent_digest,
 )
 from fedlora.clients.resources import client_data, client_model, forget_data, run_config
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.methods import get_method
 from fedlora.models import load_tokenizer, model_config
-from fedlora.node.errors import outward_error
 from fedlora.node.names import NODE_RECORD, labels_digest
+from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import local_steps
 from fedlora.roles import FROZEN, Role, Roles, kind_of
 from fedlora.simulation.cohort_app import CohortClientApp

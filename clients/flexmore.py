@@ -9,10 +9,10 @@ import numpy as np
 from flwr.app import ConfigRecord
 
 from fedlora.adapters import ExpertModel
+from fedlora.arrays import Arrays
 from fedlora.clients.half import ClientHalf
 from fedlora.clients.participant import Participant
 from fedlora.clients.resources import client_data
-from fedlora.communication.wire import Arrays
 from fedlora.training.expert_start import start_expert
 
 

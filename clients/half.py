@@ -8,8 +8,8 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedlora.adapters import AdaptedModel
+from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant
-from fedlora.communication.wire import Arrays
 from fedlora.config import Config
 
 

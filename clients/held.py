@@ -16,11 +16,12 @@ from safetensors.torch import load, save
 
 from fedlora.adapters import AdaptedModel
 from fedlora.alignment import aligned
+from fedlora.arrays import Arrays
 from fedlora.assets import cache_dir
 from fedlora.clients.participant import Participant
 from fedlora.communication.broadcast import AFTER, HELD, KEY, record_key
 from fedlora.communication.parts import Chain
-from fedlora.communication.wire import Arrays, decode, digest
+from fedlora.communication.wire import decode, digest
 from fedlora.errors import NeedsInitialError
 from fedlora.roles import FROZEN, Roles
 

@@ -16,14 +16,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
+from fedlora.arrays import Arrays
 from fedlora.clients.resources import client_data, run_config
-from fedlora.communication.wire import Arrays, decode, encode
+from fedlora.communication.wire import decode, encode
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError
 from fedlora.methods import get_method
-from fedlora.node.ledger import Charge
 from fedlora.node.names import NODE_FILE, NODE_RECORD
-from fedlora.node.node import Node
+from fedlora.node.node_ledger import Charge
 from fedlora.node.room import make_room
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
@@ -236,9 +236,9 @@ def is_node(context: Context) -> bool:
     return NODE_FILE in context.node_config
 
 
-def open_node(context: Context) -> Node:
+def open_node(context: Context) -> LocalNode:
     """Return the node whose file Flower's node config names."""
-    return Node.open(str(context.node_config[NODE_FILE]))
+    return LocalNode.open(str(context.node_config[NODE_FILE]))
 
 
 def node_record(message: Message) -> Any:

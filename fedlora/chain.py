@@ -20,7 +20,8 @@ from typing import Protocol
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
-Arrays = dict[str, torch.Tensor]
+from fedlora.arrays import Arrays
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 

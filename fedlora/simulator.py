@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,12 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.results.folder import RunResult, run_folder
+from fedlora.results.folder import RunFolder, RunResult, run_folder
 from fedlora.results.identity import check_data
+from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
 from fedlora.roles import trained_kinds
-from fedlora.simulation import LocalGrid
-from fedlora.strategies.base import get_strategy
+from fedlora.simulation import LocalGrid, SimulatedGrid
+from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
@@ -102,61 +104,72 @@ def simulate(
     path = Path(output) if output is not None else Path("runs") / given.run.name
     # The folder comes first: that it cannot be written should not show after an hour of loading.
     chosen = with_absolute_paths(_resolve_cohorts(resolve(given)))
+    rounds = _make_strategy(strategy, chosen)
+    own = _user_code(rounds, client_app)
+    given, chosen = with_user_code(given, own), with_user_code(chosen, own)
     with run_folder(path, given, chosen, resume=resume) as folder:
+        folder.user_code = {key: asdict(code) for key, code in own.items()}
         if folder.finished:
             log.info("%s is finished already", path)
             return folder.result()
-        resolved = folder.resolved
         for note in unused_keys(given):
             log.info("note: %s", note)
-        rounds = _make_strategy(strategy, resolved)
-        tokens = prepare_data(resolved)
-        check_data(folder, resolved, tokens)
-        _check_clients(resolved, tokens)
-        # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
-        skeleton = method.adapt(load_base(resolved, tokens.label_names, "meta"), resolved)
-        if mechanism_of(resolved).clips_examples:
-            names = skeleton.names(trained_kinds(method.roles(resolved, 1)))
-            log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
-        counts = tokens.label_counts()
-        folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
-        if not (path / "partition.png").exists():
-            plot_partition(path / "partition.png", counts, tokens.label_names)
-        section = resolved.simulation
-
-        def keep_cohort_size(size: int) -> None:
-            log.info("%d clients train in one pass", size)
-            folder.set_resolved(_with_cohort_size(resolved, size))
-
-        kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # asked for late: it imports Ray
-        with (
-            _settled_heap(),
-            kind(
-                client_app,
-                len(tokens.partition),
-                workers=section.workers,
-                cpus_per_worker=section.cpus_per_worker,
-                gpus_per_worker=section.gpus_per_worker,
-                cohort_size=section.cohort_size,
-                address=section.address,
-                run_config={"config": resolved.to_toml()},
-                states=folder.checkpoint.states,
-                work=lambda client: local_steps(resolved, int(tokens.partition.sizes[client])),
-                on_cohort_size=keep_cohort_size,
-            ) as grid,
-        ):
+        tokens = _prepare(folder, method)
+        chosen = folder.resolved
+        # One of the method's own kind knows more of the run than its rounds.
+        whole = rounds if isinstance(rounds, method) else method(chosen)
+        with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
             return Federation(
-                resolved,
-                grid,
-                folder,
-                tokens,
-                # One of the method's own kind knows more of the run than its rounds.
-                rounds if isinstance(rounds, method) else method(resolved),
-                training=rounds,
-                progress=progress,
-                started=started,
-                simulated=True,
+                chosen, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
             ).run()
+
+
+def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
+    """Load the data and check what can be checked before the model's weights are; write who has what."""
+    config = folder.resolved
+    tokens = prepare_data(config)
+    check_data(folder, config, tokens)
+    _check_clients(config, tokens)
+    # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
+    skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
+    if mechanism_of(config).clips_examples:
+        names = skeleton.names(trained_kinds(method.roles(config, 1)))
+        log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
+    counts = tokens.label_counts()
+    folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
+    if not (folder.path / "partition.png").exists():
+        plot_partition(folder.path / "partition.png", counts, tokens.label_names)
+    return tokens
+
+
+def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: FederatedData) -> SimulatedGrid:
+    """Start the workers of a run."""
+    config = folder.resolved
+    section = config.simulation
+
+    def keep_cohort_size(size: int) -> None:
+        log.info("%d clients train in one pass", size)
+        folder.set_resolved(_with_cohort_size(config, size))
+
+    kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # asked for late: it imports Ray
+    return kind(
+        client_app,
+        len(tokens.partition),
+        workers=section.workers,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=section.gpus_per_worker,
+        cohort_size=section.cohort_size,
+        address=section.address,
+        run_config={"config": config.to_toml()},
+        states=folder.checkpoint.states,
+        work=lambda client: local_steps(config, int(tokens.partition.sizes[client])),
+        on_cohort_size=keep_cohort_size,
+    )
+
+
+def _user_code(strategy: Strategy | None, client_app: ClientApp | str) -> dict[str, UserCode]:
+    own = {} if strategy is None else {"strategy": describe(strategy)}
+    return own if client_app == CLIENT_APP else {**own, "client_app": describe_app(client_app)}
 
 
 @contextmanager

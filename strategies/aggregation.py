@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from flwr.app import Message
 
-Arrays = dict[str, torch.Tensor]
+from fedlora.arrays import Arrays
 
 _FARTHEST = 1e150
 """The square of a longer move would raise an OverflowError."""

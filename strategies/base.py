@@ -20,8 +20,9 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
 from fedlora.adapters.peft_format import export_peft
+from fedlora.arrays import Arrays
 from fedlora.communication.parts import Parts
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fedlora.adapters import AdaptedModel, sb
 from fedlora.adapters.model import dense_weight
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError

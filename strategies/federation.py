@@ -16,10 +16,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
+from fedlora.arrays import Arrays
 from fedlora.communication.broadcast import Broadcast
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.parts import INITIAL, Chain, Parts
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError

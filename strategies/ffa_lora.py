@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedlora.adapters import AdaptedModel
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles

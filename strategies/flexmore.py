@@ -19,7 +19,8 @@ from torch import nn
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.expert import FACTORS, adapt_experts, check_rank, trained_rank
 from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
-from fedlora.communication.wire import Arrays, decode, wire_dtype
+from fedlora.arrays import Arrays
+from fedlora.communication.wire import decode, wire_dtype
 from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, plain_text

@@ -13,7 +13,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.communication.wire import Arrays, decode, encode, wire_dtype
+from fedlora.arrays import Arrays
+from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.errors import InputError, RunError
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.base import FederatedStrategy, RoundReport

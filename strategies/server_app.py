@@ -15,6 +15,7 @@ from fedlora.data.tokens import prepare_data
 from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
 from fedlora.results.identity import check_data
+from fedlora.results.user_code import with_user_code
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.federation import Federation
 
@@ -32,7 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     """
     source = str(context.run_config["config"])
     beside = Path(__file__).parents[1] / source if "\n" not in source else Path(source)
-    config = resolve(load_config(source if "\n" in source or Path(source).is_file() else beside))
+    read = load_config(source if "\n" in source or Path(source).is_file() else beside)
+    config = resolve(with_user_code(read, {}))
     resume = bool(context.run_config.get("resume", False))
     given = str(context.run_config.get("output") or "")
     output = Path(given or Path("runs") / config.run.name)

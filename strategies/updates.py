@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import MetricRecord
 
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.strategies.aggregation import Drift, WeightedMean
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -8,19 +8,19 @@ import sys
 from typing import Any
 
 from fedlora.study.config import load_study
-from fedlora.study.plan import Run, make_plan
+from fedlora.study.plan import PlannedRun, make_plan
 from fedlora.study.runner import StudyProgress, run_study
 
 ended: list[str] = []
 
 
-def started(run: Run) -> None:
+def started(run: PlannedRun) -> None:
     """Die at the first start after the third end."""
     if len(ended) >= 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end(run: Run, summary: dict[str, Any] | None, error: str | None) -> None:
+def end(run: PlannedRun, summary: dict[str, Any] | None, error: str | None) -> None:
     """Count the runs that are done."""
     ended.append(run.name)
 

@@ -22,8 +22,8 @@ from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
 from fedlora.experts import Mixture
 from fedlora.experts.folder import load_expert
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE
-from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import RunResult, run_folder
@@ -344,9 +344,9 @@ def test_owners_on_real_nodes_come_when_they_like(content, tmp_path, node_files)
         zip(strategy.owners, strategy.ranks, strict=True)
     )
     for path, rounds in zip(files, (3, 3, 1), strict=True):
-        steps = sorted(n for _, _, n in Node.open(path).ledger.history())
+        steps = sorted(n for _, _, n in LocalNode.open(path).ledger.history())
         assert (steps[0], steps[-1]) == (1, 12 * rounds)
-        assert 0 < Node.open(path).ledger.epsilon() <= 20.0
+        assert 0 < LocalNode.open(path).ledger.epsilon() <= 20.0
 
 
 @pytest.mark.parametrize("ranks", [[2, "full"], {"sea": "full", "cats": 2, "dogs": 1}])
@@ -355,14 +355,14 @@ def test_a_node_without_a_rank_is_refused_by_name_and_the_others_go_on(content, 
     assert {owner: facts["rank"] for owner, facts in result.summary["experts"].items()} == {"cats": 2, "sea": "full"}
     assert (strategy.owners, result.summary["clients"]) == (["cats", "sea"], 2)
     assert "has no rank for node misc-alt" in (tmp_path / "run" / "run.log").read_text()
-    assert Node.open(node_files[2]).ledger.history() == []
+    assert LocalNode.open(node_files[2]).ledger.history() == []
 
 
 def test_ranks_that_no_model_can_have_end_a_run_before_a_node_trains(content, tmp_path, node_files):
     with pytest.raises(InputError, match=r"method\.ranks = 99"):
         run_on_nodes(content, node_files, tmp_path / "run", {"ranks": [2, 1, 99]})
     assert not (tmp_path / "run").exists()
-    assert all(Node.open(path).ledger.history() == [] for path in node_files)
+    assert all(LocalNode.open(path).ledger.history() == [] for path in node_files)
 
 
 def test_a_simulation_needs_a_rank_for_every_client(content, tmp_path):

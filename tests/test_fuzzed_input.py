@@ -31,7 +31,7 @@ from fedlora.deployment.config import ServerFile, load_server
 from fedlora.errors import InputError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.simulation import LocalGrid
-from fedlora.study.config import Study, load_study
+from fedlora.study.config import StudyConfig, load_study
 from fedlora.study.plan import make_plan
 from tests.command import fedlora
 from tests.configs import KEYS, accepted, keys, put
@@ -301,7 +301,7 @@ STUDY: dict[str, Any] = {
 }
 # Sections that hold keys of configs, and one that may be absent, which the schema alone does not show.
 STUDY_KEYS = {
-    **dict(keys(Study)),
+    **dict(keys(StudyConfig)),
     **{f"draw.{key}": int for key in ("number", "seed")},
     **{f"draw.distributions.method.alpha.{key}": float for key in ("kind", "low", "high", "values")},
     **{f"tuning.{key}": str for key in ("over", "values", "by", "seed", "validation")},

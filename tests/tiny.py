@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from fedlora.adapters import AdaptedModel, adapt, sb
-from fedlora.adapters.model import Arrays, dense_weight
+from fedlora.adapters.model import dense_weight
+from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.models import MeanPoolingClassifier, MeanPoolingConfig

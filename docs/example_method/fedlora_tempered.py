@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from fedlora.adapters import AdaptedModel
-from fedlora.communication.wire import Arrays
+from fedlora.arrays import Arrays
 from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, TRAINED, Roles

@@ -55,7 +55,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
-Arrays = list[npt.NDArray[np.float32]]
+NDArrays = list[npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Case:
     rounds: int
     warmup_rounds: int
 
-    def arrays(self) -> Arrays:
+    def arrays(self) -> NDArrays:
         """Return the payload: ``tensors`` equal float32 vectors of ones."""
         return [np.ones(self.payload_bytes // (4 * self.tensors), dtype=np.float32) for _ in range(self.tensors)]
 
@@ -88,7 +88,7 @@ def measure_loop(case: Case) -> Timing:
     """Time the plain loop."""
     arrays = case.arrays()
 
-    def run_round() -> Arrays:
+    def run_round() -> NDArrays:
         return _sum(arrays for _ in range(case.clients))
 
     return _time_rounds(case, run_round)
@@ -209,7 +209,7 @@ PEERS: dict[str, Callable[[Case], Timing]] = {
 }
 
 
-def _sum(replies: Iterable[Arrays]) -> Arrays:
+def _sum(replies: Iterable[NDArrays]) -> NDArrays:
     """Sum the replies, since a round whose replies nobody reads is no round."""
     iterator = iter(replies)
     total = [array.copy() for array in next(iterator)]
@@ -219,7 +219,7 @@ def _sum(replies: Iterable[Arrays]) -> Arrays:
     return total
 
 
-def _time_rounds(case: Case, run_round: Callable[[], Arrays]) -> Timing:
+def _time_rounds(case: Case, run_round: Callable[[], NDArrays]) -> Timing:
     ready, seconds = 0.0, []
     for number in range(case.warmup_rounds + case.rounds):
         begin = time.perf_counter()
@@ -233,7 +233,7 @@ def _time_rounds(case: Case, run_round: Callable[[], Arrays]) -> Timing:
     return Timing(ready, seconds)
 
 
-def _message_round(case: Case, grid: Grid) -> Arrays:
+def _message_round(case: Case, grid: Grid) -> NDArrays:
     """Send the payload to every node of a Flower grid and sum the replies."""
     from flwr.app import ArrayRecord, Message, RecordDict
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fedlora.adapters import lora
-from fedlora.adapters.model import AdaptedModel, Arrays, FactoredLinear, never_cache
+from fedlora.adapters.model import AdaptedModel, FactoredLinear, never_cache
 from fedlora.adapters.stacked import RowLayout, StackedLinear
+from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from fedlora.adapters.model import AdaptedModel, Arrays
+from fedlora.adapters.model import AdaptedModel
 from fedlora.adapters.stacked import RowLayout
+from fedlora.arrays import Arrays
 from fedlora.experts.expert import FULL, Expert
 from fedlora.experts.mixture import Mixture
 

@@ -20,6 +20,7 @@ from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.reach import unreached
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
 from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
+from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
@@ -31,9 +32,6 @@ PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans every new shape for 10 ms, and a Poisson-sampled cohort has a new shape at every step."""
-
-Arrays = dict[str, torch.Tensor]
-"""Arrays without a client axis: ``MODULE.FACTOR`` for adapters, ``MODULE.weight`` and ``MODULE.bias`` for the head."""
 
 
 class FactoredLinear(nn.Module):

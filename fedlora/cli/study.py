@@ -15,8 +15,8 @@ from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
-from fedlora.study.plan import Plan, Run
-from fedlora.study.processes import capacity
+from fedlora.study.plan import Plan, PlannedRun
+from fedlora.study.run_processes import capacity
 from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
 
@@ -76,13 +76,13 @@ class StudyDisplay:
         if done:
             self._print(f"{done} of {total} runs are done already")
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: PlannedRun) -> None:
         self._tasks[run.folder] = self._bar.add_task(f"  {run.folder}", total=run.config.run.rounds)
 
-    def _round(self, run: Run, rounds: int) -> None:
+    def _round(self, run: PlannedRun, rounds: int) -> None:
         self._bar.update(self._tasks[run.folder], completed=rounds)
 
-    def _end(self, run: Run, summary: dict[str, Any] | None, error: str | None) -> None:
+    def _end(self, run: PlannedRun, summary: dict[str, Any] | None, error: str | None) -> None:
         task = self._tasks.pop(run.folder, None)
         if task is not None:
             self._bar.remove_task(task)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fedlora.communication.wire import Arrays, digest
+from fedlora.arrays import Arrays
+from fedlora.communication.wire import digest
 
 INITIAL = "initial"
 """Part of the frozen arrays; and the direction of bytes of what was made before the first round."""

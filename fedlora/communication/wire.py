@@ -15,8 +15,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 
 from fedlora.alignment import aligned
-
-Arrays = dict[str, torch.Tensor]
+from fedlora.arrays import Arrays
 
 _NPY = "numpy.ndarray"
 """Flower's name for arrays that are .npy files."""

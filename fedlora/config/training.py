@@ -23,6 +23,12 @@ class RunSection(Section):
     name: Name = Field(default="run", description="Name of the run; its folder is runs/NAME.")
     seed: Seed = Field(default=0, description="Seed of everything that is drawn.")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(default=10, description="Number of rounds.")
+    strategy: str | None = Field(
+        default=None, description="A user's own strategy: class, arguments, digest; written by simulate()."
+    )
+    client_app: str | None = Field(
+        default=None, description="A user's own client: where it is from, digest; written by simulate()."
+    )
 
 
 class MethodSection(Section):

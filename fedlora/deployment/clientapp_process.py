@@ -15,7 +15,7 @@ from flwr.app import Context, Error, Message
 
 from fedlora.errors import ClientErrorCode
 from fedlora.flower import run_clientapp
-from fedlora.node.errors import outward_error
+from fedlora.node.outward_errors import outward_error
 
 CLIENT_APP = ("fedlora.clients.node_app", "app")
 

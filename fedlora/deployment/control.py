@@ -34,7 +34,7 @@ _MOST_BYTES_OF_AN_ERROR = 2**16
 
 
 @dataclass(frozen=True)
-class Node:
+class RegisteredNode:
     """A registered node.
 
     Attributes
@@ -146,12 +146,16 @@ class Server:
         self._control.close()
         self._http.close()
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[RegisteredNode]:
         """Return the registered nodes by name."""
         with self._errors():
             listed = self._control.nodes()
         return sorted(
-            (Node(info.name, info.status, info.public_key) for info in listed if info.status != "unregistered"),
+            (
+                RegisteredNode(info.name, info.status, info.public_key)
+                for info in listed
+                if info.status != "unregistered"
+            ),
             key=lambda node: node.name,
         )
 

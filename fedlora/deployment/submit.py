@@ -16,6 +16,7 @@ from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.deployment.download import copy_run, note_change
 from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
 from fedlora.results.folder import RunResult, to_json, write_atomically
+from fedlora.results.user_code import with_user_code
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.callbacks import Progress
 
@@ -63,7 +64,7 @@ def run_on(
     RunError
         If the run failed, or the server went away for longer than five minutes.
     """
-    given = load_config(config, overrides)
+    given = with_user_code(load_config(config, overrides), {})
     get_strategy(given.method.name)
     folder = output if output is not None else Path("runs") / given.run.name
     if os.path.lexists(folder) and not resume:

@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
+from fedlora.arrays import Arrays
+
 Rank = int | Literal["full"]
 FULL: Literal["full"] = "full"
 """The rank of an expert that is a whole matrix for every projection."""
 
-Arrays = dict[str, torch.Tensor]
 Update = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """dW of one projection: (B [m, r], A [r, n]) for dW = B A, or dW [m, n] itself."""
 

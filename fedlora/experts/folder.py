@@ -15,8 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.alignment import aligned
+from fedlora.arrays import Arrays
 from fedlora.errors import InputError
-from fedlora.experts.expert import FULL, Arrays, Expert
+from fedlora.experts.expert import FULL, Expert
 from fedlora.experts.mixture import Mixture
 from fedlora.models import dense_weight
 

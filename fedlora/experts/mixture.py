@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from fedlora.alignment import align_loaded
+from fedlora.arrays import Arrays
 from fedlora.errors import InputError
-from fedlora.experts.expert import FULL, Arrays, Expert, Rank, array_shapes
+from fedlora.experts.expert import FULL, Expert, Rank, array_shapes
 from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
 from fedlora.models import quiet
 

@@ -23,7 +23,7 @@ from flwr.app import Context, Error, Message
 
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.node.config import NodeConfig, load_node
-from fedlora.node.errors import outward_error
+from fedlora.node.outward_errors import outward_error
 from fedlora.simulation.envelope import pack, unpack
 
 log = logging.getLogger("fedlora")
@@ -84,7 +84,7 @@ def start_worker(node_file: str | Path, node: NodeConfig, app: str) -> subproces
         environment["CUDA_VISIBLE_DEVICES"] = node.worker.device.removeprefix("cpu").removeprefix("cuda:")
     with _open_log(folder / "worker.log") as output:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedlora.node.worker", str(node_file), app],
+            [sys.executable, "-P", "-m", "fedlora.node.worker_process", str(node_file), app],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

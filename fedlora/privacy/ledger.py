@@ -24,7 +24,7 @@ class Ledger:
     -----
     In simulation the ledger is charged when a client's result leaves the training code, never before: a client that
     drops out is charged only for what it released. It lives in Flower's ``context.state`` as plain lists. A real node
-    charges its owner's ledger before every step (:mod:`fedlora.node.ledger`).
+    charges its owner's ledger before every step (:mod:`fedlora.node.node_ledger`).
     """
 
     def __init__(self, accountant: str, delta: float, history: list[tuple[float, float, int]] | None = None) -> None:

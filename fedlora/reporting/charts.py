@@ -19,7 +19,7 @@ from fedlora.reporting.comparison import (
     flatten,
     group_epsilon,
 )
-from fedlora.reporting.runs import Run
+from fedlora.reporting.runs import FinishedRun
 
 _SHARES = np.linspace(0, 1, 21)
 _PARTITIONS, _CLIENTS = 4, 60
@@ -440,7 +440,7 @@ def partitions(comparison: Comparison) -> Chart | None:
     return Chart("partition", "Who holds which examples", caption, list(panels.values()))
 
 
-def _partition_panel(run: Run, title: str) -> Panel:
+def _partition_panel(run: FinishedRun, title: str) -> Panel:
     counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     names = {line.client: line.name for line in run.partition}
     for line in run.partition:
@@ -550,7 +550,7 @@ def _points(
 
 
 def _over_rounds(
-    comparison: Comparison, values: Callable[[Run], dict[int, float | None]], form: str
+    comparison: Comparison, values: Callable[[FinishedRun], dict[int, float | None]], form: str
 ) -> dict[str, list[Series]]:
     """Return mean and interval by round, of rounds that all of a group's runs have, by level of privacy."""
     by_level: dict[str, list[Series]] = {level: [] for level in comparison.privacy_levels}
@@ -587,7 +587,7 @@ def _over_rounds(
     return by_level
 
 
-def _round_bytes(runs: Sequence[Run], way: str, name: str) -> dict[int, float]:
+def _round_bytes(runs: Sequence[FinishedRun], way: str, name: str) -> dict[int, float]:
     """Mean over runs of the bytes of all clients in a round."""
     sums: dict[int, float] = defaultdict(float)
     for run in runs:

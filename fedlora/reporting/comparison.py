@@ -15,7 +15,7 @@ from scipy import stats
 from fedlora.communication.links import PROFILES, link_seed, network_profile, round_network
 from fedlora.config import Config, Section
 from fedlora.errors import InputError
-from fedlora.reporting.runs import Found, Run, Unfinished, score_name
+from fedlora.reporting.runs import FinishedRun, Found, Unfinished, score_name
 
 # Where a run ran and what it is called do not change what it is.
 _NOT_AXES = (
@@ -77,7 +77,7 @@ class Group:
 
     Attributes
     ----------
-    runs : list of Run
+    runs : list of FinishedRun
         In the order of their seeds.
     axes : dict of str to object
         Values of the axes.
@@ -87,7 +87,7 @@ class Group:
         0, 1, ... among the method's groups that differ beside privacy.
     """
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     axes: dict[str, Value]
     label: str
     variant: int
@@ -122,7 +122,7 @@ class Comparison:
     ----------
     groups : list of Group
     unfinished : list of Unfinished
-    duplicates : list of Run
+    duplicates : list of FinishedRun
         Left out: their config, seed included, is that of another run.
     axes : list of str
         Config keys that tell groups apart; ``privacy`` stands for its mode and target.
@@ -134,12 +134,12 @@ class Comparison:
 
     groups: list[Group]
     unfinished: list[Unfinished]
-    duplicates: list[Run]
+    duplicates: list[FinishedRun]
     axes: list[str]
     varied: list[str]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[FinishedRun]:
         """All runs, group by group."""
         return [run for group in self.groups for run in group.runs]
 
@@ -189,7 +189,7 @@ def compare(found: Found) -> Comparison:
     flat = {id(run): flatten(run.config) for run in found.runs}
     varied = _varied([flat[id(run)] for run in found.runs])
     axes = _independent([flat[id(run)] for run in found.runs], varied)
-    by_axes: dict[tuple[Value, ...], dict[int, Run]] = defaultdict(dict)
+    by_axes: dict[tuple[Value, ...], dict[int, FinishedRun]] = defaultdict(dict)
     duplicates = []
     for run in found.runs:
         same = by_axes[tuple(_hashable(flat[id(run)].get(axis)) for axis in axes)]
@@ -215,7 +215,7 @@ def compare(found: Found) -> Comparison:
     return Comparison(groups, found.unfinished, duplicates, axes, varied)
 
 
-def quantities(run: Run) -> dict[str, float]:
+def quantities(run: FinishedRun) -> dict[str, float]:
     """Return every number of a run, by the name that tables and figures use.
 
     Returns
@@ -261,19 +261,19 @@ def quantities(run: Run) -> dict[str, float]:
     return {name: float(value) for name, value in row.items() if value is not None}
 
 
-def client_scores(run: Run) -> list[float]:
+def client_scores(run: FinishedRun) -> list[float]:
     """Accuracy of the final model on each client's own examples (loss, for language models); empty if not measured."""
     return [line.loss if line.accuracy is None else line.accuracy for line in run.clients]
 
 
-def network_names(run: Run) -> list[str]:
+def network_names(run: FinishedRun) -> list[str]:
     """Return the link profiles of which a report speaks: all, and ``config`` where the run changed one of them."""
     section = run.config.network
     own = section.profile != "none" and network_profile(section) != PROFILES[section.profile]
     return [*PROFILES, *(["config"] if own else [])]
 
 
-def network_seconds(run: Run, name: str) -> list[float]:
+def network_seconds(run: FinishedRun, name: str) -> list[float]:
     """Seconds of each round's messages on the links of a profile, drawn by the run's seed."""
     profile = network_profile(run.config.network) if name == "config" else PROFILES[name]
     assert profile is not None

@@ -17,15 +17,15 @@ from fedlora.communication.links import PROFILES
 from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities
 from fedlora.reporting.plotly_charts import plot
-from fedlora.reporting.runs import Run
-from fedlora.reporting.study import Study
+from fedlora.reporting.runs import FinishedRun
+from fedlora.reporting.study_results import StudyResults
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 _NAMES = ("model.name", "data.name")
 _FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent", "socket_overhead": "percent"}
 
 
-def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[Study] = ()) -> str:
+def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[StudyResults] = ()) -> str:
     """Return the content of report.html.
 
     Parameters
@@ -35,7 +35,7 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
         The first is the main one.
     command : str
         What wrote the report.
-    studies : sequence of Study
+    studies : sequence of StudyResults
         Those among the folders: what they tuned, and what failed.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -254,7 +254,7 @@ def _form(quantity: str) -> str:
     return "integer" if quantity == "trainable_parameters" else "number"
 
 
-def _machines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _machines(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """Environments without their commands, each with its runs."""
     machines: dict[str, dict[str, Any]] = {}
     for run in runs:

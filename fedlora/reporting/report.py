@@ -8,10 +8,10 @@ from pathlib import Path
 from fedlora.reporting.charts import charts
 from fedlora.reporting.comparison import Comparison, compare
 from fedlora.reporting.figures import draw_all
-from fedlora.reporting.files import write_files
 from fedlora.reporting.html import page
+from fedlora.reporting.report_files import write_files
 from fedlora.reporting.runs import read_runs
-from fedlora.reporting.study import read_studies
+from fedlora.reporting.study_results import read_studies
 from fedlora.reporting.tables import groups_shown, groups_table, runs_table, table_files
 
 

@@ -142,7 +142,7 @@ class PartitionLine(_Content):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes
@@ -182,7 +182,7 @@ class Unfinished:
 class Found:
     """What lies in the folders that were given."""
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     unfinished: list[Unfinished]
 
 
@@ -216,7 +216,7 @@ def read_runs(folders: Sequence[str | Path]) -> Found:
             raise InputError("DIR", str(folder), "holds no run; give a run folder, a study, or a folder of runs")
         paths |= found
     names = _names(list(paths))
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     unfinished: list[Unfinished] = []
     for path, name in names.items():
         if (path / "summary.json").is_file():
@@ -277,7 +277,7 @@ def _unfinished(path: Path, name: str) -> Unfinished:
     return Unfinished(name, path, done, rounds)
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> FinishedRun:
     try:
         config = read_config(path / "config.toml")
     except InputError as error:
@@ -293,7 +293,7 @@ def _read(path: Path, name: str) -> Run:
         for field, line in (("clients", ClientLine), ("partition", PartitionLine))
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
-    return Run(name, path, config, summary, lines, messages, **optional)
+    return FinishedRun(name, path, config, summary, lines, messages, **optional)
 
 
 _T = TypeVar("_T")

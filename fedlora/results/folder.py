@@ -67,12 +67,15 @@ class RunFolder:
         Whether the run is done, and all that it made is there.
     notes : list of str
         What the user should know of the resumed run.
+    user_code : dict
+        What summary.json says of a user's own strategy and client.
     """
 
     def __init__(self, path: Path, config: Config, checkpoint: Checkpoint, resumed: bool = False) -> None:
         self.path, self.checkpoint, self.resumed = path, checkpoint, resumed
         self.resolved = config
         self.notes: list[str] = []
+        self.user_code: dict[str, Any] = {}
         self.finished = bool(checkpoint.get("finished", False))
         self._log = _Log(path / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -222,7 +225,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and SHA256SUMS, and mark the run as done."""
-        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", to_json({**summary, **self.user_code}, indent=2) + "\n")
         outputs = find_outputs(self.path)
         write_sums(self.path, outputs)
         self.checkpoint["outputs"] = outputs

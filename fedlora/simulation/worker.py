@@ -1,6 +1,6 @@
 """The process that runs clients: loads the app once, then handles batches of messages.
 
-Simulated clients have many of them, on Ray; a real node has one, without Ray (:mod:`fedlora.node.worker`).
+Simulated clients have many of them, on Ray; a real node has one, without Ray (:mod:`fedlora.node.worker_process`).
 """
 
 from __future__ import annotations

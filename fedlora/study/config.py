@@ -88,7 +88,7 @@ class BudgetSection(Section):
     memory_per_run: Annotated[float, Field(gt=0)] = 3.0
 
 
-class Study(Section):
+class StudyConfig(Section):
     """A study: a base config, what varies, how it is tuned, and how much may run at once.
 
     Attributes
@@ -116,7 +116,7 @@ class Study(Section):
         return tomli_w.dumps(_without_none(self.model_dump()))
 
 
-def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Study:
+def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> StudyConfig:
     """Read a study file.
 
     Parameters
@@ -140,7 +140,7 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, A
     content["base"] = _base(content["base"], beside)
     for key, value in (overrides or {}).items():
         section = key.split(".")[0]
-        own = section in Study.model_fields and section not in Config.model_fields
+        own = section in StudyConfig.model_fields and section not in Config.model_fields
         override(content if own else content["base"], key, value)
     if isinstance(content.get("axes"), dict):
         content["axes"] = flatten(content["axes"])
@@ -150,9 +150,9 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, A
     if isinstance(draw, dict) and isinstance(draw.get("distributions"), dict):
         draw["distributions"] = flatten(draw["distributions"], leaf="kind")
     try:
-        study = Study.model_validate(content)
+        study = StudyConfig.model_validate(content)
     except ValidationError as error:
-        raise input_error(error, Study, "STUDY") from None
+        raise input_error(error, StudyConfig, "STUDY") from None
     _check(study, set(overrides or {}))
     return study
 
@@ -185,7 +185,7 @@ def _base(given: Any, beside: Path) -> dict[str, Any]:
     return content
 
 
-def _check(study: Study, overrides: set[str]) -> None:
+def _check(study: StudyConfig, overrides: set[str]) -> None:
     for name, section in study.base.items():
         if not isinstance(section, dict):
             raise InputError(f"base.{name}", section, f"is a section; write [base.{name}] and its keys below")
@@ -242,7 +242,7 @@ def _check_axis(name: str, values: Any) -> None:
         raise InputError(place, values, remedy)
 
 
-def _keys(study: Study) -> list[tuple[str, set[str]]]:
+def _keys(study: StudyConfig) -> list[tuple[str, set[str]]]:
     """Name every place of the file that varies something, and its keys."""
     found = []
     for name, values in study.axes.items():

@@ -21,7 +21,7 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import trained_kinds
 from fedlora.strategies.base import get_strategy
-from fedlora.study.plan import Run
+from fedlora.study.plan import PlannedRun
 from fedlora.training import ClientJob, train_cohort
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
@@ -110,7 +110,7 @@ def forecast(config: Config) -> Forecast:
     )
 
 
-def forecast_all(runs: Iterable[Run]) -> dict[str, Forecast | InputError]:
+def forecast_all(runs: Iterable[PlannedRun]) -> dict[str, Forecast | InputError]:
     """Forecast runs by their folders; a run that cannot be has its error instead.
 
     Raises
@@ -172,13 +172,13 @@ def seconds_a_step(config: Config) -> float:
 
 
 def estimate_seconds(
-    runs: Iterable[Run], forecasts: dict[str, Forecast | InputError], at_once: int, gpus: int
+    runs: Iterable[PlannedRun], forecasts: dict[str, Forecast | InputError], at_once: int, gpus: int
 ) -> float:
     """Estimate the time of runs side by side, from one measured step for each model, batch size and kind of adapter.
 
     Parameters
     ----------
-    runs : iterable of Run
+    runs : iterable of PlannedRun
     forecasts : dict
         From :func:`forecast_all`.
     at_once : int

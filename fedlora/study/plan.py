@@ -16,13 +16,13 @@ import numpy as np
 from fedlora.config import Config, load_config, read_toml
 from fedlora.errors import InputError
 from fedlora.strategies.server_app import resolve
-from fedlora.study.config import LABEL, DistributionSection, Study, TuningSection, Values, flatten
+from fedlora.study.config import LABEL, DistributionSection, StudyConfig, TuningSection, Values, flatten
 
 _LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One planned run.
 
     Attributes
@@ -49,14 +49,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class TuningGroup:
     """Runs that share a tuned value.
 
     Attributes
     ----------
     values : dict
         What they have in common, by ``tuning.by``.
-    candidates : list of (object, Run)
+    candidates : list of (object, PlannedRun)
         Each candidate value and the tuning run that tries it.
     points : list of int
         Places of its runs in the plan.
@@ -65,7 +65,7 @@ class Group:
     """
 
     values: Values
-    candidates: list[tuple[Any, Run]]
+    candidates: list[tuple[Any, PlannedRun]]
     points: list[int]
     private: bool
 
@@ -76,28 +76,28 @@ class Plan:
 
     Attributes
     ----------
-    study : Study
+    study : StudyConfig
     keys : list of str
         The keys that vary, in the order of the file.
-    runs : list of Run
+    runs : list of PlannedRun
         With tuning, their tuned key has the first candidate until the choice is made.
-    groups : list of Group
+    groups : list of TuningGroup
         Empty without tuning.
     """
 
-    study: Study
+    study: StudyConfig
     keys: list[str]
-    runs: list[Run]
-    groups: list[Group] = field(default_factory=list)
+    runs: list[PlannedRun]
+    groups: list[TuningGroup] = field(default_factory=list)
 
-    def chosen(self, place: int, value: Any) -> Run:
+    def chosen(self, place: int, value: Any) -> PlannedRun:
         """Return a run with the tuned value that its group chose."""
         assert self.study.tuning is not None
         run = self.runs[place]
         return _run(self.study, run.values | {self.study.tuning.over: value}, run.name, "runs")
 
 
-def make_plan(study: Study) -> Plan:
+def make_plan(study: StudyConfig) -> Plan:
     """Expand a study into its runs and check the config of each.
 
     Raises
@@ -118,7 +118,7 @@ def make_plan(study: Study) -> Plan:
     if study.tuning is None:
         return Plan(study, keys, [_run(study, v, n, "runs") for n, (_, v) in zip(names, points, strict=True)])
     tuning = study.tuning
-    runs: list[Run] = []
+    runs: list[PlannedRun] = []
     groups: dict[str, tuple[Values, list[int]]] = {}
     by = [key for key in keys if key != "run.seed"] if tuning.by is None else tuning.by
     for place, (name, (_, values)) in enumerate(zip(names, points, strict=True)):
@@ -158,7 +158,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text.lower()).strip("-.") or "x"
 
 
-def _parts(study: Study) -> list[list[tuple[str, Values]]]:
+def _parts(study: StudyConfig) -> list[list[tuple[str, Values]]]:
     """Return what is crossed: the listed and drawn points, and the axes; each value with its part of the name."""
     listed = [_named(point) for point in study.points] + [_named(point) for point in _draw(study)]
     parts = [listed] if listed else []
@@ -173,7 +173,7 @@ def _named(table: Mapping[str, Any]) -> tuple[str, Values]:
     return (_slug(str(label)) if label else "_".join(value_name(*item) for item in values.items())), values
 
 
-def _draw(study: Study) -> Iterable[Values]:
+def _draw(study: StudyConfig) -> Iterable[Values]:
     if study.draw is None:
         return
     rng = np.random.default_rng(study.draw.seed)
@@ -207,17 +207,22 @@ def _unique(points: list[tuple[str, Values]]) -> list[str]:
     return names
 
 
-def _run(study: Study, values: Values, name: str, kind: str, shown: Values | None = None) -> Run:
+def _run(study: StudyConfig, values: Values, name: str, kind: str, shown: Values | None = None) -> PlannedRun:
     added: Values = {"run.name": name, "simulation.workers": 0, "simulation.address": None}
     if study.tuning is not None and "validation" not in study.base.get("data", {}):
         added["data.validation"] = study.tuning.validation
     config = resolve(load_config(study.base, {**added, **values}))
-    return Run(name, f"{kind}/{name}", values if shown is None else shown, config)
+    return PlannedRun(name, f"{kind}/{name}", values if shown is None else shown, config)
 
 
 def _group(
-    study: Study, tuning: TuningSection, runs: list[Run], shared: Values, places: list[int], taken: set[str]
-) -> Group:
+    study: StudyConfig,
+    tuning: TuningSection,
+    runs: list[PlannedRun],
+    shared: Values,
+    places: list[int],
+    taken: set[str],
+) -> TuningGroup:
     """Make a group's tuning runs, after the first of its runs; ``taken`` are the names that others have."""
     first = runs[places[0]]
     name = "_".join(value_name(*item) for item in shared.items())
@@ -234,10 +239,10 @@ def _group(
         }
         candidates.append((value, _run(study, values, own, "tuning", {**shared, tuning.over: value})))
     private = any(runs[place].config.privacy.mode != "none" for place in places)
-    return Group(shared, candidates, places, private)
+    return TuningGroup(shared, candidates, places, private)
 
 
-def _candidates(study: Study, tuning: TuningSection, values: Values) -> list[Any]:
+def _candidates(study: StudyConfig, tuning: TuningSection, values: Values) -> list[Any]:
     if isinstance(tuning.values, list):
         return tuning.values
     method = values.get("method.name", study.base.get("method", {}).get("name"))

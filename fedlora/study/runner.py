@@ -16,8 +16,8 @@ from fedlora.errors import InputError, RunError
 from fedlora.results.folder import write_atomically
 from fedlora.simulation.ray_cluster import start_ray
 from fedlora.study.forecast import Forecast, forecast_all
-from fedlora.study.plan import Group, Plan, Run
-from fedlora.study.processes import address_of, begun, count_runs, start_process
+from fedlora.study.plan import Plan, PlannedRun, TuningGroup
+from fedlora.study.run_processes import address_of, begun, count_runs, start_process
 from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import choose, cost, validation_score
 
@@ -38,9 +38,9 @@ class StudyProgress:
     """
 
     on_plan: Callable[[int, int], None] = lambda total, done: None
-    on_start: Callable[[Run], None] = lambda run: None
-    on_round: Callable[[Run, int], None] = lambda run, rounds: None
-    on_end: Callable[[Run, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
+    on_start: Callable[[PlannedRun], None] = lambda run: None
+    on_round: Callable[[PlannedRun, int], None] = lambda run, rounds: None
+    on_end: Callable[[PlannedRun, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
     on_choice: Callable[[dict[str, Any]], None] = lambda group: None
 
 
@@ -48,7 +48,7 @@ class StudyProgress:
 class _Job:
     """A run to execute, for a point of the plan or for a candidate of a group."""
 
-    run: Run
+    run: PlannedRun
     entry: dict[str, Any]
     group: int | None = None
     rounds: int = 0
@@ -268,7 +268,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _entry(run: Run, expected: Forecast | InputError) -> dict[str, Any]:
+def _entry(run: PlannedRun, expected: Forecast | InputError) -> dict[str, Any]:
     impossible = isinstance(expected, InputError)
     return {
         "name": run.name,
@@ -293,7 +293,7 @@ def _tuning_entry(plan: Plan, forecasts: dict[str, Forecast | InputError]) -> di
     }
 
 
-def _group_entry(group: Group, plan: Plan, forecasts: dict[str, Forecast | InputError]) -> dict[str, Any]:
+def _group_entry(group: TuningGroup, plan: Plan, forecasts: dict[str, Forecast | InputError]) -> dict[str, Any]:
     return {
         "values": group.values,
         "chosen": None,

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from fedlora.errors import InputError
 from fedlora.results.folder import to_json, write_atomically
-from fedlora.study.config import Study
-from fedlora.study.plan import Plan, Run, folder_digest
+from fedlora.study.config import StudyConfig
+from fedlora.study.plan import Plan, PlannedRun, folder_digest
 
 Found = Literal["done", "started", "missing"]
 
@@ -59,7 +59,7 @@ class StudyFolder:
         """Let others in."""
         self._lock.release()
 
-    def begin(self, study: Study, planned: Iterable[Run]) -> None:
+    def begin(self, study: StudyConfig, planned: Iterable[PlannedRun]) -> None:
         """Write the study's file, and bring the run folders in line with the plan; nothing is deleted.
 
         Raises
@@ -80,7 +80,7 @@ class StudyFolder:
                 if run is None:
                     self._set_aside(place)
 
-    def find(self, run: Run) -> Found:
+    def find(self, run: PlannedRun) -> Found:
         """Say whether a run is done or started; a folder of another config is set aside, an earlier one taken back."""
         place = self.path / run.folder
         if place.exists() and folder_digest(place) != run.digest:
@@ -148,7 +148,7 @@ def all_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*state.get("points", []), *(candidate for group in groups for candidate in group["candidates"])]
 
 
-def is_unchanged(plan: Plan, run: Run, entry: Mapping[str, Any], folder: Path) -> bool:
+def is_unchanged(plan: Plan, run: PlannedRun, entry: Mapping[str, Any], folder: Path) -> bool:
     """Whether the run folder has the planned config, with the tuned value that study.json's ``entry`` tells of it."""
     over = plan.study.tuning.over if plan.study.tuning else None
     if run in plan.runs and over is not None:

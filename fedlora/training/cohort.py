@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import Arrays
+from fedlora.arrays import Arrays
 from fedlora.config import ClientSection, Config
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError

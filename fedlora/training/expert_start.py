@@ -12,7 +12,7 @@ from torch import nn
 
 from fedlora import entropy
 from fedlora.adapters import AdaptedModel, ExpertModel, lora
-from fedlora.adapters.model import Arrays
+from fedlora.arrays import Arrays
 from fedlora.data.tokens import TokenTable
 from fedlora.experts.options import expert_options
 from fedlora.privacy import PrivacyPlan

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import Arrays, dense_weight
+from fedlora.adapters.model import dense_weight
 from fedlora.adapters.stacked import RowProducts
+from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import IGNORED
 from fedlora.errors import GuardError, InputError

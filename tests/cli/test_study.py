@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedlora.cli.study import StudyDisplay
 from fedlora.study.config import load_study
-from fedlora.study.plan import Run, make_plan
+from fedlora.study.plan import PlannedRun, make_plan
 from tests.command import fedlora
 from tests.study.studies import planned
 
@@ -25,11 +25,11 @@ SUMMARY: dict[str, Any] = {
 
 
 @pytest.fixture
-def run() -> Run:
+def run() -> PlannedRun:
     return make_plan(load_study(planned(axes={"method.rank": [3]}))).runs[0]
 
 
-def shown(run: Run, **options: Any) -> tuple[str, StudyDisplay]:
+def shown(run: PlannedRun, **options: Any) -> tuple[str, StudyDisplay]:
     """Let a study of five runs, two of them done, begin a run and end it."""
     out = io.StringIO()
     display = StudyDisplay(Console(file=out, width=100, **options))
@@ -43,14 +43,14 @@ def shown(run: Run, **options: Any) -> tuple[str, StudyDisplay]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()), display
 
 
-def test_on_a_terminal_every_run_has_a_bar(run: Run) -> None:
+def test_on_a_terminal_every_run_has_a_bar(run: PlannedRun) -> None:
     text, _ = shown(run, force_terminal=True)
     assert re.search(r"runs +\S* +2/5", text)
     assert re.search(r"runs/rank-3 +\S* +4/10", text)
     assert re.search(r"runs +\S* +3/5", text)
 
 
-def test_without_one_every_run_has_a_line(run: Run) -> None:
+def test_without_one_every_run_has_a_line(run: PlannedRun) -> None:
     text, display = shown(run)
     assert text.splitlines() == [
         "2 of 5 runs are done already",

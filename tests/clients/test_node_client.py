@@ -14,10 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.arrays import Arrays
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
 from fedlora.clients.participant import sent_digest
-from fedlora.communication.wire import Arrays, decode, encode
+from fedlora.communication.wire import decode, encode
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import (
     BudgetError,
@@ -31,10 +32,10 @@ from fedlora.errors import (
 )
 from fedlora.experts import Mixture
 from fedlora.models import load_base
-from fedlora.node.errors import is_outward, outward_error
-from fedlora.node.ledger import Charge
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_RECORD, labels_digest
-from fedlora.node.node import Node
+from fedlora.node.node_ledger import Charge
+from fedlora.node.outward_errors import is_outward, outward_error
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
 from tests import architectures, tiny
@@ -70,7 +71,7 @@ def refused(reply: Message, code: ClientErrorCode) -> str:
 
 
 def steps(node_file: Path) -> int:
-    return Node.open(node_file).ledger.steps()
+    return LocalNode.open(node_file).ledger.steps()
 
 
 def arrays_of(reply: Message) -> Arrays:
@@ -128,7 +129,7 @@ def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, cach
     start, step = (plan.start_noise_multiplier, 1.0), (plan.noise_multiplier, 12 / 60)
     first = app(server.train(1), here)
     assert metrics_of(first)["total-steps"] == 1 + 3
-    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 3)}
+    assert set(LocalNode.open(node_file).ledger.history()) == {(*start, 1), (*step, 3)}
     public = Mixture.of(load_base(server.config, None)).public_digest
     assert dict(first.content["expert"]) == {"rank": "2", "public-digest": public}
     trained = arrays_of(first)
@@ -137,7 +138,7 @@ def test_an_expert_grows_on_a_node_and_its_start_is_charged(tmp_path: Path, cach
     server.arrays = encode(trained)
     second = arrays_of(app(server.train(2), here))
     assert any(not torch.equal(second[name], trained[name]) for name in trained)
-    assert set(Node.open(node_file).ledger.history()) == {(*start, 1), (*step, 6)}
+    assert set(LocalNode.open(node_file).ledger.history()) == {(*start, 1), (*step, 6)}
 
 
 def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -173,7 +174,7 @@ def test_every_format_trains_alike(tmp_path: Path, cache: Path) -> None:
         app(server.describe(), server.context(node_file))
         reply = app(server.train(1), server.context(node_file))
         assert metrics_of(reply)["loss"] > 0
-        assert Node.open(node_file).ledger.history() == [(0.0, 1.0, 3)]
+        assert LocalNode.open(node_file).ledger.history() == [(0.0, 1.0, 3)]
         results.append(arrays_of(reply))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
@@ -276,7 +277,7 @@ def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> 
     # A second run, whatever its server calls its budget, gets what is left.
     second = Server(tmp_path / "server", run=2, federation="second", privacy__target_epsilon=100.0)
     reply = app(second.describe(), second.context(node_file))
-    left = Node.open(node_file).ledger.left()
+    left = LocalNode.open(node_file).ledger.left()
     assert left is not None
     assert 0 < left < 3.5
     assert refused(reply, ClientErrorCode.BUDGET) == f"BudgetError: epsilon left = {left:.4g}"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.arrays import Arrays
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
-from fedlora.communication.wire import Arrays, decode
+from fedlora.communication.wire import decode
 from fedlora.training import cohort
 from tests import tiny
 from tests.owner import Server, listed, write_node

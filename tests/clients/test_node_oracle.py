@@ -26,9 +26,9 @@ from fedlora.clients.client_app import app
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.errors import ClientErrorCode, InputError
-from fedlora.node import ledger as node_ledger
+from fedlora.node import node_ledger
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE, NODE_RECORD
-from fedlora.node.node import Node
 from tests import tiny
 from tests.messages import FIRST_NODE, train_message
 from tests.owner import LABELS, listed, write_node
@@ -294,7 +294,7 @@ def attack(files: list[Path], attacker: Attacker, count: int) -> Counter[str]:
             assert first.content.object_id == second.content.object_id
         kind = message.metadata.message_type
         ended[f"{kind}: {first.error.reason.partition(':')[0]}" if first.has_error() else kind] += 1
-    assert Node.open(files[0]).ledger.history() == Node.open(files[1]).ledger.history()
+    assert LocalNode.open(files[0]).ledger.history() == LocalNode.open(files[1]).ledger.history()
     return ended
 
 
@@ -366,7 +366,7 @@ def test_a_servers_own_tokenizer_reads_no_digit(tmp_path: Path, folders: dict[st
             replies = [ask(path, query(number, []), a_config(name), number) for path in files]
             assert [told(reply) for reply in replies] == [(ClientErrorCode.POLICY, "PolicyError: models = 4")] * 2
     for path in files:
-        assert Node.open(path).ledger.steps() == 0
+        assert LocalNode.open(path).ledger.steps() == 0
         assert not list(path.parents[1].glob("cache*/tokens/*"))
 
 
@@ -431,7 +431,7 @@ def test_what_a_server_makes_the_ledger_hold_is_bounded(
 ) -> None:
     monkeypatch.setattr(node_ledger, "_IDLE_RUNS", 10)
     file = nodes(tmp_path, folders, "csv", (PLAIN, ODD))[0]
-    ledger = Node.open(file).ledger
+    ledger = LocalNode.open(file).ledger
     for run in range(50):
         ledger.register(f"f{run}", str(run), ["x" * 20_000])
     assert ledger.path.stat().st_size < 400_000

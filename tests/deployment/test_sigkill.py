@@ -94,7 +94,7 @@ def test_a_node_that_is_killed_in_a_round(federation: Federation, examples: Path
     run.until_round(1)
     run.until_training("north", 2)
     federation.kill("supernode_process", "north")
-    federation.kill("fedlora.node.worker", "north")
+    federation.kill("fedlora.node.worker_process", "north")
     assert run.end() == 0, federation.output("node-killed")
     lines = run.rounds()
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
@@ -114,7 +114,7 @@ def test_a_resident_worker_that_is_killed_in_a_round(federation: Federation, exa
     run = Run(federation, examples, "worker-killed")
     run.until_round(1)
     run.until_training("west", 2)
-    federation.kill("fedlora.node.worker", "west")
+    federation.kill("fedlora.node.worker_process", "west")
     assert run.end() == 0, federation.output("worker-killed")
     lines = run.rounds()
     assert [failure["client"] for failure in lines[1]["failed"]] == [2]

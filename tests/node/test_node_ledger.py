@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import BudgetError, GuardError, InputError, StaleError
 from fedlora.node.config import PolicySection
-from fedlora.node.ledger import NodeLedger
+from fedlora.node.node_ledger import NodeLedger
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import spent_epsilon
 

@@ -20,7 +20,7 @@ from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.deployment.processes import Child
 from fedlora.errors import ClientErrorCode, InputError
-from fedlora.node import resident, room, worker
+from fedlora.node import resident, room, worker_process
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.room import make_room, tidy
 from tests.owner import Server, write_node
@@ -134,7 +134,7 @@ def test_the_workers_log_is_turned_and_its_lines_are_cut(tmp_path: Path, monkeyp
     assert log.stat().st_size == 0
     assert (tmp_path / "worker.log.1").stat().st_size > resident._LOG_BYTES
     record = logging.LogRecord("fedlora", logging.ERROR, "", 1, "%s", ("y" * 10**6,), None)
-    assert len(worker._ShortLines("%(message)s").format(record)) < 30_000
+    assert len(worker_process._ShortLines("%(message)s").format(record)) < 30_000
 
 
 def test_a_childs_log_is_turned_while_it_runs(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import InputError
-from fedlora.reporting.files import MANIFEST, write_files
+from fedlora.reporting.report_files import MANIFEST, write_files
 from tests.command import fedlora
 from tests.reporting.folders import make_run
 

@@ -12,7 +12,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from fedlora.adapters import AdaptedModel, adapt
-from fedlora.adapters.model import PARAMETERISATIONS, Arrays, dense_weight, linear_shape
+from fedlora.adapters.model import PARAMETERISATIONS, dense_weight, linear_shape
+from fedlora.arrays import Arrays
 from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
 from fedlora.config import Config
 from fedlora.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fedlora.study.processes import Runner
+from fedlora.study.run_processes import Runner
 
 
 class Mortal(Runner):

@@ -18,7 +18,7 @@ import tomli_w
 from fedlora.errors import InputError
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
-from fedlora.study.processes import count_runs
+from fedlora.study.run_processes import count_runs
 from fedlora.study.runner import StudyProgress, run_study
 from fedlora.study.state import StudyFolder, all_entries, read_state
 from tests.command import fedlora
@@ -178,7 +178,7 @@ def test_what_is_missing_or_changed_runs_and_nothing_is_lost(tmp_path: Path) -> 
 
 
 def test_a_failing_run_does_not_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.study.processes.Runner", Mortal)
+    monkeypatch.setattr("fedlora.study.run_processes.Runner", Mortal)
     study = tiny(
         points=[
             {"label": "dies"},

@@ -16,9 +16,10 @@ from torch import nn
 
 from fedlora import simulate
 from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt
-from fedlora.adapters.model import Arrays, FactoredLinear
+from fedlora.adapters.model import FactoredLinear
 from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.peft_format import export_peft
+from fedlora.arrays import Arrays
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
 from fedlora.results import RunResult

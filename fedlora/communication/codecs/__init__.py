@@ -14,11 +14,11 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedlora.alignment import aligned
+from fedlora.arrays import Arrays
 from fedlora.communication import wire
 from fedlora.config import Config
 from fedlora.registry import CODECS
 
-Arrays = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
 
 

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from fedlora.arrays import Arrays
 from fedlora.config import Config, ServerSection
 from fedlora.errors import InputError
 from fedlora.registry import SERVER_OPTIMIZERS
-
-Arrays = dict[str, torch.Tensor]
 
 
 class ServerOptimizer(ABC):

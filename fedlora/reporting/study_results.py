@@ -74,7 +74,7 @@ class StudyState(_Content):
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyResults:
     """A study's folder and what its study.json says."""
 
     folder: Path
@@ -86,7 +86,7 @@ class Study:
         return [point for point in self.state.points if point.status == "failed"]
 
 
-def read_studies(folders: Sequence[str | Path]) -> list[Study]:
+def read_studies(folders: Sequence[str | Path]) -> list[StudyResults]:
     """Return the studies among folders.
 
     Raises
@@ -100,7 +100,7 @@ def read_studies(folders: Sequence[str | Path]) -> list[Study]:
         if not (folder / "study.toml").is_file() or not path.is_file():
             continue
         try:
-            studies.append(Study(folder, StudyState.model_validate_json(path.read_bytes())))
+            studies.append(StudyResults(folder, StudyState.model_validate_json(path.read_bytes())))
         except (OSError, ValidationError) as error:
             why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
             remedy = f"its study.json cannot be used ({why}); run fedlora study again, which writes it anew"

@@ -9,14 +9,14 @@ from typing import Any
 from fedlora.config import SERVER, Config
 from fedlora.errors import InputError
 from fedlora.node.config import NodeConfig, load_node
-from fedlora.node.ledger import NodeLedger
+from fedlora.node.node_ledger import NodeLedger
 from fedlora.node.policy import admitted_model, check_policy
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.mechanisms import mechanism_of
 
 
 @dataclass(frozen=True)
-class Node:
+class LocalNode:
     """A data owner's node.
 
     Attributes
@@ -29,7 +29,7 @@ class Node:
     ledger: NodeLedger
 
     @classmethod
-    def open(cls, path: str | Path) -> Node:
+    def open(cls, path: str | Path) -> LocalNode:
         """Read node.toml, anew at every message, so that the owner's changes hold at once.
 
         Raises

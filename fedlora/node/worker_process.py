@@ -1,8 +1,8 @@
 """The resident worker: keeps the base model and the owner's tokens loaded between messages.
 
-Run as ``python -m fedlora.node.worker NODE_FILE MODULE:APP``; :mod:`fedlora.node.resident` does so when a message
-comes. It is the simulation's :class:`~fedlora.simulation.worker.Worker`, reached over a local socket in a private
-folder instead of Ray, and it ends after ``worker.idle_seconds`` without a message, which frees the GPU.
+Run as ``python -m fedlora.node.worker_process NODE_FILE MODULE:APP``; :mod:`fedlora.node.resident` does so when a
+message comes. It is the simulation's :class:`~fedlora.simulation.worker.Worker`, reached over a local socket in a
+private folder instead of Ray, and it ends after ``worker.idle_seconds`` without a message, which frees the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from filelock import Timeout
 from flwr.app import Error
 
 from fedlora.node.config import NodeConfig, load_node
-from fedlora.node.errors import is_outward
+from fedlora.node.outward_errors import is_outward
 from fedlora.node.resident import READY, socket_address, turn_log, worker_folder, worker_lock
 from fedlora.node.room import tidy
 from fedlora.simulation.envelope import Envelope

@@ -23,7 +23,7 @@ from fedlora.results.folder import RunFolder
 from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.ray_cluster import start_ray
 from fedlora.simulator import simulate
-from fedlora.study.config import Study
+from fedlora.study.config import StudyConfig
 from fedlora.study.plan import Plan
 from fedlora.study.state import set_aside
 
@@ -87,7 +87,7 @@ def _can_go_on(config: Config, study: Path, place: Path) -> bool:
             return False
 
 
-def start_process(study: Study, config: Config) -> Any:
+def start_process(study: StudyConfig, config: Config) -> Any:
     """Start a :class:`Runner` as a Ray actor; it begins when the cluster has room."""
     section = config.simulation
     memory = int(study.budget.memory_per_run * 2**30)
@@ -95,7 +95,7 @@ def start_process(study: Study, config: Config) -> Any:
     return actor.remote(section.cpus_per_worker, section.gpus_per_worker, sys.argv)
 
 
-def count_runs(study: Study, config: Config) -> int:
+def count_runs(study: StudyConfig, config: Config) -> int:
     """Say how many runs fit side by side into the running Ray cluster, by cores, GPUs and memory.
 
     Raises
@@ -132,7 +132,7 @@ def capacity(plan: Plan) -> tuple[int, int]:
             ray.shutdown()
 
 
-def address_of(study: Study) -> str | None:
+def address_of(study: StudyConfig) -> str | None:
     """Return the Ray cluster that the study's base config names."""
     address: str | None = study.base.get("simulation", {}).get("address")
     return address
