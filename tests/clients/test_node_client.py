@@ -153,7 +153,7 @@ def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cach
         policy={"max_epsilon": (without + both) / 2, "models": listed(server.config.model.name)},
     )
     refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
-    Node.open(node_file).ledger.register("f1", str(server.run), None, sent_digest(server.context(node_file)))
+    LocalNode.open(node_file).ledger.register("f1", str(server.run), None, sent_digest(server.context(node_file)))
     refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 0
 
@@ -249,7 +249,7 @@ def test_weaker_privacy_than_the_owner_accepts(
     here = weak.context(node_file)
     assert refused(app(weak.describe(), here), ClientErrorCode.POLICY) == reason
     # Training looks again: the owner may have changed the policy since.
-    Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS, sent_digest(here))
+    LocalNode.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS, sent_digest(here))
     assert refused(app(weak.train(1), here), ClientErrorCode.POLICY) == reason
     assert steps(node_file) == 0
 
@@ -281,7 +281,7 @@ def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> 
     assert left is not None
     assert 0 < left < 3.5
     assert refused(reply, ClientErrorCode.BUDGET) == f"BudgetError: epsilon left = {left:.4g}"
-    Node.open(node_file).ledger.register("second", "2", LABELS, sent_digest(second.context(node_file)))
+    LocalNode.open(node_file).ledger.register("second", "2", LABELS, sent_digest(second.context(node_file)))
     assert "epsilon left" in refused(app(second.train(1), second.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 3
     # The owner may raise the ceiling; the ledger goes on from where it was.
