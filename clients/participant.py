@@ -22,6 +22,7 @@ from fedlora.communication.wire import decode, encode
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError
 from fedlora.methods import get_method
+from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node_ledger import Charge
 from fedlora.node.room import make_room
