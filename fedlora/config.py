@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.errors import InputError
 from fedlora.paths import find_path
+from fedlora.tasks import get_task, tasks
 
 # Upper bounds lie far above what anybody trains with: they keep slips out, such as a rate of 1e30.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -91,7 +92,7 @@ class ModelSection(Section):
     """``[model]``: the frozen base model, from ``asset:NAME``, a hub id or a folder."""
 
     name: Annotated[str, Field(min_length=1)]
-    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    task: str = "sequence-classification"
     pooling: Literal["default", "mean"] = "default"
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=2, le=1_000_000)] = 128
@@ -128,6 +129,7 @@ class DataSection(Section):
     validation: str | Share | None = None
     public: str | None = None
     text: str = "text"
+    text_pair: str | None = None
     label: str = "label"
     label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
     prompt: str | None = None
@@ -346,8 +348,9 @@ def unused_keys(config: Config) -> list[str]:
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
     note(config.method.router_tuning_steps == 0, "method.router_tuning_learning_rate", "the router is not tuned")
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
-    note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
-    note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
+    for_some = {key for task in tasks().values() for key in task.keys}
+    unread = sorted(for_some - set(get_task(config.model.task).keys))
+    note(True, " ".join(unread), f"model.task is {config.model.task}")
     note(
         config.network.profile == "none",
         "network.seed network.download_mbps network.upload_mbps network.latency_ms",
@@ -484,6 +487,7 @@ def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
 
 def _check(config: Config, content: Mapping[str, Any]) -> None:
     """Refuse combinations that no single key shows."""
+    get_task(config.model.task)
     privacy, client, data = config.privacy, config.client, config.data
     if privacy.mode == "client":
         raise InputError("privacy.mode", "client", "client-level privacy is not available yet; use example or none")
@@ -523,8 +527,8 @@ def _check(config: Config, content: Mapping[str, Any]) -> None:
     if (data.prompt is None) != (data.answer is None):
         raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
     skewed = data.partition.kind in ("dirichlet", "pathological", "shard")
-    if config.model.task == "causal-lm" and skewed and data.partition.column is None:
-        remedy = f"is required with kind {data.partition.kind} for causal-lm: the column to skew"
+    if not get_task(config.model.task).one_class and skewed and data.partition.column is None:
+        remedy = f"is required with kind {data.partition.kind} for {config.model.task}: the column to skew"
         raise InputError("data.partition.column", None, remedy)
     init = config.method.init if config.method.name == "fed-sb" else None
     if init == "pooled" and data.name == NODES:

@@ -117,9 +117,9 @@ def simulate(
             names = skeleton.names(method.trained)
             log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
         counts = tokens.label_counts()
-        folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
+        folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
         if not (path / "partition.png").exists():
-            plot_partition(path / "partition.png", counts, tokens.label_names)
+            plot_partition(path / "partition.png", counts, tokens.counted_names)
         section = resolved.simulation
 
         def keep_cohort_size(size: int) -> None:

@@ -12,7 +12,6 @@ from fedlora.adapters.model import dense_weight
 from fedlora.communication.wire import Arrays
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
-from fedlora.training.loss import per_example_loss
 from strategies.base import FederatedStrategy, Payload
 
 
@@ -83,7 +82,7 @@ def mean_gradients(
             chunk = rows[start : start + batch_size]
             batch = table.batch(chunk, adapted.device)
             adapted.layout.set_rows([len(chunk)])
-            (per_example_loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
+            (table.task.loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
         gradients = {}
         for path, adapter in adapted.adapters.items():
             gradient = weights[path].grad

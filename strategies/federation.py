@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -36,6 +35,7 @@ from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
+from fedlora.tasks import Task, get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
 from strategies.base import FederatedStrategy, RoundReport
@@ -264,13 +264,14 @@ def run_federation(
 
     # 6. The result.
     strategy.export(adapted, data, folder.path)
-    plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}")
+    task = get_task(config.model.task)
+    plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{config.run.name}: {strategy.title}", task)
     fairness = None
     if config.server.evaluate_clients and simulated:
         began = time.perf_counter()
         clients = evaluate_clients(adapted, data.train, data.partition, config.server.batch_size)
         folder.write_clients(clients)
-        fairness = _fairness(clients, covered=config.privacy.mode == "none")
+        fairness = _fairness(clients, task.client_metric, covered=config.privacy.mode == "none")
         totals.seconds["evaluate"] += time.perf_counter() - began
     elif config.server.evaluate_clients:
         log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")
@@ -314,7 +315,7 @@ def summarise(
         "clients": len(nodes),
         "start": folder.checkpoint.get("start"),
         "final": final,
-        "best": _best(evaluated),
+        "best": _best(evaluated, get_task(config.model.task)),
         "trainable_parameters": sum(adapted.parameter(name)[0].numel() for name in names),
         "epsilon": epsilon,
         "communication": communication,
@@ -333,9 +334,8 @@ def _network(config: Config, lines: list[dict[str, Any]]) -> dict[str, Any] | No
     return {"profile": config.network.profile, "seed": link_seed(config), "seconds": sum(of_rounds)}
 
 
-def _fairness(clients: list[dict[str, Any]], covered: bool) -> dict[str, Any]:
-    """Describe how the final model's accuracy (loss, for language models) spreads; each client counts once."""
-    name = "accuracy" if "accuracy" in clients[0] else "loss"
+def _fairness(clients: list[dict[str, Any]], name: str, covered: bool) -> dict[str, Any]:
+    """Describe how a metric of the final model spreads over clients; each client counts once."""
     values = np.array([row[name] for row in clients])
     return {
         "metric": name,
@@ -386,19 +386,13 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _best(evaluated: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _best(evaluated: list[dict[str, Any]], task: Task) -> dict[str, Any] | None:
     """The round that validation prefers; without validation there is none, since choosing on test would flatter."""
     lines = [line for line in evaluated if "validation" in line["metrics"]]
     if not lines:
         return None
 
-    def score(line: dict[str, Any]) -> float:
-        metrics = line["metrics"]["validation"]
-        if "accuracy" in metrics:
-            return float(metrics["accuracy"])
-        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
-
-    line = max(lines, key=score)
+    line = max(lines, key=lambda line: task.score(line["metrics"]["validation"]))
     return {"round": line["round"], **line["metrics"]["validation"]}
 
 

@@ -9,7 +9,6 @@ from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.training.batches import shuffled_batches
-from fedlora.training.loss import per_example_loss
 
 _TUNING = 8  # one stream of random numbers for each use of the run's seed
 
@@ -41,7 +40,7 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     for chosen in shuffled_batches(rows, config.client.batch_size, config.method.router_tuning_steps, generator):
         batch = table.batch(chosen, merged.device)
         merged.layout.set_rows([len(chosen)])
-        per_example_loss(merged.logits(batch), batch["labels"]).mean().backward()
+        table.task.loss(merged.logits(batch), batch["labels"]).mean().backward()
         for block in blocks:
             assert block.router_bias.grad is not None
             block.router_bias.grad[0] = 0.0

@@ -17,6 +17,7 @@ from fedlora.cli import parse_overrides
 from fedlora.cli.display import COLUMNS, RunDisplay
 from fedlora.errors import InputError, RunError
 from fedlora.results import RunResult
+from fedlora.tasks import get_task
 from strategies import METHODS
 from tests.command import fedlora
 
@@ -95,7 +96,7 @@ def test_without_a_terminal_there_is_no_bar(config: Path, simulated: list[dict[s
 
 def display(**options: Any) -> tuple[RunDisplay, io.StringIO]:
     out = io.StringIO()
-    return RunDisplay(Console(file=out, width=60, **options)), out
+    return RunDisplay(Console(file=out, width=60, **options), get_task("sequence-classification")), out
 
 
 def test_on_a_terminal_there_is_a_bar_with_loss_score_epsilon_and_bytes() -> None:
