@@ -96,7 +96,7 @@ def read_words(table: Table, column: str, field: str, source: str) -> list[list[
             found.append(None)
             continue
         words = value.split() if isinstance(value, str) else value
-        wrong = [w for w in words if not isinstance(w, str)] if isinstance(words, Sequence) else [value]
+        wrong = [w for w in words if not isinstance(w, str)] if isinstance(words, list | tuple) else [value]
         if wrong:
             remedy = f"{table.place(row)} of {source} holds {shown(wrong[0])}, not words; name another column"
             raise InputError(field, column, remedy)

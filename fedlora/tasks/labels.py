@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ def read_word_lists(column: Column, separator: str, what: str) -> list[list[str]
     for row, cell in enumerate(column.cells):
         if isinstance(cell, str) and column.classes is None:
             cell = [part for part in re.split(separator, cell) if part.strip()]
-        if not isinstance(cell, Sequence) or isinstance(cell, str):
+        if not isinstance(cell, list | tuple):
             raise column.error(row, f"holds {shown(cell)}, which is no list of {what}; give a list of words")
         words = [_named(part, column.classes) for part in cell]
         if None in words:
