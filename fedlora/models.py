@@ -32,7 +32,7 @@ from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.paths import find_path
-from fedlora.tasks import Task, get_task
+from fedlora.tasks import Task, get_task, tasks
 
 T = TypeVar("T")
 
@@ -265,8 +265,9 @@ def pools_mean(config: Config) -> bool:
 def _inner_config(config: Config, pooled: MeanPoolingConfig) -> Any:
     """Return the encoder's config of a saved mean-pooled classifier, with the classes in it."""
     if not pools_mean(config):
-        remedy = "that model classifies by the mean of its tokens; set model.pooling = mean"
-        raise InputError("model.name", config.model.name, f"{remedy} and model.task = sequence-classification")
+        fitting = " or ".join(name for name, task in tasks().items() if "mean" in task.poolings)
+        remedy = f"that model has a head on the mean of its tokens; set model.pooling = mean and model.task = {fitting}"
+        raise InputError("model.name", config.model.name, remedy)
     inner = AutoConfig.for_model(**pooled.encoder)
     inner.id2label, inner.label2id = pooled.id2label, pooled.label2id
     inner.mean_pooled = True

@@ -341,7 +341,8 @@ def _build(config: Config, vocabulary: int | None, types: bool, target: Path) ->
     examples = load_examples(config)
     tokenizer = load_tokenizer(config)
     if get_task(config.model.task).causal and tokenizer.eos_token_id is None:
-        raise InputError("model.name", config.model.name, "its tokenizer has no eos token; causal-lm needs one")
+        remedy = f"its tokenizer has no eos token; {config.model.task} needs one"
+        raise InputError("model.name", config.model.name, remedy)
     types = types and "token_type_ids" in tokenizer.model_input_names
     if _is_own(config):
         tokenizer = AnyText(tokenizer, vocabulary)

@@ -148,3 +148,15 @@ def test_a_pair_needs_both_texts(tmp_path: Path) -> None:
     assert "1 of 3 rows have no text and are left out" in found.notes[0]
     with pytest.raises(InputError, match=r"data\.text_pair = 'nowhere': there is no such column"):
         load("sequence-classification", path, text_pair="nowhere")
+
+
+def test_a_nodes_own_words_are_read_whatever_they_are(tmp_path: Path) -> None:
+    rows = [{"w": ["a", 3], "y": ["O"]}, {"w": None, "y": ["B-X", "O"]}, {"w": "b c", "y": "O B-X"}]
+    own = load(
+        "token-classification", write(tmp_path / "a.jsonl", rows), text="w", test="server", label_names=["O", "B-X"]
+    )
+    assert own.train is not None
+    assert own.train["text"][:] == [["a", "3"], [], ["b", "c"]]
+    assert own.train["label"][:] == [[0], [1, 0], [0, 1]]
+    with pytest.raises(LabelError, match="'B-X' is not in"):
+        load("token-classification", tmp_path / "a.jsonl", text="w", test="server", label_names=["O", "B-Y"])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.data.tokens import TokenTable
+from fedlora.data.tokens import AnyText, TokenTable
 from fedlora.training import train_cohort
 from fedlora.training.soundness import dependence
 from tests import tiny
@@ -50,3 +50,27 @@ def test_clients_with_pairs_train_in_a_cohort_as_alone(private: bool) -> None:
         assert tiny.difference(alone.arrays, result.arrays) < 1e-4
         (without,) = train_cohort(adapted, one, [job], config)
         assert tiny.difference(without.arrays, result.arrays) > 1e-4
+
+
+class Failing:
+    """A tokenizer that fails on one text, and gives an id that the model lacks for another."""
+
+    pad_token_id, eos_token_id, cls_token_id, unk_token_id, name_or_path = 0, 2, 1, None, "failing"
+
+    def __call__(self, texts: list[str], text_pair: list[str] | None = None, **options: Any) -> dict[str, Any]:
+        """Give a token a character, of type 1 in the second text."""
+        if any("!" in text for text in texts):
+            raise RuntimeError
+        pairs = text_pair or [""] * len(texts)
+        rows = [[99 if c == "?" else 5 for c in a + b] for a, b in zip(texts, pairs, strict=True)]
+        found: dict[str, Any] = {"input_ids": rows}
+        if options.get("return_token_type_ids"):
+            found["token_type_ids"] = [[0] * len(a) + [1] * len(b) for a, b in zip(texts, pairs, strict=True)]
+        return found
+
+
+@pytest.mark.parametrize("bad", ["!", "?"])
+def test_a_nodes_pair_that_cannot_be_read_is_one_special_token(bad: str) -> None:
+    tokenizer = AnyText(Failing(), 50)
+    found = tokenizer(["ab", f"{bad}cd", ""], text_pair=["c", "d", ""], return_token_type_ids=True)
+    assert found == {"input_ids": [[5, 5, 5], [2], [2]], "token_type_ids": [[0, 0, 1], [0], [0]]}
