@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedlora.errors import InputError
@@ -42,7 +43,7 @@ class Column:
     source: str
     typed: bool = True
     classes: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def error(self, number: int, why: str) -> InputError:
         """Return an error that names a cell."""
@@ -79,7 +80,9 @@ def read_words(column: Column) -> list[str]:
     names = column.classes
     if names is not None:
         # The hub marks a missing label with -1.
-        column = replace(column, cells=[None if cell is None or cell < 0 else cell for cell in column.cells])
+        column = dataclasses.replace(
+            column, cells=[None if cell is None or cell < 0 else cell for cell in column.cells]
+        )
     column.require()
     numbers = not column.typed and all(NUMBER.fullmatch(cell.strip()) for cell in column.cells)
     words = []

@@ -78,8 +78,9 @@ class Regression(TextTask):
         which no sum can give.
         """
         n = max(1.0, float(sums["count"]))
-        x, y = sums["prediction"] / n, sums["label"] / n
-        var_x, var_y = _variance(sums["predictions_squared"] / n, x), _variance(sums["labels_squared"] / n, y)
+        x, y = float(sums["prediction"]) / n, float(sums["label"]) / n
+        var_x = _variance(float(sums["predictions_squared"]) / n, x)
+        var_y = _variance(float(sums["labels_squared"]) / n, y)
         both = var_x > 0 and var_y > 0
         found = {
             "loss": float(sums["loss"] / n),

@@ -133,7 +133,7 @@ def test_a_failed_client_is_shown_with_its_reason() -> None:
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
-    shown, out = display()
+    shown, out = display("causal-lm")
     with shown:
         pass
     shown.summary(RunResult(tmp_path, {**SUMMARY, "epsilon": None, "final": {"perplexity": 12.345}}))
