@@ -13,15 +13,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from fedlora.assets import build_once, cache_dir
-from fedlora.config import ANY_METHOD, Config, MethodSection, input_error, read_toml
+from fedlora.config import ANY_METHOD, Config, MethodSection, ModelSection, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+from fedlora.tasks import tasks
 
 HEAD_FILE = "head.safetensors"
 """Head of a mean-pooled classifier, which no stock transformers model has."""
 
 LABELS_FILE = "labels.json"
 """Names of the classes, in the order of the logits."""
+
+TASK_FILE = "task.json"
+"""The task that an adapter was trained for, which PEFT knows roughly."""
 
 ADAPTER, MIXTURE = "adapter", "mixture"
 _ADAPTER_FILE = "adapter_config.json"
@@ -130,6 +134,8 @@ def adapter_config(name: str, adapter: Path) -> Config:
             config = Config.model_validate(read_toml(run / "config.toml"), context=ANY_METHOD)
         else:
             about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
+            task = adapter / TASK_FILE
+            about["task"] = json.loads(task.read_text(encoding="utf-8")) if task.is_file() else None
             config = Config.model_validate(_described(about))
     except ValidationError as error:
         raise InputError(_FIELD, name, f"its run's config is wrong ({input_error(error)}); mend it") from None
@@ -141,11 +147,13 @@ def adapter_config(name: str, adapter: Path) -> Config:
 
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
-    causal, mean = about["task_type"] == "CAUSAL_LM", about["task_type"] == "FEATURE_EXTRACTION"
+    kind = about["task_type"]
+    # Of several tasks of one kind the most common: an adapter of ours says which.
+    of_kind = [name for name, task in tasks().items() if task.peft_type == kind]
     model = {
         "name": about["base_model_name_or_path"],
-        "task": "causal-lm" if causal else "sequence-classification",
-        "pooling": "mean" if mean else "default",
+        "task": about["task"] or (of_kind[-1] if of_kind else ModelSection.model_fields["task"].default),
+        "pooling": "mean" if kind == "FEATURE_EXTRACTION" else "default",
         "max_length": 2,
     }
     return {"model": model, "data": {"name": "none", "partition": {"clients": 1}}, "method": MethodSection(name="none")}

@@ -32,6 +32,7 @@ from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.paths import find_path
+from fedlora.tasks import Task, get_task, tasks
 
 T = TypeVar("T")
 
@@ -251,11 +252,22 @@ def vocabulary_size(pretrained: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def has_token_types(pretrained: Any) -> bool:
+    """Whether a model tells the two texts of a pair by the types of their tokens, as BERT does."""
+    return (getattr(pretrained.get_text_config(), "type_vocab_size", None) or 0) > 1
+
+
+def pools_mean(config: Config) -> bool:
+    """Whether the model is to be a :class:`MeanPoolingClassifier`."""
+    return config.model.pooling == "mean" and "mean" in get_task(config.model.task).poolings
+
+
 def _inner_config(config: Config, pooled: MeanPoolingConfig) -> Any:
     """Return the encoder's config of a saved mean-pooled classifier, with the classes in it."""
-    if config.model.task != "sequence-classification" or config.model.pooling != "mean":
-        remedy = "that model classifies by the mean of its tokens; set model.pooling = mean"
-        raise InputError("model.name", config.model.name, f"{remedy} and model.task = sequence-classification")
+    if not pools_mean(config):
+        fitting = " or ".join(name for name, task in tasks().items() if "mean" in task.poolings)
+        remedy = f"that model has a head on the mean of its tokens; set model.pooling = mean and model.task = {fitting}"
+        raise InputError("model.name", config.model.name, remedy)
     inner = AutoConfig.for_model(**pooled.encoder)
     inner.id2label, inner.label2id = pooled.id2label, pooled.label2id
     inner.mean_pooled = True
@@ -311,7 +323,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         ``model.*`` says which and how; a classification head is drawn anew from ``run.seed`` (normal with the model's
         ``initializer_range``, bias 0), in every process alike.
     label_names : list of str, optional
-        The classes; None for causal-lm.
+        The classes; None for tasks without.
     device : str or torch.device
         Where the model goes. On ``meta`` it is a skeleton without weights, of which nothing is read.
 
@@ -328,20 +340,25 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     """
     source = pretrained_source(config)
     pretrained = model_config(config)
-    classify = config.model.task == "sequence-classification"
-    mean = classify and config.model.pooling == "mean"
+    task = get_task(config.model.task)
+    outputs = task.outputs(label_names)
+    classify, mean = not task.causal, pools_mean(config)
     whole = vars(pretrained).pop("mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
     known = _labels(pretrained)
     if classify:
-        if not label_names:
-            raise ValueError("label_names are needed for sequence-classification")
-        pretrained.num_labels = len(label_names)
+        if not outputs:
+            raise ValueError(f"label_names are needed for {task.name}")
+        # As transformers calls outputs without a name.
+        label_names = label_names or [f"LABEL_{index}" for index in range(outputs)]
+        pretrained.num_labels = outputs
         pretrained.id2label = dict(enumerate(label_names))
         pretrained.label2id = {name: index for index, name in enumerate(label_names)}
+        if task.problem_type is not None:
+            pretrained.problem_type = task.problem_type
         if not mean and (not _sees_ahead(pretrained) or getattr(pretrained, "pad_token_id", None) is None):
             # A decoder's own head reads the last token before the padding, which is this tokenizer's.
             pretrained.pad_token_id = load_tokenizer(config).pad_token_id
-    model_class = _model_class(config, pretrained, mean)
+    model_class = _model_class(config, task, pretrained, mean)
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"
@@ -369,7 +386,9 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
                 source, config=loaded, revision=revision, trust_remote_code=False, **options
             )
         if mean and not isinstance(model, MeanPoolingClassifier):
-            labels = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
+            labels: dict[str, Any] = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
+            if task.problem_type is not None:
+                labels["problem_type"] = task.problem_type
             width = _hidden_size(config, model)
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
     missing = set(report["missing_keys"])
@@ -410,16 +429,11 @@ def _sees_ahead(pretrained: Any) -> bool:
     return encoder and not any(getattr(pretrained, name, False) for name in ("is_decoder", "is_encoder_decoder"))
 
 
-def _model_class(config: Config, pretrained: Any, mean: bool) -> Any:
-    if config.model.task == "causal-lm" and _sees_ahead(pretrained):
+def _model_class(config: Config, task: Task, pretrained: Any, mean: bool) -> Any:
+    if task.causal and _sees_ahead(pretrained):
         remedy = f"would see the tokens that it predicts: a {pretrained.model_type} model is an encoder; take a decoder"
         raise InputError("model.task", config.model.task, remedy)
-    if mean:
-        mapping = transformers.MODEL_MAPPING
-    elif config.model.task == "causal-lm":
-        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    else:
-        mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    mapping = transformers.MODEL_MAPPING if mean else getattr(transformers, task.auto_class)._model_mapping
     try:
         found = mapping[type(pretrained)]
     except KeyError:

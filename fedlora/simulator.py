@@ -136,9 +136,9 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
         log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
     counts = tokens.label_counts()
-    folder.write_partition(tokens.client_names, tokens.label_names, counts.tolist())
+    folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
     if not (folder.path / "partition.png").exists():
-        plot_partition(folder.path / "partition.png", counts, tokens.label_names)
+        plot_partition(folder.path / "partition.png", counts, tokens.counted_names)
     return tokens
 
 

@@ -12,6 +12,7 @@ from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.strategies.base import RoundReport
 from fedlora.strategies.summary import privacy_rows
+from fedlora.tasks import get_task
 
 if TYPE_CHECKING:
     from fedlora.strategies.federation import Federation
@@ -129,5 +130,6 @@ class Plot(Callback):
 
     def on_end(self, federation: Federation) -> None:
         """Draw the whole run."""
-        folder, name = federation.folder, federation.config.run.name
-        plot_rounds(folder.path / "rounds.png", folder.rounds(), f"{name}: {federation.method.title}")
+        folder, config = federation.folder, federation.config
+        title = f"{config.run.name}: {federation.method.title}"
+        plot_rounds(folder.path / "rounds.png", folder.rounds(), title, get_task(config.model.task))

@@ -17,7 +17,6 @@ from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
-from fedlora.training.loss import per_example_loss
 
 
 class FedSBOptions(MethodSection):
@@ -134,7 +133,7 @@ def mean_gradients(
             chunk = rows[start : start + batch_size]
             batch = table.batch(chunk, adapted.device)
             adapted.layout.set_rows([len(chunk)])
-            (per_example_loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
+            (table.task.loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
         gradients = {}
         for path, adapter in adapted.adapters.items():
             gradient = weights[path].grad

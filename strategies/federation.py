@@ -35,6 +35,7 @@ from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Pl
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
 from fedlora.strategies.summary import environment, fairness, round_line, round_seconds, summarise
+from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
 
@@ -324,7 +325,8 @@ class Federation:
             size = config.server.batch_size
             clients = evaluate_clients(self.adapted, self.data.train, self.data.partition, size)
             folder.write_clients(clients)
-            spread = fairness(clients, covered=not mechanism_of(config).is_private)
+            metric = get_task(config.model.task).client_metric
+            spread = fairness(clients, metric, covered=not mechanism_of(config).is_private)
             self.totals.seconds["evaluate"] += time.perf_counter() - began
         elif config.server.evaluate_clients:
             log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import subprocess
@@ -20,6 +19,7 @@ from fedlora.communication.links import link_seed
 from fedlora.config import Config
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.base import RoundReport
+from fedlora.tasks import Task, get_task
 
 if TYPE_CHECKING:
     from fedlora.strategies.federation import Federation
@@ -51,7 +51,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "clients": len(federation.roster.nodes),
         "start": folder.checkpoint.get("start"),
         "final": final,
-        "best": best_round(lines),
+        "best": best_round(lines, get_task(config.model.task)),
         "trainable_parameters": method.trained_numbers(federation.adapted),
         "epsilon": epsilon,
         "communication": federation.meter.totals,
@@ -75,9 +75,8 @@ def network_seconds(config: Config, lines: list[dict[str, Any]]) -> dict[str, An
     return {"profile": config.network.profile, "seed": link_seed(config), "seconds": sum(of_rounds)}
 
 
-def fairness(clients: list[dict[str, Any]], covered: bool) -> dict[str, Any]:
-    """Describe how the final model's accuracy (loss, for language models) spreads; each client counts once."""
-    name = "accuracy" if "accuracy" in clients[0] else "loss"
+def fairness(clients: list[dict[str, Any]], name: str, covered: bool) -> dict[str, Any]:
+    """Describe how a metric of the final model spreads over clients; each client counts once."""
     values = np.array([row[name] for row in clients])
     return {
         "metric": name,
@@ -117,7 +116,7 @@ def _commit() -> str | None:
 
     Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return os.environ.get("FEDLORA_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
@@ -128,19 +127,12 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def best_round(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best_round(lines: list[dict[str, Any]], task: Task) -> dict[str, Any] | None:
     """The round that validation prefers; without validation there is none, since choosing on test would flatter."""
     lines = [line for line in evaluated(lines) if "validation" in line["metrics"]]
     if not lines:
         return None
-
-    def score(line: dict[str, Any]) -> float:
-        metrics = line["metrics"]["validation"]
-        if "accuracy" in metrics:
-            return float(metrics["accuracy"])
-        return -math.inf if metrics["loss"] is None else -float(metrics["loss"])
-
-    line = max(lines, key=score)
+    line = max(lines, key=lambda line: task.score(line["metrics"]["validation"]))
     return {"round": line["round"], **line["metrics"]["validation"]}
 
 

@@ -28,6 +28,7 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.models import MeanPoolingClassifier, MeanPoolingConfig
 from fedlora.privacy import PrivacyPlan
+from fedlora.tasks import get_task
 from fedlora.training import ClientJob
 
 VOCABULARY, LABELS = 50, 3
@@ -116,8 +117,9 @@ def table(kind: str, rows: int, seed: int = 0, length: int = 9) -> TokenTable:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = rng.integers(3, VOCABULARY, offsets[-1]).astype(np.int32)
     if kind in CAUSAL:
-        return TokenTable(tokens, offsets, None, rng.integers(0, 2, rows), None, 0)
-    return TokenTable(tokens, offsets, rng.integers(0, LABELS, rows), None, None, 0)
+        return TokenTable(tokens, offsets, None, rng.integers(0, 2, rows), None, 0, get_task("causal-lm"))
+    task, names = get_task("sequence-classification"), [str(label) for label in range(LABELS)]
+    return TokenTable(tokens, offsets, rng.integers(0, LABELS, rows), None, None, 0, task, names)
 
 
 def split(sizes: Sequence[int]) -> list[np.ndarray]:

@@ -29,9 +29,9 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.privacy import PrivacyPlan
+from fedlora.tasks import get_task
 from fedlora.training import ClientJob, train_cohort
 from fedlora.training.fuse import fuse_blocks
-from fedlora.training.loss import per_example_loss
 
 EXAMPLES = 10
 """A client holds this many expected batches of examples."""
@@ -62,7 +62,8 @@ def build_table(size: dict[str, Any], clients: int) -> TokenTable:
     classify = size["architecture"] == "bert"
     labels = rng.integers(0, 2, rows) if classify else None
     start = None if classify else np.zeros(rows, np.int64)
-    return TokenTable(ids, np.arange(rows + 1) * tokens, labels, start, None, 0)
+    task = get_task("sequence-classification" if classify else "causal-lm")
+    return TokenTable(ids, np.arange(rows + 1) * tokens, labels, start, None, 0, task)
 
 
 def run_config(settings: dict[str, Any], size: dict[str, Any]) -> Config:
@@ -178,7 +179,7 @@ def measure_peer(settings: dict[str, Any], size: dict[str, Any], device: str, re
                 continue
             batch = {k: v.to(device) for k, v in table.batch(np.array(rows)).items()}
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            per_example_loss(logits, batch["labels"]).sum().backward()
+            table.task.loss(logits, batch["labels"]).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         hooks.cleanup()

@@ -30,7 +30,6 @@ from fedlora.models import load_base
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.server_app import resolve
 from fedlora.training.batches import shuffled_batches
-from fedlora.training.loss import per_example_loss
 
 
 def measure_ours(config: Config) -> list[float]:
@@ -128,7 +127,7 @@ def _train(module: Any, table: TokenTable, rows: np.ndarray, config: Config) -> 
     for chosen in shuffled_batches(rows, config.client.batch_size, steps, torch.Generator()):
         batch = table.batch(chosen, parameters[0].device)
         logits = module(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-        per_example_loss(logits, batch["labels"]).mean().backward()
+        table.task.loss(logits, batch["labels"]).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

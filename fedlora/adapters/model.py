@@ -272,14 +272,18 @@ class AdaptedModel:
             adapter.residual = None if added is None else added.detach().to(adapter.weight.device, wide)
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits."""
+        """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits.
+
+        Those of pairs have ``token_type_ids`` too.
+        """
         mask = batch.get("attention_mask")
         if mask is not None and not self.head:
             mask = None  # a causal model's tokens never see the padding on their right
         if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
             mask = unhurried_mask(self.model, mask)
         with sdpa_kernel(_ATTENTION):
-            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask)
+            types = {name: batch[name] for name in ("token_type_ids",) if name in batch}
+            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **types)
         logits: torch.Tensor = output.logits
         return logits
 

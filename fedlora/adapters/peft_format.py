@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.model import PARAMETERISATIONS, AdaptedModel
 from fedlora.config import Config
-from fedlora.continuing import HEAD_FILE, LABELS_FILE
-from fedlora.models import MeanPoolingClassifier, pretrained_source
+from fedlora.continuing import HEAD_FILE, LABELS_FILE, TASK_FILE
+from fedlora.models import MeanPoolingClassifier, pools_mean, pretrained_source
+from fedlora.tasks import get_task
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
@@ -50,6 +51,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
         tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
     for path, weights in whole.items():
         tensors |= {f"base_model.model.{path}.{name}": weight for name, weight in weights.items()}
+    (folder / TASK_FILE).write_text(json.dumps(config.model.task) + "\n", encoding="utf-8")
     if label_names is not None:
         (folder / LABELS_FILE).write_text(json.dumps(label_names) + "\n", encoding="utf-8")
     head = adapted.arrays(adapted.head_names)
@@ -107,6 +109,4 @@ def _targets(adapted: AdaptedModel, paths: list[str], prefix: str) -> list[str]:
 
 
 def _task_type(config: Config) -> TaskType:
-    if config.model.task == "causal-lm":
-        return TaskType.CAUSAL_LM
-    return TaskType.FEATURE_EXTRACTION if config.model.pooling == "mean" else TaskType.SEQ_CLS
+    return TaskType.FEATURE_EXTRACTION if pools_mean(config) else TaskType[get_task(config.model.task).peft_type]

@@ -76,14 +76,15 @@ def run(
 ) -> None:
     """Simulate a federation, or run one on real nodes."""
     from fedlora.config import load_config
+    from fedlora.tasks import get_task
 
     overrides = parse_overrides(set_ or [])
     # A mistake in the config is told at once: the imports below take seconds.
-    load_config(config, overrides)
+    task = get_task(load_config(config, overrides).model.task)
     from fedlora.cli.display import RunDisplay
 
     try:
-        with RunDisplay(console) as display:
+        with RunDisplay(console, task) as display:
             if on is not None:
                 from fedlora.deployment.submit import run_on
 

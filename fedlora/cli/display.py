@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedlora.errors import plain_text
 from fedlora.results.folder import RunResult
 from fedlora.strategies.callbacks import Progress as Hooks
+from fedlora.tasks import Task
 
 COLUMNS = (
     ("round", 5),
@@ -30,14 +32,20 @@ _LONGEST_LINE = 20_000  # characters
 class RunDisplay:
     """Shows a run as it goes.
 
+    Parameters
+    ----------
+    console : Console
+    task : Task
+        The run's, which says how a score is written.
+
     Attributes
     ----------
     progress : fedlora.strategies.federation.Progress
         Hooks for :func:`fedlora.simulate`.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, task: Task) -> None:
+        self.console, self.task = console, task
         self.progress = Hooks(on_start=self._start, on_client=self._client, on_round=self._round, on_note=self._print)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -67,12 +75,7 @@ class RunDisplay:
         """Print what came out, and where it is."""
         if not self._started:
             self._print("finished already; nothing was left to do")
-        facts, final = result.summary, result.summary["final"]
-        rows = []
-        if "accuracy" in final:
-            rows.append(("accuracy", f"{final['accuracy']:.1%} (majority class {final['majority']:.1%})"))
-        if "perplexity" in final:
-            rows.append(("perplexity", _number(final["perplexity"], 2)))
+        facts, rows = result.summary, score_rows(result.summary["final"], self.task)
         if facts["epsilon"]:
             e = facts["epsilon"]
             covers = "" if e["covers_init"] else "; the start is not covered"
@@ -89,7 +92,7 @@ class RunDisplay:
         rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
         rows.append(("folder", str(result.folder)))
         for name, value in rows:
-            self._print(f"{name:<12}{value}")
+            self._print(f"{name.replace('_', ' '):<12}{value}")
 
     def _start(self, rounds: int, first: int, clients: int) -> None:
         self._started = True
@@ -107,7 +110,7 @@ class RunDisplay:
         metrics = line["metrics"]
         traffic = line["communication"]
         sent = traffic["initial_bytes"] + traffic["downlink_bytes"] + traffic["uplink_bytes"]
-        score = f"{metrics['accuracy']:.1%}" if "accuracy" in metrics else _number(metrics.get("perplexity"), 2)
+        score = self.task.show(self.task.primary, metrics.get(self.task.primary))
         cells = (
             str(line["round"]),
             _number(line["train_loss"], 4),
@@ -131,6 +134,15 @@ class RunDisplay:
     def _print(self, line: str) -> None:
         # As it is: a path may be longer than the terminal is wide, and hold brackets.
         self.console.print(plain_text(line, _LONGEST_LINE), markup=False, highlight=False, soft_wrap=True)
+
+
+def score_rows(metrics: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
+    """Write the primary metric, with what needs no model beside it, and the task's others."""
+    names = [task.primary, *(name for name in task.scores if name != task.primary)]
+    rows = {name: task.show(name, metrics[name]) for name in names if name in metrics}
+    if task.baseline is not None and task.primary in rows and task.baseline.metric in rows:
+        rows[task.primary] += f" ({task.baseline.title} {rows.pop(task.baseline.metric)})"
+    return list(rows.items())
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -19,6 +19,7 @@ from fedlora.study.plan import Plan, PlannedRun
 from fedlora.study.run_processes import capacity
 from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
+from fedlora.tasks import get_task
 
 
 class StudyDisplay:
@@ -93,9 +94,8 @@ class StudyDisplay:
         final, traffic = summary["final"], summary["communication"]
         facts = []
         if run.folder.startswith("runs/"):  # nobody looks at a tuning run's test examples
-            for name, shown in (("accuracy", "{:.1%}"), ("perplexity", "{:.2f}")):
-                if name in final:
-                    facts.append(f"{name} {'-' if final[name] is None else shown.format(final[name])}")
+            task = get_task(run.config.model.task)
+            facts.append(f"{task.primary} {task.show(task.primary, final.get(task.primary))}")
         if summary["epsilon"]:
             facts.append(f"epsilon {format_epsilon(summary['epsilon']['max'])}")
         sent = sum(traffic[f"{way}_bytes"] for way in ("initial", "downlink", "uplink"))

@@ -10,6 +10,7 @@ from pydantic import Field
 from fedlora.config.section import NODES, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS
+from fedlora.tasks import get_task, tasks
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -21,8 +22,9 @@ class ModelSection(Section):
     name: Annotated[str, Field(min_length=1)] = Field(
         description="The base model: asset:NAME, a hub id, a folder, or the folder of a finished run."
     )
-    task: Literal["sequence-classification", "causal-lm"] = Field(
-        default="sequence-classification", description="What the model learns: the class of a text, or to write text."
+    task: str = Field(
+        default="sequence-classification",
+        description="What the model learns, such as sequence-classification, regression or causal-lm.",
     )
     pooling: Literal["default", "mean"] = Field(
         default="default", description="The classifier: the model's own head, or a new head on the mean of the tokens."
@@ -40,10 +42,13 @@ class ModelSection(Section):
         default=None, description="Branch, tag or commit of a model on the hub; the newest by default."
     )
 
+    def check(self, config: Config) -> None:
+        """Check that there is such a task."""
+        get_task(self.task)
+
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """A language model has no pooled head."""
-        if self.task == "causal-lm":
-            yield "pooling", "model.task is causal-lm"
+        """Each task reads keys of its own."""
+        yield from _unread("model", config)
 
 
 class PartitionSection(Section):
@@ -115,6 +120,7 @@ class DataSection(Section):
         default=None, description="Examples that the server may read: a split or another source; none by default."
     )
     text: str = Field(default="text", description="Column of the texts.")
+    text_pair: str | None = Field(default=None, description="Column of the second text of each pair; none by default.")
     label: str = Field(default="label", description="Column of the labels, which are words or numbers.")
     label_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = Field(
         default=None,
@@ -154,8 +160,9 @@ class DataSection(Section):
         if (self.prompt is None) != (self.answer is None):
             raise InputError("data.prompt", self.prompt, "give prompt and answer together, or neither for plain text")
         skewed = self.partition.kind in ("dirichlet", "pathological", "shard")
-        if config.model.task == "causal-lm" and skewed and self.partition.column is None:
-            remedy = f"is required with kind {self.partition.kind} for causal-lm: the column to skew"
+        task = get_task(config.model.task)
+        if not task.one_class and skewed and self.partition.column is None:
+            remedy = f"is required with kind {self.partition.kind} for {task.name}: the column to skew"
             raise InputError("data.partition.column", None, remedy)
 
     def _check_partition(self, config: Config) -> None:
@@ -175,10 +182,15 @@ class DataSection(Section):
                 raise InputError("server.min_replies", server.min_replies, remedy)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Classifiers have labels, language models prompts; each partition has keys of its own."""
-        if config.model.task == "causal-lm":
-            yield "label label_names", "model.task is causal-lm"
-        else:
-            yield "prompt answer", "model.task is not causal-lm"
+        """Each task, and each partition, has keys of its own."""
+        yield from _unread("data", config)
         for keys, why in self.partition.unused(config):
             yield f"partition.{keys}", why
+
+
+def _unread(section: str, config: Config) -> Iterator[tuple[str, str]]:
+    """Name the keys of a section that other tasks read, and this one does not."""
+    of_any = {key for task in tasks().values() for key in task.keys}
+    for key in sorted(of_any - set(get_task(config.model.task).keys)):
+        if key.startswith(f"{section}."):
+            yield key.removeprefix(f"{section}."), f"model.task is {config.model.task}"

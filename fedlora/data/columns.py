@@ -1,9 +1,7 @@
-"""Columns of a table: texts, labels and owners, each value checked; an error names the column and the row."""
+"""Columns of a table: texts, words and owners, each value checked; an error names the column and the row."""
 
 from __future__ import annotations
 
-import math
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +9,7 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.data.files import Table, first_line
 from fedlora.errors import InputError
-
-INTEGER = re.compile(r"-?(0|[1-9]\d{0,999})")
-_NUMBER = re.compile(r"[+-]?(\d{1,300}\.?\d*|\.\d{1,300})(e[+-]?\d{1,3})?", re.IGNORECASE)
+from fedlora.tasks.labels import INTEGER, NUMBER, Column, as_word, is_missing, shown
 
 
 def read_column(table: Table, column: str, field: str) -> list[Any]:
@@ -45,9 +41,25 @@ def listed(names: Mapping[str, Any]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def is_missing(value: Any) -> bool:
-    """Tell whether a cell is empty: None, or NaN."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def cells(table: Table, column: str, field: str, rows: Sequence[int], source: str, notes: list[str]) -> Column:
+    """Return the cells of some rows, for a task to read its labels from.
+
+    Raises
+    ------
+    InputError
+        If the column cannot be read.
+    """
+    values = read_column(table, column, field)
+    return Column(
+        field,
+        column,
+        [values[row] for row in rows],
+        lambda number: table.place(rows[number]),
+        source,
+        table.typed,
+        table.classes.get(column),
+        notes,
+    )
 
 
 def read_texts(table: Table, column: str, field: str, source: str) -> list[str | None]:
@@ -63,11 +75,36 @@ def read_texts(table: Table, column: str, field: str, source: str) -> list[str |
         if is_missing(text):
             texts[row] = None
         elif not isinstance(text, str):
-            remedy = f"{table.place(row)} of {source} holds {_shown(text)}, not text; mend it, or name another column"
+            remedy = f"{table.place(row)} of {source} holds {shown(text)}, not text; mend it, or name another column"
             raise InputError(field, column, remedy)
-    if not table.typed and all(text is None or _NUMBER.fullmatch(text.strip()) for text in texts) and any(texts):
+    if not table.typed and all(text is None or NUMBER.fullmatch(text.strip()) for text in texts) and any(texts):
         raise InputError(field, column, f"holds numbers alone in {source}, not text; name the column of the texts")
     return texts
+
+
+def read_words(table: Table, column: str, field: str, source: str) -> list[list[str] | None]:
+    """Read lists of words, or text that is divided at white space; None where there is none.
+
+    Raises
+    ------
+    InputError
+        Naming column and row of a value that is neither, or of a word that is no text.
+    """
+    found: list[list[str] | None] = []
+    for row, value in enumerate(read_column(table, column, field)):
+        if is_missing(value):
+            found.append(None)
+            continue
+        words = value.split() if isinstance(value, str) else value
+        wrong = [w for w in words if not isinstance(w, str)] if isinstance(words, list | tuple) else [value]
+        if wrong:
+            remedy = f"{table.place(row)} of {source} holds {shown(wrong[0])}, not words; name another column"
+            raise InputError(field, column, remedy)
+        if not all(map(_is_unicode, words)):
+            remedy = f"{table.place(row)} holds half of a surrogate pair, which is no text; mend it"
+            raise InputError(field, column, remedy)
+        found.append(list(words))
+    return found
 
 
 def _is_unicode(text: str) -> bool:
@@ -76,11 +113,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 40 else f'{text[:37]}...'}"
 
 
 def read_owners(table: Table, column: str, rows: Sequence[int], source: str) -> list[str] | list[int] | list[float]:
@@ -95,67 +127,15 @@ def read_owners(table: Table, column: str, rows: Sequence[int], source: str) -> 
     owners = [values[row] for row in rows]
     for row, owner in zip(rows, owners, strict=True):
         if is_missing(owner) or not isinstance(owner, str | int | float):
-            remedy = f"{table.place(row)} of {source} has {_shown(owner)} there; every row needs a word or a number"
+            remedy = f"{table.place(row)} of {source} has {shown(owner)} there; every row needs a word or a number"
             raise InputError(field, column, remedy)
     if not table.typed and all(INTEGER.fullmatch(owner) for owner in owners):
         owners = [int(owner) for owner in owners]
-    elif not table.typed and all(_NUMBER.fullmatch(owner) for owner in owners):
+    elif not table.typed and all(NUMBER.fullmatch(owner) for owner in owners):
         owners = [float(owner) for owner in owners]
     mixed = len({type(owner) for owner in owners}) > 1
     large = any(isinstance(owner, int) and abs(owner) >= 2**63 for owner in owners)
     return [str(owner) for owner in owners] if mixed or large else owners
-
-
-def read_labels(table: Table, column: str, rows: Sequence[int], source: str, notes: list[str]) -> list[str]:
-    """Read the labels of rows as words; a whole number is its digits, so that 1 and 1.0 are one class.
-
-    The cells of a CSV file have no type: they are numbers if all of them are.
-
-    Raises
-    ------
-    InputError
-        Naming column and row of a label that is missing, or neither a word nor a whole number.
-    """
-    field, values, names = "data.label", read_column(table, column, "data.label"), table.classes.get(column)
-    labels = [values[row] for row in rows]
-    if names is not None:
-        # The hub marks a missing label with -1.
-        labels = [None if label is None or label < 0 else label for label in labels]
-    for row, label in zip(rows, labels, strict=True):
-        if is_missing(label) or (isinstance(label, str) and not label.strip()):
-            remedy = f"{table.place(row)} of {source} has no label; fill it in or remove the row"
-            raise InputError(field, column, remedy)
-    numbers = not table.typed and all(_NUMBER.fullmatch(label.strip()) for label in labels)
-    words = []
-    spelt: dict[str, dict[str, None]] = {}
-    for row, label in zip(rows, labels, strict=True):
-        word = _word(label, numbers) if names is None else names[label] if label < len(names) else None
-        if word is None:
-            remedy = f"{table.place(row)} of {source} holds {_shown(label)}, which is no class; "
-            raise InputError(field, column, f"{remedy}labels are words or whole numbers")
-        words.append(word)
-        spelt.setdefault(word, {})[repr(label)] = None
-    for word, ways in spelt.items():
-        if len(ways) > 1:
-            notes.append(f"{source}: labels written {' and '.join(list(ways)[:5])} are one class, {word!r}")
-    return words
-
-
-def _word(label: Any, numbers: bool) -> str | None:
-    """Return a label as a word; None if it is neither a word nor a whole number."""
-    if isinstance(label, bool):
-        return str(label)
-    if isinstance(label, int) and abs(label) < 10**1000:
-        return str(label)
-    if isinstance(label, float) and math.isfinite(label) and label.is_integer():
-        return str(int(label))
-    if not isinstance(label, str):
-        return None
-    word = label.strip()
-    # Leading zeros are kept: 007 is a name.
-    if not numbers or INTEGER.fullmatch(word) or word.isdecimal():
-        return word
-    return _word(float(word), numbers)
 
 
 def alike_classes(config: Config, names: list[str]) -> list[str]:
@@ -163,7 +143,7 @@ def alike_classes(config: Config, names: list[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
         folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        number = _NUMBER.fullmatch(folded) and _word(float(folded), numbers=False)
+        number = NUMBER.fullmatch(folded) and as_word(float(folded), numbers=False)
         groups.setdefault(number or folded, []).append(name)
     found = [" and ".join(map(repr, group[:5])) for group in groups.values() if len(group) > 1]
     if not found:

@@ -38,7 +38,7 @@ class Table:
     typed : bool
         Whether the source tells numbers from text; the cells of a CSV file are all text.
     classes : Mapping[str, list of str]
-        Names of the classes of columns that are a ``ClassLabel``.
+        Names of the classes of columns that are a ``ClassLabel``, or lists of these.
     repeated : frozenset of str
         Names that several columns have.
     notes : list of str
@@ -61,9 +61,14 @@ class Table:
     def of_dataset(cls, source: datasets.Dataset) -> Table:
         """Wrap a data set; a format that it was saved with changes nothing but which columns it has."""
         plain = without_format(source)
-        classes = {name: list(f.names) for name, f in plain.features.items() if isinstance(f, datasets.ClassLabel)}
+        classes = _classes(plain.features)
         columns = {name: lambda name=name: plain[name][:] for name in plain.column_names}
         return cls(columns, len(plain), classes=classes)
+
+
+def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def without_format(source: datasets.Dataset) -> datasets.Dataset:
@@ -299,7 +304,7 @@ def _read_parquet(path: Path, any_text: bool = False) -> Table:
     classes = {}
     if b"huggingface" in (content.schema.metadata or {}):
         known = datasets.Features.from_arrow_schema(content.schema)
-        classes = {name: list(f.names) for name, f in known.items() if isinstance(f, datasets.ClassLabel)}
+        classes = _classes(known)
     columns = {name: lambda place=place: _values(content.column(place), any_text) for place, name in enumerate(names)}
     return Table(columns, content.num_rows, classes=classes, repeated=_repeated(names))
 

@@ -25,6 +25,7 @@ from flwr_datasets.partitioner import (
 from fedlora.config import Config
 from fedlora.data.sources import PARTITION_COLUMN
 from fedlora.errors import InputError
+from fedlora.tasks import get_task
 
 _SIZE_SKEW = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
 _SHUFFLE = 3
@@ -46,7 +47,7 @@ def partition_rows(config: Config, train: datasets.Dataset, label_names: list[st
     train : datasets.Dataset
         The training examples, see :class:`~fedlora.data.sources.Examples`.
     label_names : list of str, optional
-        The classes; None for causal-lm.
+        The classes; None for tasks without.
 
     Returns
     -------
@@ -165,7 +166,7 @@ def _column(config: Config, train: datasets.Dataset) -> str:
 
 def _skewed(config: Config, train: datasets.Dataset, label_names: list[str] | None) -> np.ndarray:
     wanted = config.data.partition.column
-    if wanted is None and label_names is None:
+    if wanted is None and not (label_names is not None and get_task(config.model.task).one_class):
         raise InputError("data.partition.column", None, "is required without labels: the column to skew")
     column = _column(config, train)
     if column not in train.column_names:

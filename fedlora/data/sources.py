@@ -22,18 +22,19 @@ import pyarrow as pa
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
 from fedlora.data.columns import (
-    INTEGER,
     alike_classes,
-    is_missing,
+    cells,
     listed,
     read_column,
-    read_labels,
     read_owners,
     read_texts,
+    read_words,
 )
 from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, without_format
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
+from fedlora.tasks import get_task
+from fedlora.tasks.labels import INTEGER, is_missing
 
 log = logging.getLogger("fedlora")
 
@@ -53,13 +54,13 @@ class Examples:
     ----------
     train, test : datasets.Dataset, optional
         None where they lie elsewhere (``data.name = "nodes"``, ``data.test = "server"``).
-        Columns ``text`` or ``prompt`` and ``answer``; ``label`` (int64, an index into ``label_names``) for
-        classification; ``domain`` if the source has such a column; ``partition`` if ``data.partition.column`` is set
-        (in train only).
+        Columns by the keys that the task reads, such as ``text``, ``text_pair``, or ``prompt`` and ``answer``;
+        ``label`` as the task's numbers (for a class int64, an index into ``label_names``); ``domain`` if the source has
+        such a column; ``partition`` if ``data.partition.column`` is set (in train only).
     validation, public : datasets.Dataset, optional
         Likewise.
     label_names : list of str, optional
-        The classes; None for causal-lm.
+        The classes; None for tasks without.
     notes : list of str
         What was read otherwise than one might think.
     """
@@ -108,8 +109,8 @@ def load_examples(config: Config) -> Examples:
     other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
     if data.test is None and "test" in splits and train_name != "test":
         other["test"] = _shape(config, splits["test"], "data.name", notes)
-    label_names = None
-    if config.model.task == "sequence-classification":
+    label_names, task = None, get_task(config.model.task)
+    if task.classes:
         train, label_names = _encode_train(config, splits[train_name], train)
         notes += alike_classes(config, label_names)
         for name, table in other.items():
@@ -145,9 +146,9 @@ def _server_examples(config: Config) -> Examples:
     names, notes = ("test", "validation", "public"), list[str]()
     tables = {name: _other(config, {}, name, notes) for name in names}
     label_names = None
-    if config.model.task == "sequence-classification":
+    if get_task(config.model.task).classes:
         assert tables["test"] is not None
-        label_names = config.data.label_names or _sorted_labels(tables["test"])
+        label_names = config.data.label_names or _sorted_labels(config, tables["test"])
         _check_classes(config, label_names)
         notes += alike_classes(config, label_names)
         for name, table in tables.items():
@@ -185,7 +186,7 @@ def count_own(config: Config) -> int:
     if not _last_own or _last_own[0][0] != key:
         _last_own[:] = [(key, _own_labels(config, *_own_rows(config)))]
     labels = _last_own[0][1]
-    if config.model.task != "causal-lm":
+    if get_task(config.model.task).classes:
         _own_classes(config, labels)
     return len(labels)
 
@@ -195,14 +196,17 @@ _last_own: list[tuple[tuple[Any, ...], list[Any]]] = []
 
 def _own_examples(config: Config) -> Examples:
     table, rows = _own_rows(config)
-    texts = {name: _any_texts(table, column, rows) for name, column in _text_columns(config).items()}
-    empty = sum(not all(text.strip() for text in row) for row in zip(*texts.values(), strict=True))
+    task = get_task(config.model.task)
+    texts = {name: _any_texts(table, column, rows, task.words) for name, column in _text_columns(config).items()}
+    empty = sum(not all(map(_has_text, row)) for row in zip(*texts.values(), strict=True))
     if empty:
         log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
-    if config.model.task == "causal-lm":
+    if not task.labelled:
         return Examples(datasets.Dataset.from_dict(texts), None, None, None, None)
-    labels = _own_classes(config, _own_labels(config, table, rows))
-    train = datasets.Dataset.from_dict({**texts, "label": np.array(labels, np.int64)})
+    labels = _own_labels(config, table, rows)
+    if not task.classes:
+        return Examples(datasets.Dataset.from_dict({**texts, "label": labels}), None, None, None, None)
+    train = datasets.Dataset.from_dict({**texts, "label": _own_classes(config, labels)})
     return Examples(train, None, None, None, config.data.label_names)
 
 
@@ -210,7 +214,7 @@ def _own_rows(config: Config) -> tuple[Table, list[int]]:
     """Read the file, and say which of its rows are not blank."""
     data = config.data
     table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
-    label = {} if config.model.task == "causal-lm" else {"label": data.label}
+    label = {"label": data.label} if get_task(config.model.task).labelled else {}
     for name, column in (_text_columns(config) | label).items():
         if column not in table.columns or column in table.repeated:
             there = "there is no such column" if column not in table.columns else "is the name of several columns"
@@ -225,23 +229,30 @@ def _own_rows(config: Config) -> tuple[Table, list[int]]:
 
 
 def _own_labels(config: Config, table: Table, rows: list[int]) -> list[Any]:
-    """Return each row's label as a word; None for a language model."""
-    if config.model.task == "causal-lm":
+    """Return each row's label as its task reads it; None for a task without."""
+    task = get_task(config.model.task)
+    if not task.labelled:
         return [None] * len(rows)
-    return list(read_labels(table, config.data.label, rows, Path(config.data.name).name, []))
+    return task.read_labels(cells(table, config.data.label, "data.label", rows, Path(config.data.name).name, []), {})
 
 
-def _own_classes(config: Config, labels: list[Any]) -> list[int]:
-    """Return the number of each label's class."""
+def _own_classes(config: Config, labels: list[Any]) -> list[Any]:
+    """Return each label as numbers of classes."""
     only = datasets.Dataset.from_dict({"label": labels})
-    found: list[int] = _encode(config, only, list(config.data.label_names or ()), "data.name")["label"][:]
+    found: list[Any] = _encode(config, only, list(config.data.label_names or ()), "data.name")["label"][:]
     return found
 
 
-def _any_texts(table: Table, column: str, rows: list[int]) -> list[str]:
-    """Return a column as texts, whatever it holds: what is missing is empty, and what is no text is marked."""
+def _any_texts(table: Table, column: str, rows: list[int], words: bool) -> list[Any]:
+    """Return a column as texts or lists of words, whatever it holds: what is missing is empty, no text is marked."""
     values = table.columns[column]()
-    return [_as_text(values[row]) for row in rows]
+    if not words:
+        return [_as_text(values[row]) for row in rows]
+    return [list(map(_as_text, v)) if isinstance(v := values[row], list) else _as_text(v).split() for row in rows]
+
+
+def _has_text(value: str | list[str]) -> bool:
+    return any(word.strip() for word in ([value] if isinstance(value, str) else value))
 
 
 def _as_text(value: Any) -> str:
@@ -253,10 +264,7 @@ def _as_text(value: Any) -> str:
 
 def _text_columns(config: Config) -> dict[str, str]:
     """Return the columns of the texts by their standard names."""
-    data = config.data
-    if config.model.task == "causal-lm" and data.prompt is not None and data.answer is not None:
-        return {"prompt": data.prompt, "answer": data.answer}
-    return {"text": data.text}
+    return get_task(config.model.task).columns(config.data)
 
 
 def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
@@ -512,15 +520,15 @@ def _other(config: Config, splits: Mapping[str, Table], name: str, notes: list[s
 
 def _shape(config: Config, table: Table, field: str, notes: list[str], is_train: bool = False) -> datasets.Dataset:
     """Pick the columns under their standard names, labels as words; drop rows without text."""
-    data, causal = config.data, config.model.task == "causal-lm"
+    data, task = config.data, get_task(config.model.task)
     value = getattr(data, field.removeprefix("data."))
     source = Path(str(value)).name
     notes.extend(f"{source}: {note}" for note in table.notes)
     texts = _text_columns(config)
     columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
-        columns[name] = read_texts(table, column, f"data.{name}", source)
-    keep = np.array([all(text and text.strip() for text in row) for row in zip(*columns.values(), strict=True)], bool)
+        columns[name] = (read_words if task.words else read_texts)(table, column, f"data.{name}", source)
+    keep = np.array([all(v and _has_text(v) for v in row) for row in zip(*columns.values(), strict=True)], bool)
     rows = np.flatnonzero(keep).tolist()
     if not rows:
         raise InputError(field, value, f"no row has a text in {' and '.join(map(repr, texts.values()))}; give examples")
@@ -531,8 +539,8 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
         domains = ("" if is_missing(domain) else str(domain) for domain in read_column(table, "domain", "domain"))
         columns["domain"] = [domain if domain.strip() else "(none)" for domain in domains]
     kept: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in columns.items()}
-    if not causal:
-        kept["label"] = read_labels(table, data.label, rows, source, notes)
+    if task.labelled:
+        kept["label"] = task.read_labels(cells(table, data.label, "data.label", rows, source, notes), kept)
     if is_train and data.partition.column is not None:
         kept[PARTITION_COLUMN] = read_owners(table, data.partition.column, rows, source)
     return datasets.Dataset.from_dict(kept)
@@ -547,35 +555,38 @@ def _encode_train(config: Config, source: Table, table: datasets.Dataset) -> tup
     elif config.data.label in source.classes:
         names = source.classes[config.data.label]
     else:
-        names = _sorted_labels(table)
+        names = _sorted_labels(config, table)
     _check_classes(config, names)
     return _encode(config, table, names, "data.name"), names
 
 
-def _sorted_labels(table: datasets.Dataset) -> list[str]:
+def _sorted_labels(config: Config, table: datasets.Dataset) -> list[str]:
+    task = get_task(config.model.task)
+
     def order(name: str) -> tuple[bool, int, str]:
         number = INTEGER.fullmatch(name) is not None
         return not number, int(name) if number else 0, name
 
-    return sorted(set(table["label"]), key=order)
+    return sorted({name for label in table["label"] for name in task.names_in(label)}, key=order)
 
 
 def _check_classes(config: Config, names: list[str]) -> None:
     if len(names) < 2:
-        remedy = f"has the one class {names[0]!r}; classification needs two or more"
+        has = f"has the one class {names[0]!r}" if names else "names no class at all"
+        remedy = f"{has}; classification needs two or more"
         raise InputError("data.label", config.data.label, remedy)
 
 
 def _encode(config: Config, table: datasets.Dataset, names: list[str], field: str) -> datasets.Dataset:
-    index = {name: number for number, name in enumerate(names)}
+    index, task = {name: number for number, name in enumerate(names)}, get_task(config.model.task)
     labels = table["label"][:]
-    unknown = next((label for label in labels if label not in index), None)
+    unknown = next((name for label in labels for name in task.names_in(label) if name not in index), None)
     if unknown is not None:
         where = "never occurs in train" if config.data.label_names is None else "is not in data.label_names"
         remedy = f"the label {unknown!r} {where} (labels there: {', '.join(names[:10])}); mend the labels"
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
-    return datasets.Dataset.from_dict({**columns, "label": np.array([index[label] for label in labels], np.int64)})
+    return datasets.Dataset.from_dict({**columns, "label": [task.number(label, index) for label in labels]})
 
 
 @contextmanager

@@ -24,12 +24,10 @@ from fedlora.config import SERVER, Config, PartitionSection
 from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
 from fedlora.data.sources import load_examples, source_identity
 from fedlora.errors import InputError
-from fedlora.models import load_tokenizer, model_config, pretrained_source, vocabulary_size
+from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
+from fedlora.tasks import IGNORED, Encoded, Task, get_task
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of a position that has no loss."""
 
 # Part of the cache's key: raise it when the same config would give other files.
 _LAYOUT = 3
@@ -49,13 +47,21 @@ class TokenTable:
     offsets : np.ndarray
         Row i is ``tokens[offsets[i]:offsets[i + 1]]``; int64 [rows + 1].
     labels : np.ndarray, optional
-        Class of each row, int64 [rows]; None for causal-lm.
+        Of each row: its class, int64 [rows], or numbers, float32 [rows] or [rows, labels]; None where tokens have them.
     answer_start : np.ndarray, optional
-        Number of leading tokens of each row without loss, int64 [rows]; for causal-lm.
+        Number of leading tokens of each row without loss, int64 [rows], where the tokens are the labels.
     domain : np.ndarray, optional
         Index of each row's domain in :attr:`FederatedData.domain_names`, int64 [rows].
     pad_token_id : int
         What fills the rows of a batch.
+    task : Task
+        What the labels mean.
+    label_names : list of str, optional
+        The classes.
+    tags : np.ndarray, optional
+        Label of each token, int64, in the order of ``tokens``; -100 for none.
+    token_types : np.ndarray, optional
+        Which text of a pair each token is of, in the order of ``tokens``.
     """
 
     def __init__(
@@ -66,9 +72,15 @@ class TokenTable:
         answer_start: np.ndarray | None,
         domain: np.ndarray | None,
         pad_token_id: int,
+        task: Task,
+        label_names: list[str] | None = None,
+        *,
+        tags: np.ndarray | None = None,
+        token_types: np.ndarray | None = None,
     ) -> None:
         self.tokens, self.offsets, self.labels = tokens, offsets, labels
         self.answer_start, self.domain, self.pad_token_id = answer_start, domain, pad_token_id
+        self.task, self.label_names, self.tags, self.token_types = task, label_names, tags, token_types
         self.lengths: np.ndarray = np.diff(offsets)
         self._resident: _ResidentTable | None = None
 
@@ -88,8 +100,9 @@ class TokenTable:
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, int64 [N, T]; ``labels``, int64: the classes [N], or for causal-lm
-            the token ids [N, T] with -100 on prompts and padding.
+            ``input_ids`` and ``attention_mask``, int64 [N, T], and ``token_type_ids`` of pairs; ``labels``: classes
+            [N], int64; numbers [N] or [N, labels], float32; or a label a token [N, T], int64, with -100 where there is
+            none, such as on prompts and padding.
         """
         rows = np.asarray(rows, dtype=np.int64)
         device = torch.device(device)
@@ -104,19 +117,26 @@ class TokenTable:
         lengths = self.lengths[rows]
         positions = np.arange(lengths.max(initial=0))
         mask = positions < lengths[:, None]
-        ids = np.full(mask.shape, self.pad_token_id, np.int64)
-        ids[mask] = self.tokens[(np.asarray(self.offsets)[rows][:, None] + positions)[mask]]
+        places = (np.asarray(self.offsets)[rows][:, None] + positions)[mask]
+
+        def padded(values: np.ndarray, padding: int) -> np.ndarray:
+            filled = np.full(mask.shape, padding, np.int64)
+            filled[mask] = values[places]
+            return filled
+
+        ids = padded(self.tokens, self.pad_token_id)
         if self.labels is not None:
-            labels = np.array(self.labels[rows], np.int64)
+            labels = np.array(self.labels[rows])
+        elif self.tags is not None:
+            labels = padded(self.tags, IGNORED)
         elif self.answer_start is not None:
             labels = np.where(mask & (positions >= self.answer_start[rows][:, None]), ids, IGNORED)
         else:
             raise ValueError("the table has neither labels nor answers")
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.from_numpy(labels),
-        }
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64), "labels": labels}
+        if self.token_types is not None:
+            batch["token_type_ids"] = padded(self.token_types, 0)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 class _ResidentTable:
@@ -124,17 +144,21 @@ class _ResidentTable:
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
         self.device, self.pad_token_id = device, table.pad_token_id
+
+        def moved(values: np.ndarray | None) -> torch.Tensor | None:
+            return None if values is None else torch.from_numpy(np.array(values)).to(device)
+
         self.tokens = torch.from_numpy(np.array(table.tokens)).to(device)
         self.offsets = torch.from_numpy(np.array(table.offsets, np.int64)).to(device)
-        first = table.labels if table.labels is not None else table.answer_start
-        self.first = torch.from_numpy(np.array(first, np.int64)).to(device)
-        self.classify = table.labels is not None
+        self.labels, self.answer_start = moved(table.labels), moved(table.answer_start)
+        self.tags, self.token_types = moved(table.tags), moved(table.token_types)
 
     @classmethod
     def of(cls, table: TokenTable, device: torch.device) -> _ResidentTable | None:
         """Return the table on the device, or None where it would take too much of it."""
         free, _ = torch.cuda.mem_get_info(device)
-        return cls(table, device) if table.tokens.size * 4 + len(table) * 16 < free / 10 else None
+        arrays = (table.tokens, table.offsets, table.labels, table.answer_start, table.tags, table.token_types)
+        return cls(table, device) if sum(a.nbytes for a in arrays if a is not None) < free / 10 else None
 
     def batch(self, rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
         """Do as :meth:`TokenTable.batch`; nothing here waits for the device. Without padding there is no mask."""
@@ -144,11 +168,16 @@ class _ResidentTable:
         mask = positions < (self.offsets[chosen + 1] - start)[:, None]
         places = (start[:, None] + positions).clamp_(max=len(self.tokens) - 1)
         ids = torch.where(mask, self.tokens[places].long(), self.pad_token_id)
-        if self.classify:
-            labels = self.first[chosen]
+        if self.labels is not None:
+            labels = self.labels[chosen]
+        elif self.tags is not None:
+            labels = torch.where(mask, self.tags[places], IGNORED)
         else:
-            labels = torch.where(mask & (positions >= self.first[chosen][:, None]), ids, IGNORED)
+            assert self.answer_start is not None
+            labels = torch.where(mask & (positions >= self.answer_start[chosen][:, None]), ids, IGNORED)
         batch = {"input_ids": ids, "labels": labels}
+        if self.token_types is not None:
+            batch["token_type_ids"] = torch.where(mask, self.token_types[places].long(), 0)
         return batch if (lengths == longest).all() else batch | {"attention_mask": mask.long()}
 
 
@@ -190,7 +219,7 @@ class FederatedData:
         Without a row where they lie elsewhere: the training examples on nodes, the test set on the server.
     validation, public : TokenTable, optional
     label_names : list of str, optional
-        The classes; None for causal-lm.
+        The classes; None for tasks without.
     domain_names : list of str
         The domains; empty without a column ``domain``.
     partition : Partition
@@ -214,19 +243,27 @@ class FederatedData:
     folder: Path
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def counted_names(self) -> list[str] | None:
+        """The classes that :meth:`label_counts` counts; None where examples as a whole have none."""
+        return None if self.train.labels is None else self.label_names
+
     def label_counts(self) -> np.ndarray:
-        """Count the examples of each client and class, int64 [clients, labels] (one column for causal-lm)."""
+        """Count the examples of each client and class, int64 [clients, labels] (one column without classes)."""
         if self.train.labels is None or self.label_names is None:
             return self.partition.sizes[:, None].copy()
         labels, count = np.asarray(self.train.labels), len(self.label_names)
+        if labels.ndim == 2:
+            return np.stack([labels[rows].sum(0).astype(np.int64) for rows in self.partition])
         return np.stack([np.bincount(labels[rows], minlength=count) for rows in self.partition])
 
 
 def prepare_data(config: Config) -> FederatedData:
     """Load, tokenise and partition the examples of a run, or open what an earlier call made of the same.
 
-    For classification a row is the tokenised text with the tokenizer's special tokens; for causal-lm it is the text, or
-    prompt and answer one after the other as they are given (only the answer has a loss), and the end-of-sequence token.
+    The task says how (:meth:`fedlora.tasks.Task.encode`): in most a row is the tokenised text, or pair, with the
+    tokenizer's special tokens; for causal-lm it is the text, or prompt and answer one after the other as they are given
+    (only the answer has a loss), and the end-of-sequence token.
     Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
     it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
     no token of the model's: a special token stands for it, and the node's own log says how many there are.
@@ -242,7 +279,8 @@ def prepare_data(config: Config) -> FederatedData:
     pretrained = model_config(config)
     vocabulary = vocabulary_size(pretrained)
     folder = cache_dir() / "tokens" / _key(config, pretrained)
-    build_once(folder, lambda target: _build(config, vocabulary, target), "data.name", config.data.name)
+    types = has_token_types(pretrained)
+    build_once(folder, lambda target: _build(config, vocabulary, types, target), "data.name", config.data.name)
     data = _open(config, folder)
     _look_at_texts(config, vocabulary, data)
     return data
@@ -287,6 +325,7 @@ def _key(config: Config, pretrained: Any) -> str:
         "seed": None if _is_own(config) else config.run.seed,
         "data": config.data.model_dump(),
         "vocabulary": vocabulary_size(pretrained),
+        "token_types": has_token_types(pretrained),
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
     }
@@ -298,9 +337,13 @@ def _is_own(config: Config) -> bool:
     return config.data.test == SERVER
 
 
-def _build(config: Config, vocabulary: int | None, target: Path) -> None:
+def _build(config: Config, vocabulary: int | None, types: bool, target: Path) -> None:
     examples = load_examples(config)
     tokenizer = load_tokenizer(config)
+    if get_task(config.model.task).causal and tokenizer.eos_token_id is None:
+        remedy = f"its tokenizer has no eos token; {config.model.task} needs one"
+        raise InputError("model.name", config.model.name, remedy)
+    types = types and "token_type_ids" in tokenizer.model_input_names
     if _is_own(config):
         tokenizer = AnyText(tokenizer, vocabulary)
     coverage: dict[str, Coverage] = {name: Coverage() for name in _TABLES}
@@ -308,7 +351,7 @@ def _build(config: Config, vocabulary: int | None, target: Path) -> None:
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
     kept = {
-        name: _write_table(config, target, name, table, tokenizer, domains, coverage[name])
+        name: _write_table(config, target, name, table, tokenizer, types, domains, coverage[name])
         for name, table in tables.items()
     }
     counts = {name: coverage[name].to_dict() for name in tables}
@@ -349,25 +392,21 @@ def _write_table(
     name: str,
     table: datasets.Dataset,
     tokenizer: Any,
+    types: bool,
     domains: list[str],
     coverage: Coverage,
 ) -> datasets.Dataset:
     """Write the files of one split; return the examples that are in them."""
-    rows: list[list[int]] = []
-    starts: list[int] = []
+    task, rows = get_task(config.model.task), list[list[int]]()
+    starts, flat = list[int](), {"tags": list[list[int]](), "token_types": list[list[int]]()}
     for first in range(0, len(table), _CHUNK):
-        chunk = table[first : first + _CHUNK]
-        if config.model.task == "sequence-classification":
-            new_rows = _encode(tokenizer, chunk["text"], config.model.max_length)
-            _count(coverage, tokenizer, chunk["text"], new_rows, config.model.max_length)
-            rows += new_rows
-        else:
-            new_rows, new_starts = _causal(config, tokenizer, chunk)
-            texts = chunk.get("text") or [a + b for a, b in zip(chunk["prompt"], chunk["answer"], strict=True)]
-            coverage.add(texts, new_rows, tokenizer, config.model.max_length)
-            rows += [ids[: config.model.max_length] for ids in new_rows]
-            starts += new_starts
-    if config.model.task == "causal-lm":
+        encoded: Encoded = task.encode(tokenizer, table[first : first + _CHUNK], config.model.max_length, types)
+        coverage.add(encoded.texts, encoded.whole, tokenizer, config.model.max_length)
+        rows += encoded.tokens
+        starts += encoded.starts or []
+        for kind, values in flat.items():
+            values += getattr(encoded, kind) or []
+    if starts:
         keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
         dropped = len(rows) - len(keep)
         if dropped and _is_own(config):
@@ -382,14 +421,25 @@ def _write_table(
             )
             rows, starts, table = [rows[row] for row in keep], [starts[row] for row in keep], table.select(keep)
         np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
-    else:
-        np.save(target / f"{name}.labels.npy", np.array(table["label"][:], np.int64))
+    labels = task.label_array(table["label"][:]) if task.labelled else None
+    if labels is not None:
+        np.save(target / f"{name}.labels.npy", labels)
+    for kind, values in flat.items():
+        if values:
+            np.save(target / f"{name}.{kind}.npy", np.concatenate([np.array(row, np.int64) for row in values]))
     np.save(target / f"{name}.tokens.npy", np.concatenate([np.array(ids, np.int32) for ids in rows]))
     np.save(target / f"{name}.offsets.npy", _offsets([len(ids) for ids in rows]))
     if "domain" in table.column_names:
         index = {domain: number for number, domain in enumerate(domains)}
         np.save(target / f"{name}.domain.npy", np.array([index[domain] for domain in table["domain"][:]], np.int64))
     return table
+
+
+_BESIDE: dict[str, tuple[str, list[Any]]] = {
+    "token_type_ids": ("return_token_type_ids", [0]),
+    "offset_mapping": ("return_offsets_mapping", [(0, 0)]),
+}
+"""What a tokenizer gives beside ids, if asked by an option, and what stands there for one special token."""
 
 
 class AnyText:
@@ -420,68 +470,44 @@ class AnyText:
         """Have the tokenizer's own attributes."""
         return getattr(self.tokenizer, name)
 
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        """Return the ids of every text, at least one each."""
-        rows = self._ids(texts, options)
-        if rows is None:
-            rows = [found[0] if (found := self._ids([text], options)) else [] for text in texts]
-        usable = [row if row and self._fits(row) else self.fixed for row in rows]
-        replaced = sum(row is self.fixed for row in usable)
+    def __call__(
+        self, texts: list[str], text_pair: list[str] | None = None, **options: Any
+    ) -> dict[str, list[list[Any]]]:
+        """Return what the tokenizer does of every text or pair, with at least one id each."""
+        found = self._found(texts, text_pair, options)
+        blank = {"input_ids": self.fixed}
+        blank |= {name: value for name, (option, value) in _BESIDE.items() if options.get(option)}
+        if found is None:
+            pairs = [None] * len(texts) if text_pair is None else [[pair] for pair in text_pair]
+            alone = [self._found([text], pair, options) for text, pair in zip(texts, pairs, strict=True)]
+            found = {name: [row[name][0] if row else [] for row in alone] for name in blank}
+        replaced = 0
+        for row, ids in enumerate(found["input_ids"]):
+            if not ids or not self._fits(ids):
+                replaced += 1
+                for name, value in blank.items():
+                    found[name][row] = value
         if replaced:
             logger.warning(
-                "%d of %d rows have no token that the model knows; a special one stands there", replaced, len(rows)
+                "%d of %d rows have no token that the model knows; a special one stands there", replaced, len(texts)
             )
-        return {"input_ids": usable}
+        return found
 
-    def _ids(self, texts: list[str], options: dict[str, Any]) -> list[list[int]] | None:
+    def _found(
+        self, texts: list[str], pairs: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, list[list[Any]]] | None:
+        second = {} if pairs is None else {"text_pair": pairs}
         try:
-            rows: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
+            found = dict(self.tokenizer(texts, **second, **options))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizers' is no Exception
             logger.warning("the tokenizer fails (%s)", type(error).__name__)
             return None
-        return rows if len(rows) == len(texts) else None
+        return found if len(found["input_ids"]) == len(texts) else None
 
     def _fits(self, ids: Sequence[int]) -> bool:
         return min(ids) >= 0 and (self.vocabulary is None or max(ids) < self.vocabulary)
-
-
-def _count(coverage: Coverage, tokenizer: Any, texts: list[str], rows: list[list[int]], max_length: int) -> None:
-    """Count rows that are cut already: those that may be are made again whole."""
-    long = [number for number, ids in enumerate(rows) if len(ids) >= max_length]
-    whole = dict(zip(long, _encode(tokenizer, [texts[number] for number in long], None), strict=True)) if long else {}
-    coverage.add(texts, [whole.get(number, ids) for number, ids in enumerate(rows)], tokenizer, max_length)
-
-
-def _encode(tokenizer: Any, texts: list[str], max_length: int | None, special: bool = True) -> list[list[int]]:
-    found = tokenizer(
-        texts,
-        add_special_tokens=special,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = found["input_ids"]
-    return ids
-
-
-def _causal(config: Config, tokenizer: Any, chunk: dict[str, list[str]]) -> tuple[list[list[int]], list[int]]:
-    """Return token ids of whole rows, not cut yet, and how many of each row's first tokens have no loss."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError("model.name", config.model.name, "its tokenizer has no eos token; causal-lm needs one")
-    if "text" in chunk:
-        # A tokenizer may close its rows itself.
-        texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in _encode(tokenizer, chunk["text"], None)]
-        return texts, [0] * len(texts)
-    prompts = [ids[:-1] if ids[-1:] == [eos] else ids for ids in _encode(tokenizer, chunk["prompt"], None)]
-    answers = _encode(tokenizer, chunk["answer"], None, special=False)
-    rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
-    return rows, [len(prompt) for prompt in prompts]
 
 
 def _offsets(lengths: Sequence[int]) -> np.ndarray:
@@ -496,6 +522,7 @@ def _open(config: Config, folder: Path) -> FederatedData:
     def optional(name: str) -> np.ndarray | None:
         return load(name) if (folder / f"{name}.npy").is_file() else None
 
+    task = get_task(config.model.task)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tables = {
@@ -506,6 +533,10 @@ def _open(config: Config, folder: Path) -> FederatedData:
                 optional(f"{name}.answer_start"),
                 optional(f"{name}.domain"),
                 meta["pad_token_id"],
+                task,
+                meta["label_names"],
+                tags=optional(f"{name}.tags"),
+                token_types=optional(f"{name}.token_types"),
             )
             for name in meta["tables"]
         }
@@ -514,7 +545,7 @@ def _open(config: Config, folder: Path) -> FederatedData:
         remedy = f"its tokens in the cache are damaged ({type(error).__name__}); delete {folder} and run again"
         raise InputError("data.name", config.data.name, remedy) from None
     none = np.empty(0, np.int64)
-    absent = TokenTable(none, np.zeros(1, np.int64), none, none, None, meta["pad_token_id"])
+    absent = TokenTable(none, np.zeros(1, np.int64), none, none, None, meta["pad_token_id"], task, meta["label_names"])
     return FederatedData(
         tables.get("train", absent),
         tables.get("test", absent),

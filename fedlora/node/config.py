@@ -61,6 +61,7 @@ class NodeDataSection(Section):
     path: Annotated[str, Field(min_length=1)]
     format: FileFormat | None = None
     text: str = "text"
+    text_pair: str | None = None
     label: str = "label"
     prompt: str | None = None
     answer: str | None = None

@@ -13,6 +13,7 @@ from fedlora.node.node_ledger import NodeLedger
 from fedlora.node.policy import admitted_model, check_policy
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LocalNode:
             classes are not said: those of the file would have to be told.
         """
         own = self.config.data
-        if label_names is None and run.model.task == "sequence-classification":
+        if label_names is None and get_task(run.model.task).classes:
             raise InputError("data.label_names", None, "are the server's to say")
         model = admitted_model(self.config.policy, run.model)
         content: dict[str, Any] = run.model_copy(update={"model": model}).model_dump(exclude_none=True)
@@ -73,6 +74,8 @@ class LocalNode:
         }
         if label_names is not None:
             content["data"]["label_names"] = label_names
+        if own.text_pair is not None:
+            content["data"]["text_pair"] = own.text_pair
         if own.prompt is not None:
             content["data"] |= {"prompt": own.prompt, "answer": own.answer}
         # Whom the server asks, and where it simulates and logs, is not the node's affair.

@@ -257,16 +257,18 @@ def pareto_front(comparison: Comparison) -> Chart:
         comparison, "", "bytes, all clients and rounds", "total_bytes", series, x_form="bytes", x_log=True
     )
     caption = (
-        "Full colour: no other is at least as good in accuracy, epsilon and bytes at once, and better in one. "
+        f"Full colour: no other is at least as good in {comparison.score_title}, epsilon and bytes at once, "
+        "and better in one. "
         "Pale: another is. By the means alone: seeds may change places. " + _size_note(comparison)
-    ).replace("accuracy", comparison.score)
-    return Chart("pareto", f"Pareto front of {comparison.score}, epsilon and bytes", caption, [panel])
+    )
+    return Chart("pareto", f"Pareto front of {comparison.score_title}, epsilon and bytes", caption, [panel])
 
 
 def score_by_round(comparison: Comparison) -> Chart:
     """Score over rounds, a panel a level of privacy."""
     name = comparison.score
-    series = _over_rounds(comparison, lambda run: {line.round: line.score(name) for line in run.rounds}, _form(name))
+    form = comparison.task.form(name)
+    series = _over_rounds(comparison, lambda run: {line.round: line.score(name) for line in run.rounds}, form)
     panels = [
         _score_panel(comparison, level if len(series) > 1 else "", "round", "round", of_level, x_form="integer")
         for level, of_level in series.items()
@@ -376,7 +378,8 @@ def score_by_network(comparison: Comparison) -> Chart:
 def client_spread(comparison: Comparison) -> Chart | None:
     """How the final model's score spreads over clients: from the worst to the best."""
     by_level: dict[str, list[Series]] = defaultdict(list)
-    name = comparison.score if comparison.score == "accuracy" else "loss"
+    task, name = comparison.task, comparison.task.client_metric
+    form = task.form(name)
     for group in comparison.groups:
         values = [client_scores(run) for run in group.runs]
         if not all(values):
@@ -384,7 +387,7 @@ def client_spread(comparison: Comparison) -> Chart | None:
         curves = np.array([np.quantile(of_run, _SHARES) for of_run in values])
         means = [Mean.of(column.tolist()) for column in curves.T]
         hover = [
-            f"{group.name}\n{share:.0%} of the clients have at most {format_value(mean.mean, _form(name))}"
+            f"{group.name}\n{share:.0%} of the clients have at most {format_value(mean.mean, form)}"
             for share, mean in zip(_SHARES, means, strict=True)
         ]
         by_level[group.privacy].append(
@@ -407,13 +410,15 @@ def client_spread(comparison: Comparison) -> Chart | None:
     panels = [
         Panel(
             level if len(levels) > 1 else "",
-            "share of the clients, worst first" if name == "accuracy" else "share of the clients, best first",
-            f"{name} on the client's own examples",
+            "share of the clients, worst first"
+            if comparison.task.better_high(name)
+            else "share of the clients, best first",
+            f"{name.replace('_', ' ')} on the client's own examples",
             by_level[level],
             "share",
             f"client_{name}",
             x_form="percent",
-            y_form=_form(name),
+            y_form=form,
         )
         for level in levels
     ]
@@ -421,7 +426,7 @@ def client_spread(comparison: Comparison) -> Chart | None:
         "The final model on the examples that each client trains on; a flat line is fair. Computed without noise, in "
         f"simulation only: no epsilon covers it. {_intervals(comparison)}"
     )
-    return Chart("fairness", f"{name.capitalize()} by client", caption, panels)
+    return Chart("fairness", f"{name.replace('_', ' ').capitalize()} by client", caption, panels)
 
 
 def partitions(comparison: Comparison) -> Chart | None:
@@ -504,7 +509,7 @@ def describe(comparison: Comparison, group: Group) -> str:
         group.name,
         *(axis_label(key, flat[key]) for key in beside if key in flat),
         f"learning rate {flat['client.learning_rate'] or 'default'}",
-        f"{comparison.score} {with_interval(score, _form(comparison.score))}",
+        f"{comparison.score_title} {with_interval(score, comparison.task.form(comparison.score))}",
         f"sent {format_value(total.mean, 'bytes')}",
     ]
     if "epsilon_max" in group.means:
@@ -607,17 +612,13 @@ def _by_variant(groups: Iterable[Group]) -> list[list[Group]]:
 def _score_panel(
     comparison: Comparison, title: str, x_title: str, quantity: str, series: list[Series], **options: object
 ) -> Panel:
-    form = _form(comparison.score)
-    label = f"test {comparison.score}"
+    form = comparison.task.form(comparison.score)
+    label = f"test {comparison.score_title}"
     return Panel(title, x_title, label, series, quantity, comparison.score, y_form=form, **options)  # type: ignore[arg-type]
 
 
-def _form(name: str) -> str:
-    return "percent" if name == "accuracy" else "number"
-
-
 def _title(comparison: Comparison) -> str:
-    return comparison.score.capitalize()
+    return comparison.score_title.capitalize()
 
 
 def _intervals(comparison: Comparison) -> str:

@@ -15,7 +15,8 @@ from scipy import stats
 from fedlora.communication.links import PROFILES, link_seed, network_profile, round_network
 from fedlora.config import Config, Section
 from fedlora.errors import InputError
-from fedlora.reporting.runs import FinishedRun, Found, Unfinished, score_name
+from fedlora.reporting.runs import FinishedRun, Found, Unfinished
+from fedlora.tasks import Task
 
 # Where a run ran and what it is called do not change what it is.
 _NOT_AXES = (
@@ -98,6 +99,11 @@ class Group:
         return self.runs[0].config.method.name
 
     @property
+    def task(self) -> Task:
+        """Task of all its runs."""
+        return self.runs[0].task
+
+    @property
     def privacy(self) -> str:
         """Privacy of all its runs: epsilon and a number, sigma and a number, or no privacy."""
         return privacy_label(self.runs[0].config)
@@ -145,8 +151,18 @@ class Comparison:
 
     @property
     def score(self) -> str:
-        """Return what groups are judged by: accuracy (higher is better) or perplexity (lower is better)."""
-        return score_name(self.groups[0].runs[0].config)
+        """Return the metric that groups are judged by."""
+        return self.task.primary
+
+    @property
+    def score_title(self) -> str:
+        """Return that metric in words."""
+        return self.score.replace("_", " ")
+
+    @property
+    def task(self) -> Task:
+        """The task of all runs."""
+        return self.groups[0].task
 
     @property
     def methods(self) -> list[str]:
@@ -168,7 +184,7 @@ class Comparison:
     def costs(self, group: Group) -> tuple[float, float, float]:
         """Return score (negated where higher is better), epsilon and bytes: lower is better."""
         score = group.means[self.score].mean
-        cost = -score if self.score == "accuracy" else score
+        cost = -score if self.task.maximize else score
         if math.isnan(cost):  # a loss that diverged
             cost = math.inf
         return (cost, group_epsilon(group), group.means["total_bytes"].mean)
@@ -229,11 +245,7 @@ def quantities(run: FinishedRun) -> dict[str, float]:
     """
     summary, sent = run.summary, run.summary.communication
     row: dict[str, float | None] = {
-        "accuracy": summary.final.accuracy,
-        "macro_f1": summary.final.macro_f1,
-        "majority": summary.final.majority,
-        "perplexity": summary.final.perplexity,
-        "loss": summary.final.loss,
+        **run.scores,
         "epsilon_max": summary.epsilon.max if summary.epsilon else None,
         "epsilon_mean": summary.epsilon.mean if summary.epsilon else None,
         "total_bytes": sent.initial_bytes + sent.downlink_bytes + sent.uplink_bytes,
@@ -262,8 +274,21 @@ def quantities(run: FinishedRun) -> dict[str, float]:
 
 
 def client_scores(run: FinishedRun) -> list[float]:
-    """Accuracy of the final model on each client's own examples (loss, for language models); empty if not measured."""
-    return [line.loss if line.accuracy is None else line.accuracy for line in run.clients]
+    """Return the task's client metric of the final model on each client's own examples; empty if not measured."""
+    return [getattr(line, run.task.client_metric) for line in run.clients]
+
+
+def quantity_form(task: Task, quantity: str) -> str:
+    """Return how a quantity is written: percent, bytes, seconds, integer or number."""
+    if quantity == "socket_overhead":
+        return "percent"
+    if quantity.startswith("client_"):
+        return task.form(task.client_metric)
+    if quantity.endswith("_bytes"):
+        return "bytes"
+    if "seconds" in quantity:
+        return "seconds"
+    return "integer" if quantity == "trainable_parameters" else task.form(quantity)
 
 
 def network_names(run: FinishedRun) -> list[str]:

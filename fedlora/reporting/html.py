@@ -15,14 +15,13 @@ from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
 from fedlora.reporting.charts import Chart, format_value
-from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities
+from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities, quantity_form
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import FinishedRun
 from fedlora.reporting.study_results import StudyResults
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 _NAMES = ("model.name", "data.name")
-_FORMS = {"accuracy": "percent", "majority": "percent", "macro_f1": "percent", "socket_overhead": "percent"}
 
 
 def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[StudyResults] = ()) -> str:
@@ -57,7 +56,7 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
         number=number,
         quantities=quantities,
         flatten=flatten,
-        form=_form,
+        form=lambda quantity: quantity_form(comparison.task, quantity),
         beside=[key for key in comparison.varied if key not in ("method.name", "privacy")],
         shown=lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
         label_colours=LABEL_COLOURS,
@@ -82,7 +81,7 @@ def number(of: str, quantity: str, value: float, form: str = "number") -> Markup
 
 def mean_number(group: Group, quantity: str) -> Markup:
     """Return a group's mean with its interval."""
-    mean, form = group.means[quantity], _form(quantity)
+    mean, form = group.means[quantity], quantity_form(group.task, quantity)
     shown = number(group.name, f"{quantity}.mean", mean.mean, form)
     if mean.half is None:
         return shown
@@ -104,9 +103,9 @@ def answer(comparison: Comparison) -> Markup:
                 mean_number(first, comparison.score), _at(level), *_seeds_and_bytes(first)
             )
         )
-    better = "Lowest" if comparison.score == "perplexity" else "Highest"
+    better = "Highest" if comparison.task.maximize else "Lowest"
     clauses = [Markup("<strong>{}</strong> with {}").format(label, _listed(parts)) for label, parts in best.items()]
-    return Markup("{} {}: {}.").format(better, comparison.score, Markup("; ").join(clauses))
+    return Markup("{} {}: {}.").format(better, comparison.score_title, Markup("; ").join(clauses))
 
 
 def fewest_bytes(comparison: Comparison) -> Markup:
@@ -152,16 +151,14 @@ def caveat(comparison: Comparison) -> Markup:
         levels = str(_listed(open_levels))
         text = "{} the intervals of the best two overlap: these seeds do not settle the order."
         parts.append(Markup(text).format(levels[0].upper() + levels[1:]))
-    majority = [group for group in comparison.groups if "majority" in group.means]
-    if majority:
-        values = {round(group.means["majority"].mean, 6) for group in majority}
-        if len(values) == 1:
-            group = majority[0]
-            parts.append(
-                Markup("Always naming the largest class gives {}.").format(
-                    number(group.name, "majority.mean", group.means["majority"].mean, "percent")
-                )
-            )
+    baseline = comparison.task.baseline
+    if baseline is not None:
+        name = baseline.metric
+        known = [group for group in comparison.groups if name in group.means]
+        if len({round(group.means[name].mean, 6) for group in known}) == 1:
+            form = comparison.task.form(name)
+            value = number(known[0].name, f"{name}.mean", known[0].means[name].mean, form)
+            parts.append(Markup("{} gives {}.").format(baseline.sentence, value))
     return Markup(" ").join(parts)
 
 
@@ -219,7 +216,7 @@ def _variants(comparison: Comparison) -> list[dict[str, Any]]:
 def _columns(comparison: Comparison) -> list[tuple[str, str]]:
     """Quantities of the table of groups, with their titles."""
     wanted = [
-        (comparison.score, f"test {comparison.score}"),
+        (comparison.score, f"test {comparison.score_title}"),
         ("epsilon_max", "epsilon"),
         ("total_bytes", "sent"),
         ("uplink_bytes", "up"),
@@ -231,7 +228,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
         ("seconds_lte", "on LTE"),
         ("drift", "drift"),
     ]
-    if comparison.score == "accuracy":
+    if comparison.task.better_high(comparison.task.client_metric):
         wanted.append(("client_min", "lowest client"))
     return [(name, title) for name, title in wanted if any(name in group.means for group in comparison.groups)]
 
@@ -239,19 +236,9 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
 def _cell(group: Group, quantity: str) -> Markup:
     if quantity not in group.means:
         return Markup("–")
-    if quantity in ("accuracy", "perplexity", "client_min"):
+    if quantity in (group.task.primary, "client_min"):
         return mean_number(group, quantity)
-    return number(group.name, f"{quantity}.mean", group.means[quantity].mean, _form(quantity))
-
-
-def _form(quantity: str) -> str:
-    if quantity in _FORMS or quantity.startswith("client_"):
-        return "percent"
-    if quantity.endswith("_bytes"):
-        return "bytes"
-    if "seconds" in quantity:
-        return "seconds"
-    return "integer" if quantity == "trainable_parameters" else "number"
+    return number(group.name, f"{quantity}.mean", group.means[quantity].mean, quantity_form(group.task, quantity))
 
 
 def _machines(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from fedlora.config import Config, read_config
 from fedlora.csv_files import read_csv
 from fedlora.errors import InputError
+from fedlora.tasks import Task, get_task
 
 _not_finite = BeforeValidator(lambda value: math.nan if value is None else value)
 _no_bound = BeforeValidator(lambda value: math.inf if value is None else value)
@@ -30,16 +31,6 @@ class _Content(BaseModel):
     """What is read of a file; more may be in it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Metrics(_Content):
-    """How good a model is; which fields there are depends on the task."""
-
-    loss: Annotated[float, _not_finite]
-    accuracy: Share | None = None
-    macro_f1: Share | None = None
-    majority: Share | None = None
-    perplexity: Annotated[float | None, _not_finite] = None
 
 
 class Epsilon(_Content):
@@ -91,7 +82,7 @@ class Summary(_Content):
     seed: int
     rounds: Count
     clients: Count
-    final: Metrics
+    final: dict[str, Any]
     trainable_parameters: Count
     epsilon: Epsilon | None
     communication: Communication
@@ -124,12 +115,11 @@ class MessageLine(_Content):
 
 
 class ClientLine(_Content):
-    """A line of clients.csv."""
+    """A line of clients.csv; it also has the metric by which the run's task compares clients."""
 
     client: Count
     examples: Count
     loss: float
-    accuracy: Share | None = None
 
 
 class PartitionLine(_Content):
@@ -152,6 +142,8 @@ class FinishedRun:
     folder : Path
     config : Config
     summary : Summary
+    scores : dict of str to float
+        Of the final model: those that its task gives, and the loss.
     rounds : list of RoundLine
     messages : list of MessageLine
     clients, partition : list
@@ -162,10 +154,16 @@ class FinishedRun:
     folder: Path
     config: Config
     summary: Summary
+    scores: dict[str, float]
     rounds: list[RoundLine]
     messages: list[MessageLine]
     clients: list[ClientLine]
     partition: list[PartitionLine]
+
+    @property
+    def task(self) -> Task:
+        """What the model was trained to do."""
+        return get_task(self.config.model.task)
 
 
 @dataclass(frozen=True)
@@ -230,11 +228,6 @@ def read_runs(folders: Sequence[str | Path]) -> Found:
     return Found(runs, unfinished)
 
 
-def score_name(config: Config) -> str:
-    """Return what a run is judged by: accuracy, or perplexity for language models."""
-    return "perplexity" if config.model.task == "causal-lm" else "accuracy"
-
-
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, finished or not."""
     return (folder / "config.toml").is_file() and not (folder / "study.toml").is_file()
@@ -286,14 +279,40 @@ def _read(path: Path, name: str) -> FinishedRun:
     lines = _parse(path, "rounds.jsonl", _json_lines)
     if summary.method != config.method.name or summary.seed != config.run.seed:
         raise _damaged(path, "summary.json", "its method or seed is not that of config.toml")
-    if getattr(summary.final, score_name(config)) is None:
-        raise _damaged(path, "summary.json", f"final.{score_name(config)} is missing")
+    task = get_task(config.model.task)
+    scores = _scores(path, summary.final, task)
     optional: dict[str, Any] = {
         field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []
-        for field, line in (("clients", ClientLine), ("partition", PartitionLine))
+        for field, line in (("clients", _client_line(task)), ("partition", PartitionLine))
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
-    return FinishedRun(name, path, config, summary, lines, messages, **optional)
+    return FinishedRun(name, path, config, summary, scores, lines, messages, **optional)
+
+
+def _kind(task: Task, metric: str) -> Any:
+    """Return what a metric may be."""
+    return Share if task.form(metric) == "percent" else Annotated[float, _not_finite]
+
+
+def _scores(path: Path, final: dict[str, Any], task: Task) -> dict[str, float]:
+    for metric in ("loss", task.primary):
+        if metric not in final:
+            raise _damaged(path, "summary.json", f"final.{metric} is missing")
+    scores: dict[str, float] = {}
+    for metric in (*task.scores, "loss"):
+        if metric in final:
+            try:
+                scores[metric] = TypeAdapter(_kind(task, metric)).validate_python(final[metric])
+            except ValidationError as error:
+                raise _damaged(path, "summary.json", f"final.{metric}: {error.errors()[0]['msg']}") from None
+    return scores
+
+
+def _client_line(task: Task) -> type[ClientLine]:
+    if task.client_metric in ClientLine.model_fields:
+        return ClientLine
+    more: dict[str, Any] = {task.client_metric: (_kind(task, task.client_metric), ...)}
+    return create_model("ClientLine", __base__=ClientLine, **more)
 
 
 _T = TypeVar("_T")

@@ -27,7 +27,6 @@ from fedlora.storage import is_full, writes_to
 log = logging.getLogger("fedlora")
 
 COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
-CLIENTS = ("client", "examples", "loss", "accuracy")
 PARTITION = ("client", "name", "label", "examples")
 PRIVACY = ("round", "client", "steps", "sample_rate", "noise_multiplier", "epsilon", "delta")
 
@@ -215,9 +214,9 @@ class RunFolder:
         )
         self._write_csv("partition.csv", PARTITION, rows)
 
-    def write_clients(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write clients.csv: how good the final model is on each client's own examples."""
-        self._write_csv("clients.csv", CLIENTS, rows)
+        self._write_csv("clients.csv", tuple(rows[0]), rows)
 
     def _write_csv(self, file: str, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(f"{line}\n" for line in [",".join(columns), *csv_lines(columns, rows)])

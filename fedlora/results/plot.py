@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedlora.tasks import Task
 
-def plot_rounds(path: Path, lines: list[dict[str, Any]], title: str) -> None:
+
+def plot_rounds(path: Path, lines: list[dict[str, Any]], title: str, task: Task) -> None:
     """Draw the lines of rounds.jsonl as a PNG: score, training and test loss, epsilon (if any) and bytes so far."""
     from matplotlib.figure import Figure
 
@@ -16,16 +18,16 @@ def plot_rounds(path: Path, lines: list[dict[str, Any]], title: str) -> None:
     rounds = [line["round"] for line in lines]
     tested = [line for line in lines if line["metrics"]]
     at = [line["round"] for line in tested]
-    score = "accuracy" if tested and "accuracy" in tested[0]["metrics"] else "perplexity"
-    axes[0].plot(at, [line["metrics"][score] for line in tested], marker="o", color="#0072b2")
-    if score == "accuracy":
-        axes[0].axhline(tested[0]["metrics"]["majority"], color="#999999", linestyle="--", label="majority class")
+    axes[0].plot(at, [line["metrics"][task.primary] for line in tested], marker="o", color="#0072b2")
+    if task.baseline is not None and tested:
+        guess = tested[0]["metrics"][task.baseline.metric]
+        axes[0].axhline(guess, color="#999999", linestyle="--", label=task.baseline.title)
         axes[0].legend(frameon=False)
-    axes[0].set_title(f"test {score}")
+    axes[0].set_title(f"test {task.primary.replace('_', ' ')}")
     axes[1].plot(at, [line["metrics"]["loss"] for line in tested], marker="o", color="#0072b2", label="test")
     axes[1].plot(rounds, [line["train_loss"] for line in lines], color="#d55e00", label="train")
     axes[1].legend(frameon=False)
-    axes[1].set_title("loss (nats)")
+    axes[1].set_title(f"loss ({task.loss_unit})")
     for name, color in (("initial_bytes", "#999999"), ("downlink_bytes", "#009e73"), ("uplink_bytes", "#cc79a7")):
         sent = [line["communication"][name] / 1e6 for line in lines]
         axes[2].plot(rounds, sent, color=color, label=name.removesuffix("_bytes"))

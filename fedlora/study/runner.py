@@ -20,6 +20,7 @@ from fedlora.study.plan import Plan, PlannedRun, TuningGroup
 from fedlora.study.run_processes import address_of, begun, count_runs, start_process
 from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import choose, cost, validation_score
+from fedlora.tasks import get_task
 
 _LOOK_SECONDS = 0.5
 
@@ -133,7 +134,7 @@ class _Execution:
             scores.append(candidate["validation"])
         folders = [self.folder.path / c["run"] for c in entry["candidates"] if c["status"] == "done"]
         entry["cost"] = cost([_summary(folder) for folder in folders])
-        best = choose(scores)
+        best = choose(scores, get_task(group.candidates[0][1].config.model.task))
         entry["complete"] = True
         if best is not None:
             entry["chosen"] = group.candidates[best][0]

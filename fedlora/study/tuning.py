@@ -8,31 +8,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.tasks import Task
+
 Metrics = Mapping[str, float | None]
 """By name; None for a number that is not finite."""
 
 
 def validation_score(folder: Path) -> Metrics:
-    """Return the validation metrics of a tuning run's last round: loss, and accuracy or perplexity."""
+    """Return the validation metrics of a tuning run's last round: loss, and the scores of its task."""
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     metrics: Metrics = json.loads(lines[-1])["metrics"]["validation"]
     return metrics
 
 
-def choose(scores: Sequence[Metrics | None]) -> int | None:
-    """Return the place of the best candidate: the highest accuracy, then the lowest loss, then the first.
+def choose(scores: Sequence[Metrics | None], task: Task) -> int | None:
+    """Return the place of the best candidate: by the task's primary metric, then the lowest loss, then the first.
 
     Parameters
     ----------
     scores : sequence of mapping or None
         Validation metrics; None for a run that failed.
+    task : Task
     """
 
     def rank(place: int) -> tuple[float, float]:
         metrics = scores[place]
         assert metrics is not None
         loss = metrics["loss"]
-        return metrics.get("accuracy") or 0.0, -loss if loss is not None and math.isfinite(loss) else -math.inf
+        return task.score(metrics), -loss if loss is not None and math.isfinite(loss) else -math.inf
 
     there = [place for place, metrics in enumerate(scores) if metrics is not None]
     return max(there, key=rank, default=None)

@@ -24,7 +24,6 @@ from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
-from fedlora.training.loss import per_example_loss
 from fedlora.training.soundness import check_sound, dependence
 
 log = logging.getLogger("fedlora")
@@ -272,7 +271,7 @@ def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) ->
     dropout = adapted.layout.dropout_generators is not None
     lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
     adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
-    return per_example_loss(adapted.logits(batch), batch["labels"])
+    return table.task.loss(adapted.logits(batch), batch["labels"])
 
 
 def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:

@@ -10,7 +10,6 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.experts.options import expert_options
 from fedlora.training.batches import shuffled_batches
-from fedlora.training.loss import per_example_loss
 
 _TUNING = 8  # one stream of random numbers for each use of the run's seed
 
@@ -42,7 +41,7 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     for chosen in shuffled_batches(rows, config.client.batch_size, options.router_tuning_steps, generator):
         batch = table.batch(chosen, merged.device)
         merged.layout.set_rows([len(chosen)])
-        per_example_loss(merged.logits(batch), batch["labels"]).mean().backward()
+        table.task.loss(merged.logits(batch), batch["labels"]).mean().backward()
         for block in blocks:
             assert block.router_bias.grad is not None
             block.router_bias.grad[0] = 0.0

@@ -24,11 +24,10 @@ from fedlora.adapters.model import dense_weight
 from fedlora.adapters.stacked import RowProducts
 from fedlora.arrays import Arrays
 from fedlora.config import Config
-from fedlora.data.tokens import IGNORED
 from fedlora.errors import GuardError, InputError
-from fedlora.models import unchanged
+from fedlora.models import has_token_types, unchanged
+from fedlora.tasks import Task, get_task
 from fedlora.training.dp import per_example_gradients
-from fedlora.training.loss import per_example_loss
 
 LOGITS, GRADIENTS = 1e-4, 5e-3
 """By how much a row's logits and gradients may differ through rounding, as a share of their norm.
@@ -100,7 +99,7 @@ def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str 
         # Compiling for these few rows would take longer than the rows.
         with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
             _widen(adapted)
-            adapted.independent[key] = _measure(adapted, config.model.max_length, pad_token_id)
+            adapted.independent[key] = _measure(adapted, _synthetic(adapted, config, pad_token_id))
     return adapted.independent[key]
 
 
@@ -119,8 +118,7 @@ class _Pass:
     samples: dict[str, torch.Tensor | RowProducts]
 
 
-def _measure(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> str | None:
-    examples = _synthetic(adapted, max_length, pad_token_id)
+def _measure(adapted: AdaptedModel, examples: _Examples) -> str | None:
     arrays = [_drawn(adapted, seed) for seed in (0, 1)]
     for layer in adapted.stacked_layers().values():
         layer.ghost = True
@@ -202,7 +200,7 @@ def _run(adapted: AdaptedModel, examples: _Examples, clients: Sequence[Sequence[
     batch = examples.batch(rows, adapted.device)
     adapted.layout.set_rows([len(mine) for mine in clients], device=adapted.device)
     logits = adapted.logits(batch)
-    per_example_loss(logits, batch["labels"]).sum().backward()
+    examples.task.loss(logits, batch["labels"]).sum().backward()
     samples = {}
     for name in adapted.trained:
         parameter: Any = adapted.parameter(name)
@@ -266,11 +264,13 @@ def _gradient(sample: torch.Tensor | RowProducts, row: int) -> torch.Tensor:
 
 @dataclass
 class _Examples:
-    """Drawn rows of tokens, with a class each, or None where the tokens are the labels."""
+    """Drawn rows of tokens, for a task and a head of some outputs."""
 
     rows: list[np.ndarray]
-    classes: int | None
     pad_token_id: int
+    task: Task
+    outputs: int
+    pairs: bool
 
     def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         """Return rows as the token table does: padded on the right; on a GPU without a mask where nothing is padded."""
@@ -279,15 +279,20 @@ class _Examples:
         for place, row in enumerate(chosen):
             ids[place, : lengths[place]] = torch.from_numpy(self.rows[row])
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        labels = torch.where(mask, ids, IGNORED) if self.classes is None else torch.tensor(chosen) % self.classes
+        labels = self.task.drawn_labels(ids, mask, torch.tensor(chosen), self.outputs)
         batch = {"input_ids": ids, "labels": labels}
+        if self.pairs:
+            # The second half of a row is the second text.
+            second = torch.arange(max(lengths)) >= (torch.tensor(lengths)[:, None] + 1) // 2
+            batch["token_type_ids"] = (second & mask).long()
         if device.type == "cpu" or not mask.all():
             batch["attention_mask"] = mask.long()
         return {name: value.to(device) for name, value in batch.items()}
 
 
-def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> _Examples:
+def _synthetic(adapted: AdaptedModel, config: Config, pad_token_id: int) -> _Examples:
     """Draw rows of 5, 5, 8, 11 and 24 tokens and one of the maximal length, which bounds the others."""
+    max_length = config.model.max_length
     shape: Any = getattr(adapted.model, "config", None)
     shape = getattr(getattr(adapted.model, "encoder", None), "config", shape)
     # Some models want exactly one end of text, and none of the others' marks.
@@ -296,12 +301,13 @@ def _synthetic(adapted: AdaptedModel, max_length: int, pad_token_id: int) -> _Ex
     ordinary = sorted(set(range(embeddings.weight.shape[0])) - {pad_token_id, *marks.values()})
     rng = np.random.default_rng(0)
     rows = [rng.choice(ordinary or [0], min(length, max_length)) for length in (5, 5, 8, 11, 24, max_length)]
-    if not adapted.head:
-        return _Examples(rows, None, pad_token_id)
-    for row in rows:
+    outputs = next(reversed(adapted.head.values())).out_features if adapted.head else 0
+    for row in rows if adapted.head else ():
         if marks["eos"] is not None:
             row[-1] = marks["eos"]
-    return _Examples(rows, next(reversed(adapted.head.values())).out_features, pad_token_id)
+    task = get_task(config.model.task)
+    pairs = len(task.columns(config.data)) > 1 and shape is not None and has_token_types(shape)
+    return _Examples(rows, pad_token_id, task, outputs, pairs)
 
 
 def _mark(shape: Any, name: str) -> int | None:

@@ -11,9 +11,9 @@ from fedlora.adapters.expert import ALPHA
 from fedlora.errors import InputError
 from fedlora.experts import FULL, Expert, Mixture
 from fedlora.experts.feed_forward import public_digest
+from fedlora.tasks import get_task
 from fedlora.training import train_cohort
 from fedlora.training.dp import per_example_gradients
-from fedlora.training.loss import per_example_loss
 from tests import tiny
 
 
@@ -78,7 +78,7 @@ def test_it_starts_at_the_public_model(kind):
     with torch.no_grad():
         assert torch.equal(adapted.logits(batch), stock(input_ids=batch["input_ids"]).logits)
     # There the router's gradient is exactly 0: AdamW would make a full step of a rounding error.
-    per_example_loss(adapted.logits(batch), batch["labels"]).sum().backward()
+    get_task("causal-lm").loss(adapted.logits(batch), batch["labels"]).sum().backward()
     for name in adapted.trained:
         gradient = adapted.parameter(name).grad
         assert bool(gradient.any()) == name.endswith("lora_B"), name
@@ -98,7 +98,7 @@ def test_every_trainable_has_per_example_gradients(kind, rank):
     adapted.layout.set_rows(counts, [9, 9])
     with per_example_gradients(adapted):
         batch = table.batch(np.arange(5))
-        per_example_loss(adapted.logits(batch), batch["labels"]).sum().backward()
+        get_task("causal-lm").loss(adapted.logits(batch), batch["labels"]).sum().backward()
         samples = {name: adapted.parameter(name).grad_sample.clone() for name in adapted.trained}
     suffixes = {name.rpartition(".")[2] for name in samples}
     assert suffixes == {"router", "router_bias"} | ({"delta"} if rank == FULL else {"lora_A", "lora_B"})
@@ -106,7 +106,7 @@ def test_every_trainable_has_per_example_gradients(kind, rank):
         adapted.set_clients([clients[0 if row < 3 else 1]])
         adapted.layout.set_rows([1])
         batch = table.batch([row])
-        per_example_loss(adapted.logits(batch), batch["labels"]).sum().backward()
+        get_task("causal-lm").loss(adapted.logits(batch), batch["labels"]).sum().backward()
         for name in adapted.trained:
             expected = adapted.parameter(name).grad[0]
             torch.testing.assert_close(samples[name][row], expected, rtol=0, atol=1e-10)

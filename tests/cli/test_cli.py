@@ -18,6 +18,7 @@ from fedlora.cli.display import COLUMNS, RunDisplay
 from fedlora.errors import InputError, RunError
 from fedlora.methods import methods
 from fedlora.results import RunResult
+from fedlora.tasks import get_task
 from tests.command import fedlora
 
 METHODS = methods()
@@ -95,9 +96,9 @@ def test_without_a_terminal_there_is_no_bar(config: Path, simulated: list[dict[s
     assert len(out.splitlines()) == 8
 
 
-def display(**options: Any) -> tuple[RunDisplay, io.StringIO]:
+def display(task: str = "sequence-classification", **options: Any) -> tuple[RunDisplay, io.StringIO]:
     out = io.StringIO()
-    return RunDisplay(Console(file=out, width=60, **options)), out
+    return RunDisplay(Console(file=out, width=60, **options), get_task(task)), out
 
 
 def test_on_a_terminal_there_is_a_bar_with_loss_score_epsilon_and_bytes() -> None:
@@ -113,7 +114,7 @@ def test_on_a_terminal_there_is_a_bar_with_loss_score_epsilon_and_bytes() -> Non
 
 
 def test_rounds_without_evaluation_or_privacy_have_dashes() -> None:
-    shown, out = display()
+    shown, out = display("causal-lm")
     with shown:
         shown.progress.on_start(2, 0, 3)
         shown.progress.on_round({**LINE, "metrics": {}, "train_loss": None, "epsilon": None})
@@ -134,7 +135,7 @@ def test_a_failed_client_is_shown_with_its_reason() -> None:
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
-    shown, out = display()
+    shown, out = display("causal-lm")
     with shown:
         pass
     shown.summary(RunResult(tmp_path, {**SUMMARY, "epsilon": None, "final": {"perplexity": 12.345}}))

@@ -376,11 +376,8 @@ def test_a_describe_looks_at_no_text(tmp_path: Path, folders: dict[str, Path], m
     def read(*_: Any) -> Any:
         raise AssertionError
 
-    for name in (
-        "fedlora.data.sources._any_texts",
-        "fedlora.data.tokens._encode",
-        "fedlora.clients.client_app.client_data",
-    ):
+    encoders = [f"fedlora.tasks.{task}.encode" for task in ("texts.TextTask", "causal_lm.CausalLM")]
+    for name in ("fedlora.data.sources._any_texts", *encoders, "fedlora.clients.client_app.client_data"):
         monkeypatch.setattr(name, read)
     sections = {"model": {"task": "sequence-classification"}}
     for run, text in enumerate((a_config(folders["decoder"]), a_config(folders["encoder"], **sections)), 1):

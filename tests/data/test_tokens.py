@@ -14,6 +14,7 @@ from fedlora.data.sources import materialise
 from fedlora.data.tokens import TokenTable, prepare_data
 from fedlora.errors import InputError
 from fedlora.models import load_tokenizer
+from fedlora.tasks import get_task
 
 TEXTS = [" ".join(["word"] * (1 + row % 7)) for row in range(40)]
 
@@ -168,4 +169,4 @@ def test_max_length_beyond_the_model_is_named(build):
 
 def test_a_table_needs_something_to_learn():
     with pytest.raises(ValueError, match="neither labels nor answers"):
-        TokenTable(np.arange(3), np.array([0, 3]), None, None, None, 0).batch([0])
+        TokenTable(np.arange(3), np.array([0, 3]), None, None, None, 0, get_task("causal-lm")).batch([0])

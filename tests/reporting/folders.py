@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import load_config
-from fedlora.results.folder import CLIENTS, COMMUNICATION, PARTITION, PRIVACY
+from fedlora.results.folder import COMMUNICATION, PARTITION, PRIVACY
 
 CLIENT_COUNT, ROUNDS = 4, 3
 LABELS = ("fresh", "rotten")
@@ -90,10 +90,10 @@ def make_run(
     write_csv(path / "communication.csv", COMMUNICATION, rows)
     write_csv(path / "privacy.csv", PRIVACY, [])
     scores = [
-        (c, int(rng.integers(5, 50)), float(rng.uniform(0.2, 1)), "" if text else float(rng.uniform(0.2, 1)))
+        (c, int(rng.integers(5, 50)), float(rng.uniform(0.2, 1)), *([] if text else [float(rng.uniform(0.2, 1))]))
         for c in range(CLIENT_COUNT)
     ]
-    write_csv(path / "clients.csv", CLIENTS, scores)
+    write_csv(path / "clients.csv", ("client", "examples", "loss", *([] if text else ["accuracy"])), scores)
     write_csv(
         path / "partition.csv",
         PARTITION,

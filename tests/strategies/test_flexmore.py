@@ -18,6 +18,7 @@ from fedlora.errors import InputError, RunError
 from fedlora.experts import FULL, Mixture
 from fedlora.experts.expert import array_shapes, dense
 from fedlora.strategies.flexmore import FlexMoRE, client_owners
+from fedlora.tasks import get_task
 from fedlora.training import train_cohort
 from fedlora.training.expert_start import start_expert
 from fedlora.training.router import tune_router
@@ -270,7 +271,9 @@ def domain_data(kind: str) -> Any:
     """Two domains, each of its own few words."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.integers(3, 12, 200), rng.integers(30, 39, 200)]).astype(np.int32)
-    table = tiny.TokenTable(tokens, np.arange(0, 401, 10), None, np.zeros(40, np.int64), np.repeat([0, 1], 20), 0)
+    domain = np.repeat([0, 1], 20)
+    task = get_task("causal-lm")
+    table = tiny.TokenTable(tokens, np.arange(0, 401, 10), None, np.zeros(40, np.int64), domain, 0, task)
     parts = [np.arange(0, 8), np.arange(8, 20), np.arange(20, 40)]
     return SimpleNamespace(
         train=table, test=table, validation=None, public=table, domain_names=["a", "b"], partition=parts,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedlora.study.tuning import choose
+from fedlora.tasks import get_task
 
 NAN = float("nan")
 
@@ -24,4 +25,5 @@ NAN = float("nan")
     ],
 )
 def test_the_best_has_the_highest_accuracy_then_the_lowest_loss(scores: list[Any], best: int | None) -> None:
-    assert choose(scores) == best
+    task = get_task("causal-lm" if any(s and "perplexity" in s for s in scores) else "sequence-classification")
+    assert choose(scores, task) == best

@@ -23,7 +23,6 @@ from fedlora.errors import GuardError
 from fedlora.training import ClientJob, cohort, train_cohort
 from fedlora.training import dp as dp_module
 from fedlora.training.dp import NOISE_STEPS, StackedDPOptimizer, choose_ghost_norms
-from fedlora.training.loss import per_example_loss
 from tests import tiny
 
 
@@ -92,7 +91,7 @@ def test_a_client_alone_equals_stock_opacus(kind, method):
         batch = examples.batch(rows)
         optimizer.zero_grad()
         output = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        loss = per_example_loss(output.logits, batch["labels"])
+        loss = examples.task.loss(output.logits, batch["labels"])
         loss.mean().backward()
         norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters.values()]).norm(dim=0)
         assert (norms > plan.max_grad_norm).all()
@@ -202,7 +201,7 @@ def test_a_cohort_of_separate_stock_opacus_runs():
         batch = examples.batch(job.rows)
         wrapped = GradSampleModule(model, loss_reduction="sum")
         output = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        per_example_loss(output.logits, batch["labels"]).sum().backward()
+        examples.task.loss(output.logits, batch["labels"]).sum().backward()
         noise = cohort._Generators(config.run.seed, job, torch.device("cpu")).noise
         # The noise of several steps is drawn at once, and this run takes only the first.
         numbers = torch.empty(NOISE_STEPS, sum(p.numel() for p in parameters.values()), dtype=torch.float64)

@@ -16,7 +16,7 @@ def part(whole: TokenTable, rows: np.ndarray) -> TokenTable:
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
     labels = None if whole.labels is None else whole.labels[rows]
     starts = None if whole.answer_start is None else whole.answer_start[rows]
-    return TokenTable(np.concatenate(tokens), offsets, labels, starts, None, whole.pad_token_id)
+    return TokenTable(np.concatenate(tokens), offsets, labels, starts, None, whole.pad_token_id, whole.task)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

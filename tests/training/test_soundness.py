@@ -25,7 +25,6 @@ from fedlora.errors import GuardError, InputError
 from fedlora.results import RunResult
 from fedlora.training import train_cohort
 from fedlora.training.dp import per_example_gradients
-from fedlora.training.loss import per_example_loss
 from fedlora.training.soundness import check_sound, dependence
 from tests import tiny
 from tests.architectures import DECODERS, ENCODERS, REFUSED, adapted_case, build, cases, save
@@ -50,7 +49,7 @@ def gradients(
         batch = examples.batch(rows)
         adapted.layout.set_rows([len(mine) for mine in clients])
         logits = adapted.logits(batch)
-        per_example_loss(logits, batch["labels"]).sum().backward()
+        examples.task.loss(logits, batch["labels"]).sum().backward()
         samples = {name: adapted.parameter(name).grad_sample for name in adapted.trained}
     return [{name: sample[i] for name, sample in samples.items()} for i in range(len(rows))], logits.detach()
 

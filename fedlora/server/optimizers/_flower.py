@@ -16,8 +16,9 @@ import torch
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
+from fedlora.arrays import Arrays
 from fedlora.config import ServerSection
-from fedlora.server.optimizers import Arrays, ServerOptimizer
+from fedlora.server.optimizers import ServerOptimizer
 
 Moments = dict[str, dict[str, np.ndarray]]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlora.server.optimizers import Arrays, ServerOptimizer
+from fedlora.arrays import Arrays
+from fedlora.server.optimizers import ServerOptimizer
 
 
 class FedAvg(ServerOptimizer):

@@ -1,0 +1,298 @@
+"""What a task is: how labels become numbers, the loss of an example, what evaluation measures, and which way is up."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from fedlora.tasks.labels import Column
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.config import DataSection
+
+IGNORED = -100
+"""The label of a position that has no loss."""
+
+Sums = Mapping[str, np.ndarray]
+"""Statistics of an evaluation, summed over examples: all that has to be known of them."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is read.
+
+    Attributes
+    ----------
+    form : str
+        ``percent`` for shares in [0, 1], else ``number``.
+    maximize : bool
+        Whether higher is better.
+    digits : int
+        Behind the point, where it is shown.
+    """
+
+    form: Literal["percent", "number"] = "number"
+    maximize: bool = True
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the primary metric is without a model.
+
+    Attributes
+    ----------
+    metric : str
+        The score that says it.
+    title : str
+        In two words.
+    sentence : str
+        How it is reached: "Always naming the largest class", which "gives" that.
+    """
+
+    metric: str
+    title: str
+    sentence: str
+
+
+PERCENT = Metric("percent", digits=1)
+
+
+@dataclass
+class Encoded:
+    """Token ids of some examples.
+
+    Attributes
+    ----------
+    tokens : list of list of int
+        Cut to the longest length.
+    whole : list of list of int
+        Not cut: what is counted to say how much ``model.max_length`` cuts off.
+    texts : list of str
+        What was read.
+    starts : list of int, optional
+        How many of each example's first tokens have no loss, where the tokens are the labels.
+    token_types : list of list of int, optional
+        Of every token: which of two texts it belongs to.
+    tags : list of list of int, optional
+        Of every token: its label, -100 for none.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    whole: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    starts: list[int] | None = None
+    token_types: list[list[int]] | None = None
+    tags: list[list[int]] | None = None
+
+
+class Task(ABC):
+    """Base of all tasks. A file of ``fedlora/tasks/`` that defines a subclass is a task; nothing else names it.
+
+    Attributes
+    ----------
+    name : str
+        ``model.task``.
+    title : str
+        What it is, in a line.
+    auto_class : str
+        The transformers class that loads its model, ``AutoModelFor...``.
+    peft_type : str
+        A name of ``peft.TaskType``.
+    problem_type : str, optional
+        What transformers calls the loss, in the model's config.
+    causal : bool
+        Whether position t predicts token t + 1: the model has no head of its own, and may not see ahead.
+    poolings : tuple of str
+        Values of ``model.pooling`` that mean something.
+    keys : tuple of str
+        Config keys that this task reads and not every other does.
+    labelled : bool
+        Whether examples have a label in ``data.label``.
+    classes : bool
+        Whether labels are names of classes.
+    one_class : bool
+        Whether every example is of exactly one class, so that a partition can skew it.
+    words : bool
+        Whether ``data.text`` holds lists of words.
+    scores : dict of str to Metric
+        What evaluation gives, beside ``loss``.
+    primary : str
+        The metric that runs are judged by.
+    client_metric : str
+        The metric by which clients are compared, which a few examples can give: ``loss`` or one of ``scores``.
+    by_domain : bool
+        Whether the primary metric is given for each domain too.
+    baseline : Baseline, optional
+    loss_unit : str
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    auto_class: ClassVar[str]
+    peft_type: ClassVar[str]
+    problem_type: ClassVar[str | None] = None
+    causal: ClassVar[bool] = False
+    poolings: ClassVar[tuple[str, ...]] = ("default",)
+    keys: ClassVar[tuple[str, ...]]
+    labelled: ClassVar[bool] = True
+    classes: ClassVar[bool] = True
+    one_class: ClassVar[bool] = False
+    words: ClassVar[bool] = False
+    scores: ClassVar[Mapping[str, Metric]]
+    primary: ClassVar[str]
+    client_metric: ClassVar[str] = "loss"
+    by_domain: ClassVar[bool] = False
+    baseline: ClassVar[Baseline | None] = None
+    loss_unit: ClassVar[str] = "nats"
+
+    # Data.
+
+    def columns(self, data: DataSection) -> dict[str, str]:
+        """Return the columns of an example's texts: the key of ``data`` that names each, and the column."""
+        return {"text": data.text}
+
+    def read_labels(self, column: Column, texts: Mapping[str, list[Any]]) -> list[Any]:
+        """Return the labels of a column's cells as words, lists of words or numbers.
+
+        Parameters
+        ----------
+        column : Column
+        texts : Mapping[str, list]
+            The examples' texts, by the keys of :meth:`columns`.
+
+        Raises
+        ------
+        InputError
+            Naming column and row of what is no label of this task.
+        """
+        raise NotImplementedError
+
+    def names_in(self, label: Any) -> Sequence[str]:
+        """Return the classes that a label names."""
+        return (label,)
+
+    def number(self, label: Any, index: Mapping[str, int]) -> Any:
+        """Return a label as numbers, by the number of each class."""
+        return index[label]
+
+    def label_array(self, labels: list[Any]) -> np.ndarray | None:
+        """Return the numbers of all examples' labels, [rows] or [rows, labels]; None where tokens have the labels."""
+        return np.array(labels, np.int64)
+
+    @abstractmethod
+    def encode(self, tokenizer: Any, examples: Mapping[str, list[Any]], max_length: int, token_types: bool) -> Encoded:
+        """Tokenise examples.
+
+        Parameters
+        ----------
+        tokenizer : transformers.PreTrainedTokenizerBase
+        examples : Mapping[str, list]
+            The columns of :meth:`columns` by their keys, and ``label``.
+        max_length : int
+            ``model.max_length``.
+        token_types : bool
+            Whether the model tells the two texts of a pair by token types.
+        """
+
+    # Model.
+
+    def outputs(self, label_names: Sequence[str] | None) -> int | None:
+        """Return how many outputs the head has; None for a model without one."""
+        return None if label_names is None else len(label_names)
+
+    @abstractmethod
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each example, [N].
+
+        An example's loss depends on nothing but the example, whatever its neighbours: the clipping of DP-SGD, and
+        cohorts of clients, rest on it. Of a label a token it is the mean over the example's own tokens.
+
+        Parameters
+        ----------
+        logits : Tensor [N, outputs] or [N, T, outputs]
+        labels : Tensor
+            As :meth:`~fedlora.data.tokens.TokenTable.batch` gives them.
+        """
+
+    @abstractmethod
+    def drawn_labels(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, outputs: int) -> torch.Tensor:
+        """Make up labels that depend on each example alone, to measure a model with.
+
+        Parameters
+        ----------
+        ids, mask : Tensor [N, T]
+        rows : Tensor [N]
+            A number for each example.
+        outputs : int
+            Of the head.
+        """
+
+    # Evaluation.
+
+    @abstractmethod
+    def statistics(
+        self, logits: torch.Tensor, labels: torch.Tensor, label_names: Sequence[str] | None
+    ) -> dict[str, torch.Tensor]:
+        """Return what each example adds to an evaluation, each [N, ...]; :meth:`metrics` needs their sums alone."""
+
+    @abstractmethod
+    def metrics(self, sums: Sums, examples: Sums | None = None) -> dict[str, float]:
+        """Return ``loss`` and the scores of the statistics' sums.
+
+        Parameters
+        ----------
+        sums : Mapping[str, ndarray]
+        examples : Mapping[str, ndarray], optional
+            The statistics of every single example, where one place has them all: for metrics that no sum can give,
+            such as a rank correlation. These are left out without them.
+        """
+
+    # What is said of it.
+
+    @property
+    def maximize(self) -> bool:
+        """Whether the primary metric is better the higher it is."""
+        return self.scores[self.primary].maximize
+
+    def score(self, metrics: Mapping[str, Any]) -> float:
+        """Return a number that is the higher the better the metrics are; minus infinity where the primary is none."""
+        value = metrics.get(self.primary)
+        if value is None or math.isnan(value):
+            return -math.inf
+        return float(value) if self.maximize else -float(value)
+
+    def form(self, name: str) -> str:
+        """Return how a metric is written: percent or number."""
+        return self.scores[name].form if name in self.scores else "number"
+
+    def better_high(self, name: str) -> bool:
+        """Whether a metric (loss too) is better the higher it is."""
+        return name in self.scores and self.scores[name].maximize
+
+    def show(self, name: str, value: float | None) -> str:
+        """Write a metric's value for a line of text."""
+        if value is None:
+            return "-"
+        metric = self.scores.get(name, Metric())
+        return f"{value:.{metric.digits}%}" if metric.form == "percent" else f"{value:.{metric.digits}f}"
+
+
+def f1(true: np.ndarray, predicted: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return F1 of each class from counts of true positives, of predictions and of labels; 0 of a class without any."""
+    true, total = np.asarray(true, np.float64), np.asarray(predicted, np.float64) + np.asarray(there, np.float64)
+    return np.divide(2 * true, total, out=np.zeros_like(total), where=total > 0)
+
+
+def upcast(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32 at least: losses of half precision would be rounded off."""
+    import torch
+
+    return logits if logits.dtype == torch.float64 else logits.float()
