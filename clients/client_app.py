@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
-from clients.resources import (
+from fedlora.adapters import AdaptedModel, ExpertModel
+from fedlora.clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
+from fedlora.clients.resources import (
     client_data,
     client_model,
     forget_data,
@@ -23,7 +24,6 @@ from clients.resources import (
     keep_initial,
     run_config,
 )
-from fedlora.adapters import AdaptedModel, ExpertModel
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import Arrays, decode, digest, encode, wire_dtype
 from fedlora.data.sources import count_own

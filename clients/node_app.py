@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from fedlora.node.names import NODE_FILE
 from fedlora.node.resident import ask
 
-APP = "clients.client_app:app"
+APP = "fedlora.clients.client_app:app"
 
 
 class NodeApp(ClientApp):
@@ -22,7 +22,7 @@ class NodeApp(ClientApp):
         """Return the reply of the node's worker, or of the app in this process."""
         if NODE_FILE in context.node_config:
             return ask(str(context.node_config[NODE_FILE]), APP, message, context)
-        from clients.client_app import app as here
+        from fedlora.clients.client_app import app as here
 
         return here(message, context)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message
 
-from clients.resources import client_data, run_config
+from fedlora.clients.resources import client_data, run_config
 from fedlora.config import Config
 from fedlora.errors import InputError, StaleError
 from fedlora.node.ledger import Charge

@@ -1,4 +1,4 @@
-"""Tables and figures of the study of ranks: what ``python -m experiments.flexmore_study plot`` writes."""
+"""Tables and figures of the study of ranks: what ``python -m fedlora.experiments.flexmore_study plot`` writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.experts.expert import FULL
-from strategies.flexmore import FULL_RATE
+from fedlora.strategies.flexmore import FULL_RATE
 
 RANKS = ["1", "4", "16", "64", "256", "full"]
 

@@ -1,8 +1,8 @@
 """Ranks of experts against perplexity and bytes: five domains of 20newsgroups, and reasoning against knowledge.
 
-    python -m experiments.flexmore_study export --output DATA          # texts as JSONL, and the model as safetensors
-    python -m experiments.flexmore_study run --data DATA --output OUT  # on a GPU; raw.json grows as parts are done
-    python -m experiments.flexmore_study plot --output OUT             # table.md, ranks.png, reasoning.png
+    python -m fedlora.experiments.flexmore_study export --output DATA  # texts as JSONL, and the model as safetensors
+    python -m fedlora.experiments.flexmore_study run --data DATA --output OUT  # on a GPU; raw.json grows
+    python -m fedlora.experiments.flexmore_study plot --output OUT # table.md, ranks.png, reasoning.png
 
 ``run`` needs no network. It trains, for every rank, the five owners' experts in one pass each (see
 :func:`fedlora.training.train_cohort`), merges them, and evaluates the public model, every expert with the public one,
@@ -28,22 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmarks.machine import machine
-from experiments.flexmore_plot import RANKS, add_seeds, join, plot
 from fedlora.adapters import AdaptedModel, ExpertModel, adapt
 from fedlora.adapters.expert import ALPHA
 from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
+from fedlora.experiments.benchmarks.machine import machine
+from fedlora.experiments.flexmore_plot import RANKS, add_seeds, join, plot
 from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate
 from fedlora.experts.mixture import Mixture
 from fedlora.models import load_base, pretrained_source
 from fedlora.results.folder import to_json
+from fedlora.strategies.base import drawn_factors
+from fedlora.strategies.flexmore import FULL_RATE, FlexMoRE
 from fedlora.training import ClientJob, evaluate, evaluate_clients, train_cohort
 from fedlora.training.expert_start import mean_states, router_row, start_expert
 from fedlora.training.router import tune_router
-from strategies.base import drawn_factors
-from strategies.flexmore import FULL_RATE, FlexMoRE
 
 TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting", "simple_equations", "syllogism")
 """Of reasoning-gym: the procedural side of the second study."""

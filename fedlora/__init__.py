@@ -6,6 +6,7 @@ takes an owner's expert out of it again.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import InputError, RunError
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 # Before any library looks for it.
 ensure_home()
+
+# strategies/, clients/ and experiments/ lie beside this folder, and links in it make them fedlora.strategies and so on.
+# Flower leaves links out of the app that it packs: there they are found beside it.
+if not (Path(__path__[0]) / "strategies").is_dir():
+    __path__.append(str(Path(__path__[0]).parent))
 
 __all__ = ["InputError", "RunError", "RunResult", "load", "opt_out", "simulate"]
 

@@ -26,17 +26,17 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.simulation import LocalGrid, RayGrid
+from fedlora.strategies import get_strategy
+from fedlora.strategies.federation import Progress, run_federation
+from fedlora.strategies.server_app import resolve
 from fedlora.training.dp import choose_ghost_norms
-from strategies import get_strategy
-from strategies.federation import Progress, run_federation
-from strategies.server_app import resolve
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("fedlora")
 
-CLIENT_APP = "clients.client_app:app"
+CLIENT_APP = "fedlora.clients.client_app:app"
 
 
 def simulate(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 
 from fedlora.errors import InputError
-from strategies.base import FederatedStrategy
-from strategies.fed_sb import FedSB
-from strategies.fedit import FedIT
-from strategies.ffa_lora import FFALoRA
-from strategies.flexmore import FlexMoRE
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.fed_sb import FedSB
+from fedlora.strategies.fedit import FedIT
+from fedlora.strategies.ffa_lora import FFALoRA
+from fedlora.strategies.flexmore import FlexMoRE
 
 METHODS: dict[str, type[FederatedStrategy]] = {s.name: s for s in (FedIT, FFALoRA, FedSB, FlexMoRE)}
 

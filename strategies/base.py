@@ -26,10 +26,10 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.models import load_base
+from fedlora.strategies.aggregation import Drift, WeightedMean, in_client_order
+from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
-from strategies.aggregation import Drift, WeightedMean, in_client_order
-from strategies.replies import ReplyError, first_replies, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 

@@ -12,8 +12,8 @@ from fedlora.adapters.model import dense_weight
 from fedlora.communication.wire import Arrays
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
+from fedlora.strategies.base import FederatedStrategy, Payload
 from fedlora.training.loss import per_example_loss
-from strategies.base import FederatedStrategy, Payload
 
 
 class FedSB(FederatedStrategy):

@@ -36,11 +36,11 @@ from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
+from fedlora.strategies.base import FederatedStrategy, RoundReport
+from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
-from strategies.base import FederatedStrategy, RoundReport
-from strategies.nodes import AddressedGrid, Roster
-from strategies.replies import ReplyError, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
 
@@ -375,7 +375,7 @@ def _commit() -> str | None:
 
     Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return os.environ.get("FEDLORA_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]

@@ -7,7 +7,7 @@ from typing import ClassVar
 from fedlora.adapters import AdaptedModel
 from fedlora.communication.wire import Arrays
 from fedlora.data.tokens import FederatedData
-from strategies.base import FederatedStrategy, Payload, drawn_factors
+from fedlora.strategies.base import FederatedStrategy, Payload, drawn_factors
 
 
 class FFALoRA(FederatedStrategy):

@@ -28,11 +28,11 @@ from fedlora.experts.folder import folder_name, save_expert
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.strategies.base import FederatedStrategy, Payload, Planned, RoundReport
+from fedlora.strategies.replies import ReplyError, is_finite, read_update
 from fedlora.training import evaluate
 from fedlora.training.expert_start import mean_states, router_row
 from fedlora.training.router import tune_router
-from strategies.base import FederatedStrategy, Payload, Planned, RoundReport
-from strategies.replies import ReplyError, is_finite, read_update
 
 log = logging.getLogger("fedlora")
 

@@ -13,8 +13,8 @@ from fedlora.communication.decorator import GridDecorator
 from fedlora.config import NODES, Config
 from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError, plain_text
 from fedlora.node.names import NODE_RECORD, labels_digest
-from strategies.base import UNAVAILABLE, RoundReport
-from strategies.replies import ReplyError, first_replies, read_description
+from fedlora.strategies.base import UNAVAILABLE, RoundReport
+from fedlora.strategies.replies import ReplyError, first_replies, read_description
 
 log = logging.getLogger("fedlora")
 

@@ -15,8 +15,8 @@ from fedlora.data.tokens import prepare_data
 from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
 from fedlora.results.identity import check_data
-from strategies import get_strategy
-from strategies.federation import run_federation
+from fedlora.strategies import get_strategy
+from fedlora.strategies.federation import run_federation
 
 log = logging.getLogger("fedlora")
 

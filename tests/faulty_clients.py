@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, Context, Message
 
-import clients.client_app
+from fedlora.clients import client_app
 from fedlora.simulation import CohortClientApp
 
 CULPRIT, ROUND = 1, 2
@@ -19,12 +19,12 @@ CULPRIT, ROUND = 1, 2
 def _app(fault: Callable[[Message], None], *, all_clients: bool = False) -> CohortClientApp:
     """Make an app that trains as fedlora does; the fault has the culprit's reply."""
     app = CohortClientApp()
-    app.query()(clients.client_app.describe)
+    app.query()(client_app.describe)
 
     @app.train_cohort
     def train(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         """Train, and let the fault change the reply, raise, or end the process."""
-        replies = list(clients.client_app.train(messages, contexts))
+        replies = list(client_app.train(messages, contexts))
         for message, context, reply in zip(messages, contexts, replies, strict=True):
             asked: Any = message.content["config"]
             if asked["server-round"] == ROUND and (all_clients or context.node_config["partition-id"] == CULPRIT):

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from fedlora import simulate
-from strategies.federation import Progress
+from fedlora.strategies.federation import Progress
 
 answers = 0
 

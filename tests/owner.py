@@ -20,8 +20,8 @@ from fedlora.data.tokens import prepare_data
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.policy import folder_digest
-from strategies import get_strategy
-from strategies.server_app import resolve
+from fedlora.strategies import get_strategy
+from fedlora.strategies.server_app import resolve
 from tests.messages import FIRST_NODE, train_message
 
 WORDS = {"good": ["joy", "fine", "moving", "bright"], "bad": ["dull", "waste", "lifeless", "mess"]}

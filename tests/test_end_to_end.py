@@ -30,9 +30,9 @@ from fedlora.errors import ClientErrorCode, InputError
 from fedlora.reporting.report import write_report
 from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
-from strategies import METHODS
-from strategies.federation import Progress
-from strategies.fedit import FedIT
+from fedlora.strategies import METHODS
+from fedlora.strategies.federation import Progress
+from fedlora.strategies.fedit import FedIT
 from tests.command import fedlora
 
 ROOT = Path(__file__).parents[1]

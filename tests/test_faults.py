@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedlora import simulator
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import LocalGrid
-from strategies.base import NO_REPLY
+from fedlora.strategies.base import NO_REPLY
 from tests.command import Done, fedlora
 from tests.faulty_clients import CULPRIT, ROUND
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import fedlora
-from clients.client_app import app
+from fedlora.clients.client_app import app
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
@@ -27,10 +27,10 @@ from fedlora.node.node import Node
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import RunResult, run_folder
+from fedlora.strategies.federation import Progress, run_federation
+from fedlora.strategies.flexmore import FlexMoRE
+from fedlora.strategies.server_app import resolve
 from fedlora.study.forecast import forecast
-from strategies.federation import Progress, run_federation
-from strategies.flexmore import FlexMoRE
-from strategies.server_app import resolve
 from tests import tiny
 from tests.messages import FIRST_NODE, FakeGrid
 from tests.owner import listed, write_node

@@ -20,7 +20,7 @@ from flwr.app import Context, RecordDict
 from fedlora import simulate
 from fedlora.errors import RunError
 from fedlora.simulation.local_grid import LocalGrid
-from strategies.server_app import free_folder, main
+from fedlora.strategies.server_app import free_folder, main
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -169,7 +169,7 @@ def test_the_server_refuses_fewer_nodes_than_clients(tmp_path: Path) -> None:
     config.write_text(CONFIG, encoding="utf-8")
     output = tmp_path / "run"
     values = {"config": str(config), "output": str(output)}
-    grid = LocalGrid("clients.client_app:app", 2, run_config=values)
+    grid = LocalGrid("fedlora.clients.client_app:app", 2, run_config=values)
     with pytest.raises(RunError, match=r"clients = 3: 2 nodes are there.*num-supernodes=3$"):
         main(grid, Context(1, 1, {}, RecordDict(), values))
     assert not output.exists()

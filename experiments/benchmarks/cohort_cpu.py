@@ -2,7 +2,7 @@
 
 The same clients train under DP-SGD in one pass and one after the other, MiniLM's shape, on two cores::
 
-    python -m experiments.benchmarks.cohort_cpu --output cohort_cpu.json
+    python -m fedlora.experiments.benchmarks.cohort_cpu --output cohort_cpu.json
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.cohort_speed import measure_cohort
-from experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.cohort_speed import measure_cohort
+from fedlora.experiments.benchmarks.machine import machine
 
 BATCHES = [(1, 64), (4, 32), (32, 32)]
 """Examples and tokens of a batch."""

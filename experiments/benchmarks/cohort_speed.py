@@ -4,7 +4,7 @@ Both train the same FFA-LoRA adapters (and the classification head, where there 
 sampling at the same rate and the same numbers of clients' examples, base in bf16, adapters in fp32. The peer keeps its
 base model loaded and only resets the adapters between clients, which is the fairest that the stock libraries allow::
 
-    python -m experiments.benchmarks.cohort_speed --output cohort_speed.json --sizes minilm bert-large llama-1b
+    python -m fedlora.experiments.benchmarks.cohort_speed --output cohort_speed.json --sizes minilm bert-large llama-1b
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from experiments.benchmarks.machine import machine
 from fedlora.adapters import adapt
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
+from fedlora.experiments.benchmarks.machine import machine
 from fedlora.privacy import PrivacyPlan
 from fedlora.training import ClientJob, train_cohort
 from fedlora.training.fuse import fuse_blocks

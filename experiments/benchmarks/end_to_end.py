@@ -2,7 +2,7 @@
 
 ::
 
-    python -m experiments.benchmarks.end_to_end --output end_to_end.json
+    python -m fedlora.experiments.benchmarks.end_to_end --output end_to_end.json
 
 ``--set`` overrides keys of the config, as for ``fedlora run``. Flower's runtime runs ``--flower-rounds`` rounds (0: not
 at all) for each share of a GPU a client that ``--flower-gpus`` names, and its seconds a round are compared; model, data
@@ -25,11 +25,11 @@ from typing import Any
 
 import ray
 
-from experiments.benchmarks.machine import ROOT, machine
 from fedlora import simulate
 from fedlora.cli import parse_overrides
 from fedlora.config import load_config
-from strategies.federation import Progress
+from fedlora.experiments.benchmarks.machine import ROOT, machine
+from fedlora.strategies.federation import Progress
 
 PARTS = ("train", "communicate", "aggregate", "evaluate")
 """Of a round, as rounds.jsonl has them; what is left of its wall time is written to the run folder."""

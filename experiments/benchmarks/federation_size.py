@@ -3,7 +3,7 @@
 Each size runs in a process of its own, with its own Ray. The peak is that of the driver and of all processes below it
 together (proportional set size, so that shared pages count once), read five times a second::
 
-    python -m experiments.benchmarks.federation_size --output federation_size.json
+    python -m fedlora.experiments.benchmarks.federation_size --output federation_size.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.machine import machine
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "federation-size", "rounds": 8},
@@ -94,7 +94,7 @@ def main() -> None:
     results = []
     print(f"{'clients':>8} {'peak MB':>10} {'s a round':>10}")
     for clients in arguments.clients:
-        command = [sys.executable, "-m", "experiments.benchmarks.federation_size", "--child", str(clients)]
+        command = [sys.executable, "-m", "fedlora.experiments.benchmarks.federation_size", "--child", str(clients)]
         command += ["--set", *arguments.set]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,7 @@
 
 The measured crossing point is to be compared with :func:`fedlora.adapters.stacked.ghost_norms_pay`, which chooses::
 
-    python -m experiments.benchmarks.ghost_norms --output ghost_norms.json
+    python -m fedlora.experiments.benchmarks.ghost_norms --output ghost_norms.json
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.machine import machine
 from fedlora.adapters import RowLayout
 from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
+from fedlora.experiments.benchmarks.machine import machine
 
 SHAPES = [
     (64, 384, 8),

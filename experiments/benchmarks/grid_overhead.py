@@ -12,7 +12,7 @@ serialised bytes unopened. The loop and pfl have no messages, so this does not t
 
 Every measurement runs in a process of its own. The first rounds count as start-up and are reported apart::
 
-    python -m experiments.benchmarks.grid_overhead --output overhead.json --pfl-python PATH
+    python -m fedlora.experiments.benchmarks.grid_overhead --output overhead.json --pfl-python PATH
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.machine import machine
 
 # flwr, fedlora and pfl are imported where they are measured: pfl may run in an interpreter that has nothing else.
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def measure_loop(case: Case) -> Timing:
 
 def measure_raygrid(case: Case) -> Timing:
     """Time fedlora's grid."""
-    from experiments.benchmarks.echo_app import echo_app
+    from fedlora.experiments.benchmarks.echo_app import echo_app
     from fedlora.simulation import RayGrid
 
     with RayGrid(
@@ -110,7 +110,7 @@ def measure_flower(case: Case) -> Timing:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from experiments.benchmarks.echo_app import echo_app
+    from fedlora.experiments.benchmarks.echo_app import echo_app
 
     timings = []
     server_app = ServerApp()
@@ -247,7 +247,14 @@ def _run_child(peer: str, case: Case, python: str) -> dict[str, Any]:
     """Measure in a fresh process; a peer that is missing or fails is told, not raised."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [python, "-m", "experiments.benchmarks.grid_overhead", "--child", peer, json.dumps(asdict(case))]
+        command = [
+            python,
+            "-m",
+            "fedlora.experiments.benchmarks.grid_overhead",
+            "--child",
+            peer,
+            json.dumps(asdict(case)),
+        ]
         spawned = time.perf_counter()
         done = subprocess.run(
             [*command, "--output", str(answer)],

@@ -5,7 +5,7 @@ the same model, data, partition, adapters (FFA-LoRA's B and the head), optimiser
 layers one client at a time in one process; fedlora runs its own simulation, messages and metering included. Evaluation
 counts in neither::
 
-    python -m experiments.benchmarks.pfl_training --output pfl_training.json
+    python -m fedlora.experiments.benchmarks.pfl_training --output pfl_training.json
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmarks.machine import machine
 from fedlora import simulate
 from fedlora.cli import parse_overrides
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
+from fedlora.experiments.benchmarks.machine import machine
 from fedlora.models import load_base
+from fedlora.strategies.ffa_lora import FFALoRA
+from fedlora.strategies.server_app import resolve
 from fedlora.training.batches import shuffled_batches
 from fedlora.training.loss import per_example_loss
-from strategies.ffa_lora import FFALoRA
-from strategies.server_app import resolve
 
 
 def measure_ours(config: Config) -> list[float]:

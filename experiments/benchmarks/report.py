@@ -1,6 +1,6 @@
 """Draw the figure of experiments/benchmarks/README.md from the raw JSON, and print where a GPU's time goes::
 
-python -m experiments.benchmarks.report
+python -m fedlora.experiments.benchmarks.report
 """
 
 from __future__ import annotations

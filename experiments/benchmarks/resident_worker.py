@@ -5,7 +5,7 @@ only the SuperLink between server and node is left out. ``handled`` is what the 
 ``started`` has its worker since it joined, as ``fedlora node`` does; ``idle`` had none left, so message 1 starts it;
 ``fresh`` ends it after every message, which is what Flower's process a message would cost without it::
 
-    python -m experiments.benchmarks.resident_worker --output resident_worker.json
+    python -m fedlora.experiments.benchmarks.resident_worker --output resident_worker.json
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.node_app import APP, app
-from experiments.benchmarks.machine import machine
+from fedlora.clients.node_app import APP, app
 from fedlora.config import load_config
 from fedlora.data.sources import load_examples
 from fedlora.data.tokens import prepare_data
+from fedlora.experiments.benchmarks.machine import machine
 from fedlora.node.config import load_node
 from fedlora.node.names import NODE_FILE
 from fedlora.node.resident import start_worker, stop_worker
 from fedlora.results.folder import RunFolder
-from strategies import get_strategy
-from strategies.federation import run_federation
-from strategies.server_app import resolve
+from fedlora.strategies import get_strategy
+from fedlora.strategies.federation import run_federation
+from fedlora.strategies.server_app import resolve
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "resident-worker", "rounds": 3},

@@ -174,7 +174,7 @@ def export(
 @app.command()
 def methods() -> None:
     """List the methods."""
-    from strategies import METHODS
+    from fedlora.strategies import METHODS
 
     table = Table("method", "what", "paper", box=None, pad_edge=False)
     for name, strategy in METHODS.items():

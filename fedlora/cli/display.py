@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlora.errors import plain_text
 from fedlora.results.folder import RunResult
-from strategies.federation import Progress as Hooks
+from fedlora.strategies.federation import Progress as Hooks
 
 COLUMNS = (
     ("round", 5),
@@ -32,7 +32,7 @@ class RunDisplay:
 
     Attributes
     ----------
-    progress : strategies.federation.Progress
+    progress : fedlora.strategies.federation.Progress
         Hooks for :func:`fedlora.simulate`.
     """
 

@@ -19,7 +19,7 @@ from flwr.supernode.runtime import run_clientapp
 from fedlora.errors import ClientErrorCode
 from fedlora.node.errors import outward_error
 
-CLIENT_APP = ("clients.node_app", "app")
+CLIENT_APP = ("fedlora.clients.node_app", "app")
 
 
 def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context], Message]]:

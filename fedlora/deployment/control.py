@@ -40,7 +40,7 @@ from fedlora.deployment.config import KEEP_ALIVE_SECONDS, NODE, RUNS
 from fedlora.deployment.keys import read_file
 from fedlora.errors import InputError, RunError, plain_text
 
-SERVER_APP, CLIENT_APP = "strategies.server_app:app", "clients.node_app:app"
+SERVER_APP, CLIENT_APP = "fedlora.strategies.server_app:app", "fedlora.clients.node_app:app"
 ONLINE = "online"
 
 _PLAIN = {"Accept-Encoding": "identity"}  # what is unpacked on the way can grow a thousandfold

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
-from clients.node_app import APP
+from fedlora.clients.node_app import APP
 from fedlora.deployment.control import ONLINE, Server, UnreachableError
 from fedlora.deployment.keys import check_secret, read_file, read_public_key
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until

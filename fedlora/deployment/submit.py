@@ -16,8 +16,8 @@ from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.deployment.download import copy_run, note_change
 from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
 from fedlora.results.folder import RunResult, to_json, write_atomically
-from strategies import get_strategy
-from strategies.federation import Progress
+from fedlora.strategies import get_strategy
+from fedlora.strategies.federation import Progress
 
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0

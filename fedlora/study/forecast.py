@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from clients.resources import client_data
 from fedlora.adapters import ExpertModel, adapt
+from fedlora.clients.resources import client_data
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
@@ -19,9 +19,9 @@ from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import local_steps
+from fedlora.strategies import get_strategy
 from fedlora.study.plan import Run
 from fedlora.training import ClientJob, train_cohort
-from strategies import get_strategy
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
 """What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""

@@ -16,8 +16,8 @@ import numpy as np
 
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
+from fedlora.strategies.server_app import resolve
 from fedlora.study.config import LABEL, DistributionSection, Study, TuningSection, Values, flatten
-from strategies.server_app import resolve
 
 _LONGEST_NAME = 120
 

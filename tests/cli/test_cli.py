@@ -17,7 +17,7 @@ from fedlora.cli import parse_overrides
 from fedlora.cli.display import COLUMNS, RunDisplay
 from fedlora.errors import InputError, RunError
 from fedlora.results import RunResult
-from strategies import METHODS
+from fedlora.strategies import METHODS
 from tests.command import fedlora
 
 SUMMARY: dict[str, Any] = {

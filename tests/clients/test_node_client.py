@@ -14,8 +14,8 @@ from flwr.app import Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-import clients.client_app
-from clients.client_app import app
+from fedlora.clients import client_app
+from fedlora.clients.client_app import app
 from fedlora.communication.wire import Arrays, decode, encode
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import (
@@ -47,7 +47,7 @@ ERRORS = [ValueError, KeyError, RuntimeError, InputError, LabelError, BudgetErro
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(cache))
     yield
-    clients.client_app.forget_data()
+    client_app.forget_data()
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ def test_an_exceptions_text_stays_in_the_nodes_log(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(clients.client_app, "train_cohort", fail)
+    monkeypatch.setattr(client_app, "train_cohort", fail)
     for error in (ValueError("a name"), GuardError("a name"), InputError("a", "a name", "a name")):
         caplog.clear()
         reply = app(server.train(1), here)

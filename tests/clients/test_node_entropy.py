@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import clients.client_app
-from clients.client_app import app
+from fedlora.clients import client_app
+from fedlora.clients.client_app import app
 from fedlora.communication.wire import Arrays, decode
 from fedlora.training import cohort
 from tests import tiny
@@ -22,7 +22,7 @@ from tests.owner import Server, listed, write_node
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(cache))
     yield
-    clients.client_app.forget_data()
+    client_app.forget_data()
 
 
 def predictable(*_: Any, **__: Any) -> None:
@@ -55,7 +55,7 @@ def test_no_predictable_generator_is_made_on_the_cpu(
                 planted.setattr(np.random, "default_rng", predictable)
                 planted.setattr(np.random, "SeedSequence", predictable)
                 # It draws synthetic rows, of which nothing is secret.
-                planted.setattr(clients.client_app, "check_sound", lambda *_: None)
+                planted.setattr(client_app, "check_sound", lambda *_: None)
                 planted.setattr(cohort, "check_sound", lambda *_: None)
             reply = app(server.train(1), here)
         assert not reply.has_error(), reply.error

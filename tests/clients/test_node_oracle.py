@@ -21,8 +21,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
-import clients.client_app
-from clients.client_app import app
+from fedlora.clients import client_app
+from fedlora.clients.client_app import app
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.errors import ClientErrorCode, InputError
@@ -72,7 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     yield
-    clients.client_app.forget_data()
+    client_app.forget_data()
 
 
 def write_file(path: Path, texts: list[Any], prompt: bool) -> None:
@@ -371,7 +371,11 @@ def test_a_describe_looks_at_no_text(tmp_path: Path, folders: dict[str, Path], m
     def read(*_: Any) -> Any:
         raise AssertionError
 
-    for name in ("fedlora.data.sources._any_texts", "fedlora.data.tokens._encode", "clients.client_app.client_data"):
+    for name in (
+        "fedlora.data.sources._any_texts",
+        "fedlora.data.tokens._encode",
+        "fedlora.clients.client_app.client_data",
+    ):
         monkeypatch.setattr(name, read)
     sections = {"model": {"task": "sequence-classification"}}
     for run, text in enumerate((a_config(folders["decoder"]), a_config(folders["encoder"], **sections)), 1):
@@ -396,7 +400,7 @@ def test_describes_are_limited_over_federations_and_restarts(tmp_path: Path, fol
     limit = (ClientErrorCode.POLICY, "PolicyError: max_describes_per_day = 5")
     for run in (6, 5):
         assert told(ask(file, query(run, []), text, run)) == limit
-    clients.client_app.forget_data()
+    client_app.forget_data()
     assert told(ask(file, query(8, []), text, 8)) == limit
     # A day later, and as the owner likes.
     with sqlite3.connect(file.parent / "state" / "ledger.sqlite") as database:

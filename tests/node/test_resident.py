@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from clients.node_app import app
+from fedlora.clients.node_app import app
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.node.config import load_node
 from fedlora.node.names import NODE_FILE

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-import clients.client_app
-from clients.client_app import app
-from clients.resources import initial_path
+from fedlora.clients import client_app
+from fedlora.clients.client_app import app
+from fedlora.clients.resources import initial_path
 from fedlora.communication.meter import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.deployment.processes import Child
@@ -89,7 +89,7 @@ def test_what_was_left_half_made_goes_after_a_day(node: NodeConfig) -> None:
 def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("FEDLORA_CACHE", str(cache))
     yield Server(tmp_path / "server", "ffa-lora")
-    clients.client_app.forget_data()
+    client_app.forget_data()
 
 
 def test_arrays_that_are_not_the_models_are_not_kept(tmp_path: Path, cache: Path, server: Server) -> None:

@@ -24,9 +24,8 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from opacus.accountants.analysis import gdp
 from scipy.stats import beta, chi2, norm
 
-import clients.client_app
-import clients.participant
 from fedlora.adapters.stacked import RowProducts
+from fedlora.clients import client_app, participant
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config
 from fedlora.training import cohort, dp
@@ -67,8 +66,8 @@ class Federation:
         self.adapted = tiny.adapted_model("bert", self.config)
         rows = [np.array([ORDINARY])] * count + [np.array([ORDINARY, CANARY])] * count
         data = SimpleNamespace(train=tiny.table("bert", 2, seed=1), partition=rows)
-        monkeypatch.setattr(clients.client_app, "client_model", lambda config, parameterisation: self.adapted)
-        for module in (clients.client_app, clients.participant):
+        monkeypatch.setattr(client_app, "client_model", lambda config, parameterisation: self.adapted)
+        for module in (client_app, participant):
             monkeypatch.setattr(module, "client_data", lambda config: data)
         self.states = [RecordDict() for _ in rows]
 
@@ -112,7 +111,7 @@ class Federation:
             state = states[k] if states else RecordDict()
             contexts.append(Context(1, FIRST_NODE + k, node, state, {"config": text}))
         sums = []
-        for k, reply in zip(members, clients.client_app.train(messages, contexts), strict=True):
+        for k, reply in zip(members, client_app.train(messages, contexts), strict=True):
             assert not reply.has_error(), reply.error
             trained: Any = decode(reply.content["arrays"])
             expected_batch_size = 1 if k < self.count else 2

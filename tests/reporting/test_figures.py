@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.reporting.charts import Axis, format_value
 from fedlora.reporting.style import _KNOWN, style_of
-from strategies import METHODS
+from fedlora.strategies import METHODS
 
 FIGURES = (
     *("score-epsilon", "score-bytes", "pareto", "score-rounds", "score-network"),

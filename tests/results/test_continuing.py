@@ -96,7 +96,7 @@ def test_other_classes_get_a_new_head_and_a_line(here):
     first = make_run(here, "default")
     write_texts(here / "texts.csv", ("one", "two"))
     told: list[str] = []
-    from strategies.federation import Progress
+    from fedlora.strategies.federation import Progress
 
     simulate(content("default", name="runs/first"), output="second", progress=Progress(on_note=told.append))
     assert told == ["the model's head is of other classes (no, perhaps, yes), so a new one is drawn"]

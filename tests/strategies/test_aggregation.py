@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapters import lora, sb
-from strategies.aggregation import Drift, WeightedMean, weighted_mean
+from fedlora.strategies.aggregation import Drift, WeightedMean, weighted_mean
 
 cases = st.fixed_dictionaries(
     {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies import federation
+from fedlora.strategies import federation
 
 
 @pytest.fixture

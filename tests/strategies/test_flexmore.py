@@ -17,10 +17,10 @@ from fedlora.communication.wire import decode, encode, payload_bytes
 from fedlora.errors import InputError, RunError
 from fedlora.experts import FULL, Mixture
 from fedlora.experts.expert import array_shapes, dense
+from fedlora.strategies.flexmore import FlexMoRE, client_owners
 from fedlora.training import train_cohort
 from fedlora.training.expert_start import start_expert
 from fedlora.training.router import tune_router
-from strategies.flexmore import FlexMoRE, client_owners
 from tests import tiny
 from tests.messages import FIRST_NODE, FakeGrid
 

@@ -16,11 +16,11 @@ from fedlora.adapters.model import PARAMETERISATIONS, Arrays, dense_weight, line
 from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.strategies import METHODS
+from fedlora.strategies.aggregation import weighted_mean
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.fed_sb import mean_gradients
 from fedlora.training import train_cohort
-from strategies import METHODS
-from strategies.aggregation import weighted_mean
-from strategies.base import FederatedStrategy
-from strategies.fed_sb import mean_gradients
 from tests import tiny
 
 SIZES = [7, 2, 4]

@@ -14,10 +14,10 @@ from flwr.proto.node_pb2 import NodeInfo
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
 from fedlora.node.names import NODE_RECORD, labels_digest
-from strategies import get_strategy
-from strategies.base import RoundReport
-from strategies.federation import _in_round
-from strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies import get_strategy
+from fedlora.strategies.base import RoundReport
+from fedlora.strategies.federation import _in_round
+from fedlora.strategies.nodes import AddressedGrid, Roster
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, train_message
 
 LABELS = ["bad", "good"]
@@ -88,7 +88,7 @@ def three() -> Nodes:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.nodes._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fedlora.strategies.nodes._POLL_SECONDS", 0.01)
 
 
 def test_nodes_that_lost_their_connection_are_asked_again_until_the_timeout(three: Nodes) -> None:

@@ -17,9 +17,9 @@ from fedlora.communication.broadcast import InitialBroadcast
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.wire import decode, encode
 from fedlora.errors import ClientErrorCode
-from strategies.aggregation import WeightedMean
-from strategies.base import FederatedStrategy
-from strategies.replies import MOST_EXAMPLES
+from fedlora.strategies.aggregation import WeightedMean
+from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.replies import MOST_EXAMPLES
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, random_record
 from tests.strategies.test_strategies import ARRAYS, strategy
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from clients.client_app import app
+from fedlora.clients.client_app import app
 from fedlora.config import load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
 from fedlora.results.folder import RunResult, run_folder
 from fedlora.simulation.local_grid import LocalGrid
-from strategies import get_strategy
-from strategies.federation import Progress, run_federation
-from strategies.server_app import resolve
+from fedlora.strategies import get_strategy
+from fedlora.strategies.federation import Progress, run_federation
+from fedlora.strategies.server_app import resolve
 
 CONFIG = {
     "run": {"rounds": 2},

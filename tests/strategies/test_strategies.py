@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RunError
-from strategies import METHODS, get_strategy
-from strategies.aggregation import WeightedMean, in_client_order, weighted_mean
-from strategies.base import FederatedStrategy
+from fedlora.strategies import METHODS, get_strategy
+from fedlora.strategies.aggregation import WeightedMean, in_client_order, weighted_mean
+from fedlora.strategies.base import FederatedStrategy
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, records, train_message
 
 Answer = Callable[[Message, int], Message | None]

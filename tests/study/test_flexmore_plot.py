@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from experiments.flexmore_plot import Figures, join
-from experiments.flexmore_study import _affordable
+from fedlora.experiments.flexmore_plot import Figures, join
+from fedlora.experiments.flexmore_study import _affordable
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "studies" / "results" / "flexmore"
 

@@ -10,9 +10,9 @@ import pytest
 import tomli_w
 
 from fedlora.errors import InputError
+from fedlora.strategies import get_strategy
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
-from strategies import get_strategy
 from tests.configs import BASE
 from tests.study.studies import planned
 
