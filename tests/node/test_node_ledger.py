@@ -302,9 +302,7 @@ def test_nothing_is_trained_on_a_ledger_that_lost_or_changed_a_row(tmp_path: Pat
     # A node that runs notices it before its next round, one that starts at once.
     with pytest.raises(InputError, match=r"^state\.directory"), ledger.round("f-2", "2", 2, plan(sigma=2.0), 1):
         pytest.fail("a round was admitted")
-    with pytest.raises(
-        InputError, match=r"^state.directory = .*ledger.sqlite': (is damaged|has lost).*restore a copy"
-    ):
+    with pytest.raises(InputError, match=r"^state.directory = .*ledger.sqlite': (is damaged|has lost).*restore a copy"):
         NodeLedger(tmp_path, POLICY)
 
 
