@@ -387,22 +387,7 @@ def client_spread(comparison: Comparison) -> Chart | None:
             f"{group.name}\n{share:.0%} of the clients have at most {format_value(mean.mean, _form(name))}"
             for share, mean in zip(_SHARES, means, strict=True)
         ]
-        by_level[group.privacy].append(
-            Series(
-                group.method,
-                group.label,
-                _SHARES.tolist(),
-                [mean.mean for mean in means],
-                hover,
-                [group.name] * len(means),
-                [mean.low for mean in means],
-                [mean.high for mean in means],
-                group.variant,
-                line=True,
-                markers=False,
-                band=True,
-            )
-        )
+        by_level[group.privacy].append(_curve(group, _SHARES.tolist(), means, hover, markers=False))
     levels = [level for level in comparison.privacy_levels if level in by_level]
     panels = [
         Panel(
@@ -568,23 +553,27 @@ def _over_rounds(
             f"{group.name}\nround {number}\n{with_interval(mean, form)}"
             for number, mean in zip(rounds, means, strict=True)
         ]
-        by_level[group.privacy].append(
-            Series(
-                group.method,
-                group.label,
-                [float(number) for number in rounds],
-                [mean.mean for mean in means],
-                hover,
-                [group.name] * len(rounds),
-                [mean.low for mean in means],
-                [mean.high for mean in means],
-                group.variant,
-                line=True,
-                markers=len(rounds) <= 30,
-                band=True,
-            )
-        )
+        x = [float(number) for number in rounds]
+        by_level[group.privacy].append(_curve(group, x, means, hover, markers=len(x) <= 30))
     return by_level
+
+
+def _curve(group: Group, x: list[float], means: Sequence[Mean], hover: list[str], markers: bool) -> Series:
+    """Return a group's means as a line, with their interval as a band."""
+    return Series(
+        group.method,
+        group.label,
+        x,
+        [mean.mean for mean in means],
+        hover,
+        [group.name] * len(x),
+        [mean.low for mean in means],
+        [mean.high for mean in means],
+        group.variant,
+        line=True,
+        markers=markers,
+        band=True,
+    )
 
 
 def _round_bytes(runs: Sequence[Run], way: str, name: str) -> dict[int, float]:
