@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-unaligned test-deployment clean
+.PHONY: help install quickstart test golden test-unaligned test-deployment clean
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(OFFLINE) $(PYTEST)
+
+golden: .venv/.installed-dev  ## Compare short runs, bit for bit, with the commit in tests/golden/REFERENCE.
+	$(OFFLINE) $(BIN)/python -m tests.golden
 
 test-unaligned: .venv/.installed-dev  ## Run the tests with weights where files and processors differ: 8, 24, 40 modulo 64.
 	for offset in 8 24 40; do $(OFFLINE) $(PYTEST) --weight-offset $$offset || exit 1; done

@@ -138,7 +138,7 @@ def adapter_config(name: str, adapter: Path) -> Config:
             about["task"] = json.loads(task.read_text(encoding="utf-8")) if task.is_file() else None
             config = Config.model_validate(_described(about))
     except ValidationError as error:
-        raise InputError(_FIELD, name, f"its run's config is wrong ({input_error(error)}); mend it") from None
+        raise InputError(_FIELD, name, f"its run's config is wrong ({input_error(error)}); fix it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(_FIELD, name, f"its files cannot be read ({error}); give a finished run's adapter") from None
     dtype = "float64" if config.model.dtype == "float64" else "float32"

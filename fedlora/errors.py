@@ -1,6 +1,6 @@
 """What can go wrong, in the user's words.
 
-Every error that the user can mend is an :class:`InputError`; the command line prints it as one line and exits with 2.
+Every error that the user can fix is an :class:`InputError`; the command line prints it as one line and exits with 2.
 Errors that travel from a client to the server carry one of the codes below in ``flwr.app.Error``.
 """
 

@@ -27,7 +27,7 @@ def find_path(name: str, field: str) -> Path | None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise InputError(field, name, "is a link to a path that is not there; mend the link") from None
+            raise InputError(field, name, "is a link to a path that does not exist; fix the link") from None
         return None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

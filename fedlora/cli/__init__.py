@@ -38,13 +38,13 @@ console = Console()
 
 def main() -> None:
     """Run a command; exit 0 when done, 2 for a mistake of the user's (one line), 1 for anything else."""
-    # Flower, Ray and the tokenizers talk about themselves otherwise, and Opacus logs to stderr unless a log is set up.
+    # Silence Flower, Ray and the tokenizers; Opacus logs to stderr unless logging is set up.
     logging.basicConfig(handlers=[logging.NullHandler()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    # Schedulers, containers and `timeout` ask with SIGTERM: it stops a run as Ctrl-C does, and the run can be resumed.
+    # Schedulers, containers and `timeout` send SIGTERM. It stops a run as Ctrl-C does, and the run can be resumed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
@@ -68,7 +68,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; an empty value removes it."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME unless told.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     on: Annotated[
         str | None, typer.Option("--on", metavar="NAME", help="Run on real nodes: [superlink.NAME] in Flower's config.")
@@ -79,7 +79,7 @@ def run(
     from fedlora.tasks import get_task
 
     overrides = parse_overrides(set_ or [])
-    # A mistake in the config is told at once: the imports below take seconds.
+    # Check the config first: the imports below take seconds.
     task = get_task(load_config(config, overrides).model.task)
     from fedlora.cli.display import RunDisplay
 
@@ -113,17 +113,17 @@ def study(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the base config or the study."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The study's folder; runs/NAME unless told.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The study's folder; runs/NAME by default.")] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan: bytes, steps, noise multipliers, an estimate of the time."),
     ] = False,
 ) -> None:
-    """Run a study: many runs from one file; given again, it goes on with what is missing or changed."""
+    """Run a study: many runs from one file. The same command again runs what is missing or changed."""
     from fedlora.study.config import load_study
 
     overrides = parse_overrides(set_ or [])
-    # A mistake in the file is told at once: the imports below take seconds.
+    # Check the file first: the imports below take seconds.
     loaded = load_study(file, overrides)
     from fedlora.cli.study import StudyDisplay, show_dry_run
     from fedlora.study.plan import make_plan
@@ -146,7 +146,7 @@ def study(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, studies, or folders of runs.")],
-    output: Annotated[Path | None, typer.Option(help="Where to; the first DIR unless told.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The report's folder; the first DIR by default.")] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
     from fedlora.reporting import write_report
@@ -166,9 +166,9 @@ def report(
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where to; FOLDER/merged or FOLDER/export unless told.")] = None,
+    output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
 ) -> None:
-    """Write a run's model as a folder that transformers (merged) or PEFT loads."""
+    """Export a run's model as a folder that transformers (with --merged) or PEFT loads."""
     from fedlora.results.load import export_run
 
     typer.echo(export_run(folder, output, merged=merged))

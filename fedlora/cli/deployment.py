@@ -12,20 +12,20 @@ keys = typer.Typer(help="Make keys for a trial, and let nodes in.", no_args_is_h
 
 NoTls = Annotated[
     bool,
-    typer.Option("--insecure-no-tls", help="Plain HTTP: everybody on the way may read and change what is sent."),
+    typer.Option("--insecure-no-tls", help="Plain HTTP: anybody on the network path can read and change what is sent."),
 ]
 NoNodeAuth = Annotated[
-    bool, typer.Option("--insecure-no-node-auth", help="Anybody who reaches the server's port is a node.")
+    bool, typer.Option("--insecure-no-node-auth", help="Accept anybody who reaches the server's port as a node.")
 ]
-Folder = Annotated[Path, typer.Option("--folder", help="Where the files are.")]
+Folder = Annotated[Path, typer.Option("--folder", help="The folder of the key files.")]
 
 
 def server(
-    file: Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Where to listen, and what with.")],
+    file: Annotated[Path, typer.Argument(metavar="SERVER.toml", help="The server's TOML file.")],
     no_tls: NoTls = False,
     no_node_auth: NoNodeAuth = False,
 ) -> None:
-    """Run a server (Flower's SuperLink) until it is told to end."""
+    """Run a server (Flower's SuperLink) until SIGTERM or Ctrl-C."""
     from fedlora.deployment.config import load_server
 
     config = load_server(file)
@@ -36,11 +36,11 @@ def server(
 
 
 def node(
-    file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="Which server, which data, what its owner allows.")],
+    file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The node's TOML file.")],
     no_tls: NoTls = False,
     no_node_auth: NoNodeAuth = False,
 ) -> None:
-    """Run a data owner's node (Flower's SuperNode) until it is told to end."""
+    """Run a data owner's node (Flower's SuperNode) until SIGTERM or Ctrl-C."""
     from fedlora.node.config import load_node
 
     config = load_node(file)
@@ -96,7 +96,7 @@ def node_key(
 def register(
     public_key: Annotated[Path, typer.Argument(metavar="PUBLIC_KEY", help="The node's .pub file.")],
     on: Annotated[str, typer.Option("--on", metavar="NAME", help="[superlink.NAME] in Flower's config.toml.")],
-    name: Annotated[str | None, typer.Option(help="The node's name; the file's unless told.")] = None,
+    name: Annotated[str | None, typer.Option(help="The node's name; the file's name by default.")] = None,
 ) -> None:
     """Let a node in, on a running server."""
     from fedlora.deployment.control import Server
@@ -126,7 +126,7 @@ def _show(paths: list[Path]) -> None:
 
 
 def _talk() -> None:
-    """Show what the supervisor does; systemd and docker keep it."""
+    """Log what the supervisor does to the terminal, where systemd and docker collect it."""
     logger = logging.getLogger("fedlora.deployment")
     if not logger.handlers:
         handler = logging.StreamHandler()

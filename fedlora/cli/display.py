@@ -1,4 +1,4 @@
-"""What a run shows on a terminal: a progress bar, and a table of rounds. Without a terminal, the table alone."""
+"""Terminal output of a run: a progress bar and a table of rounds. Without a terminal, only the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONGEST_LINE = 20_000  # characters
 
 
 class RunDisplay:
-    """Shows a run as it goes.
+    """Shows the progress of a run.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class RunDisplay:
         self._bar.stop()
 
     def summary(self, result: RunResult) -> None:
-        """Print what came out, and where it is."""
+        """Print the result, and the folder that holds it."""
         if not self._started:
             self._print("finished already; nothing was left to do")
         facts, rows = result.summary, score_rows(result.summary["final"], self.task)
@@ -132,7 +132,7 @@ class RunDisplay:
         self._bar.reset(self._clients, total=self._clients_a_round)
 
     def _print(self, line: str) -> None:
-        # As it is: a path may be longer than the terminal is wide, and hold brackets.
+        # Without wrapping or markup: a path may be wider than the terminal, and contain brackets.
         self.console.print(plain_text(line, _LONGEST_LINE), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -150,12 +150,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def format_epsilon(value: float | None) -> str:
-    """Write summary.json's epsilon, which has no bound where it is None."""
+    """Format the epsilon of summary.json; None means that it has no bound."""
     return "infinite" if value is None else f"{value:.3f}"
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes in decimal units."""
+    """Format a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

@@ -1,4 +1,4 @@
-"""What a study shows on a terminal: its plan, and all of its runs as they go. Without a terminal, a line a run."""
+"""Terminal output of a study: its plan, and the progress of its runs. Without a terminal, one line for each run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedlora.tasks import get_task
 
 
 class StudyDisplay:
-    """Shows a study as it goes.
+    """Shows the progress of a study.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class StudyDisplay:
         self._bar.stop()
 
     def summary(self, state: dict[str, Any], folder: Path) -> None:
-        """Print what tuning chose and cost, and where the study is."""
+        """Print what tuning chose and cost, and the study's folder."""
         tuning = state["tuning"]
         if tuning:
             spent = tuning["cost"]
@@ -93,7 +93,7 @@ class StudyDisplay:
             return
         final, traffic = summary["final"], summary["communication"]
         facts = []
-        if run.folder.startswith("runs/"):  # nobody looks at a tuning run's test examples
+        if run.folder.startswith("runs/"):  # tuning never reads test examples
             task = get_task(run.config.model.task)
             facts.append(f"{task.primary} {task.show(task.primary, final.get(task.primary))}")
         if summary["epsilon"]:
@@ -113,19 +113,19 @@ class StudyDisplay:
 
 
 def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
-    """Print the planned runs: payload bytes by direction, steps, noise multipliers, what is there; and the time.
+    """Print the planned runs: payload bytes by direction, steps, noise multipliers and status; then the estimated time.
 
     Parameters
     ----------
     console : Console
     plan : Plan
     folder : Path
-        The study's; nothing is written.
+        The study's folder; nothing is written.
 
     Raises
     ------
     InputError
-        If no run can be.
+        If every run is impossible.
     """
     check_output(folder)
     runs = [*(run for group in plan.groups for _, run in group.candidates), *plan.runs]
@@ -143,7 +143,7 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
         if status != "done":
             missing.append(run)
         table.add_row(run.folder, *_cells(forecasts[run.folder], status))
-    # As wide as it has to be: a narrow terminal would cut the names.
+    # As wide as its content: a narrow terminal would cut the names.
     wide = Console(file=console.file, width=max(console.width, 250), color_system=None)
     wide.print(table)
     if any(group.private for group in plan.groups):
@@ -156,12 +156,12 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     try:
         at_once, gpus = capacity(plan)
     except InputError as error:
-        # A plan may be looked at on another machine than it will run on.
+        # A plan may be printed on another machine than the one that will run it.
         _say(console, f"here they cannot run, so that there is no estimate of the time: {error}")
         return
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
     shown = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    _say(console, f"about {shown} on this machine, {at_once} side by side, by one measured step of each kind")
+    _say(console, f"about {shown} on this machine, {at_once} in parallel, from one measured step of each kind")
 
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:
@@ -182,7 +182,7 @@ def _cells(expected: Forecast | InputError, status: str) -> list[str]:
 
 
 def _say(console: Console, line: str) -> None:
-    # As it is: a path may be longer than the terminal is wide, and hold brackets.
+    # Without wrapping or markup: a path may be wider than the terminal, and contain brackets.
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

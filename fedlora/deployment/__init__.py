@@ -1,1 +1,1 @@
-"""Real client nodes: Flower's SuperLink and SuperNodes, supervised; keys for them; runs on them."""
+"""Real nodes: supervise Flower's SuperLink and SuperNodes, make their keys, and submit runs to them."""

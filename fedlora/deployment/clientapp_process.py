@@ -1,8 +1,7 @@
-"""The process of one message: Flower's ``flwr-clientapp``, with the ClientApp that is installed here.
+"""The process that handles one message: Flower's ``flwr-clientapp`` with the ClientApp that is installed here.
 
-A SuperLink sends the app along with a run, and Flower runs it: whoever controls the server would run their own code
-on the owner's machine. A node of fedlora neither unpacks nor imports what it was sent: it runs the ClientApp that is
-installed.
+A SuperLink sends the app along with a run, and Flower runs it, so whoever controls the server could run code on the
+owner's machine. A fedlora node neither unpacks nor imports that app. It runs the installed ClientApp.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ CLIENT_APP = ("fedlora.clients.node_app", "app")
 
 
 def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context], Message]]:
-    """Stand in for Flower's loader of the app that was sent: no line of that is read but its version."""
+    """Replaces Flower's loader of the sent app. Only the app's version is read."""
 
     def load(fab_id: str, fab_version: str, fab_hash: str) -> Callable[[Message, Context], Message]:
         installed = version("fedlora")
@@ -34,11 +33,11 @@ def loader(**_: object) -> Callable[[str, str, str], Callable[[Message, Context]
 
 
 def ignore(app: bytes, **_: object) -> None:
-    """Stand in for Flower's unpacking of the app, which would lie wherever the version in it says, ``../`` and all."""
+    """Replaces Flower's unpacking of the app, whose version could be a path such as ``../``."""
 
 
 def installed_app(message: Message, context: Context) -> Message:
-    """Handle a message with the installed app; what leaves of an exception is its class, never its text."""
+    """Handle a message with the installed app; only the class of an exception leaves the node, never its text."""
     try:
         module, attribute = CLIENT_APP
         app: Callable[[Message, Context], Message] = getattr(import_module(module), attribute)

@@ -14,10 +14,10 @@ from fedlora.errors import InputError
 from fedlora.paths import beside, find_path
 
 RUNS, NODE = "/fedlora/runs", "/fedlora/node"
-"""Where the server serves run folders, and tells a node whether the federation sees it."""
+"""Path under which the server serves run folders and the status of nodes."""
 
 KEEP_ALIVE_SECONDS = 20
-"""How long the server keeps a connection between two requests."""
+"""Seconds that the server keeps an idle connection open."""
 
 
 class TlsSection(Section):
@@ -29,7 +29,7 @@ class TlsSection(Section):
 
 
 class ServerFile(Section):
-    """A server: where it listens, who may give it orders, and where it keeps what it knows.
+    """A server: its address, who may control it, and its directory.
 
     Attributes
     ----------
@@ -37,9 +37,9 @@ class ServerFile(Section):
         Address or name to listen on; 0.0.0.0 for all. The certificate must name it (127.0.0.1 for all).
     port : int
     directory : str
-        Holds runs/, the database of registrations, and the logs.
+        For runs/, the database of registered nodes, and the logs.
     control_from : list of str
-        Networks from which runs may be submitted and fetched and nodes be registered, beside this machine itself.
+        Networks, beside this machine, that may submit and fetch runs and register nodes.
     tls : TlsSection, optional
         Required unless the server is started with ``--insecure-no-tls``.
     """
@@ -57,7 +57,7 @@ class ServerFile(Section):
 
     @property
     def own_host(self) -> str:
-        """Name by which processes on this machine reach the server."""
+        """Host name by which processes on this machine reach the server."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     @property

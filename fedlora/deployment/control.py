@@ -1,4 +1,4 @@
-"""A server seen from outside: its nodes, its runs and their folders, through Flower's Control API."""
+"""Client of a server: its nodes, its runs and their folders, through Flower's Control API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedlora.flower import Control, NoConnectionError, build_app, error_of, read
 SERVER_APP, CLIENT_APP = "fedlora.strategies.server_app:app", "fedlora.clients.node_app:app"
 ONLINE = "online"
 
-_PLAIN = {"Accept-Encoding": "identity"}  # what is unpacked on the way can grow a thousandfold
+_PLAIN = {"Accept-Encoding": "identity"}  # a compressed reply could grow a thousandfold
 _MOST_BYTES_OF_A_LIST = 8 * 2**20
 _MOST_BYTES_OF_LINES = 256 * 2**20
 _MOST_BYTES_OF_AN_ERROR = 2**16
@@ -52,14 +52,14 @@ class RegisteredNode:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What the federation knows of a node.
+    """A node's status on the server.
 
     Attributes
     ----------
     status : str
         unknown, registered (never seen), online or offline.
     until : float
-        When its lease ends, in seconds of the server's clock: for online nodes; a sign of life moves it.
+        End of an online node's lease, in seconds of the server's clock; each heartbeat extends it.
     """
 
     status: str
@@ -75,7 +75,7 @@ class RunState:
     status, outcome, details : str
         Status is pending, starting, running or finished; then outcome is completed, failed or stopped.
     sent_bytes, received_bytes : int
-        What went over the server's sockets for this run, inside TLS, as Flower counts it.
+        Bytes on the server's sockets for this run, inside TLS, as counted by Flower.
     """
 
     status: str
@@ -93,7 +93,7 @@ class Server:
     address : str
         ``host:port``.
     root_certificates : Path, optional
-        The authority that signed the server's certificate; this machine's own authorities if None.
+        The authority that signed the server's certificate; None for this machine's own authorities.
     insecure : bool
         Plain HTTP.
     """
@@ -176,7 +176,7 @@ class Server:
             self._control.register(public_key, name)
 
     def node_status(self, public_key: bytes) -> NodeStatus | None:
-        """Return what the federation knows of a node; None if this is no server of fedlora's, and does not tell."""
+        """Return a node's status; None if the server does not run fedlora and has no such service."""
         with self._errors():
             body = self._get(f"{NODE}?key={quote(public_key.decode())}", _MOST_BYTES_OF_A_LIST)
             return None if body is None else NodeStatus(**json.loads(body))
@@ -201,27 +201,27 @@ class Server:
         return number
 
     def run(self, number: int) -> RunState:
-        """Return where a run stands."""
+        """Return the state of a run."""
         with self._errors():
             run = self._control.runs(number)[number]
         status = run.status
         return RunState(status.status, status.sub_status, status.details, run.bytes_sent, run.bytes_recv)
 
     def unfinished(self) -> list[int]:
-        """Return the numbers of the runs that go on."""
+        """Return the numbers of the runs that have not ended."""
         with self._errors():
             runs = self._control.runs()
         return sorted(number for number, run in runs.items() if run.status.status != "finished")
 
     def stop(self, number: int) -> None:
-        """Stop a run; ClientApps that are at work finish their message."""
+        """Stop a run; busy ClientApps finish their message."""
         with self._errors():
             self._control.stop_run(number)
 
     def files(self, name: str) -> dict[str, int] | None:
         """Return the files of a run folder on the server with their sizes; None if there is no such folder.
 
-        Whether the names may be written here is for :func:`fedlora.deployment.download.check_files` to say.
+        :func:`fedlora.deployment.download.check_files` decides which names may be written here.
         """
         with self._errors():
             body = self._get(f"{RUNS}/{quote(name)}", _MOST_BYTES_OF_A_LIST)
@@ -231,11 +231,11 @@ class Server:
         """Return the lines of a growing file of a run folder; none if there is no such file."""
         with self._errors():
             body = self._get(f"{RUNS}/{quote(name)}/{quote(file)}", _MOST_BYTES_OF_LINES)
-            # What follows the last line break is on its way to the disk.
+            # Text after the last line break is still being written.
             return (body or b"").decode("utf-8", "replace").split("\n")[:-1]
 
     def fetch(self, name: str, file: str, target: Path, size: int | None = None) -> bool:
-        """Copy a file of a run folder; the target is there whole, or as it was.
+        """Copy a file of a run folder; the target is replaced atomically.
 
         Parameters
         ----------
@@ -247,13 +247,12 @@ class Server:
         Returns
         -------
         bool
-            Whether it is there. A file may go after the folder was listed: what a run writes beside its files is
-            short-lived.
+            Whether the file still existed. Temporary files of a run may vanish after the folder was listed.
 
         Raises
         ------
         RunError
-            If the server sends more or fewer bytes.
+            If the server sends another number of bytes.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{os.getpid()}.part")
@@ -277,7 +276,7 @@ class Server:
         return True
 
     def _get(self, path: str, most: int) -> bytes | None:
-        """Return what a path holds, up to so many bytes; None if there is no such path."""
+        """Return the content of a path, up to a limit; None if there is no such path."""
         with self._http.stream("GET", path, headers=_PLAIN) as reply:
             if reply.status_code == httpx.codes.NOT_FOUND:
                 return None
@@ -290,9 +289,9 @@ class Server:
             raise self._refusal(reply.status_code, begin.decode("utf-8", "replace"))
 
     def _chunks(self, reply: httpx.Response, most: int) -> Iterator[bytes]:
-        """Yield a reply's bytes as they come, which must be no more than these and not compressed."""
+        """Yield a reply's bytes as they arrive; refuse compressed replies and more bytes than the limit."""
         if reply.headers.get("content-encoding", "identity") != "identity":
-            raise RunError(f"{self.address} sends compressed bytes, which nobody asked for")
+            raise RunError(f"{self.address} sends compressed bytes, which were not requested")
         came = 0
         for chunk in reply.iter_bytes():
             came += len(chunk)
@@ -311,7 +310,7 @@ class Server:
         except InputError:
             raise
         except (httpx.HTTPError, DecodeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(f"{self.address} answers what no server of fedlora does ({type(error).__name__})") from None
+            raise RunError(f"{self.address} does not answer like a fedlora server ({type(error).__name__})") from None
 
     def _refusal(self, status: int, text: str) -> InputError | RunError:
         if status == httpx.codes.FORBIDDEN:
@@ -354,11 +353,11 @@ def _said(text: str) -> str:
 
 
 class UnreachableError(RunError):
-    """Nobody answers at the address, or the connection broke."""
+    """The address does not answer, or the connection broke."""
 
 
 def _app() -> bytes:
-    """The app that Flower wants with a run: no code, only where the code is that both sides have installed."""
+    """Return the app that Flower requires with a run. It has no code: both sides have fedlora installed."""
     about = {
         "project": {"name": "fedlora", "version": version("fedlora"), "license": "Apache-2.0"},
         "tool": {

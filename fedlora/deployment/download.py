@@ -1,4 +1,4 @@
-"""Copying a run folder from a server that need not be honest: only into the folder, whole or not at all."""
+"""Copy a run folder from an untrusted server: only files inside the folder, and all of them or none."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedlora.node.names import is_device
 MOST_FILES = 10_000
 MOST_BYTES_A_FILE = 32 * 2**30
 MOST_BYTES = 128 * 2**30
-"""What a server may send of one run."""
+"""Limits on the files of one run."""
 
 MANIFEST = ".copied.json"
-"""SHA-256 of what was copied into a folder, by name: on resume that may be replaced, and nothing else."""
+"""Lists the SHA-256 of each copied file, by name. On resume only these files are replaced."""
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes, characters
 
@@ -29,8 +29,8 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes, characters
 def copy_run(server: Server, name: str, folder: Path) -> None:
     """Copy a run's folder from the server.
 
-    The files come into a temporary folder beside; once all are there, that one is renamed. Into a folder that is there
-    (on resume) they are moved one by one, summary.json last, so that a folder with it is whole.
+    The files are copied into a temporary folder beside the target, which is renamed once it is complete. If the target
+    exists (on resume), files are moved one by one, summary.json last, so that a folder with summary.json is complete.
 
     Parameters
     ----------
@@ -38,14 +38,14 @@ def copy_run(server: Server, name: str, folder: Path) -> None:
     name : str
         The run's name there.
     folder : Path
-        Nothing is made where the server has no files of the run.
+        Not created if the server has no files of the run.
 
     Raises
     ------
     InputError
-        If the folder cannot be written, has no room, or has a file or link in the way that no copy put there.
+        If the folder cannot be written, has no room, or has a file or link that no earlier copy wrote.
     RunError
-        If the server lists a name that does not lie in the folder, lists too much, or sends other than it listed.
+        If the server lists a name outside the folder, lists too much, or sends something else than it listed.
     """
     files = server.files(name)
     if not files:
@@ -70,7 +70,7 @@ def copy_run(server: Server, name: str, folder: Path) -> None:
                 _write_manifest(content, new)
                 os.rename(content, folder)
                 return
-            # Until all is moved the list knows old and new: an interrupted copy can be repeated.
+            # Until all files are moved the list holds old and new digests, so that an interrupted copy can be repeated.
             _write_manifest(folder, {f: known.get(f, []) + new.get(f, []) for f in known | new})
             for file in sorted(come, key=lambda file: (file == "summary.json", file)):
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -82,18 +82,18 @@ def copy_run(server: Server, name: str, folder: Path) -> None:
 
 
 def note_change(folder: Path, file: str) -> None:
-    """Take a copied file, which was just changed here, for what was copied."""
+    """Record the digest of a copied file that was just changed here."""
     known = _known(folder)
     _write_manifest(folder, {**known, file: [_sha256(folder / file)]})
 
 
 def check_files(files: Mapping[str, int], address: str) -> None:
-    """Refuse a list of files that may not be written here, before any is.
+    """Check the list of files before any is written.
 
     Raises
     ------
     RunError
-        If a name does not lie in the folder on every system, two are one on some, or they are too many or too large.
+        If a name is outside the folder or two names are the same on some system, or if there are too many or too large.
     """
 
     def refuse(file: str, why: str) -> RunError:
@@ -101,7 +101,7 @@ def check_files(files: Mapping[str, int], address: str) -> None:
 
     if len(files) > MOST_FILES:
         raise RunError(f"{address} lists {len(files)} files, more than {MOST_FILES}: none is copied")
-    folded: dict[str, str] = {}  # of every file and folder, as a system that knows no case takes it
+    folded: dict[str, str] = {}  # every file and folder by its name without case, for systems that ignore case
     for file, size in files.items():
         why = _unsafe(file)
         if why is not None:
@@ -120,7 +120,7 @@ def check_files(files: Mapping[str, int], address: str) -> None:
 
 
 def _unsafe(file: str) -> str | None:
-    """Say why a name may not be written below a folder; None where it may on every system."""
+    """Return why a name must not be written below a folder; None if it is safe on every system."""
     parts = file.split("/")
     if len(file) > _LONGEST_PATH or any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
         return "is too long"
@@ -134,7 +134,7 @@ def _unsafe(file: str) -> str | None:
 
 
 def _check_free(folder: Path, file: str, known: Mapping[str, list[str]]) -> None:
-    """Refuse what stands in a file's way: a link, a folder, or a file that no copy put there."""
+    """Refuse to replace a link, a folder, or a file that no earlier copy wrote."""
     path = folder
     for part in PurePosixPath(file).parts[:-1]:
         path /= part

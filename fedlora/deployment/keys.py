@@ -1,7 +1,7 @@
-"""Keys for a trial: a certificate authority, a server certificate, and key pairs of nodes.
+"""Make keys for a trial: a certificate authority, a server certificate, and key pairs of nodes.
 
-In production the server's certificate comes from an authority that its nodes trust already; only nodes' key pairs are
-made here then, each on its own node. A private key is for its owner's eyes (mode 0600); nothing is ever overwritten.
+In production the server's certificate comes from an authority that the nodes already trust. Then only the nodes' key
+pairs are made here, each on its own node. Private keys have mode 0600, and no file is ever overwritten.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedlora.errors import InputError
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-"""Names that every server certificate needs: the SuperLink's own child processes reach it by the loopback address."""
+"""Names in every server certificate, since the SuperLink's child processes use the loopback address."""
 
 CA_FILES = ("ca.crt", "ca.key")
 SERVER_FILES = ("server.crt", "server.key")
@@ -110,10 +110,10 @@ def make_node_key(folder: Path, name: str) -> list[Path]:
     Raises
     ------
     InputError
-        If one of the files exists, or the name is none for a file.
+        If one of the files exists, or the name is no valid file name.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise InputError("NAME", name, "is no name for a file; use letters, digits, dots, dashes and underscores")
+        raise InputError("NAME", name, "is no file name; use letters, digits, dots, dashes and underscores")
     key, public = _new_files(folder, (f"{name}.key", f"{name}.pub"))
     private = ec.generate_private_key(ec.SECP384R1())
     pem = private.private_bytes(
@@ -131,7 +131,7 @@ def read_public_key(path: Path, field: str) -> bytes:
     Raises
     ------
     InputError
-        If it is not there, or is no key on a NIST curve.
+        If it is missing, or is no key on a NIST curve.
     """
     content = read_file(path, field)
     try:
@@ -154,7 +154,7 @@ def check_secret(path: Path, field: str) -> None:
     Raises
     ------
     InputError
-        If it is not there, or its mode lets the group or others in.
+        If it is missing, or its mode gives access to the group or others.
     """
     read_file(path, field)
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -163,15 +163,15 @@ def check_secret(path: Path, field: str) -> None:
 
 
 def check_certificate(certificate: Path, key: Path, fields: tuple[str, str], host: str) -> None:
-    """Refuse a server certificate that has run out, has another key, or does not name the host.
+    """Refuse a server certificate that has expired, does not match the key, or does not name the host.
 
     Parameters
     ----------
     certificate, key : Path
     fields : (str, str)
-        Their names in errors.
+        Config keys of the two files, for errors.
     host : str
-        By which the server's own child processes reach it.
+        Host name that the server's child processes use.
 
     Raises
     ------
@@ -233,7 +233,7 @@ def _new_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _write(path: Path, content: bytes, *, secret: bool = False) -> None:
-    # O_EXCL: whoever made the file since it was looked for keeps it. The mode is right from the first byte on.
+    # O_EXCL: a file that somebody made meanwhile is kept. The mode is set before the first byte is written.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with os.fdopen(os.open(path, flags, 0o600 if secret else 0o644), "wb") as stream:
         stream.write(content)
@@ -270,7 +270,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # A day back: the clocks of two machines may differ.
+        # Valid since yesterday: the clocks of two machines may differ.
         .not_valid_before(now - _ONE_DAY)
         .not_valid_after(now + days * _ONE_DAY)
     )

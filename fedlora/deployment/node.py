@@ -1,4 +1,4 @@
-"""Supervise a SuperNode: start it, watch that the federation sees it, start it again, and end it in order."""
+"""Supervise a SuperNode: start it, check that the server counts it as online, restart it, and shut it down."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
     Parameters
     ----------
     file : Path
-        The node.toml, which the ClientApp reads again for each message.
+        Path of node.toml, which the ClientApp reads again for each message.
     config : NodeConfig
         Its content.
     tls : bool
-        Without it everybody on the way reads and changes what is sent, and the server may be anybody.
+        Without TLS anybody on the network path can read and change messages, or pose as the server.
     node_auth : bool
-        Without it the node shows no key.
+        Without it the node does not authenticate.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold a node's directory: its ledger is one owner's, and its worker one node's."""
+    """Lock a node's directory: its ledger and its worker belong to one node."""
     lock = FileLock(directory / "node.lock", mode=0o600)
     try:
         lock.acquire(timeout=0)
@@ -112,9 +112,9 @@ def _key(config: NodeConfig, tls: bool, node_auth: bool) -> bytes | None:
 
 
 def _programs(folder: Path) -> Path:
-    """Make the programs that Flower starts for a task: ours for a message, a refusal for all others.
+    """Write the programs that Flower starts for tasks: ours for a message, a refusal for all others.
 
-    A SuperLink may ask a node for tasks of other kinds, such as an agent, whose code comes along with them.
+    A SuperLink may request other kinds of tasks, such as an agent, which bring their own code.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for program in task_programs():
@@ -128,19 +128,19 @@ def _programs(folder: Path) -> Path:
 
 
 class _Workers:
-    """The node's resident worker: its imports take seconds, for which the first message need not wait."""
+    """Starts the node's resident worker early, so that the first message need not wait for its imports."""
 
     def __init__(self, file: Path, config: NodeConfig) -> None:
         self.file, self.config = file, config
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start it; one that is there already stays."""
+        """Start the worker, unless one runs already."""
         self._processes = [process for process in self._processes if process.poll() is None]
         self._processes.append(start_worker(self.file, self.config, APP))
 
     def stop(self) -> None:
-        """End it, whoever started it, and however far its start has come."""
+        """End the worker, whoever started it, even during its start."""
         stop_worker(self.config)
         for process in self._processes:
             process.terminate()
@@ -150,7 +150,7 @@ class _Workers:
 def _watch(
     child: Child, workers: _Workers, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event
 ) -> None:
-    """Keep the node in the federation: start the SuperNode when its key is free, and again whenever it fell out."""
+    """Keep the node online: start the SuperNode when its key is free, and restart it whenever it drops out."""
     pauses = Pauses()
     first = True
     while not stopping.is_set():
@@ -170,7 +170,7 @@ def _watch(
 
 
 def _admitted(server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event, first: bool) -> bool:
-    """Ask before joining, since the SuperNode says little of why it is refused; wait while the key is in use.
+    """Query the server before joining, since the SuperNode hardly says why it is refused; wait while the key is in use.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def _admitted(server: Server, config: NodeConfig, key: bytes | None, stopping: t
     lease: float | None = None
     while not stopping.is_set():
         try:
-            # Without a key there is nothing to ask for; the server is asked all the same, for its certificate.
+            # Without a key there is no status to query; the call still checks the server's certificate.
             node = server.node_status(key or b"none")
         except UnreachableError as error:
             log.warning("%s", error)
@@ -198,14 +198,14 @@ def _admitted(server: Server, config: NodeConfig, key: bytes | None, stopping: t
             remedy = "another process is online with this key; one key is one node"
             raise InputError("superlink.private_key", shown, remedy)
         if lease is None:
-            log.info("%s still counts as online; waiting for the end of its lease, up to a minute", config.name)
+            log.info("%s still counts as online; waiting up to a minute for its lease to end", config.name)
         lease = node.until
         stopping.wait(2.0)
     return False
 
 
 def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, stopping: threading.Event) -> None:
-    """Return when the SuperNode is gone, or the federation has not seen it for a while."""
+    """Return when the SuperNode has ended, or has been offline for a while."""
     seen = misses = 0
     while not stopping.wait(_LOOK_SECONDS if seen else 1.0):
         if not child.running:
@@ -214,7 +214,7 @@ def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, s
         try:
             node = server.node_status(key) if key is not None else None
         except (RunError, InputError):
-            # The server is away. The SuperNode tries by itself; if it cannot, its process ends.
+            # The server does not answer. The SuperNode retries by itself; if it gives up, its process ends.
             continue
         if node is None or node.status == ONLINE:
             if not seen:
@@ -228,16 +228,16 @@ def _stay(child: Child, server: Server, config: NodeConfig, key: bytes | None, s
 
 
 def _refusal(child: Child, config: NodeConfig, key: bytes | None) -> InputError | None:
-    """Read from the SuperNode's output why it was refused for good, if it was."""
+    """Return from the SuperNode's output why the server refused it permanently, if it did."""
     output = child.output()
     if key is None and "[code: 2001]" in output:
-        remedy = "the server wants nodes with a key, and this one shows none: leave --insecure-no-node-auth away"
+        remedy = "the server only accepts nodes with a key, and this one shows none: remove --insecure-no-node-auth"
         return InputError("superlink.private_key", None, remedy)
     return None
 
 
 def _shut_down(child: Child, workers: _Workers) -> None:
-    """Let the message at work end, since its privacy is spent; then end the SuperNode and the resident worker."""
+    """Let the current message finish, since its privacy is spent; then end the SuperNode and the resident worker."""
     marker = "fedlora.deployment.clientapp_process"
     wait_until(lambda: not child.running or not child.started(marker), _MESSAGE_SECONDS)
     child.stop(_STOP_SECONDS)

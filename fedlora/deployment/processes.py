@@ -1,4 +1,4 @@
-"""Child processes of a supervisor: their environment, their log, their restarts and their end."""
+"""Child processes of a supervisor: environment, log, restarts and shutdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOG_SIZE = 20_000_000
 
 
 class Child:
-    """A process of a supervisor, which can be started again.
+    """A child process that can be restarted.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Child:
     log : Path
         Where its output goes; one older log is kept.
     environment : mapping of str to str
-        Added to this process' own.
+        Added to this process's own.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Child:
             )
 
     def turn_log(self) -> None:
-        """Begin the log anew if it has grown long; what it held is kept as the one older log.
+        """Start a new log if the log is long; its content is kept as the one older log.
 
-        The process goes on writing to the same file, at its end, so it is emptied and not moved.
+        The process keeps appending to the same file, so the file is emptied, not moved.
         """
         if self.log.stat().st_size > _LOG_SIZE:
             shutil.copyfile(self.log, self.log.with_name(self.log.name + ".1"))
@@ -78,22 +78,22 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process runs."""
         return self.process is not None and self.process.poll() is None
 
     def output(self) -> str:
-        """What it wrote since it was last started."""
+        """What it has written since its last start."""
         with self.log.open("rb") as stream:
             stream.seek(self._offset)
             return stream.read().decode("utf-8", "replace")
 
     def started(self, marker: str = "") -> list[int]:
-        """Ids of the processes that it and they started, by a text on their command lines; their FLWR_HOME tells."""
+        """Ids of its descendants whose command line contains a text; they are recognised by FLWR_HOME."""
         home = f"FLWR_HOME={self.environment['FLWR_HOME']}".encode()
         own = (os.getpid(), self.process.pid if self.process is not None else None)
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
-            # It may have ended, or be somebody else's.
+            # It may have ended, or belong to another user.
             with suppress(OSError):
                 line, variables = ((entry / file).read_bytes() for file in ("cmdline", "environ"))
                 if int(entry.name) not in own and marker.encode() in line and home in variables.split(b"\0"):
@@ -101,21 +101,21 @@ class Child:
         return found
 
     def stop(self, grace: float) -> None:
-        """Ask it to end (SIGTERM); end it and all that it started (SIGKILL) if it has not after ``grace`` seconds."""
+        """Send SIGTERM; after ``grace`` seconds send SIGKILL to it and all that it started."""
         if self.process is None:
             return
         if self.running:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
-        # The session that it leads: what it started and left behind.
+        # Its session: processes that it started and left behind.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Pauses:
-    """How long to wait before the next start: 1, 2, 4 ... seconds; from 1 again after a quiet minute."""
+    """Pause before the next start: 1, 2, 4 ... seconds; back to 1 after a minute without a restart."""
 
     def __init__(self) -> None:
         self._next, self._last = 1.0, time.monotonic()
@@ -135,7 +135,7 @@ def flower_environment(home: Path, programs: Sequence[Path] = ()) -> dict[str, s
     Parameters
     ----------
     home : Path
-        FLWR_HOME, which no two processes share: apps are installed there by a copy that is not atomic.
+        FLWR_HOME. Processes must not share it, since Flower installs apps there by a copy that is not atomic.
     programs : sequence of Path
         Folders to look for programs in first.
     """
@@ -177,7 +177,7 @@ def check_port(host: str, port: int, field: str) -> None:
 
 @contextmanager
 def until_signal() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM or SIGINT sets, in place of what they did before."""
+    """Yield an event that SIGTERM and SIGINT set, instead of their usual effect."""
     stopping = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -188,7 +188,7 @@ def until_signal() -> Iterator[threading.Event]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, stopping: threading.Event | None = None) -> bool:
-    """Look every fifth of a second whether something holds; return whether it did in time."""
+    """Check a condition every 0.2 s; return whether it became true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end or (stopping is not None and stopping.is_set()):

@@ -1,4 +1,4 @@
-"""Supervise a SuperLink: start it, watch the federation, start it again, and end it in order."""
+"""Supervise a SuperLink: start it, watch its nodes, restart it, and shut it down."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def serve(config: ServerFile, *, tls: bool = True, node_auth: bool = True) -> No
     ----------
     config : ServerFile
     tls : bool
-        Without it everybody on the way reads and changes what is sent, and nodes cannot be authenticated.
+        Without TLS anybody on the network path can read and change messages, and nodes cannot be authenticated.
     node_auth : bool
-        Without it anybody who reaches the port is a node.
+        Without it anybody who reaches the port is accepted as a node.
 
     Raises
     ------
     InputError
         If a file, an address or a port is wrong.
     RunError
-        If the SuperLink does not come up.
+        If the SuperLink does not start.
     """
     arguments = _tls_arguments(config, tls, node_auth)
     check_port(config.host, config.port, "port")
     try:
         (config.folder / "runs").mkdir(parents=True, exist_ok=True)
-        # The database names every node, and holds models on their way.
+        # The database holds the nodes' names, and models in transit.
         config.folder.chmod(0o700)
     except OSError as error:
         raise InputError("directory", config.directory, f"cannot be made ({error.strerror})") from None
@@ -102,7 +102,7 @@ def _start(child: Child, server: Server, stopping: threading.Event) -> None:
     if stopping.is_set() or _answers(server):
         return
     lines = child.output().strip().splitlines()
-    raise RunError(f"the SuperLink does not come up; {child.log} ends with: {lines[-1] if lines else 'nothing'}")
+    raise RunError(f"the SuperLink does not start; {child.log} ends with: {lines[-1] if lines else 'nothing'}")
 
 
 def _answers(server: Server) -> bool:
@@ -114,7 +114,7 @@ def _answers(server: Server) -> bool:
 
 
 def _watch(child: Child, server: Server, stopping: threading.Event) -> None:
-    """Say which nodes come and go; start the SuperLink again if it died, or no longer tells who is there."""
+    """Log which nodes come and go; restart the SuperLink if it died or no longer answers."""
     pauses = Pauses()
     known: dict[str, str] = {}
     misses = 0
@@ -143,7 +143,7 @@ def _watch(child: Child, server: Server, stopping: threading.Event) -> None:
 
 
 def _shut_down(child: Child, server: Server) -> None:
-    """Stop the runs, let their ServerApps and ClientApps end, then the SuperLink."""
+    """Stop the runs, let their ServerApps and ClientApps finish, then end the SuperLink."""
     if child.running:
         try:
             running = server.unfinished()
@@ -151,13 +151,13 @@ def _shut_down(child: Child, server: Server) -> None:
                 log.info("stopping run %d; it goes on with --resume", number)
                 server.stop(number)
             if running:
-                # ClientApps that are at work push their reply; a SuperLink that is gone would leave them waiting.
+                # Busy ClientApps still push their reply, and would wait for a SuperLink that has ended.
                 time.sleep(3.0)
         except (RunError, InputError) as error:
             log.warning("%s", error)
     server.close()
     child.stop(_STOP_SECONDS)
-    # A ServerApp may still be trying to say goodbye.
+    # A ServerApp may still be reporting its end.
     wait_until(lambda: not child.started(), _GOODBYE_SECONDS)
     for number in child.started():
         with suppress(ProcessLookupError):

@@ -38,8 +38,8 @@ def run_on(
 ) -> RunResult:
     """Run a config on a server's nodes.
 
-    The server writes the run folder as in simulation, into its own runs/NAME; its files come here when the run ends,
-    whole, over the same connection that the run was submitted on.
+    The server writes the run folder into its own runs/NAME, as in simulation. When the run ends, the folder is copied
+    here over the connection on which the run was submitted.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def run_on(
     InputError
         If something that the user gave is wrong, here or on the server.
     RunError
-        If the run failed, or the server went away for longer than five minutes.
+        If the run failed, or the server did not answer for five minutes.
     """
     given = with_user_code(load_config(config, overrides), {})
     get_strategy(given.method.name)
@@ -90,11 +90,11 @@ def run_on(
 
 
 def _follow(server: Server, number: int, name: str, shown: int, told: int, progress: Progress) -> RunState:
-    """Show the rounds and the warnings as the server writes them, until the run has ended."""
+    """Show rounds and warnings as the server writes them, until the run ends."""
     last = time.monotonic()
     while True:
         try:
-            # The state first: what was written before the end is then in the file.
+            # Read the state before the file, so that the file holds everything written before the end.
             state = server.run(number)
             for text in server.lines(name, "run.log")[told:]:
                 told += 1
@@ -119,7 +119,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
         path = folder / "summary.json"
         with _readable("summary.json"):
             summary = json.loads(path.read_text(encoding="utf-8"))
-            # A run that had finished already moved nothing now.
+            # A run that had already finished moved nothing.
             if first < summary["rounds"]:
                 summary["communication"]["flower"] = _flowers_count(state, folder, first)
                 write_atomically(path, to_json(summary, indent=2) + "\n")
@@ -130,13 +130,13 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
     if why.startswith(INPUT_MARK):
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
-    # Of a run that was refused at its start nothing is left: the same command may be given again.
+    # A run refused at its start leaves nothing behind: the same command can be repeated.
     remedy = f"; go on with: run ... --on {name} --resume" if (folder / "config.toml").exists() else ""
     raise RunError(f"{why.rstrip('.')}{remedy}")
 
 
 def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float]:
-    """What Flower says that it moved for the run's messages since it was submitted, and how much more that is."""
+    """Bytes that Flower moved for the run's messages since it was submitted, and the overhead."""
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     before = lines[first - 1]["communication"] if first else {}
     messages = sum(
@@ -154,17 +154,19 @@ def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float
 
 @contextmanager
 def _readable(file: str) -> Iterator[None]:
-    """Tell in one line that a file of the server's holds something else."""
+    """Raise one line for a server file with unexpected content."""
     try:
         yield
     except InputError:
         raise
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise RunError(f"the server's {file} cannot be read ({type(error).__name__}); it holds another thing") from None
+        raise RunError(
+            f"the server's {file} cannot be read ({type(error).__name__}); it holds unexpected data"
+        ) from None
 
 
 def _as_told(field: str, rest: str) -> InputError:
-    """An InputError of the server's, with its own words."""
+    """An InputError raised on the server, with its text unchanged."""
     error = InputError(field, None, rest)
     error.args = (f"{field} = {rest}",)
     return error

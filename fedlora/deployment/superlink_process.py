@@ -1,8 +1,8 @@
-"""The SuperLink's process: Flower's own, with a guard before it and the run folders beside it.
+"""The SuperLink's process: Flower's own, behind a guard, and with a service for run folders.
 
-Flower serves its three interfaces on one port: Fleet for nodes, Control for those who submit runs, Runtime for its own
-child processes. Only Fleet proves who calls. So the guard answers the other two to this machine, and Control also to
-the networks of ``control_from``; run folders go to whom Control goes.
+Flower serves three interfaces on one port: Fleet for nodes, Control for those who submit runs, Runtime for its own
+child processes. Only Fleet authenticates callers. The guard therefore admits only this machine to Runtime, and this
+machine and the networks of ``control_from`` to Control and the run folders.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Guard:
-    """Answers 403 to callers that an interface is not for.
+    """Answers 403 to callers without access to an interface.
 
     Parameters
     ----------
@@ -46,14 +46,14 @@ class Guard:
     own : sequence of networks
         This machine's addresses.
     control : sequence of networks
-        Where Control may be called from, beside this machine.
+        Networks, beside this machine, that may call Control.
     """
 
     def __init__(self, app: ASGIApp, own: Sequence[Network], control: Sequence[Network]) -> None:
         self.app, self.own, self.control = app, own, control
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a call on, or refuse it."""
+        """Forward a call, or refuse it."""
         if scope["type"] != "http" or self._allowed(scope):
             await self.app(scope, receive, send)
         else:
@@ -61,7 +61,7 @@ class Guard:
 
     def _allowed(self, scope: Scope) -> bool:
         path = scope["path"]
-        # A path that says the same in other words must not slip through: only what is known to be for all is.
+        # An allow-list, so that no other spelling of a path slips through.
         if path.startswith(_FOR_ALL) and ".." not in path:
             return True
         caller = ipaddress.ip_address(scope["client"][0]) if scope.get("client") else None
@@ -74,16 +74,16 @@ class Guard:
 
 
 def add_routes(app: FastAPI, runs: Path) -> None:
-    """Serve the run folders for reading, and tell a node whether the federation sees it."""
+    """Serve run folders read-only, and the status of nodes."""
 
     @app.get(RUNS + "/{name}", name="fedlora_run_files", response_model=None)
     def files(name: str) -> dict[str, int]:
         """List a run folder's files with their sizes."""
         folder = _run_folder(runs, name)
-        # Names with a leading dot are files on their way.
+        # Names with a leading dot are unfinished files.
         found = {}
         for path in sorted(folder.rglob("*")):
-            # A run that is refused deletes its folder while one looks.
+            # A refused run may delete its folder meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 if path.is_file() and not path.name.startswith("."):
                     found[str(path.relative_to(folder))] = path.stat().st_size
@@ -100,7 +100,7 @@ def add_routes(app: FastAPI, runs: Path) -> None:
 
     @app.get(NODE, name="fedlora_node", response_model=None)
     def node(request: Request, key: str) -> dict[str, str | float]:
-        """Tell the status of the node with a public key, and until when it counts as online without a sign of life."""
+        """Return the status of the node with a public key, and the end of its lease."""
         status, until = node_lease(request.app, key.encode()) or ("unknown", 0)
         return {"status": status, "until": until}
 
@@ -112,7 +112,7 @@ def _run_folder(runs: Path, name: str) -> Path:
 
 
 def own_networks(host: str) -> list[Network]:
-    """Return the loopback networks, and the addresses that the server's host name has."""
+    """Return the loopback networks and the addresses of the server's host name."""
     found = {"127.0.0.0/8", "::1/128"}
     if host not in ("0.0.0.0", "::"):
         found |= {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
@@ -120,7 +120,7 @@ def own_networks(host: str) -> list[Network]:
 
 
 def main() -> None:
-    """Run ``flower-superlink`` with what follows ``--`` on the command line."""
+    """Run ``flower-superlink`` with the arguments after ``--``."""
     split = sys.argv.index("--")
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", required=True)
@@ -131,11 +131,11 @@ def main() -> None:
         end_with(int(os.environ[PARENT]))
     own = own_networks(options.host)
     control = [ipaddress.ip_network(network) for network in options.control_from]
-    # Between two looks of a node its connection stays, which spares a TLS handshake; it must not hold up the end.
+    # Keep a node's connection open between two queries, which saves TLS handshakes, without delaying the shutdown.
     uvicorn.run = functools.partial(
         uvicorn.run, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_GRACE_SECONDS
     )
-    # A line for every look of every node would fill the disk in a year.
+    # A line for every query of every node would fill the disk within a year.
     logging.getLogger("uvicorn.access").addFilter(lambda record: False)
     logging.getLogger("flwr").addFilter(lambda record: "ListNodes" not in record.getMessage())
     sys.argv = ["flower-superlink", "--host", options.host, *sys.argv[split + 1 :]]

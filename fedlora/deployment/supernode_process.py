@@ -1,8 +1,7 @@
-"""The SuperNode's process: Flower's own, which ends when its connection does.
+"""The SuperNode's process: Flower's own, but it ends when its connection ends.
 
-Flower's main thread returns when the connection to the SuperLink breaks for good (a proxy's answer instead of the
-SuperLink's), while another thread keeps the process alive without working. Here the process ends, so that its
-supervisor sees it.
+When the connection to the SuperLink breaks permanently (for example, a proxy answers instead), Flower's main thread
+returns, but another thread keeps the idle process alive. Here the process ends, so that its supervisor notices.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _bound(name: str) -> str:
 
 
 class SuperlinkSection(Section):
-    """``[superlink]``: where the federation is, and how the node and the server prove who they are."""
+    """``[superlink]``: the server's address, and how node and server prove their identity."""
 
     address: Annotated[str, AfterValidator(_address)]
     root_certificates: str | None = None
@@ -56,7 +56,7 @@ class SuperlinkSection(Section):
 
 
 class NodeDataSection(Section):
-    """``[data]``: the owner's file and its columns. Nothing of it leaves but trained arrays and counts."""
+    """``[data]``: the owner's file and its columns. Only trained arrays and counts leave the node."""
 
     path: Annotated[str, Field(min_length=1)]
     format: FileFormat | None = None
@@ -71,7 +71,7 @@ class ModelEntry(Section):
     """One of ``[policy] models``: a model, and its tokenizer with it, as a run's config names it in ``model.name``.
 
     Either a hub id with ``revision``, the commit, or a folder with ``sha256``, the digest of its files
-    (:func:`~fedlora.node.policy.folder_digest`). ``path`` says where the folder is, if its name does not.
+    (:func:`~fedlora.node.policy.folder_digest`). ``path`` is the folder, if it differs from the name.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -83,12 +83,12 @@ class ModelEntry(Section):
 class PolicySection(Section):
     """``[policy]``: what the owner accepts, whatever config a server sends.
 
-    ``max_epsilon`` at ``delta`` is the ceiling over all runs together, by an accountant that never counts too little;
-    a run may use others too. ``allow_non_private`` accepts runs without privacy, which no ceiling can count; so
-    one of the two is given.
+    ``max_epsilon`` at ``delta`` is the ceiling over all runs together. It is computed by an accountant that gives an
+    upper bound; gdp, which a run may use, gives none. ``allow_non_private`` accepts runs without privacy, for which
+    there is no ceiling. Set exactly one of the two.
 
-    ``models`` are loaded beside fedlora's own assets, and no others. ``max_describes_per_day`` bounds how often servers
-    may ask what the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
+    Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask what
+    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -112,7 +112,7 @@ class WorkerSection(Section):
 
 
 class StateSection(Section):
-    """``[state]``: where the node's ledger, log and socket lie, and what can be made again (``cache``)."""
+    """``[state]``: the folder of the node's ledger, log and socket; and ``cache``, whose content can be made again."""
 
     directory: Annotated[str, Field(min_length=1)] = "state"
     cache: Annotated[str, Field(min_length=1)] | None = None
@@ -135,12 +135,12 @@ class NodeConfig(Section):
 
     @property
     def cache(self) -> Path:
-        """The folder of tokens and of models that the node fetched."""
+        """The folder of tokens and of downloaded models."""
         return Path(self.state.cache) if self.state.cache else self.directory / "cache"
 
     @property
     def format(self) -> str:
-        """The format of the data file: as given, else by its suffix."""
+        """The format of the data file: as given, or from its suffix."""
         return self.data.format or Path(self.data.path).suffix.lower()[1:]
 
 
@@ -191,7 +191,7 @@ def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
 
 
 def _check(node: NodeConfig) -> None:
-    """Refuse combinations that no single key shows."""
+    """Check keys that depend on one another."""
     data, policy = node.data, node.policy
     if (data.prompt is None) != (data.answer is None):
         raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
@@ -206,7 +206,7 @@ def _check(node: NodeConfig) -> None:
     if found is None or not found.is_file():
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
-        remedy = f"its format does not show in its name; set data.format to one of {', '.join(_FORMATS)}"
+        remedy = f"its name does not tell its format; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)
 
 

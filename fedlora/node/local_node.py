@@ -1,4 +1,4 @@
-"""A node as its worker sees it: whose data it trains on, and what the owner allows."""
+"""A data owner's node in its worker: the node's data, policy and ledger."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LocalNode:
 
     @classmethod
     def open(cls, path: str | Path) -> LocalNode:
-        """Read node.toml, anew at every message, so that the owner's changes hold at once.
+        """Read node.toml. Every message reads it again, so that the owner's changes take effect at once.
 
         Raises
         ------
@@ -42,7 +42,7 @@ class LocalNode:
         return cls(config, NodeLedger(config.directory, config.policy))
 
     def own_config(self, run: Config, label_names: list[str] | None) -> Config:
-        """Return a run's config with the owner's file in place of the server's data; all of its rows are trained on.
+        """Return a run's config with the owner's file as its data. All rows are used for training.
 
         The model is loaded as the owner lists it.
 
@@ -56,8 +56,8 @@ class LocalNode:
         Raises
         ------
         PolicyError, InputError
-            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or a classifier's
-            classes are not said: those of the file would have to be told.
+            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or a classifier's config
+            has no classes: the node would have to reveal those of its file.
         """
         own = self.config.data
         if label_names is None and get_task(run.model.task).classes:
@@ -78,13 +78,13 @@ class LocalNode:
             content["data"]["text_pair"] = own.text_pair
         if own.prompt is not None:
             content["data"] |= {"prompt": own.prompt, "answer": own.answer}
-        # Whom the server asks, and where it simulates and logs, is not the node's affair.
+        # A node ignores how the server samples clients, simulates and logs.
         for section in ("server", "simulation", "network", "tracking"):
             content.pop(section)
         return Config.model_validate(content)
 
     def admit(self, run: Config, examples: int) -> PrivacyPlan | None:
-        """Plan a run's privacy with the node's own number of examples, and hold it against the owner's policy.
+        """Plan a run's privacy with the node's number of examples, and check it against the owner's policy.
 
         Returns
         -------

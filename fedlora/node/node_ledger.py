@@ -1,8 +1,7 @@
-"""The data owner's ledger: one file on the owner's disk, over all runs and restarts.
+"""The data owner's ledger: one file on the owner's disk that covers all runs and restarts.
 
-Every step of training is written to the disk before it reads an example. So whatever happens to the node, at any
-moment, the ledger holds exactly the steps that were begun; and none is ever begun that the owner's ceiling does not
-cover.
+Every training step is written to disk before it reads an example. Whenever the node stops, the ledger therefore holds
+exactly the steps that were begun. No step begins that would exceed the owner's ceiling.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fedlora.privacy.calibration import spent_epsilon
 
 History = list[tuple[float, float, int]]
 
-# What servers may make a ledger hold: names of this many characters, and this many runs that never took a step.
+# Limits on what servers can make a ledger store: characters of a name, and runs that never took a step.
 _LONGEST_NAME = 200
 _LONGEST_LABELS = 100_000
 _IDLE_RUNS = 200
@@ -43,7 +42,7 @@ CREATE TABLE IF NOT EXISTS charges (
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
-# Made where they are missing: a ledger may be older.
+# Created if missing: an older ledger has no such table.
 _DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 _CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
 
@@ -52,29 +51,29 @@ _SEALED = {
     "charges": "SELECT number, run, federation, round, noise_multiplier, sample_rate, steps FROM charges "
     "WHERE number >= ? ORDER BY number",
 }
-"""What a seal, the SHA-256 over these rows, holds together: a row that is gone or changed shows."""
+"""Queries for the rows that each seal covers: its SHA-256 shows a row that is missing or changed."""
 
 
 class NodeLedger:
-    """History of all steps that were ever taken on a node's examples, and of the runs that asked for them.
+    """History of all steps ever taken on a node's examples, and of the runs that asked for them.
 
     Parameters
     ----------
     directory : Path
-        Where ``ledger.sqlite`` lies; made, for its owner's eyes alone, where it is missing.
+        Folder of ``ledger.sqlite``; created if missing, readable by its owner only.
     policy : PolicySection
-        The owner's ceiling, and the delta and the accountant by which epsilon is read.
+        The owner's ceiling, and the delta and accountant used to compute epsilon.
 
     Raises
     ------
     InputError
-        If the ledger cannot be read or written, or a row of it is gone or changed: without it nothing is trained.
+        If the ledger cannot be read or written, or a row of it is missing or changed. Nothing is trained then.
 
     Notes
     -----
-    A federation is what a server's run folder holds; it has one run on the SuperLink, and another after each resume.
-    A step without noise has noise multiplier 0 and makes epsilon infinite. The file is SQLite's: a change is on the
-    disk whole, or not at all. One process at a time trains on the node; the lock of one that is killed falls.
+    A federation is one run folder of a server. It has one run on the SuperLink, and another after each resume.
+    A step without noise has noise multiplier 0 and makes epsilon infinite. The file is an
+    SQLite database, so changes are atomic. Only one process at a time trains on the node; its lock ends with it.
     """
 
     def __init__(self, directory: Path, policy: PolicySection) -> None:
@@ -92,7 +91,7 @@ class NodeLedger:
         self._check()
 
     def _check(self) -> None:
-        """Refuse a ledger that does not hold what was written to it."""
+        """Refuse a damaged ledger."""
         with self._transaction() as database:
             found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             lost = not found >= {"runs", "charges", "seals"}
@@ -102,10 +101,10 @@ class NodeLedger:
                 != {of: _sealing(database, of).hexdigest() for of in _SEALED}
             )
         if lost:
-            remedy = "has lost what it held; bring back a copy, or delete it if nothing was ever trained here"
+            remedy = "has lost its content; restore a copy, or delete it if nothing was ever trained here"
             raise InputError("state.directory", str(self.path), remedy)
         if damaged:
-            remedy = "is damaged: rows are gone or changed, so what was spent is unknown; bring back a copy of it"
+            remedy = "is damaged: rows are missing or changed, so what was spent is unknown; restore a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
         with self._transaction() as database:
             if "describes" not in found:
@@ -114,7 +113,7 @@ class NodeLedger:
                 database.execute(_CONFIG)
 
     def _create(self) -> None:
-        """Make a ledger without a charge, whole or not at all, so that an empty file is known as one that was lost."""
+        """Create a ledger without charges in one transaction, so that an empty file is recognised as a lost ledger."""
         new = self.path.with_suffix(".new")
         with self._lock:
             if self.path.exists():
@@ -133,12 +132,12 @@ class NodeLedger:
                 os.close(folder)
 
     def count_describe(self) -> None:
-        """Take note that a server asks what the node holds, whichever federation it says that it asks for.
+        """Record that a server asks what the node holds, for whichever federation.
 
         Raises
         ------
         PolicyError
-            If servers asked as often as the owner allows within the last 24 hours.
+            If servers used up the owner's limit within the last 24 hours.
         """
         now, most = time.time(), self.policy.max_describes_per_day
         with self._transaction() as database:
@@ -150,9 +149,9 @@ class NodeLedger:
             raise PolicyError("max_describes_per_day", most, "more")
 
     def register(self, federation: str, run: str, label_names: list[str] | None, config: str = "") -> None:
-        """Take note of a run that a server describes; an earlier run of the same federation ends with it.
+        """Record a run that a server describes; this ends an earlier run of the same federation.
 
-        The oldest runs that never took a step are forgotten where there are many.
+        If there are many runs that never took a step, the oldest of them are deleted.
 
         Parameters
         ----------
@@ -164,12 +163,12 @@ class NodeLedger:
         Raises
         ------
         StaleError
-            If a later run of the same federation was described before, or this one with another config or classes.
+            If a later run of the same federation was already described, or this one with another config or classes.
         InputError
-            If the names are longer than any that a server gives.
+            If the names are longer than those of any honest server.
         """
         if max(len(federation), len(run)) > _LONGEST_NAME or len(json.dumps(label_names)) > _LONGEST_LABELS:
-            raise InputError("label-names", federation[:_LONGEST_NAME], "names are too long to be kept")
+            raise InputError("label-names", federation[:_LONGEST_NAME], "names are too long")
         with self._transaction() as database:
             database.execute(
                 "DELETE FROM runs WHERE last_round = 0 AND number <= "
@@ -189,7 +188,7 @@ class NodeLedger:
                 raise StaleError("the run was described with other classes before")
 
     def label_names(self, federation: str, run: str) -> list[str] | None:
-        """Return the classes that a run was described with; None for a language model.
+        """Return the classes with which a run was described; None for a language model.
 
         Raises
         ------
@@ -213,7 +212,7 @@ class NodeLedger:
             _check_config(database, run, config)
 
     def check_round(self, run: str, server_round: int) -> None:
-        """Refuse a round that was begun here already, or is older than one that was.
+        """Refuse a round that already began here, or that is older than one that did.
 
         Raises
         ------
@@ -233,29 +232,29 @@ class NodeLedger:
         return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in rows]
 
     def steps(self) -> int:
-        """Return the number of all steps that were ever begun."""
+        """Return the number of steps ever begun."""
         return sum(steps for _, _, steps in self.history())
 
     def epsilon(self) -> float:
-        """Return the epsilon of all runs together, at the owner's delta."""
+        """Return the epsilon of all runs together at the owner's delta."""
         return self._epsilon(self.history())
 
     def left(self) -> float | None:
-        """Return what is left of the owner's ceiling; None without one."""
+        """Return what is left of the owner's ceiling; None if there is no ceiling."""
         ceiling = self.policy.max_epsilon
         return None if ceiling is None else max(0.0, ceiling - self.epsilon())
 
     def check_budget(
         self, federation: str, plan: PrivacyPlan | None, steps: int, also: Sequence[tuple[float, float, int]] = ()
     ) -> None:
-        """Refuse steps that would pass the owner's ceiling over all runs, or the run's own.
+        """Refuse steps that would exceed the owner's ceiling over all runs, or the run's own.
 
         ``also`` are steps of another kind (noise multiplier, sample rate, number) that come with them.
 
         Raises
         ------
         BudgetError
-            Saying how much is left.
+            With the epsilon that is left.
         """
         ceiling, left = self.policy.max_epsilon, self.left()
         if ceiling is not None:
@@ -292,14 +291,14 @@ class NodeLedger:
         plan : PrivacyPlan, optional
             None without privacy.
         steps : int
-            What the round will take.
+            Training steps of the round.
         also : sequence of (float, float, int), optional
-            Noise multiplier, sample rate and number of whatever else it will take.
+            Noise multiplier, sample rate and number of all other steps.
 
         Yields
         ------
         Charge
-            Whose :meth:`Charge.step` is called before every step, and :meth:`Charge.take` before whatever else.
+            Call its :meth:`Charge.step` before every training step, and :meth:`Charge.take` before every other one.
 
         Raises
         ------
@@ -339,7 +338,7 @@ class NodeLedger:
             finally:
                 database.close()
         except (sqlite3.Error, UnicodeDecodeError) as error:
-            remedy = f"cannot be read or written ({error}); mend it or bring back a copy: it is the owner's ledger"
+            remedy = f"cannot be read or written ({error}); repair it or restore a copy: it is the owner's ledger"
             raise InputError("state.directory", str(self.path), remedy) from None
 
 
@@ -352,12 +351,12 @@ class Charge:
     federation, run : str
     server_round : int
     admitted : list of (float, float, int)
-        Noise multiplier, sample rate and number of steps; the first are the training's own.
+        Noise multiplier, sample rate and number of steps; the training steps come first.
 
     Attributes
     ----------
     taken : int
-        Steps of training that were charged so far.
+        Training steps charged so far.
     """
 
     def __init__(
@@ -371,11 +370,11 @@ class Charge:
         for sigma, rate, steps in admitted:
             self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
         self._rows: dict[tuple[float, float], int | None] = {}
-        # Over the rows of earlier rounds, which are not read again at every step.
+        # Digest of the rows of earlier rounds, so that they need not be read again at every step.
         self._earlier = _sealing(database, "charges")
 
     def step(self) -> None:
-        """Write a step of training to the disk; call it before the step reads an example.
+        """Write a training step to disk; call this before the step reads an example.
 
         Raises
         ------
@@ -386,7 +385,7 @@ class Charge:
         self.taken += 1
 
     def take(self, noise_multiplier: float, sample_rate: float) -> None:
-        """Write a step of any admitted kind to the disk; call it before the step reads an example.
+        """Write a step of any admitted kind to disk; call this before the step reads an example.
 
         Raises
         ------
@@ -416,7 +415,7 @@ class Charge:
         self._left[kind] -= 1
 
     def check_taken(self, steps: int) -> None:
-        """Refuse a result of other steps than were charged.
+        """Refuse a result whose number of steps differs from what was charged.
 
         Raises
         ------
@@ -438,7 +437,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def _sealing(database: sqlite3.Connection, of: str, first: int = 0, after: Any = None) -> Any:
-    """Return the hash of a table's rows from number ``first`` on, after that of those before."""
+    """Return the hash of a table's rows from number ``first`` on, chained to the hash of the rows before."""
     sha = hashlib.sha256() if after is None else after
     for row in database.execute(_SEALED[of], (first,)):
         sha.update(repr(row).encode())

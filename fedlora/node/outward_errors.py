@@ -1,4 +1,4 @@
-"""What of an error leaves a node: its class and its code, and never a text that data could be in."""
+"""What leaves a node of an error: its class and code, never a text that could contain data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _OUTWARD = re.compile(r"[A-Za-z_]\w{0,80}(: (epsilon left|[a-z_]{1,40}) = ([0-9.
 
 
 def outward_error(error: Exception) -> Error:
-    """Return what a server gets to know of an exception.
+    """Return the error that a server receives for an exception.
 
-    That is the name of its class; of a :class:`BudgetError` also how much is left, and of a :class:`PolicyError` the
-    owner's key and its value. None of them is a text that the exception carries.
+    It holds the name of the class; for a :class:`BudgetError` also how much is left, and for a :class:`PolicyError` the
+    owner's key and its value. It never holds the exception's own text.
     """
     reason = type(error).__name__
     if isinstance(error, BudgetError) and error.left is not None:
@@ -26,5 +26,5 @@ def outward_error(error: Exception) -> Error:
 
 
 def is_outward(reason: str | None) -> bool:
-    """Tell whether a reason has the form of :func:`outward_error`; anything else must not leave a node."""
+    """Return whether a reason has the form of :func:`outward_error`. Nothing else may leave a node."""
     return reason is not None and _OUTWARD.fullmatch(reason) is not None

@@ -1,4 +1,4 @@
-"""What a node's owner accepts, whatever config a server sends."""
+"""Check a run against the policy of a node's owner, whatever config the server sends."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fedlora.privacy import PrivacyPlan
 
 
 def check_policy(policy: PolicySection, plan: PrivacyPlan | None) -> None:
-    """Refuse a run whose privacy is weaker than the owner accepts; the ceiling is the ledger's to hold.
+    """Refuse a run whose privacy is weaker than the owner accepts. The ledger enforces the ceiling.
 
     Parameters
     ----------
     policy : PolicySection
     plan : PrivacyPlan, optional
-        What the run's config comes to with this node's number of examples; None without privacy.
+        The run's privacy for this node's number of examples; None without privacy.
 
     Raises
     ------
     PolicyError
-        Naming the owner's key, its value and what the run asks for.
+        With the owner's key, its value, and the run's value.
     """
     if plan is None:
         if not policy.allow_non_private:
             raise PolicyError("allow_non_private", False, "privacy.mode = none")
         return
-    # A start from the owner's examples releases something of them, as a step does.
+    # A start made from the owner's examples releases information about them, as a step does.
     noise = min([plan.noise_multiplier, *(sigma for sigma, _, _ in plan.start)])
     rate = max([plan.sample_rate, *(rate for _, rate, _ in plan.start)])
     if policy.min_noise_multiplier is not None and noise < policy.min_noise_multiplier:
@@ -45,17 +45,17 @@ def check_policy(policy: PolicySection, plan: PrivacyPlan | None) -> None:
 
 
 def admitted_model(policy: PolicySection, model: ModelSection) -> ModelSection:
-    """Return a run's model as the node loads it: from where its owner says, and as its owner pinned it.
+    """Return a run's model config with the path and the revision that the owner listed.
 
-    Model and tokenizer are the only programs of a run that see the owner's texts, so a server chooses among the
-    owner's. Fedlora's own assets, whose checksums are pinned, need not be listed.
+    Model and tokenizer are the only parts of a run that process the owner's texts, so a server can only choose from the
+    owner's list. Fedlora's own assets have pinned checksums and need not be listed.
 
     Raises
     ------
     PolicyError
         If the owner lists no such model, or another revision of it.
     InputError
-        If the listed folder is not what its owner listed.
+        If the folder has changed since its owner listed it.
     """
     if is_asset(model.name):
         find_asset(model.name, "model", "model.name")
@@ -69,7 +69,7 @@ def admitted_model(policy: PolicySection, model: ModelSection) -> ModelSection:
     if not folder.is_dir():
         raise InputError("policy.models", entry.name, f"there is no folder {folder}; give its path")
     if (folder / "adapter_config.json").is_file():
-        # transformers would load the model that the adapter names, which nobody pinned.
+        # transformers would load the base model that the adapter names, which is not pinned.
         raise InputError("policy.models", entry.name, "holds an adapter; list a whole model (fedlora export --merged)")
     found = folder_digest(folder)
     if found != entry.sha256:
@@ -78,7 +78,7 @@ def admitted_model(policy: PolicySection, model: ModelSection) -> ModelSection:
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the SHA-256 of all files in a folder: of the lines that sha256sum prints of them, sorted by name.
+    """Return the SHA-256 of a folder: of the lines that sha256sum prints for its files, sorted by name.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def folder_digest(folder: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _digest(files: tuple[tuple[str, str, int, int], ...]) -> str:
-    """Hash files once: size and time of change tell whether one was changed since."""
+    """Hash a file once; its size and time of change tell whether to hash it again."""
     lines = []
     for name, path, _, _ in files:
         with open(path, "rb") as stream:

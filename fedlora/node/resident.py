@@ -1,7 +1,7 @@
-"""The way from Flower's client process to the node's resident worker, over a private local socket.
+"""Pass messages from Flower's client process to the node's resident worker, over a private local socket.
 
-Flower starts a process for every message. This module is all that it needs to load; model, tokens and torch stay in the
-worker, which is started when the first message comes and ends when none came for a while.
+Flower starts a process for every message, which loads this module only. Model, tokens and torch stay in the worker. It
+starts with the first message and ends after an idle time.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _LOG_BYTES = 10 * 2**20
 
 
 class WorkerDiedError(RuntimeError):
-    """The resident worker ended while it held a message, or did not start."""
+    """The resident worker ended while handling a message, or did not start."""
 
 
 def ask(node_file: str, app: str, message: Message, context: Context) -> Message:
-    """Let the node's resident worker handle a message; start the worker if there is none.
+    """Have the node's resident worker handle a message; start the worker if none runs.
 
-    A worker that dies under the message is replaced, and the message is handled again unless a step of it was taken: a
-    step that was charged is never taken twice. An error in the reply holds no text (:func:`outward_error`).
+    A worker that dies during a message is replaced. The message is then handled again, unless a step was taken: no
+    charged step is taken twice. An error in the reply holds no text (:func:`outward_error`).
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def ask(node_file: str, app: str, message: Message, context: Context) -> Message
             log.error("the worker ended; the message is handled again", exc_info=error)
         reply = _exchange(node_file, node, app, message, context)
         if reply.has_error() and reply.error.code == ClientErrorCode.STALE:
-            # The message is not stale: the worker that died had begun its round.
+            # Not stale: the worker that died had begun the round.
             raise WorkerDiedError
         return reply
     except WorkerDiedError as error:
@@ -74,9 +74,9 @@ def ask(node_file: str, app: str, message: Message, context: Context) -> Message
 
 
 def start_worker(node_file: str | Path, node: NodeConfig, app: str) -> subprocess.Popen[bytes]:
-    """Start the resident worker in a session of its own; it ends at once if the node has one.
+    """Start the resident worker in its own session; it ends at once if the node already has one.
 
-    It runs the owner's installation of fedlora, whatever code came with the run.
+    It runs the owner's installation of fedlora, not the code sent with the run.
     """
     folder = worker_folder(node)
     environment = {**os.environ, "FEDLORA_CACHE": str(node.cache), "TOKENIZERS_PARALLELISM": "false"}
@@ -95,14 +95,14 @@ def start_worker(node_file: str | Path, node: NodeConfig, app: str) -> subproces
 
 
 def stop_worker(node: NodeConfig, patience: float = 10.0) -> bool:
-    """End the node's resident worker, if there is one; say whether there was.
+    """End the node's resident worker, if any; return whether there was one.
 
-    What it holds is lost; its ledger is on the disk.
+    Its loaded model and tokens are lost; its ledger is on disk.
 
     Raises
     ------
     TimeoutError
-        If it is still there after ``patience`` seconds.
+        If it still runs after ``patience`` seconds.
     """
     folder, lock = worker_folder(node), worker_lock(node)
     with contextlib.suppress(Timeout), lock.acquire(timeout=0):
@@ -117,12 +117,12 @@ def stop_worker(node: NodeConfig, patience: float = 10.0) -> bool:
 
 
 def worker_folder(node: NodeConfig) -> Path:
-    """Return the folder of the worker's socket, lock and log, which nobody but its user can enter.
+    """Return the folder of the worker's socket, lock and log, which only its user can enter.
 
     Raises
     ------
     InputError
-        If somebody else can, or it cannot be made.
+        If others can enter it, or it cannot be created.
     """
     folder = node.directory / "worker"
     try:
@@ -138,13 +138,13 @@ def worker_folder(node: NodeConfig) -> Path:
 
 
 def worker_lock(node: NodeConfig) -> FileLock:
-    """Return the lock that a worker holds while it lives."""
+    """Return the lock that a worker holds while it runs."""
     return FileLock(worker_folder(node) / "worker.lock", mode=0o600)
 
 
 @contextlib.contextmanager
 def socket_address(folder: Path) -> Iterator[str]:
-    """Yield an address of the socket that is short enough for the system, however deep the folder lies."""
+    """Yield a socket address that is short enough for the system, however long the folder's path is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/worker.sock"
@@ -191,7 +191,7 @@ def _try_connect(folder: Path) -> Connection | None:
         client.close()
         return None
     try:
-        # It may be busy with another message; one that ends just now says nothing.
+        # It may be busy with another message. A worker that is just ending sends nothing.
         if connection.recv() == READY:
             return connection
     except (EOFError, OSError):
@@ -209,7 +209,7 @@ def _is_running(node: NodeConfig) -> bool:
 
 
 def turn_log(folder: Path) -> None:
-    """Let this process' output go to a new log, if the worker's has grown long: servers' messages write into it."""
+    """Redirect this process's output to a new log if the worker's log is long, since servers' messages add to it."""
     path = folder / "worker.log"
     if path.exists() and path.stat().st_size > _LOG_BYTES:
         with _open_log(path) as descriptor:

@@ -1,4 +1,4 @@
-"""Room on a node's disk: what the runs of servers leave in the cache is bounded, and the ledger's part is kept free."""
+"""Limit the disk space that servers' runs take in a node's cache, and keep some free for the ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedlora.errors import InputError
 from fedlora.node.config import NodeConfig
 
 RESERVE = 200 * 10**6
-"""Bytes that the cache leaves free: the ledger and the logs may lie on the same disk."""
+"""Bytes that the cache leaves free, since ledger and logs may be on the same disk."""
 
 _OF_RUNS = ("tokens", "initial")
 _DAY = 86400.0
@@ -22,20 +22,20 @@ _TOKENS_PER_BYTE = 4
 
 
 def make_room(node: NodeConfig, needed: int = 0, used: tuple[Path, ...] = ()) -> None:
-    """Delete tokens and frozen arrays of runs, the longest unused first, until the cache may take more bytes.
+    """Delete tokens and frozen arrays of runs, least recently used first, until the cache has room for more bytes.
 
     Parameters
     ----------
     node : NodeConfig
     needed : int
-        Bytes that are about to be written.
+        Bytes about to be written.
     used : tuple of Path
-        What of the cache is in use: it counts as used now, and stays.
+        Paths in the cache that are in use; they are kept and count as used now.
 
     Raises
     ------
     InputError
-        If they are more than ``policy.max_cache_gb``, or the disk is too full for them.
+        If ``needed`` exceeds ``policy.max_cache_gb``, or the disk is too full.
     """
     limit = round(node.policy.max_cache_gb * 1e9)
     if needed > limit:
@@ -63,7 +63,7 @@ def make_room(node: NodeConfig, needed: int = 0, used: tuple[Path, ...] = ()) ->
 
 
 def tidy(cache: Path) -> None:
-    """Delete what processes that were killed left half made in the cache, a day ago or more."""
+    """Delete unfinished files of killed processes in the cache that are at least a day old."""
     for path in cache.glob("*/.*"):
         with contextlib.suppress(OSError):
             if path.is_dir() and time.time() - path.stat().st_mtime > _DAY:
@@ -71,7 +71,7 @@ def tidy(cache: Path) -> None:
 
 
 def _entries(cache: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield when each was last used, its bytes, and where it is."""
+    """Yield time of last use, bytes and path of each entry."""
     for kind in _OF_RUNS:
         for path in cache.glob(f"{kind}/*"):
             # Another node of the same machine may share the cache.

@@ -36,8 +36,8 @@ _LONGEST_RECORD = 20_000
 
 
 def main(node_file: str, app: str) -> None:
-    """Serve until no message came for ``worker.idle_seconds``; return at once if the node has a worker."""
-    # Whatever is written from here on is the owner's alone: log, tokens, socket.
+    """Serve until ``worker.idle_seconds`` pass without a message; return at once if the node already has a worker."""
+    # Files created from here on (log, tokens, socket) are readable by the owner only.
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO)
     for handler in logging.getLogger().handlers:
@@ -56,7 +56,7 @@ def main(node_file: str, app: str) -> None:
 
 
 def serve(node: NodeConfig, app: str, folder: Path) -> None:
-    """Load the app, and handle messages one by one as they come."""
+    """Load the app and handle messages one by one."""
     from fedlora.simulation.worker import Worker
 
     started = time.perf_counter()
@@ -82,7 +82,7 @@ def serve(node: NodeConfig, app: str, folder: Path) -> None:
 
 
 class _ShortLines(logging.Formatter):
-    """Cuts what a server could make long."""
+    """Truncates text whose length a server controls."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -99,14 +99,14 @@ def _handle(worker: Worker, connection: Connection) -> None:
         kind, done = envelope.metadata.message_type, "an error" if reply.error else "arrays and counts"
         log.info("%s of run %d: %s, %.2f s", kind, envelope.metadata.run_id, done, time.perf_counter() - started)
     except (EOFError, OSError) as error:
-        # The client process ended; what was charged stays charged.
+        # The client process ended; charged steps stay charged.
         log.warning("a message could not be answered: %s", error)
 
 
 def _outward(envelope: Envelope) -> Envelope:
-    """Take the text out of an error that the app did not make fit to leave the node."""
+    """Remove the text of an error, unless the app made it fit to leave the node."""
     error = envelope.error
-    envelope = replace(envelope, notes=())  # the owner's log has them
+    envelope = replace(envelope, notes=())  # the owner's log holds the details
     if error is None or is_outward(error.reason):
         return envelope
     log.error("the app failed: %s", error.reason)

@@ -1,4 +1,4 @@
-"""From run folders to tables, figures and a page that compare them."""
+"""Compare runs: read run folders; write tables, figures and an HTML page."""
 
 from fedlora.reporting.report import write_report
 

@@ -1,4 +1,4 @@
-"""What each figure shows, whoever draws it: matplotlib for print, plotly for the page."""
+"""The content of each figure, independent of the library that draws it (matplotlib for files, plotly for the page)."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Series:
     Attributes
     ----------
     method : str or None
-        None for what belongs to none, as a class of examples.
+        None if the points belong to no method, for example a class of examples.
     label : str
     x, y : list of float
     low, high : list of float, optional
         95 % interval of y, where there is one.
     hover : list of str
-        What each point says; lines are parted by line breaks.
+        Hover text of each point; may contain line breaks.
     of : list of str
         Names of the groups or runs that the points stand for.
     variant : int
-        Among the method's series: dashes and open markers tell them apart.
+        Index among the method's series, which sets dashes and open markers.
     line, markers, band : bool
-        Whether points are joined, marked, and the interval drawn as a band and not as bars.
+        Whether to join the points, to mark them, and to draw the interval as a band instead of bars.
     strong : list of bool, optional
-        Which points stand out; all, unless told.
+        Which points stand out; all by default.
     sizes : list of float, optional
-        Of the markers, in points.
+        Marker sizes, in points.
     flat : bool
-        Markers are horizontal strokes: what a formula says.
+        Draw markers as horizontal strokes, for values of a formula.
     """
 
     method: str | None
@@ -73,19 +73,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """Two axes and what is in them.
+    """Two axes and their series.
 
     Attributes
     ----------
     x_form, y_form : str
         How numbers are shown: percent, bytes, seconds, integer or number.
     x_quantity, y_quantity : str
-        What the axes show, as :func:`~fedlora.reporting.comparison.quantities` names it, or round, share, client.
+        Quantity on each axis: a name of :func:`~fedlora.reporting.comparison.quantities`, or round, share or client.
     x_ticks : dict of float to str, optional
     bars : bool
         Series are stacked bars: x is a client, y its examples of a class.
     dodge : bool
-        Series of equal x are drawn side by side, so that their intervals can be seen.
+        Draw series of equal x side by side, so that their intervals do not overlap.
     """
 
     title: str
@@ -103,19 +103,19 @@ class Panel:
     dodge: bool = False
 
     def shifted(self, place: int) -> list[float]:
-        """Return x of a series as it is drawn: beside the others' where the panel says so."""
+        """Return the x values at which to draw a series, shifted sideways if ``dodge`` is set."""
         series = self.series[place]
         factor = _DODGE ** (place - (len(self.series) - 1) / 2) if self.dodge else 1.0
         return [x * factor for x in series.x]
 
     @property
     def x_axis(self) -> Axis:
-        """How the axis of x looks."""
+        """Scale, ticks and range of the x axis."""
         return Axis.of([x for s in self.series for x in s.x], self.x_form, self.x_log, self.x_ticks)
 
     @property
     def y_axis(self) -> Axis:
-        """How the axis of y looks; it shows all intervals, as far as shares can go."""
+        """Scale, ticks and range of the y axis, which shows all intervals, clipped to [0, 1] for shares."""
         if self.bars:
             return Axis(False)
         values = [y for s in self.series for part in (s.y, s.low, s.high) for y in part or [] if y is not None]
@@ -124,14 +124,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Axis:
-    """Scale, ticks and range of an axis; None leaves them to whoever draws.
+    """Scale, ticks and range of an axis; None leaves the choice to the drawing library.
 
     Attributes
     ----------
     log : bool
     ticks : dict of float to str, optional
     range : (float, float), optional
-        Ends, where values may leave what the axis can show.
+        Limits, where values could exceed what the axis can show.
     """
 
     log: bool
@@ -168,7 +168,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure: its file's name, its title, what to know when reading it, and its panels."""
+    """One figure: file name, title, caption and panels."""
 
     name: str
     title: str
@@ -177,7 +177,7 @@ class Chart:
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """Return the figures that the runs allow; the main one is the first."""
+    """Return the figures for which the runs have data, the main one first."""
     makers = (
         score_by_epsilon,
         score_by_bytes,
@@ -194,7 +194,7 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 
 def score_by_epsilon(comparison: Comparison) -> Chart | None:
-    """Score against epsilon, in levels; without privacy at the right end."""
+    """Score against epsilon; runs without privacy at the right end."""
     if len(comparison.privacy_levels) < 2:
         return None
     positions = epsilon_positions(comparison)
@@ -241,7 +241,7 @@ def score_by_bytes(comparison: Comparison) -> Chart:
 
 
 def pareto_front(comparison: Comparison) -> Chart:
-    """Who is best at what price: score against bytes, with what nobody beats in score, epsilon and bytes marked."""
+    """Score against bytes, with the Pareto front of score, epsilon and bytes marked."""
     front = {group.name for group in comparison.front}
     series = [
         _points(
@@ -352,7 +352,7 @@ def bytes_by_round(comparison: Comparison) -> Chart:
 
 
 def score_by_network(comparison: Comparison) -> Chart:
-    """Score against the time that the messages take on links of a kind."""
+    """Score against the simulated network time, one panel for each link profile."""
     names = dict.fromkeys(
         name.removeprefix("seconds_") for g in comparison.groups for name in g.means if name.startswith("seconds_")
     )
@@ -376,7 +376,7 @@ def score_by_network(comparison: Comparison) -> Chart:
 
 
 def client_spread(comparison: Comparison) -> Chart | None:
-    """How the final model's score spreads over clients: from the worst to the best."""
+    """Distribution of the final model's score over clients, from worst to best."""
     by_level: dict[str, list[Series]] = defaultdict(list)
     task, name = comparison.task, comparison.task.client_metric
     form = task.form(name)
@@ -390,22 +390,7 @@ def client_spread(comparison: Comparison) -> Chart | None:
             f"{group.name}\n{share:.0%} of the clients have at most {format_value(mean.mean, form)}"
             for share, mean in zip(_SHARES, means, strict=True)
         ]
-        by_level[group.privacy].append(
-            Series(
-                group.method,
-                group.label,
-                _SHARES.tolist(),
-                [mean.mean for mean in means],
-                hover,
-                [group.name] * len(means),
-                [mean.low for mean in means],
-                [mean.high for mean in means],
-                group.variant,
-                line=True,
-                markers=False,
-                band=True,
-            )
-        )
+        by_level[group.privacy].append(_curve(group, _SHARES.tolist(), means, hover, markers=False))
     levels = [level for level in comparison.privacy_levels if level in by_level]
     panels = [
         Panel(
@@ -430,7 +415,7 @@ def client_spread(comparison: Comparison) -> Chart | None:
 
 
 def partitions(comparison: Comparison) -> Chart | None:
-    """Who holds which examples: one picture for each way of dividing them, of its first seed."""
+    """Examples of each client by class: one figure for each partition, of its first seed."""
     panels: dict[tuple[object, ...], Panel] = {}
     for run in comparison.runs:
         flat = flatten(run.config)
@@ -452,7 +437,7 @@ def _partition_panel(run: FinishedRun, title: str) -> Panel:
         counts[line.label][line.client] += line.examples
     order = sorted(names)
     if len(order) > _CLIENTS:
-        # More bars than a page has room for: the sizes, in falling order.
+        # Too many bars for one page: sort the clients by size, largest first.
         order.sort(key=lambda client: -sum(of_client[client] for of_client in counts.values()))
     series = [
         Series(
@@ -501,7 +486,7 @@ def format_value(value: float, form: str) -> str:
 
 
 def describe(comparison: Comparison, group: Group) -> str:
-    """Return what a point on a chart says of its group: the config, the score and the price, in lines."""
+    """Return the hover text of a group's point: config, score, epsilon and bytes, one a line."""
     flat = flatten(group.runs[0].config)
     beside = [key for key in comparison.varied if key not in group.axes and key != "client.learning_rate"]
     score, total = group.means[comparison.score], group.means["total_bytes"]
@@ -519,7 +504,7 @@ def describe(comparison: Comparison, group: Group) -> str:
 
 
 def with_interval(mean: Mean, form: str) -> str:
-    """Show a mean with its interval, if it has one, and how many values it is of."""
+    """Format a mean with its interval, if any, and its number of values."""
     shown = format_value(mean.mean, form)
     if mean.half is None:
         return f"{shown} (n = 1)"
@@ -557,7 +542,7 @@ def _points(
 def _over_rounds(
     comparison: Comparison, values: Callable[[FinishedRun], dict[int, float | None]], form: str
 ) -> dict[str, list[Series]]:
-    """Return mean and interval by round, of rounds that all of a group's runs have, by level of privacy."""
+    """Return mean and interval for each round that all runs of a group have, by privacy level."""
     by_level: dict[str, list[Series]] = {level: [] for level in comparison.privacy_levels}
     for group in comparison.groups:
         of_runs = [values(run) for run in group.runs]
@@ -573,23 +558,27 @@ def _over_rounds(
             f"{group.name}\nround {number}\n{with_interval(mean, form)}"
             for number, mean in zip(rounds, means, strict=True)
         ]
-        by_level[group.privacy].append(
-            Series(
-                group.method,
-                group.label,
-                [float(number) for number in rounds],
-                [mean.mean for mean in means],
-                hover,
-                [group.name] * len(rounds),
-                [mean.low for mean in means],
-                [mean.high for mean in means],
-                group.variant,
-                line=True,
-                markers=len(rounds) <= 30,
-                band=True,
-            )
-        )
+        x = [float(number) for number in rounds]
+        by_level[group.privacy].append(_curve(group, x, means, hover, markers=len(x) <= 30))
     return by_level
+
+
+def _curve(group: Group, x: list[float], means: Sequence[Mean], hover: list[str], markers: bool) -> Series:
+    """Return a group's means as a line, with their interval as a band."""
+    return Series(
+        group.method,
+        group.label,
+        x,
+        [mean.mean for mean in means],
+        hover,
+        [group.name] * len(x),
+        [mean.low for mean in means],
+        [mean.high for mean in means],
+        group.variant,
+        line=True,
+        markers=markers,
+        band=True,
+    )
 
 
 def _round_bytes(runs: Sequence[FinishedRun], way: str, name: str) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""What runs differ in, which of them only repeat each other with another seed, and the numbers of both."""
+"""Group runs that differ only in their seed, find the config keys in which groups differ, and average their numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedlora.errors import InputError
 from fedlora.reporting.runs import FinishedRun, Found, Unfinished
 from fedlora.tasks import Task
 
-# Where a run ran and what it is called do not change what it is.
+# Keys that do not change a run's result: where it ran, and its name.
 _NOT_AXES = (
     "run.name",
     "run.seed",
@@ -30,7 +30,7 @@ _NOT_AXES = (
 )
 _PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
 PRIVACY = "privacy"
-"""The axis that stands for the mode and its target."""
+"""The axis that stands for the privacy mode and its target."""
 
 Value = Any
 
@@ -85,7 +85,7 @@ class Group:
     label : str
         Method and the axes' values, privacy apart.
     variant : int
-        0, 1, ... among the method's groups that differ beside privacy.
+        Index among those groups of the method that differ in more than privacy.
     """
 
     runs: list[FinishedRun]
@@ -122,20 +122,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report says.
+    """The content of a report.
 
     Attributes
     ----------
     groups : list of Group
     unfinished : list of Unfinished
     duplicates : list of FinishedRun
-        Left out: their config, seed included, is that of another run.
+        Runs left out because another run has the same config and seed.
     axes : list of str
         Config keys that tell groups apart; ``privacy`` stands for its mode and target.
     varied : list of str
         All config keys in which runs differ.
     front : list of Group
-        Those that no other beats in score, epsilon and bytes at once.
+        Groups on the Pareto front of score, epsilon and bytes.
     """
 
     groups: list[Group]
@@ -151,7 +151,7 @@ class Comparison:
 
     @property
     def score(self) -> str:
-        """Return the metric that groups are judged by."""
+        """Return the metric that ranks groups."""
         return self.task.primary
 
     @property
@@ -177,7 +177,7 @@ class Comparison:
 
     @cached_property
     def front(self) -> list[Group]:
-        """Groups that no other is at least as good as in score, epsilon and bytes, and better in one."""
+        """Groups that no other group dominates: at least as good in score, epsilon and bytes, and better in one."""
         converged = [group for group in self.groups if self.costs(group)[0] < math.inf]
         return [converged[i] for i in pareto([self.costs(group) for group in converged])]
 
@@ -292,14 +292,14 @@ def quantity_form(task: Task, quantity: str) -> str:
 
 
 def network_names(run: FinishedRun) -> list[str]:
-    """Return the link profiles of which a report speaks: all, and ``config`` where the run changed one of them."""
+    """Return the link profiles that a report covers: all built-in ones, and ``config`` if the run changed one."""
     section = run.config.network
     own = section.profile != "none" and network_profile(section) != PROFILES[section.profile]
     return [*PROFILES, *(["config"] if own else [])]
 
 
 def network_seconds(run: FinishedRun, name: str) -> list[float]:
-    """Seconds of each round's messages on the links of a profile, drawn by the run's seed."""
+    """Simulated network seconds of each round under a link profile, with links drawn from the run's seed."""
     profile = network_profile(run.config.network) if name == "config" else PROFILES[name]
     assert profile is not None
     by_round: dict[int, list[Any]] = defaultdict(list)
@@ -324,7 +324,7 @@ def privacy_label(config: Config) -> str:
 
 
 def axis_label(axis: str, value: Value) -> str:
-    """Name an axis' value in a few characters: rank 8, α 0.5, 10 clients."""
+    """Return a short label of an axis value: rank 8, α 0.5, 10 clients."""
     if (axis, value) == ("privacy.mode", "none"):
         return "no privacy"
     if axis in ("method.name", "privacy.mode"):
@@ -340,7 +340,7 @@ def axis_label(axis: str, value: Value) -> str:
 
 
 def in_a_cell(value: Value) -> Value:
-    """Return a value as a table's cell can hold it: a list and a table of values as words."""
+    """Return a value as a table cell: lists and dicts become text."""
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else value
@@ -364,7 +364,7 @@ def flatten(config: Config) -> dict[str, Value]:
 
 
 def pareto(costs: Sequence[tuple[float, ...]]) -> list[int]:
-    """Return the places of those that no other dominates: as low in all costs, and lower in one."""
+    """Return the indices of the points that no other dominates (as low in all costs, and lower in one)."""
 
     def dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return a != b and all(x <= y for x, y in zip(a, b, strict=True))
@@ -379,14 +379,14 @@ def _varied(flat: list[dict[str, Value]]) -> list[str]:
         for key in dict.fromkeys(key for row in flat for key in row)
         if not key.startswith(_NOT_AXES) and key not in _PRIVACY
     ]
-    # What decides most comes first; a tuned rate follows from the rest.
+    # The most decisive keys come first; a tuned learning rate follows from the others.
     order = ["method.name", PRIVACY, *keys, "client.learning_rate"]
     keys = [key for key in dict.fromkeys(order) if key != "client.learning_rate"] + ["client.learning_rate"]
     return [key for key in keys if len({_hashable(row[key]) for row in flat if key in row}) > 1]
 
 
 def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
-    """Drop keys whose value follows from the others', as a learning rate that is tuned for each method does."""
+    """Drop keys whose value follows from the other keys, such as a learning rate tuned for each method."""
     kept = list(varied)
     for key in reversed(varied):
         rest = [other for other in kept if other != key]
@@ -405,13 +405,13 @@ def _hashable(value: Value) -> Value:
 
 
 def _order(flat: dict[str, Value], axes: Sequence[str]) -> list[tuple[bool, float, str]]:
-    """Sort key of axes' values: numbers by size, then words."""
+    """Sort key of axis values: numbers by size, then words."""
     values = [flat.get(axis) for axis in axes]
     return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in values]
 
 
 def _strictness(group: Group) -> tuple[float, str]:
-    """Sort privacy: by epsilon as asked for or measured, none last."""
+    """Sort key of privacy levels: by target or measured epsilon, no privacy last."""
     target = group.runs[0].config.privacy.target_epsilon
     private = group.runs[0].config.privacy.mode != "none"
     return (target if private and target is not None else group_epsilon(group), group.privacy)

@@ -1,4 +1,4 @@
-"""Charts as PNG and SVG, for print."""
+"""Draw charts with matplotlib, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
 
 
 def _numbered(series: Series) -> bool:
-    """Whether a point needs a number: markers alone tell a method's first two variants apart."""
+    """Whether a point needs a number. Filled and open markers distinguish a method's first two variants."""
     return series.variant > 1 and not series.line and not series.flat
 
 

@@ -1,4 +1,4 @@
-"""The page: one file that needs no network, with every number marked with what it is."""
+"""The HTML page: one file that needs no network. Every number is marked with its group and quantity."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
     charts : sequence of Chart
         The first is the main one.
     command : str
-        What wrote the report.
+        The command that wrote the report.
     studies : sequence of StudyResults
-        Those among the folders: what they tuned, and what failed.
+        Studies among the folders, for their tuning and failed runs.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
@@ -74,7 +74,7 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
 
 
 def number(of: str, quantity: str, value: float, form: str = "number") -> Markup:
-    """Mark a number with whose it is (``data-of``) and what (``data-q``); ``value`` has all its digits."""
+    """Mark a number with its group (``data-of``) and quantity (``data-q``); ``value`` has all digits."""
     mark = Markup('<data value="{}" data-of="{}" data-q="{}" data-form="{}">{}</data>')
     return mark.format(repr(float(value)), of, quantity, form, format_value(value, form))
 
@@ -94,7 +94,7 @@ def mean_number(group: Group, quantity: str) -> Markup:
 
 
 def answer(comparison: Comparison) -> Markup:
-    """Say in one sentence which configuration is best at each level of privacy, and what it sent."""
+    """Write the sentence that names the best configuration at each privacy level, and its bytes."""
     best: dict[str, list[Markup]] = {}
     for level in comparison.privacy_levels:
         first = _ranked(comparison, level)[0]
@@ -109,7 +109,7 @@ def answer(comparison: Comparison) -> Markup:
 
 
 def fewest_bytes(comparison: Comparison) -> Markup:
-    """Say who sends least, where that is not who is best."""
+    """Write the sentence that names the configuration with the fewest bytes, unless it is also the best."""
     cheapest: dict[str, list[Markup]] = {}
     for level in comparison.privacy_levels:
         ranked = _ranked(comparison, level)
@@ -137,7 +137,7 @@ def _listed(parts: Sequence[Markup | str]) -> Markup:
 
 
 def caveat(comparison: Comparison) -> Markup:
-    """Say how far the order can be trusted: where intervals overlap, and what guessing gives."""
+    """Write the caveats: where intervals overlap, and what always naming the largest class scores."""
     parts: list[Markup] = []
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
@@ -188,7 +188,7 @@ def _setting(comparison: Comparison) -> list[str]:
         values = {str(row[key]) for row in flat}
         return flat[0][key] if len(values) == 1 else None
 
-    # Paths are long, and whoever reads the page has other ones.
+    # Paths are long, and differ on the reader's machine.
     names = [name and (Path(name).name if name.startswith("/") else name) for name in map(common, _NAMES)]
     words = [*names, common("data.partition.kind")]
     clients, rounds = {run.summary.clients for run in comparison.runs}, common("run.rounds")

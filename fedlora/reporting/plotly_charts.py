@@ -1,4 +1,4 @@
-"""Charts as plotly draws them, as JSON."""
+"""Build the plotly JSON of charts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TICKS = {
 
 
 def plot(panel: Panel) -> dict[str, Any]:
-    """Return data and layout of a panel; colours of text and grid are the page's.
+    """Return a panel's plotly data and layout. The page sets the colours of text and grid.
 
     Every trace has a ``meta``: ``method``, by which the page filters, ``of``, the groups or runs that its points stand
     for, and ``role``: points, low, high or bars.

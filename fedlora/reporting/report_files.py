@@ -1,4 +1,4 @@
-"""Writing a report without touching anything of the user's."""
+"""Write a report without overwriting the user's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedlora.errors import InputError
 from fedlora.storage import is_full
 
 MANIFEST = "report/files.json"
-"""Names what an earlier report wrote here, with SHA-256, so that it may be replaced; nothing else is."""
+"""Lists the files of an earlier report with their SHA-256. Only these are replaced."""
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -29,7 +29,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises
     ------
     InputError
-        If a file is there that no earlier report wrote, or that was changed since; nothing is written then.
+        If a file exists that no earlier report wrote, or that was changed since. Then nothing is written.
     """
     try:
         earlier = _earlier(folder)
@@ -39,7 +39,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 remedy = f"{name} is there and is not what an earlier report wrote; move it, or choose another --output"
                 raise InputError("--output", str(folder), remedy)
         new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
-        # Until all is written the list knows old and new: a report that was interrupted can be written again.
+        # Until all files are written the list holds old and new digests, so that an interrupted report can be repeated.
         both = {name: earlier.get(name, []) + new.get(name, []) for name in earlier | new}
         _replace(folder / MANIFEST, json.dumps(both).encode())
         for name, content in files.items():
@@ -68,7 +68,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _earlier(folder: Path) -> dict[str, list[str]]:
-    """Return what an earlier report wrote: path to the digests that it may have."""
+    """Return the files of an earlier report: path to the digests it may have."""
     if (folder / "report" / "config.toml").exists():
         raise InputError(
             "--output", str(folder), "has a run named report, where tables would go; choose another --output"
@@ -81,7 +81,7 @@ def _earlier(folder: Path) -> dict[str, list[str]]:
     except ValidationError:
         remedy = f"{MANIFEST} is not what an earlier report wrote; move it, or choose another --output"
         raise InputError("--output", str(folder), remedy) from None
-    # A name that leads out of the folder is nobody's report.
+    # No report writes outside its folder.
     return {name: known for name, known in content.items() if not {"..", "/"} & set(Path(name).parts)}
 
 

@@ -1,4 +1,4 @@
-"""Finding run folders, and reading what they say."""
+"""Find run folders and read their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedlora.tasks import Task, get_task
 
 _not_finite = BeforeValidator(lambda value: math.nan if value is None else value)
 _no_bound = BeforeValidator(lambda value: math.inf if value is None else value)
-"""JSON has null in place of such numbers."""
+"""A number that is not finite is null in JSON."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -28,7 +28,7 @@ _DEPTH = 4
 
 
 class _Content(BaseModel):
-    """What is read of a file; more may be in it."""
+    """The fields that are read; files may have more."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -138,7 +138,7 @@ class FinishedRun:
     Attributes
     ----------
     name : str
-        Its folder's name; with the folders above, where two have one name.
+        Its folder's name, with as many parent folders as make it unique.
     folder : Path
     config : Config
     summary : Summary
@@ -178,14 +178,14 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in the folders that were given."""
+    """The runs in the given folders."""
 
     runs: list[FinishedRun]
     unfinished: list[Unfinished]
 
 
 def read_runs(folders: Sequence[str | Path]) -> Found:
-    """Read every run in folders, each a run, a study or a folder of them.
+    """Read every run in the given folders. Each is a run, a study, or a folder of these.
 
     Folders named tuning, report, checkpoint and adapter, and hidden ones, are not searched.
 
@@ -229,7 +229,7 @@ def read_runs(folders: Sequence[str | Path]) -> Found:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, finished or not."""
+    """Whether a folder is a run folder, finished or not."""
     return (folder / "config.toml").is_file() and not (folder / "study.toml").is_file()
 
 
@@ -238,7 +238,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
         return
     if (folder / "study.toml").is_file():
-        # Beside its runs lie those of the tuning stage, which are no part of the comparison.
+        # A study folder also holds tuning runs, which are not compared.
         folder = folder / "runs"
     if depth == 0 or not folder.is_dir():
         return
@@ -248,7 +248,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
-    """Name folders by as many of their last parts as it takes to tell them apart."""
+    """Name each folder by as many trailing path parts as make the names unique."""
     names = {}
     for path in paths:
         length = 1
@@ -320,7 +320,7 @@ _T = TypeVar("_T")
 
 def _parse(path: Path, file: str, parse: Callable[[str], _T]) -> _T:
     try:
-        # As it is: a line break in a cell may be of any kind.
+        # Decoded from bytes, so that line breaks in cells stay as they are.
         return parse((path / file).read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise _damaged(path, file, "it is missing") from None
@@ -345,7 +345,7 @@ def _csv_reader(line: type[_Content]) -> Callable[[str], Any]:
     adapter: TypeAdapter[Any] = TypeAdapter(list[line])  # type: ignore[valid-type]
 
     def read(text: str) -> Any:
-        # An empty cell is a value that is not there, but for the names.
+        # An empty cell is a missing value, except in columns of names.
         return adapter.validate_python(
             [{k: v for k, v in row.items() if v != "" or k in ("name", "label")} for row in read_csv(text)]
         )

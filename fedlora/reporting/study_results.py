@@ -1,4 +1,4 @@
-"""What a study's plan adds to its runs: how values were tuned, what that cost, and which runs failed."""
+"""Read study.json: how values were tuned, what tuning cost, and which runs failed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Point(_Content):
 
 
 class Cost(_Content):
-    """What tuning runs took; bytes are of all messages."""
+    """Cost of the tuning runs; bytes of all messages."""
 
     runs: int
     seconds: float
@@ -51,7 +51,7 @@ class TunedGroup(_Content):
 
     @property
     def label(self) -> str:
-        """Values that the runs of the group have in common."""
+        """Values that all runs of the group share."""
         return " · ".join(axis_label(key, value) for key, value in self.values.items())
 
 
@@ -103,6 +103,6 @@ def read_studies(folders: Sequence[str | Path]) -> list[StudyResults]:
             studies.append(StudyResults(folder, StudyState.model_validate_json(path.read_bytes())))
         except (OSError, ValidationError) as error:
             why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
-            remedy = f"its study.json cannot be used ({why}); run fedlora study again, which writes it anew"
+            remedy = f"its study.json cannot be used ({why}); run fedlora study again to write a new one"
             raise InputError("DIR", str(folder), remedy) from None
     return studies

@@ -1,7 +1,7 @@
-"""A colour and a marker a method, the same in every figure.
+"""One colour and one marker for each method, the same in every figure.
 
-The colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind eyes tell apart; the two that
-are hard to see on white or on black are left out. Methods that share a colour differ in their markers.
+The colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can tell apart; the
+two that are hard to see on white or on black are left out. Methods that share a colour differ in their markers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tidy tables: one line a run, and one a group of runs that differ in their seeds alone."""
+"""The tidy tables: one row for each run, and one for each group of runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlora.reporting.comparison import Comparison, flatten, in_a_cell, quantit
 
 
 def runs_table(comparison: Comparison) -> pd.DataFrame:
-    """One line a run: who it is, every config key in which runs differ, and every number.
+    """Return one row for each run: its name, every config key in which runs differ, and every number.
 
     Shares are in [0, 1]; a cell without a value is empty. ``seed`` is the run's; ``commit`` that of the source tree.
     """
@@ -43,7 +43,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def groups_table(comparison: Comparison) -> pd.DataFrame:
-    """One line a group: n seeds, and of every number the mean and the ends of its 95 % interval (empty for n = 1)."""
+    """Return one row for each group: n seeds, and the mean and 95 % interval of every number (empty for n = 1)."""
     front = {group.name for group in comparison.front}
     rows = []
     for group in comparison.groups:
@@ -64,7 +64,7 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def groups_shown(comparison: Comparison) -> pd.DataFrame:
-    """One line a group for people: every number as its mean and half its interval."""
+    """Return one row for each group, for readers: every number as mean ± half its interval."""
     table = groups_table(comparison)
     columns: dict[str, list[str]] = {}
     for name in table.columns:
@@ -88,7 +88,7 @@ def table_files(name: str, table: pd.DataFrame, shown: pd.DataFrame | None = Non
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return a table as GitHub's Markdown; numbers with four significant digits, as many as it takes for whole ones."""
+    """Return a table as GitHub Markdown. Numbers have four significant digits; integers have all."""
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
     lines += [[_shown(value) for value in row] for row in table.itertuples(index=False)]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
@@ -103,7 +103,7 @@ def _shown(value: object) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Make a table; words and numbers in one column, which Parquet does not take, are all words."""
+    """Make a table. A column that mixes text and numbers becomes text, since Parquet allows one type only."""
     table = pd.DataFrame(rows)
     for name in table.columns:
         if len({isinstance(value, str) for value in table[name].dropna()}) > 1:

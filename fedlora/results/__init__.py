@@ -1,4 +1,4 @@
-"""The run folder: writing it, resuming from it, and loading the model in it."""
+"""The run folder: write it, resume from it, and load its model."""
 
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import RunFolder, RunResult

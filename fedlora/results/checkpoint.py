@@ -1,4 +1,4 @@
-"""What ``--resume`` needs, in one SQLite file: a round is one transaction, so it is there whole or not at all."""
+"""The checkpoint for ``--resume``: one SQLite file in which each round is one atomic transaction."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fedlora.results.seal import CHAIN, TABLES, blob_digest, extend_chain, find_
 from fedlora.storage import is_full, storage_error
 
 PREVIOUS = "previous.sqlite"
-"""Beside the checkpoint: what it held before its last transaction."""
+"""Copy of the checkpoint before its last transaction, in the same folder."""
 
 _PART_BYTES = 2**28
 
 
 class DamagedError(InputError):
-    """A checkpoint does not hold what was written to it."""
+    """A checkpoint is damaged: its content is not what was written."""
 
 
 class Checkpoint:
@@ -37,19 +37,19 @@ class Checkpoint:
     Parameters
     ----------
     path : Path
-        The SQLite file; made if it is not there.
+        The SQLite file; created if missing.
 
     Raises
     ------
     InputError
         If another process has it open, or it cannot be opened.
     DamagedError
-        If it is no checkpoint, or a byte of it is other than it was written.
+        If it is no checkpoint, or any byte of it changed since it was written.
 
     Notes
     -----
-    Everything that is set belongs to the running transaction until :meth:`commit`; a process that dies before leaves
-    the round before. Before a transaction begins, what was committed is copied to :data:`PREVIOUS`, so that a file that
+    All changes belong to the open transaction until :meth:`commit`; a process that dies earlier leaves the previous
+    round. Before a transaction begins, what was committed is copied to :data:`PREVIOUS`, so that a file that
     is damaged later costs one round. Clients' states are read from the file one at a time, so that memory does not grow
     with the federation.
     """
@@ -70,7 +70,7 @@ class Checkpoint:
     def _open(self) -> None:
         path = str(self.path)
         try:
-            # The lock lasts until close() or the end of the process: two runs in one folder would mix their rounds.
+            # Locked until close() or the end of the process, so that two runs cannot mix their rounds in one folder.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("BEGIN EXCLUSIVE")
             new = self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
@@ -86,24 +86,24 @@ class Checkpoint:
             if storage_error(error) is not None:
                 raise InputError("--resume", path, f"cannot be written ({error}); make it writable") from None
             damage = str(error)
-        except (ValueError, TypeError, OverflowError, MemoryError) as error:  # of a text or a number that is none
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:  # a value is no valid text or number
             damage = str(error) or type(error).__name__
         if damage is not None:
             raise DamagedError("--resume", path, f"is damaged ({damage}); run anew with another --output")
 
     def _write(self, sql: str, values: Sequence[Any] = ()) -> None:
-        """Execute a statement; the first of a transaction finds what was committed copied."""
+        """Execute a statement; before the first of a transaction, copy what was committed."""
         if not self._connection.in_transaction:
             self._keep_previous()
         self._connection.execute(sql, values)
 
     def _keep_previous(self) -> None:
-        if not is_sealed(self._connection) or not self.path.exists():  # nothing was committed, or it is in memory
+        if not is_sealed(self._connection) or not self.path.exists():  # nothing committed, or in memory
             return
         new = self.path.with_name(f".{PREVIOUS}.new")
         try:
             with closing(sqlite3.connect(new)) as copy:
-                # SQLite's own copy: opening the file beside it would let go of its lock.
+                # SQLite's backup function: opening the file a second time would release its lock.
                 copy.execute("PRAGMA synchronous = OFF")
                 self._connection.backup(copy)
             os.replace(new, self.path.with_name(PREVIOUS))
@@ -112,11 +112,11 @@ class Checkpoint:
             raise
 
     def forget_previous(self) -> None:
-        """Delete the copy of what was there before the last transaction."""
+        """Delete the copy made before the last transaction."""
         self.path.with_name(PREVIOUS).unlink(missing_ok=True)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Set a fact; any JSON value, or a number that is not finite: a ledger needs infinity."""
+        """Set a fact: any JSON value, or a number that is not finite, since a ledger needs infinity."""
         self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -138,7 +138,7 @@ class Checkpoint:
         return {key: aligned(array) for chunk in chunks for key, array in chunk.items()} if chunks else None
 
     def add_lines(self, file: str, lines: list[str]) -> None:
-        """Add lines to one of the run folder's growing files."""
+        """Append lines to one of the run folder's growing files."""
         for line in lines:
             self._write("INSERT INTO lines VALUES (?, ?)", (file, line))
         self[f"{CHAIN}{file}"] = extend_chain(self.get(f"{CHAIN}{file}", ""), lines)
@@ -149,18 +149,18 @@ class Checkpoint:
         return [line for (line,) in rows]
 
     def commit(self) -> None:
-        """End the transaction: what was set since the last one is now what a resumed run starts from."""
+        """End the transaction; a resumed run starts from here."""
         if self._connection.in_transaction:
             write_seal(self._connection)
         self._connection.commit()
 
     def close(self) -> None:
-        """Close the file; an unfinished transaction is dropped."""
+        """Close the file and drop an unfinished transaction."""
         self._connection.close()
 
 
 def reopen(path: Path) -> tuple[Checkpoint, str | None]:
-    """Open a run's checkpoint to go on with it; where it is damaged, go back to the round before.
+    """Open a run's checkpoint to resume it; if it is damaged, go back to the previous round.
 
     Parameters
     ----------
@@ -170,12 +170,12 @@ def reopen(path: Path) -> tuple[Checkpoint, str | None]:
     Returns
     -------
     (Checkpoint, str or None)
-        And what to tell the user: that the round before is gone back to. The damaged file is kept beside it.
+        The text is a note for the user, if the previous round was restored. The damaged file is kept beside it.
 
     Raises
     ------
     InputError
-        As :class:`Checkpoint` does, if there is no round to go back to.
+        As :class:`Checkpoint`, if there is no previous round.
     """
     before = path.with_name(PREVIOUS)
     try:
@@ -196,7 +196,7 @@ def reopen(path: Path) -> tuple[Checkpoint, str | None]:
         aside, number = path.with_name(f"damaged-{number}-{path.name}"), number + 1
     copy = path.with_name(f".{path.name}.new")
     shutil.copyfile(before, copy)
-    # A journal of the damaged file would be played back into the copy.
+    # SQLite would replay the damaged file's journal into the copy.
     for end in ("-journal", "-wal", "-shm", ""):
         if path.with_name(path.name + end).exists():
             os.replace(path.with_name(path.name + end), aside.with_name(aside.name + end))
@@ -205,7 +205,7 @@ def reopen(path: Path) -> tuple[Checkpoint, str | None]:
 
 
 def _rounds_in(path: Path) -> int:
-    """Return how many rounds a copy of a checkpoint holds; 0 if it is not there or damaged itself."""
+    """Return the number of rounds in a copy of a checkpoint; 0 if it is missing or damaged."""
     if not path.exists():
         return 0
     try:
@@ -216,7 +216,7 @@ def _rounds_in(path: Path) -> int:
 
 
 def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Divide arrays into pieces of some hundred MB: SQLite takes no value above 1 GB. There is one piece at least."""
+    """Divide arrays into pieces of some hundred MB, at least one, since SQLite takes no value above 1 GB."""
     chunk: dict[str, torch.Tensor] = {}
     size = 0
     for name, array in arrays.items():
@@ -229,7 +229,7 @@ def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tens
 
 
 class ClientStates(MutableMapping[int, RecordDict]):
-    """Every client's ``context.state``, by client, in the checkpoint."""
+    """Mapping of client to ``context.state``, stored in the checkpoint."""
 
     def __init__(self, connection: sqlite3.Connection, write: Callable[[str, Sequence[Any]], None]) -> None:
         self._connection, self._write = connection, write

@@ -1,4 +1,4 @@
-"""The run folder: everything that a run knows, written so that no moment of death leaves it half written."""
+"""The run folder: all results of a run, written atomically, so that a killed process leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ class RunFolder:
     ----------
     path : Path
     config : Config
-        As given; ``resolved`` may differ from it in what "auto" chose.
+        As given; ``resolved`` may differ where the config says "auto".
 
     Attributes
     ----------
     checkpoint : Checkpoint
     resolved : Config
-        The config that the run has; on resume that of the folder.
+        The run's config; on resume, the folder's.
     resumed : bool
-        Whether the folder was opened to go on with its run.
+        Whether the folder was opened to resume its run.
     finished : bool
-        Whether the run is done, and all that it made is there.
+        Whether the run is done and all its output exists.
     notes : list of str
-        What the user should know of the resumed run.
+        Notes for the user on the resumed run.
     user_code : dict
-        What summary.json says of a user's own strategy and client.
+        The part of summary.json on a user's own strategy and client.
     """
 
     def __init__(self, path: Path, config: Config, checkpoint: Checkpoint, resumed: bool = False) -> None:
@@ -91,7 +91,7 @@ class RunFolder:
         config : Config
             As given.
         resolved : Config, optional
-            With what "auto" and defaults became.
+            With the values chosen for "auto" and defaults.
 
         Raises
         ------
@@ -122,17 +122,17 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: str | Path, config: Config) -> RunFolder:
-        """Open a folder to go on with its run.
+        """Open a folder to resume its run.
 
         Raises
         ------
         InputError
-            If it is no run folder, cannot be written, the config is another than the run's, or files of a finished run
-            are not as it wrote them.
+            If it is no run folder, cannot be written, the config differs from the run's, or files of a finished run
+            were changed.
         """
         path = Path(path)
         database = path / "checkpoint" / "state.sqlite"
-        if not any(map(os.path.isfile, (database, database.with_name(PREVIOUS)))):  # unlike Path.is_file, of any string
+        if not any(map(os.path.isfile, (database, database.with_name(PREVIOUS)))):  # accepts any string
             raise InputError("--resume", str(path), "is no run folder with a checkpoint; run without --resume")
         checkpoint, note = reopen(database)
         try:
@@ -161,26 +161,26 @@ class RunFolder:
         return folder
 
     def close(self) -> None:
-        """Let go of the log and the checkpoint; what was not committed is dropped."""
+        """Close the log and the checkpoint; drop what was not committed."""
         logging.getLogger("fedlora").removeHandler(self._log)
-        with suppress(OSError):  # a last line that found no room
+        with suppress(OSError):  # the disk had no room for the last line
             self._log.close()
         self.checkpoint.close()
 
     def tell(self, note: str) -> None:
-        """Log what the user should know, and keep it for the display."""
+        """Log a note for the user, and keep it for the display."""
         log.warning(note)
         self.notes.append(note)
 
     def discard(self) -> None:
-        """Close, and delete the folder if no round was done in it, so that the same command can be given again."""
+        """Close, and delete the folder if it holds no round, so that the same command can be repeated."""
         done = self.checkpoint.get("round", 0)
         self.close()
         if not done:
             shutil.rmtree(self.path)
 
     def set_resolved(self, config: Config) -> None:
-        """Keep what "auto" became in a round; resuming knows of it when that round is done."""
+        """Store the config with the value that "auto" took in a round; it counts on resume once that round is done."""
         self.resolved = config
         self.checkpoint["resolved"] = config.to_toml()
         write_atomically(self.path / "config.toml", config.to_toml())
@@ -191,7 +191,7 @@ class RunFolder:
         communication: Iterable[Mapping[str, Any]],
         privacy: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Commit a round with the checkpoint, then show it in the growing files."""
+        """Commit a round to the checkpoint, then append it to the growing files."""
         new = {
             "rounds.jsonl": [to_json(line)],
             "communication.csv": csv_lines(COMMUNICATION, communication),
@@ -206,7 +206,7 @@ class RunFolder:
     def write_partition(
         self, clients: Sequence[str], labels: Sequence[str] | None, counts: Sequence[Sequence[int]]
     ) -> None:
-        """Write partition.csv: how many examples of each class each client has; one class without a name, if none."""
+        """Write partition.csv: each client's number of examples by class; one unnamed class if there are no classes."""
         rows = (
             {"client": client, "name": name, "label": labels[i] if labels else "", "examples": count}
             for client, (name, of_client) in enumerate(zip(clients, counts, strict=True))
@@ -215,7 +215,7 @@ class RunFolder:
         self._write_csv("partition.csv", PARTITION, rows)
 
     def write_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write clients.csv: how good the final model is on each client's own examples."""
+        """Write clients.csv: metrics of the final model on each client's own examples."""
         self._write_csv("clients.csv", tuple(rows[0]), rows)
 
     def _write_csv(self, file: str, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -239,7 +239,7 @@ class RunFolder:
         Raises
         ------
         InputError
-            If it is gone or damaged.
+            If it is missing or damaged.
         """
         path = self.path / "summary.json"
         try:
@@ -260,7 +260,7 @@ class RunFolder:
             stream.write(start + "".join(f"{line}\n" for line in lines))
 
     def _rewrite_growing_files(self) -> None:
-        # The process may have died between the commit and the files: the checkpoint is what happened.
+        # The process may have died between commit and files: the checkpoint is right.
         for file in ("rounds.jsonl", "communication.csv", "privacy.csv"):
             lines = ([_header(file)] if _header(file) else []) + self.checkpoint.lines(file)
             write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
@@ -270,10 +270,10 @@ class RunFolder:
 def run_folder(
     path: str | Path, config: Config, resolved: Config | None = None, *, resume: bool = False
 ) -> Iterator[RunFolder]:
-    """Make a run's folder, or open it to go on with its run; close it in the end.
+    """Create a run folder, or open it to resume its run; close it at the end.
 
-    A new folder in which no round was done goes again if the input turns out to be wrong, or nodes refuse it: the user
-    mends what is wrong and gives the same command again.
+    A new folder without a round is deleted again if the input turns out to be wrong or nodes refuse it, so that the
+    user can fix the mistake and repeat the command.
 
     Parameters
     ----------
@@ -281,7 +281,7 @@ def run_folder(
     config : Config
         As given.
     resolved : Config, optional
-        Of a new folder: with what "auto" and defaults became.
+        For a new folder: with the values chosen for "auto" and defaults.
     resume : bool
 
     Raises
@@ -302,7 +302,7 @@ def run_folder(
 
 
 class _Log(logging.FileHandler):
-    """A log whose lines are lost where there is no room for them: what matters is in the checkpoint."""
+    """A log that drops its lines when the disk is full: what matters is in the checkpoint."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
@@ -310,13 +310,13 @@ class _Log(logging.FileHandler):
 
 
 _PLACES = (("data", "name"), ("data", "test"), ("data", "validation"), ("data", "public"), ("model", "name"))
-"""Keys that may name a file or folder, whose content the checkpoint knows."""
+"""Keys that may name a file or folder; the checkpoint has a digest of its content."""
 
 
 def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> tuple[Config, list[str]]:
-    """Return the config that the folder's run has, if ``config`` is the one that it was given, and what to tell.
+    """Return the config of the folder's run, and a note. ``config`` must be the one that the run was given.
 
-    Files may have moved since: what is in them is compared later.
+    Files may have moved since; their content is compared later.
     """
     given, resolved = checkpoint.get("given"), checkpoint.get("resolved")
     if given is None or resolved is None:
@@ -346,19 +346,19 @@ def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> tuple[Conf
 def _is_path(value: Any) -> bool:
     try:
         return isinstance(value, str) and not is_asset(value) and Path(value).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a home that nobody knows
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, or an unknown home
         return False
 
 
 def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
-    """Refuse to go on where somebody wrote another config into the folder, which would be lost."""
+    """Refuse to resume if somebody changed the folder's config.toml, since that change would be lost."""
     try:
         there = Config.model_validate(read_toml(path / "config.toml"))
-    except (OSError, ValueError):  # gone or cut: it is written again
+    except (OSError, ValueError):  # missing or cut off: it is written again
         return
     content, known = (tomllib.loads(config.to_toml()) for config in (there, Config.model_validate(resolved)))
     for sections in (content, known):
-        # What "auto" became is written before its round is done; and files may move.
+        # The value for "auto" is written before its round is done, and files may move.
         sections["simulation"] = {k: v for k, v in sections["simulation"].items() if k != "cohort_size"}
     for section, key in _PLACES:
         content[section].pop(key, None)
@@ -370,7 +370,7 @@ def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Write JSON, with null for numbers that are not finite: JSON has no word for them."""
+    """Write JSON, with null for numbers that are not finite, which JSON cannot express."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -383,7 +383,7 @@ def _finite(content: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
+    """Write a text file atomically: readers see the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run was begun with, so that a resumed run is the same run: its examples, its base model, its packages."""
+"""Check that a resumed run has the examples and base model it began with, and note changed packages."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _PARTS = {
 
 
 def check_data(folder: RunFolder, config: Config, data: FederatedData) -> None:
-    """Note what a new run's examples are; refuse a resumed run others.
+    """Record the digests of a new run's examples; refuse to resume with others.
 
-    What counts is what the model reads: the tokens, labels and domains of every split, and the partition. So a file
-    that was touched, copied or moved is the same, and a changed one is not, wherever it comes from.
+    The digests cover what the model reads: the tokens, labels and domains of every split, and the partition. Touching,
+    copying or moving a file changes nothing.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def check_data(folder: RunFolder, config: Config, data: FederatedData) -> None:
 
 
 def check_model(folder: RunFolder, config: Config, adapted: AdaptedModel) -> None:
-    """Note what a new run's base model is; refuse a resumed run another.
+    """Record the digest of a new run's base model; refuse to resume with another.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def check_model(folder: RunFolder, config: Config, adapted: AdaptedModel) -> Non
 
 
 def note_environment(folder: RunFolder, environment: Mapping[str, Any]) -> None:
-    """Note a run's packages and machine; tell what a resumed run has otherwise, which may change its last bits."""
+    """Record a run's packages and machine; on resume, note differences, which may change the last bits."""
     now = {**environment["versions"], **{name: environment[name] for name in ("python", "processor", "gpu")}}
     before: Mapping[str, Any] = folder.checkpoint.get("environment", now)
     folder.checkpoint["environment"] = now
@@ -101,11 +101,10 @@ def data_digests(data: FederatedData) -> dict[str, str]:
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over every weight of a base model as it was loaded, but not over what is trained in it.
+    """SHA-256 of all weights of a base model as loaded, without the trained ones.
 
-    The weights in memory are what counts, whatever file they came from: a digest that is kept by a file's size and time
-    of change would not see a bit that the disk lost. As many threads as there are cores hash the tensors, each 0.3 to
-    1.5 GB a second, so that 16 GB on 16 cores take seconds, less than reading them.
+    The weights in memory are hashed, not a file's size and time of change, which would miss a bit that the disk lost.
+    One thread a core hashes 0.3 to 1.5 GB a second, so that 16 GB on 16 cores take seconds, less than reading them.
     """
     trained = {f"{path}." for path, module in model.named_modules() if isinstance(module, StackedLinear)}
     state = {n: t for n, t in model.state_dict().items() if not any(n.startswith(path) for path in trained)}

@@ -1,4 +1,4 @@
-"""From a run folder to a model: in memory, or exported for transformers and PEFT."""
+"""Load a run's model into memory, or export it for transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     folder : str or Path
         A run folder.
     output : str or Path, optional
-        Where to; ``FOLDER/merged`` or ``FOLDER/export`` by default. It must not exist.
+        The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default.
     merged : bool
         A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A mixture is
         always written whole; its owners' PEFT folders lie in ``experts/``.
@@ -117,7 +117,7 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
             shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(target, ignore_errors=True)  # a part of a model would be in the way of the next attempt
+        shutil.rmtree(target, ignore_errors=True)  # a partial model would block the next attempt
         if is_full(error):
             with writes_to(target):
                 raise
@@ -127,7 +127,7 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
 
 
 def opt_out(folder: str | Path, owner: str) -> Mixture:
-    """Take an owner's expert out of a finished run: out of its mixture, its experts/ and its checkpoint.
+    """Remove an owner's expert from a finished run: from its mixture, its experts/ and its checkpoint.
 
     Parameters
     ----------
@@ -138,8 +138,8 @@ def opt_out(folder: str | Path, owner: str) -> Mixture:
     Returns
     -------
     Mixture
-        What ``mixture/`` now holds. It equals one that the expert was never merged into; but where the router was tuned
-        (``router_tuned`` in summary.json), the other rows keep what they learned beside that expert.
+        The new content of ``mixture/``. It equals a mixture without that expert, except where the router was tuned
+        (``router_tuned`` in summary.json): the other rows keep what they learned beside that expert.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def opt_out(folder: str | Path, owner: str) -> Mixture:
         arrays = checkpoint.get_arrays("trained") or {}
         checkpoint.set_arrays("trained", {n: a for n, a in arrays.items() if n.rpartition("/")[0] != owner})
         checkpoint.commit()
-        checkpoint.forget_previous()  # which holds the expert still
+        checkpoint.forget_previous()  # which still holds the expert
         (path / "mixture").rename(old)
         new.rename(path / "mixture")
         shutil.rmtree(old)

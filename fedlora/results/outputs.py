@@ -1,4 +1,4 @@
-"""The digests of what a finished run made: its model and its summary."""
+"""Digests of a finished run's output: its model and its summary."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pathlib import Path
 from fedlora.errors import InputError
 
 SUMS = "SHA256SUMS"
-"""Digests of the model's files, as ``sha256sum --check`` reads them."""
+"""Digests of the model's files, in the format of ``sha256sum --check``."""
 
 _MODELS = ("adapter", "experts", "mixture")
 
 
 def find_outputs(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a run's model, and of its summary, by its place in the run folder."""
+    """Return the SHA-256 of every file of a run's model, and of its summary, by path in the run folder."""
     files = [file for name in _MODELS for file in sorted((folder / name).rglob("*")) if file.is_file()]
     files += [file for file in [folder / "summary.json"] if file.is_file()]
     return dict(zip([file.relative_to(folder).as_posix() for file in files], _digests(files), strict=True))
 
 
 def write_sums(folder: Path, outputs: Mapping[str, str]) -> None:
-    """Write :data:`SUMS`, without the summary, to which others add."""
+    """Write :data:`SUMS`, without the summary, which other programs may extend."""
     lines = [f"{digest}  {name}\n" for name, digest in outputs.items() if "/" in name]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_outputs(folder: Path, outputs: Mapping[str, str]) -> list[str]:
-    """Compare what a finished run made with its digests; return the names of those that are gone.
+    """Compare a finished run's output with its digests; return the names of missing files.
 
     Raises
     ------
     InputError
-        If one is not as the run wrote it.
+        If a file was changed.
     """
     there = [name for name in outputs if (folder / name).is_file()]
     for name, found in zip(there, _digests([folder / name for name in there]), strict=True):
@@ -50,7 +50,7 @@ def check_sums(folder: Path, part: str) -> None:
     Raises
     ------
     ValueError
-        Naming the first file that is gone or changed.
+        Naming the first file that is missing or changed.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""A picture of one run: how good, how private, how much was sent, by round."""
+"""Plot one run by round: score, losses, epsilon and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint's seal: one digest over everything in it, written in the same transaction.
+"""The checkpoint's seal: one digest of all its content, written in the same transaction.
 
 Every blob lies beside its own SHA-256. The seal is the SHA-256 of these digests, of all facts, and of the keys, so that
 a changed byte, a row that is gone and a row too many all show when the checkpoint is opened again.
@@ -20,7 +20,7 @@ CREATE TABLE seal (only INTEGER PRIMARY KEY, digest BLOB NOT NULL);
 """
 
 CHAIN = "digest of lines of "
-"""Before a growing file's name: the fact that holds the digest of its lines."""
+"""Prefix of the fact that holds the digest of a growing file's lines."""
 
 _SEALED = (
     "SELECT name, value FROM facts ORDER BY name",
@@ -39,24 +39,24 @@ def blob_digest(blob: bytes) -> bytes:
 
 
 def extend_chain(chain: str, lines: Iterable[str]) -> str:
-    """Return the digest of lines, given that of the lines before them ("" for none)."""
+    """Return the digest of lines, chained to the digest of the lines before them ("" for none)."""
     for line in lines:
         chain = hashlib.sha256(f"{chain}\n{line}".encode()).hexdigest()
     return chain
 
 
 def write_seal(connection: sqlite3.Connection) -> None:
-    """Seal what the running transaction leaves."""
+    """Write the seal of the open transaction."""
     connection.execute("INSERT OR REPLACE INTO seal VALUES (0, ?)", (_seal(connection),))
 
 
 def is_sealed(connection: sqlite3.Connection) -> bool:
-    """Whether anything was ever committed."""
+    """Whether the checkpoint holds a committed transaction."""
     return connection.execute("SELECT 1 FROM seal").fetchone() is not None
 
 
 def find_damage(connection: sqlite3.Connection) -> str | None:
-    """Say what is wrong with a checkpoint, or None.
+    """Return what is wrong with a checkpoint, or None.
 
     Everything is read once. SQLite's own errors, and whatever else a damaged file makes it raise, are passed on.
     """

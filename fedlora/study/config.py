@@ -18,7 +18,7 @@ Values = dict[str, Any]
 """``section.key`` to value; an empty string removes the key."""
 
 LABEL = "label"
-"""Key of a listed table that names it in the names of its runs."""
+"""Key of a listed table that holds its part of the run names."""
 
 
 class StudySection(Section):
@@ -28,7 +28,7 @@ class StudySection(Section):
 
 
 class DistributionSection(Section):
-    """``[draw.distributions]``: where a key's values are drawn from."""
+    """``[draw.distributions]``: the distribution of one key's values."""
 
     kind: Literal["uniform", "log-uniform", "integer", "choice"]
     low: float | None = None
@@ -54,8 +54,8 @@ class TuningSection(Section):
     values : list, or dict of str to list
         Its candidates; or the candidates of each ``method.name``.
     by : list of str, optional
-        Runs that agree in these keys share a choice, made on the first of them; by default all keys that the study
-        varies, but run.seed.
+        Runs that agree in these keys share one choice, made on the first of them. By default: all keys that the study
+        varies, except run.seed.
     seed : int
         ``run.seed`` of the tuning runs.
     validation : float
@@ -70,12 +70,12 @@ class TuningSection(Section):
 
 
 class BudgetSection(Section):
-    """``[budget]``: how many runs go side by side.
+    """``[budget]``: how many runs execute in parallel.
 
     Attributes
     ----------
     runs : int, optional
-        At most so many; by default as many as there is room for.
+        Upper limit; by default as many as fit.
     memory_per_run : float
         Host memory of a run, in GiB.
 
@@ -89,7 +89,7 @@ class BudgetSection(Section):
 
 
 class StudyConfig(Section):
-    """A study: a base config, what varies, how it is tuned, and how much may run at once.
+    """A study: a base config, what varies, how values are tuned, and how many runs execute in parallel.
 
     Attributes
     ----------
@@ -158,7 +158,7 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, A
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "", leaf: str | None = None) -> Values:
-    """Turn nested tables into one of dotted keys; a table that holds the key ``leaf`` is a value."""
+    """Flatten nested tables into dotted keys; a table that holds the key ``leaf`` is a value."""
     flat: Values = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and (leaf is None or leaf not in value):
@@ -243,7 +243,7 @@ def _check_axis(name: str, values: Any) -> None:
 
 
 def _keys(study: StudyConfig) -> list[tuple[str, set[str]]]:
-    """Name every place of the file that varies something, and its keys."""
+    """Return every place in the file that varies something, with its keys."""
     found = []
     for name, values in study.axes.items():
         tables = [flatten(value) if isinstance(value, dict) else {name: value} for value in values]

@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: bytes, steps and noise exactly, seconds as an estimate."""
+"""Forecast what a run costs before it starts: bytes, steps and noise are exact, seconds are estimated."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from fedlora.study.plan import PlannedRun
 from fedlora.training import ClientJob, train_cohort
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
-"""What starting a process that runs, and what loading, evaluating and writing in each run, usually takes."""
+"""Typical start-up and per-run overhead, in seconds."""
 
 _PROBED_CLIENTS = 8
 _EVALUATION = 0.4
-"""Time of a batch without gradients, in that of a training step."""
+"""Time of an evaluation batch, as a fraction of a training step's."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will do.
+    """The forecast of a run.
 
     Attributes
     ----------
     clients : int
     trainable_parameters : int
     initial_bytes, downlink_bytes, uplink_bytes : int
-        Payload of all clients and rounds: what communication.csv will hold.
+        Payload of all clients and rounds, as communication.csv will list it.
     steps : int
         Local steps of all clients and rounds.
     evaluated_examples : int
-        Test and validation examples, each time that they are looked at.
+        Test and validation examples, counted once for each evaluation.
     noise_multipliers : list of float
-        Of each client, in order; empty without privacy.
+        One for each client, in order; empty without privacy.
     ranks : list of int or "full"
         Of each client's expert, in order; empty where clients have no ranks of their own.
     """
@@ -64,16 +64,16 @@ class Forecast:
 
     @property
     def payload_bytes(self) -> int:
-        """All directions together."""
+        """Sum over all directions."""
         return self.initial_bytes + self.downlink_bytes + self.uplink_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, as JSON can hold them."""
+        """Return the fields as JSON-compatible values."""
         return asdict(self)
 
 
 def forecast(config: Config) -> Forecast:
-    """Say what a run will send and add, from its data's partition, the model's skeleton and the method's formula.
+    """Forecast a run's bytes and noise from its partition, the model's skeleton and the method's formula.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def forecast(config: Config) -> Forecast:
     Raises
     ------
     InputError
-        If the run cannot be: its data, partition, rank or privacy budget are impossible.
+        If the run is impossible: because of its data, partition, rank or privacy budget.
     """
     data = client_data(config)
     strategy = get_strategy(config.method.name)(config)
@@ -111,16 +111,16 @@ def forecast(config: Config) -> Forecast:
 
 
 def forecast_all(runs: Iterable[PlannedRun]) -> dict[str, Forecast | InputError]:
-    """Forecast runs by their folders; a run that cannot be has its error instead.
+    """Forecast runs, by folder; an impossible run has its error instead.
 
     Raises
     ------
     InputError
-        If no run can be.
+        If every run is impossible.
     """
     found: dict[str, Forecast | InputError] = {}
     known: dict[str, Forecast | InputError] = {}
-    # Runs that read the same examples follow each other, so that these are opened once.
+    # Runs on the same examples follow each other, so that the examples are opened once.
     for run in sorted(runs, key=lambda r: (r.config.run.seed, r.config.data.model_dump_json())):
         key = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": "run"})})
         text = key.model_dump_json(exclude={"client": {"learning_rate"}, "server": {"evaluate_every"}})

@@ -1,4 +1,4 @@
-"""From a study file to its runs: the grid, the listed and the drawn points, and the groups that share a tuned value."""
+"""Expand a study file into runs: the grid, the listed and drawn points, and the groups that share a tuned value."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class PlannedRun:
     Attributes
     ----------
     name : str
-        Of the run and its folder; unique in its kind.
+        Name of the run and its folder; unique among the study's runs, or among its tuning runs.
     folder : str
-        From the study's folder: runs/NAME or tuning/NAME.
+        Relative to the study's folder: runs/NAME or tuning/NAME.
     values : dict
-        What the study sets: ``section.key`` to value.
+        Values that the study sets, by ``section.key``.
     config : Config
         Resolved.
     """
@@ -44,7 +44,7 @@ class PlannedRun:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides the result: the resolved config without where it runs and who is told."""
+        """SHA-256 of the resolved config without the sections that do not change results."""
         return config_digest(self.config)
 
 
@@ -55,13 +55,13 @@ class TuningGroup:
     Attributes
     ----------
     values : dict
-        What they have in common, by ``tuning.by``.
+        Values that they share, by the keys of ``tuning.by``.
     candidates : list of (object, PlannedRun)
         Each candidate value and the tuning run that tries it.
     points : list of int
-        Places of its runs in the plan.
+        Indices of its runs in the plan.
     private : bool
-        Whether runs are under DP: then tuning, private or not, spends privacy which their epsilon does not count.
+        Whether the runs are under DP. Tuning then spends privacy that their epsilon does not count.
     """
 
     values: Values
@@ -80,7 +80,7 @@ class Plan:
     keys : list of str
         The keys that vary, in the order of the file.
     runs : list of PlannedRun
-        With tuning, their tuned key has the first candidate until the choice is made.
+        With tuning, the tuned key has its first candidate until the choice is made.
     groups : list of TuningGroup
         Empty without tuning.
     """
@@ -137,7 +137,7 @@ def config_digest(config: Config) -> str:
 
 
 def folder_digest(folder: Path) -> str | None:
-    """Return the digest of the config in a run folder, or None where there is none that can be read."""
+    """Return the digest of the config in a run folder, or None if it has no readable config."""
     try:
         return config_digest(Config.model_validate(read_toml(folder / "config.toml")))
     except (OSError, ValueError):
@@ -145,7 +145,7 @@ def folder_digest(folder: Path) -> str | None:
 
 
 def value_name(key: str, value: Any) -> str:
-    """Say a key's value in a name: a word says itself, a number with its key's last part."""
+    """Return a value's part of a run name: text as it is, a number after the last part of its key."""
     if value in ("", None):
         return f"no-{_slug(key.rpartition('.')[2])}"
     if isinstance(value, str):
@@ -159,7 +159,7 @@ def _slug(text: str) -> str:
 
 
 def _parts(study: StudyConfig) -> list[list[tuple[str, Values]]]:
-    """Return what is crossed: the listed and drawn points, and the axes; each value with its part of the name."""
+    """Return the dimensions to cross (listed points, drawn points, axes), each value with its part of the name."""
     listed = [_named(point) for point in study.points] + [_named(point) for point in _draw(study)]
     parts = [listed] if listed else []
     for name, values in study.axes.items():
@@ -196,7 +196,7 @@ def _sample(rng: np.random.Generator, distribution: DistributionSection) -> Any:
 
 
 def _unique(points: list[tuple[str, Values]]) -> list[str]:
-    """Name every point: short enough for a file system, and unlike the others."""
+    """Return a unique name for every point, short enough for a file system."""
     names: list[str] = []
     for name, values in points:
         short = name or "run"
@@ -223,7 +223,7 @@ def _group(
     places: list[int],
     taken: set[str],
 ) -> TuningGroup:
-    """Make a group's tuning runs, after the first of its runs; ``taken`` are the names that others have."""
+    """Make a group's tuning runs, modelled on its first run; ``taken`` holds names already in use."""
     first = runs[places[0]]
     name = "_".join(value_name(*item) for item in shared.items())
     candidates = []
@@ -231,7 +231,7 @@ def _group(
         own = f"{name}_{value_name(tuning.over, value)}".strip("_")[-_LONGEST_NAME:].lstrip("_-.")
         own = next(n for n in itertools.chain([own], (f"{own}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(own)
-        # The last round alone is looked at, so the others need not be evaluated.
+        # Only the last round counts, so the others need no evaluation.
         values = first.values | {
             "run.seed": tuning.seed,
             tuning.over: value,

@@ -1,7 +1,7 @@
-"""The processes that execute a study's runs, on one Ray cluster; each executes one run after the other.
+"""Processes on one Ray cluster that execute a study's runs, each one run after the other.
 
-A process keeps its libraries, its base model and its data loaded, and its run's clients train in it, so that a run
-costs little more than its training.
+A process keeps libraries, base model and data loaded between runs, and the run's clients train in it. A run then costs
+little more than its training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedlora.study.plan import Plan
 from fedlora.study.state import set_aside
 
 _LOCK_SECONDS = 60.0
-"""How long a killed study's processes may take to end: until then they hold their run's checkpoint."""
+"""Seconds to wait for the processes of a killed study to end, since they hold the checkpoints of their runs."""
 
 
 class Runner:
@@ -53,11 +53,11 @@ class Runner:
             torch.cuda.set_per_process_memory_fraction(gpus)
 
     def ready(self) -> bool:
-        """Answer, once everything is imported."""
+        """Return once everything is imported."""
         return True
 
     def run(self, config: str, study: str, folder: str) -> dict[str, Any]:
-        """Execute a run, or go on with it; return its ``summary``, or its ``error`` in a line and ``traceback``."""
+        """Execute or resume a run; return its ``summary``, or a one-line ``error`` and the ``traceback``."""
         try:
             place = Path(study) / folder
             resume = place.exists() and _can_go_on(load_config(config), Path(study), place)
@@ -73,7 +73,7 @@ class Runner:
 
 
 def _can_go_on(config: Config, study: Path, place: Path) -> bool:
-    """Say whether an unfinished run can be resumed; one that cannot is set aside."""
+    """Return whether an unfinished run can be resumed; if not, move its folder aside."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -96,7 +96,7 @@ def start_process(study: StudyConfig, config: Config) -> Any:
 
 
 def count_runs(study: StudyConfig, config: Config) -> int:
-    """Say how many runs fit side by side into the running Ray cluster, by cores, GPUs and memory.
+    """Return how many runs fit into the running Ray cluster at once, by cores, GPUs and memory.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def count_runs(study: StudyConfig, config: Config) -> int:
 
 
 def capacity(plan: Plan) -> tuple[int, int]:
-    """Say how many runs go side by side here, and on how many GPUs (0: on cores), as a study would.
+    """Return how many runs a study would execute in parallel on this machine, and on how many GPUs (0: on cores).
 
     Raises
     ------
@@ -144,7 +144,7 @@ def begun(reference: Any, runner: Any) -> Any:
     Raises
     ------
     RunError
-        If it could not begin.
+        If it could not start.
     """
     try:
         ray.get(reference)

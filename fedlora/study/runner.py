@@ -1,4 +1,4 @@
-"""Runs a plan: finds what is done, executes what is not, and chooses where tuning is complete."""
+"""Execute a plan: find the runs that are done, execute the others, and choose tuned values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOOK_SECONDS = 0.5
 
 @dataclass
 class StudyProgress:
-    """What a display may show; every hook does nothing by default.
+    """Hooks for a display; each does nothing by default.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class _Execution:
     started: float = field(default_factory=time.perf_counter)
 
     def prepare(self) -> None:
-        """Find what is done, and queue what is not."""
+        """Find the runs that are done, and queue the others."""
         earlier = float(self.folder.read().get("seconds", 0.0))
         self.state = {
             "name": self.plan.study.study.name,
@@ -92,7 +92,7 @@ class _Execution:
         self.save()
 
     def finish(self, job: _Job, result: dict[str, Any]) -> None:
-        """Keep what came of a run, and choose where its group is complete."""
+        """Record a run's outcome, and choose the tuned value once its group is complete."""
         error = result.get("error")
         job.entry["status"], job.entry["error"] = ("failed", error) if error else ("done", None)
         if error:
@@ -110,7 +110,7 @@ class _Execution:
         self.folder.write(self.state)
 
     def failed(self) -> list[dict[str, Any]]:
-        """Return what study.json says of every run that failed."""
+        """Return the study.json entry of every failed run."""
         return [entry for entry in all_entries(self.state) if entry["status"] == "failed"]
 
     def _add(self, job: _Job) -> None:
@@ -122,7 +122,7 @@ class _Execution:
             self.queue.append(job)
 
     def _choose(self, number: int) -> None:
-        """Choose for a group whose candidates are all there, and queue its runs."""
+        """Choose the value of a group whose candidates have all run, and queue its runs."""
         assert self.plan.study.tuning is not None
         group, entry = self.plan.groups[number], self.state["tuning"]["groups"][number]
         if entry["complete"] or any(c["status"] not in ("done", "failed") for c in entry["candidates"]):
@@ -138,7 +138,7 @@ class _Execution:
         entry["complete"] = True
         if best is not None:
             entry["chosen"] = group.candidates[best][0]
-            # The best may lie beyond the candidates.
+            # The optimum may lie outside the range of the candidates.
             values = [value for value, _ in group.candidates]
             if len(values) > 2 and all(isinstance(value, int | float) for value in values):
                 entry["at_edge"] = entry["chosen"] in (min(values), max(values))
@@ -159,7 +159,7 @@ class _Execution:
 
 
 def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = None) -> dict[str, Any]:
-    """Execute a plan, or go on with it: what is done and unchanged stays.
+    """Execute or resume a plan; runs that are done and unchanged stay.
 
     Parameters
     ----------
@@ -176,9 +176,9 @@ def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = Non
     Raises
     ------
     InputError
-        If no run can be, or there is no room for one.
+        If every run is impossible, or not even one fits.
     RunError
-        If runs failed; the others are done.
+        If some runs failed; all others are done.
     """
     progress = progress or StudyProgress()
     check_output(Path(path))
@@ -230,7 +230,7 @@ def _execute(execution: _Execution) -> None:
             ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=_LOOK_SECONDS)
             for reference in ready:
                 if reference in starting:
-                    # Only a process that has begun gets a run: one that the cluster has no room for would keep it.
+                    # Only a process that has started gets a run: one that waits for room in the cluster would block it.
                     idle.append(begun(reference, starting.pop(reference)))
                     continue
                 job, runner = running.pop(reference)
@@ -300,7 +300,7 @@ def _group_entry(group: TuningGroup, plan: Plan, forecasts: dict[str, Forecast |
         "chosen": None,
         "at_edge": False,
         "complete": False,
-        # Looking at private validation data costs privacy that no run's epsilon counts.
+        # Private validation data costs privacy that no run's epsilon counts.
         "covered_by_privacy": False if group.private else None,
         "cost": cost([]),
         "points": [plan.runs[place].name for place in group.points],

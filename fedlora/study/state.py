@@ -1,4 +1,4 @@
-"""The study's folder: its file, its runs, and study.json, which says how far it is.
+"""The study's folder: its file, its runs, and study.json with their status.
 
 ::
 
@@ -30,7 +30,7 @@ Found = Literal["done", "started", "missing"]
 
 
 class StudyFolder:
-    """Where a study lies; one process at a time works in it.
+    """The folder of a study; only one process at a time may work in it.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class StudyFolder:
     Raises
     ------
     InputError
-        If something else is there, it cannot be written, or another process works in it.
+        If the folder holds something else, cannot be written, or is in use by another process.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +60,7 @@ class StudyFolder:
         self._lock.release()
 
     def begin(self, study: StudyConfig, planned: Iterable[PlannedRun]) -> None:
-        """Write the study's file, and bring the run folders in line with the plan; nothing is deleted.
+        """Write the study's file, and move run folders to match the plan. Nothing is deleted.
 
         Raises
         ------
@@ -76,12 +76,12 @@ class StudyFolder:
         for kind in ("runs", "tuning"):
             for place in sorted((self.path / kind).glob("*/")):
                 run = wanted.get(f"{kind}/{place.name}")
-                # A run whose value is still to be tuned is looked at when it is known.
+                # A run whose value is still to be tuned is checked once the value is known.
                 if run is None:
                     self._set_aside(place)
 
     def find(self, run: PlannedRun) -> Found:
-        """Say whether a run is done or started; a folder of another config is set aside, an earlier one taken back."""
+        """Return whether a run is done or started. Set a folder of another config aside; restore an earlier one."""
         place = self.path / run.folder
         if place.exists() and folder_digest(place) != run.digest:
             self._set_aside(place)
@@ -117,7 +117,7 @@ def set_aside(study: Path, place: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a folder that holds something else.
+    """Refuse a folder that holds anything but a study.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def check_output(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a study folder's study.json, or an empty dict where there is none that can be read: it is made anew."""
+    """Return a study folder's study.json, or an empty dict if it cannot be read; it is then rewritten."""
     try:
         state = json.loads((path / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,13 +143,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def all_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what study.json says of every run: those of the comparison, then those of the tuning stage."""
+    """Return the study.json entries of all runs: the compared ones, then the tuning runs."""
     groups = (state.get("tuning") or {}).get("groups", [])
     return [*state.get("points", []), *(candidate for group in groups for candidate in group["candidates"])]
 
 
 def is_unchanged(plan: Plan, run: PlannedRun, entry: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the run folder has the planned config, with the tuned value that study.json's ``entry`` tells of it."""
+    """Whether the run folder has the planned config, with the tuned value from its study.json ``entry``."""
     over = plan.study.tuning.over if plan.study.tuning else None
     if run in plan.runs and over is not None:
         if over not in entry["values"]:

@@ -1,4 +1,4 @@
-"""The choice of a tuned value from tuning runs: by the validation examples in their last round, never by test."""
+"""Choose a tuned value by the validation metrics of the tuning runs' last round. Test data is never used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fedlora.tasks import Task
 
 Metrics = Mapping[str, float | None]
-"""By name; None for a number that is not finite."""
+"""Metrics by name; None for a number that is not finite."""
 
 
 def validation_score(folder: Path) -> Metrics:
@@ -22,7 +22,7 @@ def validation_score(folder: Path) -> Metrics:
 
 
 def choose(scores: Sequence[Metrics | None], task: Task) -> int | None:
-    """Return the place of the best candidate: by the task's primary metric, then the lowest loss, then the first.
+    """Return the index of the best candidate: by the task's primary metric, then the lowest loss, then the first.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def choose(scores: Sequence[Metrics | None], task: Task) -> int | None:
 
 
 def cost(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Add up what tuning runs took: runs, seconds, and bytes of all messages."""
+    """Sum the cost of tuning runs: runs, seconds, and bytes of all messages."""
     ways = ("initial_bytes", "downlink_bytes", "uplink_bytes")
     return {
         "runs": len(summaries),

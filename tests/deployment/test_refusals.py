@@ -38,7 +38,7 @@ def test_no_key_in_the_file(federation: Federation) -> None:
 @pytest.mark.federation
 def test_no_key_shown_to_the_server(federation: Federation) -> None:
     line = refused(federation, "keyless", "--insecure-no-node-auth", private_key=None)
-    assert "the server wants nodes with a key" in line
+    assert "the server only accepts nodes with a key" in line
 
 
 def test_a_key_that_was_never_registered(federation: Federation) -> None:

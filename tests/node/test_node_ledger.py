@@ -257,7 +257,7 @@ def test_an_emptied_ledger_is_not_a_new_one(tmp_path: Path) -> None:
     take(NodeLedger(tmp_path, POLICY), "a", 1, 3, plan())
     (tmp_path / "ledger.sqlite").write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"state\.directory = .*bring back a copy"):
+        with pytest.raises(InputError, match=r"state\.directory = .*restore a copy"):
             NodeLedger(tmp_path, POLICY)
     # One that was stopped while it was made never became the ledger.
     (tmp_path / "ledger.sqlite").rename(tmp_path / "ledger.new")
@@ -336,9 +336,7 @@ def test_nothing_is_trained_on_a_ledger_that_lost_or_changed_a_row(tmp_path: Pat
     # A node that runs notices it before its next round, one that starts at once.
     with pytest.raises(InputError, match=r"^state\.directory"), ledger.round("f-2", "2", 2, plan(sigma=2.0), 1):
         pytest.fail("a round was admitted")
-    with pytest.raises(
-        InputError, match=r"^state.directory = .*ledger.sqlite': (is damaged|has lost).*bring back a copy"
-    ):
+    with pytest.raises(InputError, match=r"^state.directory = .*ledger.sqlite': (is damaged|has lost).*restore a copy"):
         NodeLedger(tmp_path, POLICY)
 
 

@@ -1,0 +1,106 @@
+"""The committed results: small, all of them shown or named on a page, and the pages' tables equal to them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 2_500_000
+"""Bytes of all committed results and pictures together."""
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
+STUDIES = ROOT / "experiments" / "studies"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
+
+
+def results() -> list[Path]:
+    """Every committed picture, and every committed file below a folder named results."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "experiments", "docs"]
+    listed = subprocess.run(git, check=True, capture_output=True, text=True).stdout.split("\0")
+    paths = [ROOT / name for name in listed if "/results/" in name or name.endswith((".png", ".svg", ".gif", ".jpg"))]
+    return [path for path in paths if path.exists()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a git checkout knows what is committed")
+def test_committed_results_stay_small_and_are_all_named_on_a_page() -> None:
+    found = results()
+    assert len(found) > 20
+    assert sum(path.stat().st_size for path in found) <= LIMIT
+    text = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for path in found:
+        # Of a study's groups both forms are kept: the one to read is named.
+        name = path.with_suffix(".md").name if path.name == "groups.csv" else path.name
+        here = [page for page in PAGES if page.parent in path.parents or page.parent == ROOT]
+        assert any(name in text[page] for page in here), f"no page names {path.relative_to(ROOT)}: remove it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_results_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)) | set(re.findall(r"`(results/[\w/.-]+)`", text))
+    if page.parent == BENCHMARKS:
+        named |= {f"results/{name}" for name in re.findall(r"`(\w+\.jsonl?)`", text)}
+    missing = [name for name in named if not (page.parent / name).exists()]
+    assert not missing
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """Rows of the first table below a heading, without its head."""
+    section = page.read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table, heading
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
+
+
+@pytest.mark.parametrize(
+    ("heading", "study", "column", "values"),
+    [
+        ("Privacy: which", "privacy", "privacy", ["ε 1", "ε 3", "ε 8", "no privacy"]),
+        ("Privacy with", "privacy_20newsgroups", "privacy", ["ε 1", "ε 3", "ε 8", "no privacy"]),
+        ("Communication", "communication", "data.partition.clients", ["5", "20", "80"]),
+    ],
+)
+def test_the_studies_tables_are_what_their_groups_say(heading: str, study: str, column: str, values: list[str]) -> None:
+    with (STUDIES / "results" / study / "groups.csv").open(encoding="utf-8", newline="") as file:
+        groups = {(row["method"], row["method.rank"], row[column]): row for row in csv.DictReader(file)}
+    table = rows(STUDIES / "README.md", heading)
+    assert len(table) * len(values) == len(groups)
+    for name, *scores, megabytes in table:
+        method, rank = name.split(", rank ")
+        found = [groups[method, rank, value] for value in values]
+        for score, group in zip(scores, found, strict=True):
+            mean, low = (100 * float(group[key]) for key in ("accuracy", "accuracy_low"))
+            assert score == f"{mean:.1f} ± {mean - low:.1f}", name
+        # One size stands for the row: without privacy messages are some bytes shorter, and the page names 20 clients.
+        sizes = {f"{float(group['total_bytes']) / 1e6:.1f}" for group in found}
+        assert megabytes in sizes, name
+
+
+def test_the_cohorts_table_is_what_the_raw_figures_say() -> None:
+    sizes = {"MiniLM": "minilm", "BERT-large": "bert-large", "Llama-1B": "llama-1b"}
+    table = rows(BENCHMARKS / "README.md", "Cohorts under DP-SGD")
+    assert len(table) == 10
+    for name, batch, cohort, fused, ours, peer, ratio, file in table:
+        raw = json.loads((BENCHMARKS / file.strip("`")).read_text(encoding="utf-8"))
+        shape = raw["settings"]["sizes"][sizes[name]]
+        assert (batch, cohort) == (f"{shape['batch']} x {shape['tokens']}", str(shape["cohort"]))
+        figures = raw["sizes"][sizes[name]]
+        own = figures["cohort"]["islands" if fused == "yes" else "none"]
+        assert float(ours) == pytest.approx(own["client_steps_a_second"], rel=0.001)
+        assert float(peer) == pytest.approx(figures["peer"]["client_steps_a_second"], abs=0.051)
+        assert float(ratio) == pytest.approx(own["ratio"], abs=0.051)
+
+
+def test_the_federations_table_is_what_the_raw_figures_say() -> None:
+    parts = ("train", "communicate", "aggregate", "evaluate")
+    (row,) = rows(BENCHMARKS / "README.md", "A whole federation")
+    rounds = json.loads((BENCHMARKS / "results" / row[0].strip("`")).read_text(encoding="utf-8"))["ours"]["rounds"][1:]
+    seconds = [sum(each[part] for each in rounds) for part in parts]
+    total = sum(each["wall"] for each in rounds)
+    assert row[1:7] == [f"{value:.2f}" for value in (*seconds, total - sum(seconds), total)]
+    assert row[7] == f"{(seconds[0] + seconds[3]) / total:.1%}".replace("%", " %")
