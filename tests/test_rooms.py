@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.strategies import METHODS
+from fedlora.methods import methods
 from fedlora.strategies.base import FederatedStrategy
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = methods()
 
 WORDS = ("expert", "router", "mixture")
 """Of one method's mathematics."""
