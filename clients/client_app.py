@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from clients.participant import Participant, is_node, node_record, open_node, participant, run_of, sent_config
+from clients.participant import (
+    Participant,
+    is_node,
+    node_record,
+    open_node,
+    participant,
+    run_of,
+    sent_config,
+    sent_digest,
+)
 from clients.resources import (
     client_data,
     client_model,
@@ -83,7 +92,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
     node.ledger.check_budget(federation, plan, local_steps(config, examples), start)
-    node.ledger.register(federation, run, label_names)
+    node.ledger.register(federation, run, label_names, sent_digest(context))
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
     return Message(content, reply_to=message)

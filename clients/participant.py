@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -128,6 +129,8 @@ class NodeClient(Participant):
         self.server_round = int(settings["server-round"])
         label_names = self.node.ledger.label_names(self.federation, self.run)
         self.node.ledger.check_round(self.run, self.server_round)
+        # Another model or length would be loaded, and the owner's rows tokenised again, for no describe.
+        self.node.ledger.check_config(self.run, sent_digest(context))
         self.config = self.node.own_config(sent_config(context), label_names)
         self.client = int(about["client"])
         make_room(self.node.config)
@@ -206,6 +209,11 @@ def sent_config(context: Context) -> Config:
     if "\n" not in text:
         raise InputError("config", text, "is no TOML text; submit runs with fedlora run CONFIG --on NAME")
     return run_config(context.run_config)
+
+
+def sent_digest(context: Context) -> str:
+    """Return the SHA-256 of the config that a server sent to a real node."""
+    return hashlib.sha256(sent_config(context).to_toml().encode()).hexdigest()
 
 
 def run_of(message: Message, context: Context) -> str:

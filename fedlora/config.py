@@ -346,6 +346,9 @@ def unused_keys(config: Config) -> list[str]:
     note(config.method.router_init == "public", "method.router_documents", "router rows start from public text")
     note(config.method.router_tuning_steps == 0, "method.router_tuning_learning_rate", "the router is not tuned")
     note(config.client.optimizer == "adamw", "client.momentum", "adamw has its own moments")
+    note(0 < config.client.weight_decay < 1e-12, "client.weight_decay", "it is so small that no number changes by it")
+    rounds = config.run.rounds
+    note(config.server.evaluate_every > rounds, "server.evaluate_every", f"of {rounds} rounds the last is evaluated")
     note(config.model.task == "causal-lm", "model.pooling data.label data.label_names", "model.task is causal-lm")
     note(config.model.task != "causal-lm", "data.prompt data.answer", "model.task is not causal-lm")
     note(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from fedlora.assets import build_once, cache_dir
-from fedlora.config import Config, input_error
+from fedlora.config import Config, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 
@@ -128,7 +127,7 @@ def adapter_config(name: str, adapter: Path) -> Config:
     run = adapter.parent
     try:
         if adapter.name == ADAPTER and (run / "config.toml").is_file():
-            content = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+            content = read_toml(run / "config.toml")
         else:
             about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
             content = _described(about)

@@ -450,6 +450,16 @@ def test_keys_without_use_are_noted_and_only_those() -> None:
     assert [note.split()[0] for note in unused_keys(load_config(BASE, public))] == ["method.router_documents"]
 
 
+def test_values_without_an_effect_are_noted() -> None:
+    without = {"client.weight_decay": 1e-300, "server.evaluate_every": 9, "run.rounds": 8}
+    assert {note.split()[0] for note in unused_keys(load_config(BASE, without))} == {
+        "client.weight_decay",
+        "server.evaluate_every",
+    }
+    with_one = {"client.weight_decay": 1e-4, "server.evaluate_every": 8, "run.rounds": 8}
+    assert unused_keys(load_config(BASE, with_one)) == []
+
+
 def test_scaling_is_alpha_over_rank_and_one_by_default() -> None:
     assert load_config(BASE).scaling() == 1.0
     assert load_config(BASE, {"method.rank": 4, "method.alpha": 2.0}).scaling() == 0.5

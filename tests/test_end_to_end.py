@@ -398,7 +398,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     killed = folder / "killed"
     environment = {**os.environ, "FEDLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config_file), str(killed)]
-    ended = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=240)
+    ended = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=600)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [line["round"] for line in lines(killed)] == [1]
     assert not (killed / "summary.json").exists()
@@ -436,7 +436,7 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cac
     while run.poll() is None and not (rounds.exists() and rounds.read_text()):
         time.sleep(0.1)
     run.terminate()
-    _, told = run.communicate(timeout=60)
+    _, told = run.communicate(timeout=600)
     assert (run.returncode, told) == (1, "fedlora: stopped; go on with --resume\n")
     assert not (stopped / "summary.json").exists()
 

@@ -65,7 +65,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "method": {"name": "flexmore", "ranks": {"cats": 3, "misc+alt": "full", "sea": 1}},
         "client": {"local_steps": 12, "batch_size": 8, "learning_rate": 0.02},
-        "simulation": {"workers": 1},
+        "simulation": {"workers": 0},
     }
 
 
@@ -155,7 +155,8 @@ def test_a_strategy_of_ones_own_can_build_on_flexmore(run, content, tmp_path):
             Watched.seen += 1
             return super().aggregate_train(server_round, replies)
 
-    result = fedlora.simulate(content, output=tmp_path / "own", strategy=Watched)
+    # In a worker of a Ray of its own, unlike the other runs here.
+    result = fedlora.simulate(content, {"simulation.workers": 1}, output=tmp_path / "own", strategy=Watched)
     assert Watched.seen == 2
     assert result.summary["final"] == json.loads((run / "summary.json").read_text())["final"]
 
@@ -242,7 +243,7 @@ def test_router_rows_from_public_text_travel_once_and_cost_no_epsilon(content, t
 def test_the_forecast_comes_true(content, changes, tmp_path):
     if "data.public" in changes:
         changes = {**changes, "data.public": content["data"]["test"].replace("test.jsonl", "public.jsonl")}
-    changes = {"client.local_steps": 2, "simulation.workers": 0, **changes}
+    changes = {"client.local_steps": 2, **changes}
     expected = forecast(resolve(load_config(content, changes)))
     summary = fedlora.simulate(content, changes, output=tmp_path / "run").summary
     sent = dict.fromkeys(("initial", "down", "up"), 0)
@@ -365,5 +366,5 @@ def test_ranks_that_no_model_can_have_end_a_run_before_a_node_trains(content, tm
 
 def test_a_simulation_needs_a_rank_for_every_client(content, tmp_path):
     with pytest.raises(InputError, match="needs one rank for each of the 3 clients"):
-        fedlora.simulate(content, {"method.ranks": [2, 1], "simulation.workers": 0}, output=tmp_path / "run")
+        fedlora.simulate(content, {"method.ranks": [2, 1]}, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()

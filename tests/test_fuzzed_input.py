@@ -37,7 +37,7 @@ from tests.command import fedlora
 from tests.configs import KEYS, accepted, keys, put
 from tests.tiny import base_model, save_llama
 
-NUMBER = int(os.environ.get("FEDLORA_FUZZ", "80"))
+NUMBER = int(os.environ.get("FEDLORA_FUZZ", "48"))
 TRAIN = "FEDLORA_FUZZ_TRAIN" in os.environ
 LOG = os.environ.get("FEDLORA_FUZZ_LOG")
 SECONDS = 20.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,14 @@ class ServerFile(Section):
         return f"[{self.own_host}]:{self.port}" if ":" in self.own_host else f"{self.own_host}:{self.port}"
 
 
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return len(text) <= 253 and re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*\.?", text, re.ASCII) is not None
+    return True
+
+
 def load_server(path: str | Path) -> ServerFile:
     """Read and check a server's TOML file.
 
@@ -83,6 +92,9 @@ def load_server(path: str | Path) -> ServerFile:
         server = ServerFile.model_validate(read_toml(file, "SERVER"))
     except ValidationError as error:
         raise input_error(error, ServerFile, "SERVER") from None
+    if not _is_host(server.host):
+        remedy = "is no address or host name; give one of this machine, or 0.0.0.0 for all"
+        raise InputError("host", server.host, remedy)
     for network in server.control_from:
         try:
             ipaddress.ip_network(network)

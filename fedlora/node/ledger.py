@@ -31,6 +31,7 @@ _LONGEST_NAME = 200
 _LONGEST_LABELS = 100_000
 _IDLE_RUNS = 200
 _DAY = 86400.0
+_SYNCHRONOUS = "EXTRA"  # what is charged stays charged when the power goes
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -42,8 +43,9 @@ CREATE TABLE IF NOT EXISTS charges (
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
-# Made where it is missing: a ledger may be older.
+# Made where they are missing: a ledger may be older.
 _DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
+_CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
 
 _SEALED = {
     "runs": "SELECT number, run, federation, label_names, last_round FROM runs WHERE number >= ? ORDER BY number",
@@ -105,9 +107,11 @@ class NodeLedger:
         if damaged:
             remedy = "is damaged: rows are gone or changed, so what was spent is unknown; bring back a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
-        if "describes" not in found:
-            with self._transaction() as database:
+        with self._transaction() as database:
+            if "describes" not in found:
                 database.execute(_DESCRIBES)
+            if "config" not in {name for _, name, *_ in database.execute("PRAGMA table_info(runs)")}:
+                database.execute(_CONFIG)
 
     def _create(self) -> None:
         """Make a ledger without a charge, whole or not at all, so that an empty file is known as one that was lost."""
@@ -145,15 +149,22 @@ class NodeLedger:
         if count >= most:
             raise PolicyError("max_describes_per_day", most, "more")
 
-    def register(self, federation: str, run: str, label_names: list[str] | None) -> None:
+    def register(self, federation: str, run: str, label_names: list[str] | None, config: str = "") -> None:
         """Take note of a run that a server describes; an earlier run of the same federation ends with it.
 
         The oldest runs that never took a step are forgotten where there are many.
 
+        Parameters
+        ----------
+        federation, run : str
+        label_names : list of str, optional
+        config : str
+            A digest of the run's config, which no later message may change.
+
         Raises
         ------
         StaleError
-            If a later run of the same federation was described before.
+            If a later run of the same federation was described before, or this one with another config or classes.
         InputError
             If the names are longer than any that a server gives.
         """
@@ -166,11 +177,16 @@ class NodeLedger:
                 (_IDLE_RUNS,),
             )
             database.execute(
-                "INSERT OR IGNORE INTO runs (run, federation, label_names) VALUES (?, ?, ?)",
-                (run, federation, json.dumps(label_names)),
+                "INSERT INTO runs (run, federation, label_names, config) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (run) DO UPDATE SET config = excluded.config WHERE config IS NULL",
+                (run, federation, json.dumps(label_names), config),
             )
             _seal(database, "runs", _sealing(database, "runs"))
             _check_newest(database, federation, run)
+            (names,) = database.execute("SELECT label_names FROM runs WHERE run = ?", (run,)).fetchone()
+            _check_config(database, run, config)
+            if json.loads(names) != label_names:
+                raise StaleError("the run was described with other classes before")
 
     def label_names(self, federation: str, run: str) -> list[str] | None:
         """Return the classes that a run was described with; None for a language model.
@@ -185,6 +201,16 @@ class NodeLedger:
             (names,) = database.execute("SELECT label_names FROM runs WHERE run = ?", (run,)).fetchone()
         found: list[str] | None = json.loads(names)
         return found
+
+    def check_config(self, run: str, config: str) -> None:
+        """Refuse a message that comes with another config than the run was described with.
+
+        Raises
+        ------
+        StaleError
+        """
+        with self._transaction() as database:
+            _check_config(database, run, config)
 
     def check_round(self, run: str, server_round: int) -> None:
         """Refuse a round that was begun here already, or is older than one that was.
@@ -305,9 +331,10 @@ class NodeLedger:
         try:
             database = sqlite3.connect(path or self.path, timeout=60.0, isolation_level=None)
             try:
-                # A transaction is over once it is on the disk; with a write-ahead log that takes one flush, not three.
-                database.execute("PRAGMA journal_mode = WAL")
-                database.execute("PRAGMA synchronous = FULL")
+                # A transaction is over once it is on the disk, in this file: with a write-ahead log, which would take
+                # one flush and not four, the steps of a killed process would go with a second file.
+                database.execute("PRAGMA journal_mode = DELETE")
+                database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
                 yield database
             finally:
                 database.close()
@@ -432,6 +459,12 @@ def _check_newest(database: sqlite3.Connection, federation: str, run: str) -> No
     ).fetchone()
     if newest is None or newest[0] != run:
         raise StaleError("the message is of a run that was not described here, or of one that ended")
+
+
+def _check_config(database: sqlite3.Connection, run: str, config: str) -> None:
+    found = database.execute("SELECT config FROM runs WHERE run = ?", (run,)).fetchone()
+    if found is None or found[0] != config:
+        raise StaleError("the message comes with another config than its run was described with")
 
 
 def _check_round(database: sqlite3.Connection, run: str, server_round: int) -> None:

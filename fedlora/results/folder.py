@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.assets import is_asset
-from fedlora.config import Config
+from fedlora.config import Config, read_toml
 from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
 from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
@@ -351,7 +351,7 @@ def _is_path(value: Any) -> bool:
 def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
     """Refuse to go on where somebody wrote another config into the folder, which would be lost."""
     try:
-        there = Config.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        there = Config.model_validate(read_toml(path / "config.toml"))
     except (OSError, ValueError):  # gone or cut: it is written again
         return
     content, known = tomllib.loads(there.to_toml()), dict(resolved)

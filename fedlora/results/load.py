@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from fedlora.config import Config
+from fedlora.config import Config, read_toml
 from fedlora.continuing import beside, merged
 from fedlora.errors import InputError
 from fedlora.experts.folder import folder_name
@@ -71,7 +70,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _config(folder: Path) -> Config:
-    config = Config.model_validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    config = Config.model_validate(read_toml(folder / "config.toml"))
     return config.model_copy(
         update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
     )

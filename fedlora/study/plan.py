@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.config import Config, load_config
+from fedlora.config import Config, load_config, read_toml
 from fedlora.errors import InputError
 from fedlora.study.config import LABEL, DistributionSection, Study, TuningSection, Values, flatten
 from strategies.server_app import resolve
@@ -140,7 +139,7 @@ def config_digest(config: Config) -> str:
 def folder_digest(folder: Path) -> str | None:
     """Return the digest of the config in a run folder, or None where there is none that can be read."""
     try:
-        return config_digest(Config.model_validate(tomllib.loads((folder / "config.toml").read_text("utf-8"))))
+        return config_digest(Config.model_validate(read_toml(folder / "config.toml")))
     except (OSError, ValueError):
         return None
 

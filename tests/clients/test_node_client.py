@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import clients.client_app
 from clients.client_app import app
+from clients.participant import sent_digest
 from fedlora.communication.wire import Arrays, decode, encode
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import (
@@ -151,7 +152,7 @@ def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cach
         policy={"max_epsilon": (without + both) / 2, "models": listed(server.config.model.name)},
     )
     refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
-    Node.open(node_file).ledger.register("f1", str(server.run), None)
+    Node.open(node_file).ledger.register("f1", str(server.run), None, sent_digest(server.context(node_file)))
     refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 0
 
@@ -246,8 +247,8 @@ def test_weaker_privacy_than_the_owner_accepts(
     weak = Server(tmp_path / "server", **run)
     here = weak.context(node_file)
     assert refused(app(weak.describe(), here), ClientErrorCode.POLICY) == reason
-    # A server that describes one config and trains with another gets no further.
-    Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS)
+    # Training looks again: the owner may have changed the policy since.
+    Node.open(node_file).ledger.register(weak.federation, str(weak.run), LABELS, sent_digest(here))
     assert refused(app(weak.train(1), here), ClientErrorCode.POLICY) == reason
     assert steps(node_file) == 0
 
@@ -279,7 +280,7 @@ def test_the_budget_is_the_owners_over_all_runs(tmp_path: Path, cache: Path) -> 
     assert left is not None
     assert 0 < left < 3.5
     assert refused(reply, ClientErrorCode.BUDGET) == f"BudgetError: epsilon left = {left:.4g}"
-    Node.open(node_file).ledger.register("second", "2", LABELS)
+    Node.open(node_file).ledger.register("second", "2", LABELS, sent_digest(second.context(node_file)))
     assert "epsilon left" in refused(app(second.train(1), second.context(node_file)), ClientErrorCode.BUDGET)
     assert steps(node_file) == 3
     # The owner may raise the ceiling; the ledger goes on from where it was.
@@ -354,6 +355,23 @@ def test_a_round_that_nobody_waits_for_any_more_spends_no_more(
     monkeypatch.setattr(Charge, "step", slow)
     refused(app(message, here), ClientErrorCode.STALE)
     assert steps(node_file) == 1
+
+
+def test_a_run_trains_with_the_config_that_was_described(tmp_path: Path, cache: Path) -> None:
+    """Another length would tokenise the owner's rows again, and another rank load another model, for no describe."""
+    node_file = write_node(tmp_path / "clinic", cache, reviews(60, 77))
+    described = Server(tmp_path / "server")
+    given: list[dict[str, Any]] = [{"model__max_length": 9}, {"method__rank": 2}, {"client__local_steps": 2}]
+    others = [Server(tmp_path / "server", **overrides) for overrides in given]
+    app(described.describe(), described.context(node_file))
+    tokens = set((cache / "tokens").iterdir())
+    for other in others:
+        here = other.context(node_file)
+        assert refused(app(other.train(1), here), ClientErrorCode.STALE) == "StaleError"
+        refused(app(other.describe(), here), ClientErrorCode.STALE)
+    assert set((cache / "tokens").iterdir()) == tokens
+    assert steps(node_file) == 0
+    assert not app(described.train(1), described.context(node_file)).has_error()
 
 
 def test_a_config_that_is_a_path_is_not_read(node_file: Path, server: Server, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Federation:
     def start_server(self) -> None:
         """Start the server, and wait for it."""
         self.start("server", "server", "server.toml")
-        until(lambda: "INFO server on" in self.output("server"), 120, "server")
+        until(lambda: "INFO server on" in self.output("server"), 600, "server")
 
     def start_node(self, name: str) -> None:
         """Start a node."""
@@ -163,7 +163,7 @@ class Federation:
         """Connect to the server."""
         return Server(f"127.0.0.1:{self.port}", self.ca)
 
-    def wait_online(self, count: int, seconds: float = 200) -> None:
+    def wait_online(self, count: int, seconds: float = 600) -> None:
         """Wait until so many nodes are in the federation."""
         with self.server() as server:
             until(lambda: sum(n.status == ONLINE for n in server.nodes()) == count, seconds, f"{count} nodes online")

@@ -15,9 +15,6 @@ from safetensors.torch import load_file
 from fedlora import simulate
 from tests.deployment.federation import NAME, Federation, until
 
-# Generous, since a machine may be busy: a run takes half a minute on two free cores.
-pytestmark = pytest.mark.timeout(600)
-
 
 def config_of(examples: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
     """Make a run's config for nodes."""

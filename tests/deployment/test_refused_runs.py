@@ -17,8 +17,6 @@ from tests.command import Done, fedlora
 from tests.deployment.federation import NAME, Federation
 from tests.deployment.test_federation import config_of
 
-pytestmark = pytest.mark.timeout(600)
-
 TIMEOUT = 400.0
 """Of a round; a run that is refused ends long before."""
 

@@ -56,6 +56,9 @@ def test_own_processes_reach_the_server(folder: Path, host: str, address: str) -
     [
         ("prot = 8000", "did you mean port"),
         ("port = 0", "port = 0"),
+        ('host = "https://fl.example.org"', "is no address or host name"),
+        ('host = "fl.example.org:8000"', "is no address or host name"),
+        ('host = "\u202e"', "is no address or host name"),
         ('control_from = ["10.0.0.0/99"]', "is no address or network"),
         ('control_from = ["10.0.0.1/8"]', "is no address or network"),
         ("[tls]\ncertificate = 'a'", "tls.ca_certificate = None: is required"),

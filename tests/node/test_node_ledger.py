@@ -110,6 +110,37 @@ def test_a_run_that_was_resumed_ends_the_one_before(tmp_path: Path) -> None:
         ledger.register("other", "2", None)  # a run belongs to one federation
 
 
+def test_a_run_keeps_the_config_and_the_classes_that_it_was_described_with(tmp_path: Path) -> None:
+    ledger = NodeLedger(tmp_path, POLICY)
+    for _ in range(2):  # a node that was away is asked again
+        ledger.register("f", "1", ["a"], "digest")
+    ledger.check_config("1", "digest")
+    for attempt in (
+        lambda: ledger.check_config("1", "other"),
+        lambda: ledger.check_config("2", "digest"),
+        lambda: ledger.register("f", "1", ["a"], "other"),
+        lambda: ledger.register("f", "1", ["b"], "digest"),
+    ):
+        with pytest.raises(StaleError):
+            attempt()
+    assert ledger.label_names("f", "1") == ["a"]
+    ledger.check_config("1", "digest")
+
+
+def test_a_ledger_from_before_configs_were_kept_goes_on(tmp_path: Path) -> None:
+    take(NodeLedger(tmp_path, POLICY), "1", 1, 2, plan(sigma=2.0))
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        database.execute("ALTER TABLE runs DROP COLUMN config")
+        database.execute("DROP TABLE describes")
+    database.close()
+    ledger = NodeLedger(tmp_path, POLICY)
+    assert ledger.steps() == 2
+    with pytest.raises(StaleError):
+        ledger.check_config("1", "digest")
+    ledger.register("f-1", "1", None, "digest")  # as whenever the node comes back
+    ledger.check_config("1", "digest")
+
+
 def test_no_step_beyond_those_admitted(tmp_path: Path) -> None:
     ledger = NodeLedger(tmp_path, POLICY)
     ledger.register("f", "1", None)
@@ -162,6 +193,9 @@ def test_a_process_that_is_killed_has_charged_the_steps_that_it_began(tmp_path: 
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    # All of them are in the one file that is backed up and moved.
+    for beside in tmp_path.glob("ledger.sqlite-*"):
+        beside.unlink()
     ledger = NodeLedger(tmp_path, PolicySection(max_epsilon=1e6))
     assert ledger.steps() == begun
     # The lock fell with the process; the round does not come again.

@@ -6,8 +6,9 @@ model, the code and every other example; it projects each update onto the canary
 that is set in advance. How often it is wrong bounds epsilon from below: by Clopper and Pearson at ``CONFIDENCE`` each
 for false alarms and misses, then as a Gaussian mechanism (Nasr et al. 2023, arXiv 2302.07956).
 
-A sound client fails an audit with probability of at most 2 (1 - CONFIDENCE) = 0.002. Seeds are fixed, so that each test
-has one outcome.
+An attack on a sound client proves too much with probability of at most 2 (1 - CONFIDENCE) = 0.002, for its two bounds.
+An audit takes the best of two attacks, or of three over two rounds, so that it fails with at most 0.004 or 0.006. Seeds
+are fixed: each test has one outcome.
 """
 
 from __future__ import annotations

@@ -36,13 +36,14 @@ class Visit:
     def __init__(self, browser: Any, report: Path, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(300_000)  # a busy machine starts pages slowly
         self.said: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(report.as_uri())
-        self.page.wait_for_selector("html[data-ready]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready]")
 
     def colour(self, selector: str, property_: str) -> tuple[int, ...]:
         """Return an element's colour as red, green and blue."""
@@ -108,7 +109,7 @@ def test_hover_shows_the_config(desktop: Visit) -> None:
     desktop.page.mouse.move(x - 30, y - 30)
     desktop.page.mouse.move(x, y, steps=4)
     label = place.locator(".hovertext")
-    label.wait_for(timeout=10_000)
+    label.wait_for()
     lines = "node => [...node.querySelectorAll('tspan.line')].map(line => line.textContent).join('; ')"
     text = label.first.evaluate(lines)
     for part in ("rank", "ε 1", "learning rate", "accuracy", "±", "sent", "epsilon", "seeds 0, 1, 2"):

@@ -13,9 +13,11 @@ import fedlora
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.peft_format import export_peft
 from fedlora.config import Config, load_config
+from fedlora.continuing import adapter_config
 from fedlora.errors import InputError
 from fedlora.models import load_base, load_tokenizer
 from fedlora.results.load import export_run
+from fedlora.study.plan import folder_digest
 from tests import tiny
 
 TEXTS = ["A joy to watch.", "A dull and lifeless mess of a film."]
@@ -72,6 +74,16 @@ def test_an_exported_adapter_is_the_peft_folder_with_its_tokenizer(tmp_path: Pat
         tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert AutoTokenizer.from_pretrained(target)("joy")["input_ids"]
+
+
+def test_a_config_that_an_editor_saved_with_a_byte_order_mark_is_the_same(tmp_path: Path) -> None:
+    config, _ = finished_run(tmp_path / "run")
+    digest = folder_digest(tmp_path / "run")
+    assert digest is not None
+    (tmp_path / "run" / "config.toml").write_text(config.to_toml(), encoding="utf-8-sig")
+    assert folder_digest(tmp_path / "run") == digest
+    assert fedlora.load(tmp_path / "run")[0].config.num_hidden_layers == 1
+    assert adapter_config(str(tmp_path / "run"), tmp_path / "run" / "adapter").run == config.run
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -330,9 +330,10 @@ def test_what_was_edited_by_hand_is_made_good_or_refused(runs: Runs, tmp_path: P
         text = (folder / name).read_text()
         (folder / name).write_text(text[: len(text) // 2] + "9,9,9\n")
     config = (folder / "config.toml").read_text()
-    (folder / "config.toml").write_text(config.replace("local_steps = 1", "local_steps = 2"))
-    with pytest.raises(InputError, match=r"^client.local_steps = 2: was edited in .*config.toml"):
-        runs.go_on(folder)
+    for encoding in ("utf-8", "utf-8-sig"):  # some editors begin a file with a byte-order mark
+        (folder / "config.toml").write_text(config.replace("local_steps = 1", "local_steps = 2"), encoding)
+        with pytest.raises(InputError, match=r"^client.local_steps = 2: was edited in .*config.toml"):
+            runs.go_on(folder)
     (folder / "config.toml").write_text(config[:50])
     assert runs.go_on(folder) == []
     runs.check_bits(folder)

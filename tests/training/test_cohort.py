@@ -117,7 +117,7 @@ everything = {
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases)
 @example(case={**everything, "kind": "bert", "method": "fedit"})
 @example(case={**everything, "kind": "mean", "method": "fed-sb", "sigmas": [1.0, 0.0, 0.5, 2.0]})
