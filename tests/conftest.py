@@ -46,23 +46,6 @@ def pytest_configure(config: pytest.Config) -> None:
         unaligned_weights.round_by_address()
 
 
-SHARED = ("federation", "ray_here")
-"""Fixtures that start many processes: all tests that use one run in one test process, and first."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep files together, and files that share what is dear to start; what takes longest comes first."""
-    groups = {item.path: str(item.path) for item in items}
-    for item in items:
-        for fixture in SHARED:
-            if fixture in getattr(item, "fixturenames", ()):
-                groups[item.path] = fixture
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
-    items.sort(key=lambda item: groups[item.path] not in SHARED)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in TINY_MODELS:
