@@ -129,7 +129,7 @@ class NodeClient(Participant):
         self.server_round = int(settings["server-round"])
         label_names = self.node.ledger.label_names(self.federation, self.run)
         self.node.ledger.check_round(self.run, self.server_round)
-        # Another model or length would be loaded, and the owner's rows tokenised again, for no describe.
+        # With another config a server could have the owner's rows tokenised again without asking what the node holds.
         self.node.ledger.check_config(self.run, sent_digest(context))
         self.config = self.node.own_config(sent_config(context), label_names)
         self.client = int(about["client"])

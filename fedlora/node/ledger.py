@@ -331,8 +331,8 @@ class NodeLedger:
         try:
             database = sqlite3.connect(path or self.path, timeout=60.0, isolation_level=None)
             try:
-                # A transaction is over once it is on the disk, in this file: with a write-ahead log, which would take
-                # one flush and not four, the steps of a killed process would go with a second file.
+                # A transaction ends when it is on the disk, in this one file. A write-ahead log would be faster, but it
+                # is a second file: whoever deletes it after a crash deletes charged steps.
                 database.execute("PRAGMA journal_mode = DELETE")
                 database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
                 yield database
