@@ -70,7 +70,11 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _config(folder: Path) -> Config:
-    config = Config.model_validate(read_toml(folder / "config.toml"))
+    try:
+        content = read_toml(folder / "config.toml")
+    except InputError as error:
+        raise ValueError(f"config.toml: {error.remedy}") from None  # the user gave the folder, not this file
+    config = Config.model_validate(content)
     return config.model_copy(
         update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
     )
