@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,6 +33,7 @@ from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.paths import find_path
 from fedlora.tasks import Task, get_task, tasks
 
@@ -176,6 +179,7 @@ def pretrained_source(config: Config) -> str:
         trained = run_source(name, path)
         if trained is None and not (path / "config.json").is_file():
             raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
+        _know_architecture(trained or path)
         # Written into results, which are read from anywhere.
         return str((trained or path).absolute())
     if path is not None:
@@ -183,6 +187,14 @@ def pretrained_source(config: Config) -> str:
     if not _HUB_ID.fullmatch(name):
         raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")
     return name
+
+
+def _know_architecture(folder: Path) -> None:
+    """Import the method whose own architecture a model has, by the name of the method: that registers it."""
+    with suppress(OSError, ValueError, KeyError, TypeError, InputError):  # what is wrong shows when it is loaded
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if kind not in CONFIG_MAPPING:
+            get_method(kind)
 
 
 def model_config(config: Config) -> Any:
@@ -534,7 +546,7 @@ def _weightless(model: nn.Module) -> Iterator[None]:
     try:
         for table, name, value in kept:
             if id(value) not in made:
-                # Fused experts are multiplied by kernels that want whole matrices.
+                # Matrices fused in one weight are multiplied by kernels that want whole ones.
                 own = value.shape[-2:] if value.dim() > 2 else ()
                 one = torch.zeros(own, dtype=value.dtype).expand(value.shape)
                 made[id(value)] = nn.Parameter(one, requires_grad=False) if isinstance(value, nn.Parameter) else one

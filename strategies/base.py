@@ -276,7 +276,7 @@ class FederatedStrategy(Method, Strategy):
     @property
     def covers_init(self) -> bool:
         """Whether epsilon covers everything that the start read."""
-        return True
+        return self.start_reads(self.config) != "private"
 
     def refuses(self, client: int, name: str) -> InputError | None:
         """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
@@ -293,6 +293,15 @@ class FederatedStrategy(Method, Strategy):
         if data.validation is not None:
             metrics["validation"] = evaluate(adapted, data.validation, size)
         return metrics
+
+    def probe(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """Return what a client trains, of arrays as large as any client's, and make its model ready for them.
+
+        A forecast measures a step of local training with them.
+        """
+        arrays = self.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        adapted.set_shared(arrays)
+        return {name: arrays[name] for name in self.trained_names(adapted)}
 
     def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
         """Write the result into the run folder: ``adapter/``."""

@@ -42,7 +42,10 @@ def test_every_module_has_its_layer() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     (contract,) = settings["contracts"]
     assert (contract["type"], contract["exhaustive"], contract["containers"]) == ("layers", True, ["fedlora"])
-    assert not contract.keys() & {"ignore_imports", "exhaustive_ignores"}
+    assert "exhaustive_ignores" not in contract
+    # The config looks its method up, which is made of the config's sections; a method puts in what is trained.
+    late = {"fedlora.config.* -> fedlora.methods", "fedlora.methods -> fedlora.adapters"}
+    assert set(contract["ignore_imports"]) == late
     names = [name.strip(" ()") for layer in contract["layers"] for name in layer.replace(":", "|").split("|")]
     assert len(names) == len(set(names))
     packages = {path.parent.name for path in (ROOT / "fedlora").glob("*/*.py")}

@@ -30,7 +30,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
 
     Notes
     -----
-    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
+    A square matrix R is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
     and ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose
     weights the checkpoint lacks are in it whole, like the head.
     """
