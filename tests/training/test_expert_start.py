@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import ExpertModel, adapt
+from fedlora.adapters import ExpertModel, adapt_experts
 from fedlora.experts import FULL
 from fedlora.training.expert_start import LARGEST_LOGIT, document_states, mean_states, start_expert
 from tests import tiny
@@ -16,7 +16,7 @@ from tests import tiny
 
 def model(kind="llama", **method):
     config = tiny.settings(kind, method={"name": "flexmore", "rank": 2, **method}, server={"batch_size": 4})
-    adapted = adapt(tiny.base_model(kind), config, "expert")
+    adapted = adapt_experts(tiny.base_model(kind), config)
     assert isinstance(adapted, ExpertModel)
     return adapted
 

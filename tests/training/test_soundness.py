@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlora import simulate
-from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt
+from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt, adapt_experts
 from fedlora.adapters.model import FactoredLinear
 from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.peft_format import export_peft
@@ -166,7 +166,7 @@ def test_chance_is_told_from_company():
 @pytest.mark.parametrize("extraction", ["direct", "svd"])
 def test_an_owners_expert_is_sound(extraction):
     config = tiny.settings("llama", method={"name": "flexmore", "rank": 2, "extraction": extraction})
-    adapted = adapt(tiny.base_model("llama"), config, "expert")
+    adapted = adapt_experts(tiny.base_model("llama"), config)
     assert dependence(adapted, config, PAD) is None
 
 
