@@ -117,7 +117,9 @@ def merged(config: Config, adapter: Path) -> Any:
     InputError, OSError, ValueError, KeyError, safetensors.SafetensorError
         If the base cannot be loaded, or the folder's files are damaged.
     """
-    labels = adapter / LABELS_FILE
+    task, labels = adapter / TASK_FILE, adapter / LABELS_FILE
+    if task.is_file() and json.loads(task.read_text(encoding="utf-8")) != config.model.task:
+        raise ValueError(f"{TASK_FILE} names another task than the run's {config.model.task}")
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
     model: Any = load_base(config, names)
     if isinstance(model, MeanPoolingClassifier):
