@@ -248,6 +248,8 @@ class AdaptedModel:
             unknown = sorted(set(clients[0]) - set(self._layers))
             raise ValueError(f"the model has no arrays named {unknown[:3]}")
         trained = set(self.trained)
+        for kind in {kind_of(name, self.head_names) for name in trained}:
+            self.versions.pop(kind, None)  # training moves these arrays away from the version that was set
         for name, (layer, attribute) in self._layers.items():
             old = getattr(layer, attribute)
             if name not in trained:

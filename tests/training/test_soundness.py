@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlora import simulate
-from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt, adapt_experts
+from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt
 from fedlora.adapters.model import FactoredLinear
 from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.peft_format import export_peft
