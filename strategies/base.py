@@ -30,6 +30,7 @@ from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
@@ -371,7 +372,8 @@ class FederatedStrategy(Method, Strategy):
                 sent["down"] += numbers.down
                 sent["up"] += numbers.up
                 last[client] = server_round
-            replied[server_round] = clients
+            if len(clients) >= self.config.server.min_replies:
+                replied[server_round] = clients
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         return Planned(
             initial_bytes=size * sent["initial"],
@@ -398,13 +400,11 @@ class FederatedStrategy(Method, Strategy):
         return learning_rate(self.config.client, base, server_round, self.config.run.rounds)
 
     def sample(self, server_round: int) -> list[int]:
-        """Draw the clients of a round from the run's seed and the round alone."""
-        clients = sorted(self.nodes)
-        count = max(1, round(self.config.server.fraction_train * len(clients)))
-        if count == len(clients):
-            return clients
-        rng = np.random.default_rng([self.config.run.seed, server_round, 0x5A])
-        return sorted(rng.choice(clients, count, replace=False).tolist())
+        """Draw the clients of a round, as ``server.sampling`` says, from the run's seed and the round alone."""
+        server = self.config.server
+        return get_sampling(server.sampling).sample(
+            self.nodes, server_round, self.config.run.seed, server.fraction_train
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -518,7 +518,8 @@ class FederatedStrategy(Method, Strategy):
         """Whether the round counts; else its report says why not."""
         count, least = len(self.report.metrics), self.config.server.min_replies
         if count < least:
-            self.report.uncounted = f"{count} replies are fewer than server.min_replies = {least}"
+            few = f"{count} replies are fewer than server.min_replies = {least}"
+            self.report.uncounted = few if self.report.clients else "no client was drawn"
         return count >= least
 
     def valid_replies(self, replies: Iterable[Message], group: str = "") -> Iterable[tuple[int, Message]]:
