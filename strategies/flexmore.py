@@ -77,6 +77,7 @@ class FlexMoRE(FederatedStrategy):
     paper = "arXiv 2602.08818"
     exact = True
     mixed_ranks = True
+    persistent = False
     color, marker = "purple", "up"
     Options = ExpertOptions
     options: ExpertOptions

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load_file
 
 from fedlora import simulate
@@ -60,11 +61,13 @@ class SmallRuns:
             content[section] = {**content.get(section, {}), **values}
         return load_config(content)
 
-    def run(self, *, stop: int = 0, **sections: dict[str, Any]) -> RunResult:
-        """Run from start to end; with ``stop`` it is stopped after that round, and resumed."""
+    def run(
+        self, *, stop: int = 0, strategy: Callable[[], Strategy] | None = None, **sections: dict[str, Any]
+    ) -> RunResult:
+        """Run from start to end, if so asked by another strategy; with ``stop``, stop after that round and resume."""
         self._count += 1
         content = self.config(**sections).model_dump(exclude_none=True)
-        output = self.folder / f"run-{self._count}"
+        output, made = self.folder / f"run-{self._count}", strategy or (lambda: None)
 
         def on_round(line: dict[str, Any]) -> None:
             if line["round"] == stop:
@@ -73,8 +76,8 @@ class SmallRuns:
         with self._cache():
             if stop:
                 with pytest.raises(KeyboardInterrupt):
-                    simulate(content, output=output, progress=Progress(on_round=on_round))
-            return simulate(content, output=output, resume=bool(stop))
+                    simulate(content, output=output, strategy=made(), progress=Progress(on_round=on_round))
+            return simulate(content, output=output, strategy=made(), resume=bool(stop))
 
     def forecast(self, **sections: dict[str, Any]) -> Forecast:
         """Forecast the run."""
