@@ -26,6 +26,7 @@ from pydantic import ConfigDict, ValidationError
 
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
+from fedlora.registry import SERVER_OPTIMIZERS
 from fedlora.roles import Roles
 
 if TYPE_CHECKING:
@@ -279,6 +280,10 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    optimizer = config.server.optimizer
+    if not method.persistent and SERVER_OPTIMIZERS.get(optimizer).stateful:
+        remedy = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round; use fedavg"
+        raise InputError("server.optimizer", optimizer, remedy)
     method.check(config)
 
 

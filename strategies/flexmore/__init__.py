@@ -76,6 +76,7 @@ class FlexMoRE(FederatedStrategy):
     title = "FlexMoRE: experts of mixed ranks in one mixture"
     paper = "arXiv 2602.08818"
     exact = True
+    persistent = False
     color, marker = "purple", "up"
     Options = ExpertOptions
     options: ExpertOptions
