@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import PARAMETERISATIONS, linear_shape
+from fedlora.adapters.model import linear_shape
+from fedlora.adapters.parameterisations.lora import initial_factors
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
 from fedlora.communication.parts import Parts
@@ -632,9 +633,8 @@ def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
     """Draw the usual LoRA start for every layer: A of its own, B = 0."""
     generator = torch.Generator().manual_seed(seed)
     arrays: Arrays = {}
-    initial = PARAMETERISATIONS["lora"].initial_factors
     for path, adapter in adapted.adapters.items():
         shape = linear_shape(adapter.base)
         rank = adapted.parameter(f"{path}.lora_A").shape[1]
-        arrays |= {f"{path}.{factor}": value for factor, value in initial(*shape, rank, generator).items()}
+        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, rank, generator).items()}
     return arrays
