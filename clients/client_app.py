@@ -170,8 +170,8 @@ class _Work:
     client : Participant
     settings : mapping
         The message's ``config``.
-    roles : dict of str to Role
-        Of every array, in this round.
+    roles : mapping of str to Role
+        The method's table for this round.
     half : ClientHalf
     frozen : dict of str to Tensor
         Global arrays that came with the message and are not trained.
@@ -184,7 +184,7 @@ class _Work:
 
     client: Participant
     settings: Mapping[str, Any]
-    roles: dict[str, Role]
+    roles: Roles
     half: ClientHalf
     frozen: Arrays
     start: Arrays
@@ -230,7 +230,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         secret=client.secret,
         on_step=client.on_step,
     )
-    return _Work(client, settings, of, half, frozen, start, job)
+    return _Work(client, settings, roles, half, frozen, start, job)
 
 
 def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[str, Role]:
@@ -290,7 +290,8 @@ def _reply(message: Message, work: _Work) -> Message:
 
 def _leaving(work: _Work, trained: Arrays) -> Arrays:
     """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
-    roles = work.roles
+    # The client half may have given arrays other names.
+    roles = _roles(trained, work.roles, work.half.adapted)
     own = {name: array for name, array in trained.items() if roles[name].home}
     if own:
         work.client.keep(own)

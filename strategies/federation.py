@@ -109,6 +109,10 @@ class Federation:
         self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
+        # By key of the checkpoint, what has a state of its own.
+        self.stateful: dict[str, Any] = {"strategy": self.rounds}
+        if isinstance(self.rounds, FederatedStrategy):
+            self.stateful["optimizer"] = self.rounds.optimizer
         self.totals = Totals()
         self.dtype = wire_dtype(config.model.dtype)
 
@@ -210,8 +214,8 @@ class Federation:
             self.rounds.replied = self.method.replied
         if saved.get("chain"):
             self.parts.chains[RESIDUAL] = Chain.from_arrays(saved.get_arrays("chain") or {}, saved.get("chain"))
-        state, tensors = saved.get("strategy", {}), saved.get_arrays("strategy") or {}
-        self.rounds.load_state_dict(_joined(state, tensors))
+        for key, owner in self.stateful.items():
+            owner.load_state_dict(_joined(saved.get(key, {}), saved.get_arrays(key) or {}))
         return saved.get_arrays("frozen") or {}, saved.get_arrays("trained") or {}
 
     def connect(self) -> None:
@@ -320,10 +324,10 @@ class Federation:
         saved["parts"] = self.parts.state_dict()
         saved["replied"] = {str(r): clients for r, clients in self.method.replied.items()}
         saved["names"] = self.roster.names
-        state, tensors = _divided(self.rounds.state_dict())
-        saved["strategy"] = state
-        if tensors:
-            saved.set_arrays("strategy", tensors)
+        for key, owner in self.stateful.items():
+            saved[key], tensors = _divided(owner.state_dict())
+            if tensors:
+                saved.set_arrays(key, tensors)
         if RESIDUAL in self.parts.chains:
             arrays, saved["chain"] = self.parts.chains[RESIDUAL].to_arrays()
             saved.set_arrays("chain", arrays)
