@@ -1,4 +1,4 @@
-"""A client that missed rounds reaches the server's version to the bit, by increments or the sum, whichever is smaller."""
+"""A client that missed rounds reaches the server's version to the bit, by increments or the sum: what is smaller."""
 
 from __future__ import annotations
 
