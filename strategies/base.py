@@ -34,8 +34,10 @@ from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, tr
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.evaluation import ClientEvaluation, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.tasks import get_task
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 
@@ -191,6 +193,8 @@ class FederatedStrategy(Method, Strategy):
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
         Of the last round.
+    evaluation : ClientEvaluation
+        What clients that evaluate gave in the last round.
     optimizer : ServerOptimizer
         Steps along what clients trained and the round averaged; its state is in the checkpoint.
     """
@@ -205,6 +209,7 @@ class FederatedStrategy(Method, Strategy):
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
+        self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
@@ -607,12 +612,12 @@ class FederatedStrategy(Method, Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask no client: evaluation is central, on held-out text."""
-        return []
+        """Ask ``server.fraction_evaluate`` of the clients, on test examples of their own; nobody by default."""
+        return evaluation_messages(self, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing, as nothing was asked."""
-        return None
+        """Return the metrics of the clients' examples together, from their sums; :attr:`evaluation` has the rest."""
+        return read_evaluations(self.evaluation, replies)
 
 
 def get_strategy(name: str) -> type[FederatedStrategy]:

@@ -254,6 +254,13 @@ class FlexMoRE(FederatedStrategy):
         self._experts = split_owners(decode(arrays))
         return super().configure_train(server_round, arrays, config, grid)
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send every client its owner's expert, which it evaluates beside the public one."""
+        self._experts = split_owners(decode(arrays))
+        return super().configure_evaluate(server_round, arrays, config, grid)
+
     def client_arrays(self, client: int) -> tuple[Hashable, Arrays]:
         """Its owner's expert at its rank."""
         owner, rank = self.owners[client], self.ranks[client]
