@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.clients.half import ClientHalf
+from fedlora.clients.evaluation import evaluate_own
+from fedlora.clients.half import ClientHalf, client_half
 from fedlora.clients.held import receive
 from fedlora.clients.participant import (
     Participant,
@@ -27,9 +28,8 @@ from fedlora.clients.participant import (
     sent_config,
     sent_digest,
 )
-from fedlora.clients.resources import client_data, client_model, forget_data, run_config
+from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.wire import decode, encode, wire_dtype
-from fedlora.config import Config
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.methods import get_method
@@ -110,6 +110,15 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[
             yield from _train(messages, contexts, held)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer with the sums of what the client's own test examples add to an evaluation, and with their number."""
+    try:
+        return evaluate_own(message, context)
+    except Exception as error:
+        return _error_reply(error, message, context)
+
+
 def _train_on_node(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     try:
         with ExitStack() as held:
@@ -182,13 +191,6 @@ class _Work:
     job: ClientJob
     result: ClientResult | None = None
     seconds: float = 0.0
-
-
-def client_half(config: Config) -> ClientHalf:
-    """Return the client half of a run's method, around this process' model."""
-    kind = get_method(config.method.name).client_half() or ClientHalf
-    half: ClientHalf = kind(client_model(config), config)
-    return half
 
 
 def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:

@@ -30,9 +30,13 @@ from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.server.optimizers import server_optimizer
+from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.evaluation import ClientEvaluation, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.tasks import get_task
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 
@@ -188,6 +192,10 @@ class FederatedStrategy(Method, Strategy):
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
         Of the last round.
+    evaluation : ClientEvaluation
+        What clients that evaluate gave in the last round.
+    optimizer : ServerOptimizer
+        Steps along what clients trained and the round averaged; its state is in the checkpoint.
     """
 
     def __init__(self, config: Config) -> None:
@@ -200,6 +208,8 @@ class FederatedStrategy(Method, Strategy):
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
+        self.evaluation = ClientEvaluation(get_task(config.model.task))
+        self.optimizer = server_optimizer(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -232,6 +242,8 @@ class FederatedStrategy(Method, Strategy):
 
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the global arrays that the round's updates make; the weighted mean by default.
+
+        The server optimiser (``server.optimizer``) goes from the arrays before to those among them that clients train.
 
         Parameters
         ----------
@@ -276,7 +288,7 @@ class FederatedStrategy(Method, Strategy):
     @property
     def covers_init(self) -> bool:
         """Whether epsilon covers everything that the start read."""
-        return True
+        return self.start_reads(self.config) != "private"
 
     def refuses(self, client: int, name: str) -> InputError | None:
         """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
@@ -293,6 +305,15 @@ class FederatedStrategy(Method, Strategy):
         if data.validation is not None:
             metrics["validation"] = evaluate(adapted, data.validation, size)
         return metrics
+
+    def probe(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """Return what a client trains, of arrays as large as any client's, and make its model ready for them.
+
+        A forecast measures a step of local training with them.
+        """
+        arrays = self.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        adapted.set_shared(arrays)
+        return {name: arrays[name] for name in self.trained_names(adapted)}
 
     def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
         """Write the result into the run folder: ``adapter/``."""
@@ -371,7 +392,8 @@ class FederatedStrategy(Method, Strategy):
                 sent["down"] += numbers.down
                 sent["up"] += numbers.up
                 last[client] = server_round
-            replied[server_round] = clients
+            if len(clients) >= self.config.server.min_replies:
+                replied[server_round] = clients
         size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         return Planned(
             initial_bytes=size * sent["initial"],
@@ -398,13 +420,11 @@ class FederatedStrategy(Method, Strategy):
         return learning_rate(self.config.client, base, server_round, self.config.run.rounds)
 
     def sample(self, server_round: int) -> list[int]:
-        """Draw the clients of a round from the run's seed and the round alone."""
-        clients = sorted(self.nodes)
-        count = max(1, round(self.config.server.fraction_train * len(clients)))
-        if count == len(clients):
-            return clients
-        rng = np.random.default_rng([self.config.run.seed, server_round, 0x5A])
-        return sorted(rng.choice(clients, count, replace=False).tolist())
+        """Draw the clients of a round, as ``server.sampling`` says, from the run's seed and the round alone."""
+        server = self.config.server
+        return get_sampling(server.sampling).sample(
+            self.nodes, server_round, self.config.run.seed, server.fraction_train
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -446,8 +466,8 @@ class FederatedStrategy(Method, Strategy):
             result = None
         elif result is None:
             self.report.uncounted = "no client that answered holds examples"
-        elif not is_finite(result.values()):
-            self.report.uncounted, result = "the aggregate is not finite", None
+        else:
+            result = self._stepped(result)
         record = None
         if result is not None:
             self.report.drift = updates.drift()
@@ -455,6 +475,16 @@ class FederatedStrategy(Method, Strategy):
             record = self._next(result)
         self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
+
+    def _stepped(self, result: Arrays) -> Arrays | None:
+        """Let the server optimiser step to an aggregate; None where a number is not finite."""
+        if is_finite(result.values()):
+            mean = {name: array for name, array in result.items() if name in self.arrays and self.role(name).trained}
+            result = result | self.optimizer.step(self.arrays, mean)
+            if is_finite(result[name] for name in mean):
+                return result
+        self.report.uncounted = "the aggregate is not finite"
+        return None
 
     def _start(self) -> torch.Tensor | None:
         """What all clients start from as one vector; None where shapes, or what goes up, differ by client."""
@@ -518,7 +548,8 @@ class FederatedStrategy(Method, Strategy):
         """Whether the round counts; else its report says why not."""
         count, least = len(self.report.metrics), self.config.server.min_replies
         if count < least:
-            self.report.uncounted = f"{count} replies are fewer than server.min_replies = {least}"
+            few = f"{count} replies are fewer than server.min_replies = {least}"
+            self.report.uncounted = few if self.report.clients else "no client was drawn"
         return count >= least
 
     def valid_replies(self, replies: Iterable[Message], group: str = "") -> Iterable[tuple[int, Message]]:
@@ -580,12 +611,12 @@ class FederatedStrategy(Method, Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask no client: evaluation is central, on held-out text."""
-        return []
+        """Ask ``server.fraction_evaluate`` of the clients, on test examples of their own; nobody by default."""
+        return evaluation_messages(self, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing, as nothing was asked."""
-        return None
+        """Return the metrics of the clients' examples together, from their sums; :attr:`evaluation` has the rest."""
+        return read_evaluations(self.evaluation, replies)
 
 
 def get_strategy(name: str) -> type[FederatedStrategy]:

@@ -35,7 +35,8 @@ class Guest:
     Raises
     ------
     InputError
-        If the method's rounds are not all alike: a strategy that knows nothing of it would average the wrong arrays.
+        If the method's rounds are not all alike: a strategy that knows nothing of it would average the wrong arrays. Or
+        if a server optimiser is named: the strategy is in its place.
 
     Notes
     -----
@@ -52,6 +53,9 @@ class Guest:
         if not plain or any(method.roles(config, r) != first for r in range(2, min(config.run.rounds, 4) + 1)):
             remedy = f"cannot run the rounds of {method.name}, which are no plain averaging; choose another method"
             raise InputError("strategy", type(strategy).__name__, remedy)
+        if (optimizer := config.server.optimizer) != "fedavg":
+            remedy = f"has no use beside {type(strategy).__name__}, which takes the server's steps itself; leave it out"
+            raise InputError("server.optimizer", optimizer, remedy)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -30,7 +30,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
 
     Notes
     -----
-    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
+    A square matrix R is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
     and ``lora_alpha = s r``. A residual of the frozen weights is part of the adapter too: s B A + residual is factored
     anew, at the rank that it has (``rank_pattern`` where layers differ); README.md in the folder says so. The folder
     loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose weights the checkpoint lacks are in

@@ -12,6 +12,7 @@ from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.server.sampling import ClientSampling, get_sampling
 from tests.configs import override
+from tests.llama_runs import OWNERS, SmallRuns, lines, payload
 
 fractions = st.floats(0.01, 1)
 clients = st.sets(st.integers(0, 200), max_size=40)
@@ -73,3 +74,22 @@ def test_replies_that_can_never_come_are_refused() -> None:
     with pytest.raises(InputError, match="a round asks 1 clients"):
         load_config(override("server", wanted))
     load_config(override("server", {**wanted, "sampling": "poisson"}))
+
+
+def test_a_run_asks_those_who_were_drawn_and_the_forecast_knows_them(
+    sampling: ClientSampling, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Some of these rounds have no client at all under Poisson sampling: they do not count, and the run goes on."""
+    runs = SmallRuns(tmp_path_factory.mktemp(sampling.name))
+    sections = {"run": {"rounds": 5, "seed": 3}, "server": {"sampling": sampling.name, "fraction_train": 0.3}}
+    result, expected = runs.run(**sections, stop=2), runs.forecast(**sections)
+    drawn = [sampling.sample(range(OWNERS), server_round, 3, 0.3) for server_round in range(1, 6)]
+    assert [line["clients"] for line in lines(result)] == drawn
+    assert [line["counted"] for line in lines(result)] == [bool(clients) for clients in drawn]
+    assert all(line["uncounted"] == "no client was drawn" for line in lines(result) if not line["clients"])
+    for direction, said in zip(
+        ("initial", "down", "up"), (expected.initial_bytes, expected.downlink_bytes, expected.uplink_bytes), strict=True
+    ):
+        assert payload(result, direction) == said
+    assert expected.steps == sum(map(len, drawn))
+    assert sampling.name != "poisson" or not all(drawn)

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from fedlora.config import load_config, unused_keys
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.registry import SERVER_OPTIMIZERS
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.server.optimizers import Arrays, ServerOptimizer, server_optimizer
 from tests.configs import override
+from tests.llama_runs import SmallRuns, adapter, lines
 from tests.messages import FakeGrid, train_message
 
 NAMES = SERVER_OPTIMIZERS.names()
@@ -26,7 +28,7 @@ SHAPES = {"layer.lora_A": (2, 5), "layer.lora_B": (3, 2), "head.bias": (4,), "sc
 
 
 def make(name: str, **server: Any) -> ServerOptimizer:
-    return server_optimizer(load_config(override("server", {"optimizer": name, **server})), persistent=True)
+    return server_optimizer(load_config(override("server", {"optimizer": name, **server})))
 
 
 def drawn(seed: int, dtype: torch.dtype = torch.float32) -> Arrays:
@@ -139,13 +141,15 @@ def test_it_does_as_flowers_own_strategy_over_rounds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_moments_need_coordinates_that_persist(name: str) -> None:
-    config = load_config(override("server.optimizer", name))
+def test_moments_need_coordinates_that_persist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = override("server.optimizer", name)
+    monkeypatch.setattr(get_method("fedit"), "persistent", False)
     if not SERVER_OPTIMIZERS.get(name).stateful:
-        assert server_optimizer(config, persistent=False).state_dict() == {}
+        assert server_optimizer(load_config(content)).state_dict() == {}
         return
-    with pytest.raises(InputError, match=rf"server\.optimizer = '{name}'.*use fedavg"):
-        server_optimizer(config, persistent=False)
+    with pytest.raises(InputError, match=rf"server\.optimizer = '{name}'.*fedit .*; use fedavg") as error:
+        load_config(content)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,3 +178,33 @@ def test_fedavg_takes_the_mean() -> None:
 def test_other_names_are_refused() -> None:
     with pytest.raises(InputError, match=r"server\.optimizer = 'adam': should be .*'fedadam'"):
         load_config(override("server.optimizer", "adam"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
+    return SmallRuns(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: SmallRuns) -> None:
+    sections = {"method": {"name": "fedit", "rank": 2}, "server": {"optimizer": name, "learning_rate": 0.5}}
+    whole, resumed = runs.run(**sections), runs.run(**sections, stop=2)
+    assert equal(adapter(whole), adapter(resumed))
+    assert all(line["counted"] for line in lines(whole))
+    plain = runs.run(method={"name": "fedit", "rank": 2})
+    assert equal(adapter(whole), adapter(plain)) == (name == "fedavg")
+
+
+def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: SmallRuns) -> None:
+    """Half of the step is half way from the start, where B is zero, to the mean."""
+    method, once = {"name": "ffa-lora", "rank": 2}, {"rounds": 1, "seed": 3}
+    mean = adapter(runs.run(run=once, method=method))
+    half = adapter(runs.run(run=once, method=method, server={"optimizer": "fedavgm", "learning_rate": 0.5}))
+    for key, array in mean.items():
+        scale = 0.5 if "lora_B" in key else 1.0
+        torch.testing.assert_close(half[key], scale * array, rtol=1e-6, atol=0)
+
+
+def test_a_users_own_strategy_is_in_its_place(runs: SmallRuns) -> None:
+    with pytest.raises(InputError, match=r"server\.optimizer = 'fedadam': has no use beside FedAvg"):
+        runs.run(server={"optimizer": "fedadam"}, strategy=lambda: flower.FedAvg(fraction_evaluate=0.0))

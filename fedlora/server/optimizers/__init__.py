@@ -10,7 +10,6 @@ import torch
 
 from fedlora.arrays import Arrays
 from fedlora.config import Config, ServerSection
-from fedlora.errors import InputError
 from fedlora.registry import SERVER_OPTIMIZERS
 
 
@@ -29,7 +28,8 @@ class ServerOptimizer(ABC):
     uses : tuple of str
         Keys of ``[server]`` that it reads.
     stateful : bool
-        Whether it keeps moments, whose coordinates must mean the same from round to round.
+        Whether it looks back, at moments or at the arrays before the round. Their coordinates must then mean the same
+        from round to round.
     """
 
     name: ClassVar[str]
@@ -68,22 +68,13 @@ class ServerOptimizer(ABC):
             raise ValueError(f"{self.name} keeps nothing, but the state has {sorted(state)}")
 
 
-def server_optimizer(config: Config, *, persistent: bool) -> ServerOptimizer:
+def server_optimizer(config: Config) -> ServerOptimizer:
     """Make the server optimiser of a run.
-
-    Parameters
-    ----------
-    config : Config
-    persistent : bool
-        Whether the coordinates of the method's arrays mean the same from round to round.
 
     Raises
     ------
     InputError
-        If there is none of that name, or it keeps moments of coordinates that do not persist.
+        If there is none of that name.
     """
     kind: type[ServerOptimizer] = SERVER_OPTIMIZERS.get(config.server.optimizer)
-    if kind.stateful and not persistent:
-        remedy = f"keeps moments from round to round, but {config.method.name} changes its coordinates; use fedavg"
-        raise InputError("server.optimizer", config.server.optimizer, remedy)
     return kind(config.server)
