@@ -1,4 +1,4 @@
-"""A client that missed rounds reaches the server's version to the bit, by increments or the sum, whichever is smaller."""
+"""A client that missed rounds reaches the server's version to the bit; the smaller of increments and sum travels."""
 
 from __future__ import annotations
 
