@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.clients.half import ClientHalf
+from fedlora.clients.evaluation import evaluate_own
+from fedlora.clients.half import ClientHalf, client_half
 from fedlora.clients.held import receive
 from fedlora.clients.participant import (
     Participant,
@@ -27,9 +28,8 @@ from fedlora.clients.participant import (
     sent_config,
     sent_digest,
 )
-from fedlora.clients.resources import client_data, client_model, forget_data, run_config
+from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
-from fedlora.config import Config
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.methods import get_method
@@ -110,6 +110,15 @@ def train(messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[
             yield from _train(messages, contexts, held)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer with the sums of what the client's own test examples add to an evaluation, and with their number."""
+    try:
+        return evaluate_own(message, context)
+    except Exception as error:
+        return _error_reply(error, message, context)
+
+
 def _train_on_node(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     try:
         with ExitStack() as held:
@@ -161,8 +170,8 @@ class _Work:
     client : Participant
     settings : mapping
         The message's ``config``.
-    roles : dict of str to Role
-        Of every array, in this round.
+    roles : mapping of str to Role
+        The method's table for this round.
     half : ClientHalf
     frozen : dict of str to Tensor
         Global arrays that came with the message and are not trained.
@@ -175,20 +184,13 @@ class _Work:
 
     client: Participant
     settings: Mapping[str, Any]
-    roles: dict[str, Role]
+    roles: Roles
     half: ClientHalf
     frozen: Arrays
     start: Arrays
     job: ClientJob
     result: ClientResult | None = None
     seconds: float = 0.0
-
-
-def client_half(config: Config) -> ClientHalf:
-    """Return the client half of a run's method, around this process' model."""
-    kind = get_method(config.method.name).client_half() or ClientHalf
-    half: ClientHalf = kind(client_model(config), config)
-    return half
 
 
 def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
@@ -228,7 +230,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         secret=client.secret,
         on_step=client.on_step,
     )
-    return _Work(client, settings, of, half, frozen, start, job)
+    return _Work(client, settings, roles, half, frozen, start, job)
 
 
 def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[str, Role]:
@@ -288,7 +290,8 @@ def _reply(message: Message, work: _Work) -> Message:
 
 def _leaving(work: _Work, trained: Arrays) -> Arrays:
     """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
-    roles = work.roles
+    # The client half may have given arrays other names.
+    roles = _roles(trained, work.roles, work.half.adapted)
     own = {name: array for name, array in trained.items() if roles[name].home}
     if own:
         work.client.keep(own)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
-from fedlora.adapters import ExpertModel
 from fedlora.arrays import Arrays
 from fedlora.clients.half import ClientHalf
 from fedlora.clients.participant import Participant
 from fedlora.clients.resources import client_data
-from fedlora.training.expert_start import start_expert
+from fedlora.experts.expert_model import ExpertModel
+from fedlora.experts.expert_start import start_expert
 
 
 class OwnersHalf(ClientHalf):

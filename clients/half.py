@@ -10,7 +10,16 @@ from flwr.app import ConfigRecord
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant
+from fedlora.clients.resources import client_model
 from fedlora.config import Config
+from fedlora.methods import get_method
+
+
+def client_half(config: Config) -> ClientHalf:
+    """Return the client half of a run's method, around this process' model."""
+    kind = get_method(config.method.name).client_half() or ClientHalf
+    half: ClientHalf = kind(client_model(config), config)
+    return half
 
 
 class ClientHalf:

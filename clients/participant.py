@@ -1,4 +1,4 @@
-"""Whose examples a message trains on: a simulated client's share of the run's data, or a real node's own file."""
+"""Whose examples a message is for: a simulated client's share of the run's data, or a real node's own file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
@@ -20,7 +20,8 @@ from fedlora.arrays import Arrays
 from fedlora.clients.resources import client_data, run_config
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config
-from fedlora.errors import InputError, StaleError
+from fedlora.data.tokens import TokenTable
+from fedlora.errors import InputError, PolicyError, StaleError
 from fedlora.methods import get_method
 from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE, NODE_RECORD
@@ -35,7 +36,7 @@ _OWN = "own"
 
 
 class Participant(ABC):
-    """One client of a training message.
+    """One client of a message with arrays, to train or to evaluate.
 
     Attributes
     ----------
@@ -76,6 +77,10 @@ class Participant(ABC):
         ------
         BudgetError, StaleError
         """
+
+    def own_test(self) -> tuple[TokenTable, np.ndarray]:
+        """Return the table and the rows of it that the client tests on."""
+        return client_data(self.config).own_test(self.client)
 
     @abstractmethod
     def make_room(self, needed: int, *used: Path) -> None:
@@ -155,9 +160,13 @@ class NodeClient(Participant):
         settings: Any = message.content["config"]
         self.server_round = int(settings["server-round"])
         label_names = self.node.ledger.label_names(self.federation, self.run)
-        self.node.ledger.check_round(self.run, self.server_round)
+        evaluating = evaluates(message)
+        if not evaluating:
+            self.node.ledger.check_round(self.run, self.server_round)
         # With another config a server could have the owner's rows tokenised again without asking what the node holds.
         self.node.ledger.check_config(self.run, sent_digest(context))
+        if evaluating:
+            self._admit_evaluation(sent_config(context))
         self.config = self.node.own_config(sent_config(context), label_names)
         self.client = int(about["client"])
         make_room(self.node.config)
@@ -178,6 +187,26 @@ class NodeClient(Participant):
         admitted = self.node.ledger.round(self.federation, self.run, self.server_round, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
         self.on_step = self._step
+
+    def _admit_evaluation(self, sent: Config) -> None:
+        """Refuse an evaluation that the described config or the owner does not allow; nothing is read for it."""
+        if not sent.server.fraction_evaluate:
+            raise StaleError("by the config that the run was described with no client evaluates")
+        self.node.ledger.count_evaluation()
+
+    def own_test(self) -> tuple[TokenTable, np.ndarray]:
+        """Return the rows that the owner's file sets apart, or those of the owner's file of test examples.
+
+        Raises
+        ------
+        PolicyError
+            If they are so few that a sum would tell of single ones.
+        """
+        table, rows = client_data(self.config).own_test(0)
+        least = self.node.config.policy.min_test_examples
+        if len(rows) < least:
+            raise PolicyError("min_test_examples", least, len(rows))
+        return table, rows
 
     def make_room(self, needed: int, *used: Path) -> None:
         """Keep the cache within what the owner gives it."""
@@ -221,8 +250,13 @@ class NodeClient(Participant):
 
 
 def participant(message: Message, context: Context) -> Participant:
-    """Return the client that a training message is for."""
+    """Return the client that a message is for."""
     return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
+
+
+def evaluates(message: Message) -> bool:
+    """Whether a message asks for an evaluation, and not for training."""
+    return message.metadata.message_type.partition(".")[0] == MessageType.EVALUATE
 
 
 def _starts(config: Config, message: Message) -> bool:

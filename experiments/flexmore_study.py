@@ -28,22 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora.adapters import AdaptedModel, ExpertModel, adapt
-from fedlora.adapters.expert import ALPHA
-from fedlora.adapters.merged import MergedModel
+from fedlora.adapters import AdaptedModel, adapt
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.experiments.flexmore_plot import RANKS, add_seeds, join, plot
 from fedlora.experts.expert import FULL, Rank, break_even_rank, numbers, truncate
+from fedlora.experts.expert_model import ALPHA, adapt_experts
+from fedlora.experts.expert_start import mean_states, router_row, start_expert
+from fedlora.experts.merged import MergedModel
 from fedlora.experts.mixture import Mixture
+from fedlora.experts.router import tune_router
 from fedlora.models import load_base, pretrained_source
 from fedlora.results.folder import to_json
 from fedlora.strategies.base import drawn_factors
-from fedlora.strategies.flexmore import FULL_RATE, FlexMoRE
+from fedlora.strategies.flexmore import FULL_RATE
 from fedlora.training import ClientJob, evaluate, evaluate_clients, train_cohort
-from fedlora.training.expert_start import mean_states, router_row, start_expert
-from fedlora.training.router import tune_router
 
 TASKS = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting", "number_sorting", "simple_equations", "syllogism")
 """Of reasoning-gym: the procedural side of the second study."""
@@ -227,8 +227,7 @@ class Bench:
     def train(self, rank: Rank, rate: float, alpha: float, owners: Sequence[str] = ()) -> Experts:
         """Train the experts of all owners, or of some, at a rank, each alone, in one pass; return them by owner."""
         config = self.config(method__alpha=alpha)
-        adapted = adapt(load_base(config, None, self.device), config, FlexMoRE.parameterisation)
-        assert isinstance(adapted, ExpertModel)
+        adapted = adapt_experts(load_base(config, None, self.device), config)
         adapted.prepare({"rank": str(rank)})
         adapted.set_shared(self.public_rows)
         jobs = []

@@ -1,7 +1,7 @@
 """fedlora: federated fine-tuning of transformers, private and measured.
 
 ``simulate`` runs a federation on this machine or a Ray cluster; ``load`` gives the model that a run made, ``opt_out``
-takes an owner's expert out of it again.
+takes what an owner gave out of it again.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fedlora.assets import build_once, cache_dir
 from fedlora.config import ANY_METHOD, Config, MethodSection, ModelSection, input_error, read_toml
 from fedlora.errors import InputError
+from fedlora.methods import ADAPTER, Method, get_method
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 from fedlora.tasks import tasks
 
@@ -27,8 +28,7 @@ LABELS_FILE = "labels.json"
 TASK_FILE = "task.json"
 """The task that an adapter was trained for, which PEFT knows roughly."""
 
-ADAPTER, MIXTURE = "adapter", "mixture"
-_ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 _FIELD = "model.name"
 
 
@@ -40,12 +40,12 @@ def run_source(name: str, folder: Path) -> Path | None:
     name : str
         ``model.name``, for errors.
     folder : Path
-        A run folder, or its ``adapter/`` or ``mixture/``.
+        A run folder, or a folder of its result.
 
     Returns
     -------
     Path or None
-        ``mixture/`` as it is; an adapter merged into its base, in the cache.
+        A whole model as the run left it; an adapter merged into its base, in the cache.
 
     Raises
     ------
@@ -54,10 +54,11 @@ def run_source(name: str, folder: Path) -> Path | None:
     """
     if (folder / "config.json").is_file():
         return None
-    if (folder / MIXTURE / "config.json").is_file():
-        return folder / MIXTURE
-    adapter = folder if (folder / _ADAPTER_FILE).is_file() else folder / ADAPTER
-    if not (adapter / _ADAPTER_FILE).is_file():
+    made = folder / run_method(folder).outputs[0]
+    if (made / "config.json").is_file():
+        return made
+    adapter = folder if (folder / ADAPTER_FILE).is_file() else folder / ADAPTER
+    if not (adapter / ADAPTER_FILE).is_file():
         if (folder / "config.toml").is_file():
             raise InputError(_FIELD, name, "is the folder of a run that is not finished; finish it with --resume")
         return None
@@ -66,6 +67,14 @@ def run_source(name: str, folder: Path) -> Path | None:
     facts = [str(adapter.resolve()), stats, config.model.model_dump(), _identity(config.model.name)]
     target = cache_dir() / "continued" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return build_once(target, lambda made: _merge(name, config, adapter, made), _FIELD, name)
+
+
+def run_method(folder: Path) -> type[Method]:
+    """Return the method of a run folder; where its config.toml names none that is installed, the base of all."""
+    try:
+        return get_method(str(read_toml(folder / "config.toml")["method"]["name"]))
+    except (InputError, KeyError, TypeError):
+        return Method
 
 
 def _identity(base: str) -> Any:
@@ -108,7 +117,9 @@ def merged(config: Config, adapter: Path) -> Any:
     InputError, OSError, ValueError, KeyError, safetensors.SafetensorError
         If the base cannot be loaded, or the folder's files are damaged.
     """
-    labels = adapter / LABELS_FILE
+    task, labels = adapter / TASK_FILE, adapter / LABELS_FILE
+    if task.is_file() and json.loads(task.read_text(encoding="utf-8")) != config.model.task:
+        raise ValueError(f"{TASK_FILE} names another task than the run's {config.model.task}")
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
     model: Any = load_base(config, names)
     if isinstance(model, MeanPoolingClassifier):
@@ -133,7 +144,7 @@ def adapter_config(name: str, adapter: Path) -> Config:
         if adapter.name == ADAPTER and (run / "config.toml").is_file():
             config = Config.model_validate(read_toml(run / "config.toml"), context=ANY_METHOD)
         else:
-            about = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
+            about = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
             task = adapter / TASK_FILE
             about["task"] = json.loads(task.read_text(encoding="utf-8")) if task.is_file() else None
             config = Config.model_validate(_described(about))

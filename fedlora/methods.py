@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError
 
@@ -37,6 +38,15 @@ BUILT_IN = "fedlora.strategies"
 """The package with the methods of this repository."""
 GROUP = "fedlora.methods"
 """The entry points of methods in other packages."""
+ADAPTER = "adapter"
+"""The PEFT folder that most methods leave in a run folder."""
+
+
+class _MixedRanks:
+    """Reads from a method's options whether clients may have different ranks."""
+
+    def __get__(self, instance: object, owner: type[Method]) -> bool:
+        return "ranks" in owner.Options.model_fields
 
 
 class Method:
@@ -49,14 +59,14 @@ class Method:
     exact : bool
         Whether the mean of what is sent is the mean of the updates.
     mixed_ranks : bool
-        Whether clients may have different ranks.
+        Whether clients may have different ranks: whether ``ranks`` is among the options.
     dp : bool
         Whether clients may train under DP-SGD.
     color, marker : str
         In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
     parameterisation : str
-        What is trained: ``lora`` or ``sb``.
+        What is trained beside every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
     learning_rates : dict of str to float
         Default learning rate by optimiser.
     persistent : bool
@@ -64,6 +74,10 @@ class Method:
         error memory, may be kept.
     client : str
         Where its client half is, as ``MODULE:CLASS``; "" for the common one.
+    outputs : tuple of str
+        Folders of the result in a run folder, with the model in the first of them: a PEFT adapter, or a whole model
+        of transformers. A method with an architecture of its own registers it with transformers in its module, and
+        the architecture's ``model_type`` is the method's name.
     Options : type of MethodSection
         The section ``[method]`` of a config that names this method: a subclass adds the method's own keys, each with a
         description.
@@ -73,7 +87,7 @@ class Method:
     title: ClassVar[str]
     paper: ClassVar[str]
     exact: ClassVar[bool] = False
-    mixed_ranks: ClassVar[bool] = False
+    mixed_ranks = _MixedRanks()
     dp: ClassVar[bool] = True
     color: ClassVar[str] = ""
     marker: ClassVar[str] = ""
@@ -81,6 +95,7 @@ class Method:
     learning_rates: ClassVar[dict[str, float]]
     persistent: ClassVar[bool] = True
     client: ClassVar[str] = ""
+    outputs: ClassVar[tuple[str, ...]] = (ADAPTER,)
     Options: ClassVar[type[MethodSection]] = MethodSection
 
     @classmethod
@@ -133,6 +148,35 @@ class Method:
     def start_examples(cls, config: Config) -> int:
         """How many of its own examples a client's start reads, under noise that its ledger is charged for; 0: none."""
         return 0
+
+    @classmethod
+    def start_reads(cls, config: Config) -> Literal["nothing", "public", "private"]:
+        """Say which examples the server's start reads: none, ``data.public``, or the clients' own, without noise."""
+        return "nothing"
+
+    @classmethod
+    def opt_out(cls, folder: Path, owner: str) -> Any:
+        """Take what an owner gave out of a finished run, as if it had never been in it.
+
+        Refused by default: in a mean everybody's part is in every number.
+
+        Parameters
+        ----------
+        folder : Path
+            The run folder.
+        owner : str
+
+        Returns
+        -------
+        transformers.PreTrainedModel
+            What is left.
+
+        Raises
+        ------
+        InputError
+        """
+        remedy = "holds no finished run of a method that keeps what its owners gave apart; give the folder of one"
+        raise InputError("FOLDER", str(folder), remedy)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,6 +33,7 @@ from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.paths import find_path
 from fedlora.tasks import Task, get_task, tasks
 
@@ -176,6 +179,7 @@ def pretrained_source(config: Config) -> str:
         trained = run_source(name, path)
         if trained is None and not (path / "config.json").is_file():
             raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
+        _know_architecture(trained or path)
         # Written into results, which are read from anywhere.
         return str((trained or path).absolute())
     if path is not None:
@@ -183,6 +187,14 @@ def pretrained_source(config: Config) -> str:
     if not _HUB_ID.fullmatch(name):
         raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")
     return name
+
+
+def _know_architecture(folder: Path) -> None:
+    """Import the method whose own architecture a model has, by the name of the method: that registers it."""
+    with suppress(OSError, ValueError, KeyError, TypeError, InputError):  # what is wrong shows when it is loaded
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if kind not in CONFIG_MAPPING:
+            get_method(kind)
 
 
 def model_config(config: Config) -> Any:
@@ -338,63 +350,22 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     InputError
         If the model cannot be loaded or does not fit the task.
     """
-    source = pretrained_source(config)
-    pretrained = model_config(config)
-    task = get_task(config.model.task)
-    outputs = task.outputs(label_names)
-    classify, mean = not task.causal, pools_mean(config)
+    pretrained, task, mean = model_config(config), get_task(config.model.task), pools_mean(config)
     whole = vars(pretrained).pop("mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
     known = _labels(pretrained)
-    if classify:
-        if not outputs:
-            raise ValueError(f"label_names are needed for {task.name}")
-        # As transformers calls outputs without a name.
-        label_names = label_names or [f"LABEL_{index}" for index in range(outputs)]
-        pretrained.num_labels = outputs
-        pretrained.id2label = dict(enumerate(label_names))
-        pretrained.label2id = {name: index for index, name in enumerate(label_names)}
-        if task.problem_type is not None:
-            pretrained.problem_type = task.problem_type
-        if not mean and (not _sees_ahead(pretrained) or getattr(pretrained, "pad_token_id", None) is None):
-            # A decoder's own head reads the last token before the padding, which is this tokenizer's.
-            pretrained.pad_token_id = load_tokenizer(config).pad_token_id
-    model_class = _model_class(config, task, pretrained, mean)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
-    if getattr(model_class, "_supports_sdpa", False):
-        options["attn_implementation"] = "sdpa"
-    if mean and not whole:
-        options |= _without_pooler(model_class)
-    if classify and (whole or not mean):
-        options["ignore_mismatched_sizes"] = True
+    if not task.causal:
+        label_names = _set_labels(config, task, pretrained, label_names, mean)
     with torch.random.fork_rng(devices=[]), _loading(config):
         torch.manual_seed(config.run.seed)
-        if torch.device(device).type == "meta":
-            with torch.device("meta"):
-                model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
-            report: dict[str, Any] = {"missing_keys": (), "mismatched_keys": ()}
-        else:
-            loaded: Any = pretrained
-            if whole:
-                model_class, loaded = (
-                    MeanPoolingClassifier,
-                    MeanPoolingConfig.from_pretrained(source, trust_remote_code=False),
-                )
-                loaded.encoder = pretrained.to_dict()
-                loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
-            revision = _revision(config)
-            model, report = model_class.from_pretrained(
-                source, config=loaded, revision=revision, trust_remote_code=False, **options
-            )
+        model, missing, mismatched = _build(config, task, pretrained, torch.device(device), whole)
         if mean and not isinstance(model, MeanPoolingClassifier):
             labels: dict[str, Any] = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
             if task.problem_type is not None:
                 labels["problem_type"] = task.problem_type
             width = _hidden_size(config, model)
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
-    missing = set(report["missing_keys"])
-    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]}
-    head = head_of(model) if classify else None
-    if classify and head is None:
+    head = None if task.causal else head_of(model)
+    if not task.causal and head is None:
         raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
     _check_complete(config, missing, mismatched, head[0] if head else None)
     fresh = set() if mean else missing | mismatched
@@ -416,6 +387,56 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             module.p = 0.0
     model.requires_grad_(False)
     return align_weights(model.to(device))
+
+
+def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[str] | None, mean: bool) -> list[str]:
+    """Make a checkpoint's config that of the task's classes, and return their names."""
+    outputs = task.outputs(label_names)
+    if not outputs:
+        raise ValueError(f"label_names are needed for {task.name}")
+    # As transformers calls outputs without a name.
+    names = label_names or [f"LABEL_{index}" for index in range(outputs)]
+    pretrained.num_labels = outputs
+    pretrained.id2label = dict(enumerate(names))
+    pretrained.label2id = {name: index for index, name in enumerate(names)}
+    if task.problem_type is not None:
+        pretrained.problem_type = task.problem_type
+    if not mean and (not _sees_ahead(pretrained) or getattr(pretrained, "pad_token_id", None) is None):
+        # A decoder's own head reads the last token before the padding, which is this tokenizer's.
+        pretrained.pad_token_id = load_tokenizer(config).pad_token_id
+    return names
+
+
+def _build(
+    config: Config, task: Task, pretrained: Any, device: torch.device, whole: bool
+) -> tuple[Any, set[str], set[str]]:
+    """Return the model, and the names of the parameters that its checkpoint lacks, and has in other shapes.
+
+    With pooling mean it is the encoder alone, unless the checkpoint is a whole classifier of ours.
+    """
+    mean = pools_mean(config)
+    model_class = _model_class(config, task, pretrained, mean)
+    if device.type == "meta":
+        with device:
+            return model_class(pretrained, **(_without_pooler(model_class) if mean else {})), set(), set()
+    options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
+    if getattr(model_class, "_supports_sdpa", False):
+        options["attn_implementation"] = "sdpa"
+    if mean and not whole:
+        options |= _without_pooler(model_class)
+    if not task.causal and (whole or not mean):
+        options["ignore_mismatched_sizes"] = True
+    source, loaded = pretrained_source(config), pretrained
+    if whole:
+        model_class = MeanPoolingClassifier
+        loaded = MeanPoolingConfig.from_pretrained(source, trust_remote_code=False)
+        loaded.encoder = pretrained.to_dict()
+        loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
+    model, report = model_class.from_pretrained(
+        source, config=loaded, revision=_revision(config), trust_remote_code=False, **options
+    )
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]}
+    return model, set(report["missing_keys"]), mismatched
 
 
 def _without_pooler(model_class: Any) -> dict[str, bool]:
@@ -534,7 +555,7 @@ def _weightless(model: nn.Module) -> Iterator[None]:
     try:
         for table, name, value in kept:
             if id(value) not in made:
-                # Fused experts are multiplied by kernels that want whole matrices.
+                # Matrices fused in one weight are multiplied by kernels that want whole ones.
                 own = value.shape[-2:] if value.dim() > 2 else ()
                 one = torch.zeros(own, dtype=value.dtype).expand(value.shape)
                 made[id(value)] = nn.Parameter(one, requires_grad=False) if isinstance(value, nn.Parameter) else one

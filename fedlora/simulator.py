@@ -91,7 +91,7 @@ def simulate(
     Examples
     --------
     >>> from fedlora import simulate
-    >>> result = simulate("experiments/quickstart.toml", {"method.name": "ffa-lora"})  # doctest: +SKIP
+    >>> result = simulate("experiments/quickstart.toml", {"method.rank": 4})  # doctest: +SKIP
     >>> result.summary["final"]["accuracy"]  # doctest: +SKIP
     """
     started = time.perf_counter()

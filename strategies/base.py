@@ -35,8 +35,10 @@ from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, tr
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.evaluation import ClientEvaluation, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.tasks import get_task
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
 
@@ -192,6 +194,8 @@ class FederatedStrategy(Method, Strategy):
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
     report : RoundReport
         Of the last round.
+    evaluation : ClientEvaluation
+        What clients that evaluate gave in the last round.
     optimizer : ServerOptimizer
         Steps along what clients trained and the round averaged; its state is in the checkpoint.
     codecs : RunCodecs
@@ -208,6 +212,7 @@ class FederatedStrategy(Method, Strategy):
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.report = RoundReport()
+        self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
         self.codecs = run_codecs(config)
         self._failing: set[int] = set()
@@ -296,7 +301,7 @@ class FederatedStrategy(Method, Strategy):
     @property
     def covers_init(self) -> bool:
         """Whether epsilon covers everything that the start read."""
-        return True
+        return self.start_reads(self.config) != "private"
 
     def refuses(self, client: int, name: str) -> InputError | None:
         """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
@@ -313,6 +318,15 @@ class FederatedStrategy(Method, Strategy):
         if data.validation is not None:
             metrics["validation"] = evaluate(adapted, data.validation, size)
         return metrics
+
+    def probe(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """Return what a client trains, of arrays as large as any client's, and make its model ready for them.
+
+        A forecast measures a step of local training with them.
+        """
+        arrays = self.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        adapted.set_shared(arrays)
+        return {name: arrays[name] for name in self.trained_names(adapted)}
 
     def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
         """Write the result into the run folder: ``adapter/``."""
@@ -634,12 +648,12 @@ class FederatedStrategy(Method, Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask no client: evaluation is central, on held-out text."""
-        return []
+        """Ask ``server.fraction_evaluate`` of the clients, on test examples of their own; nobody by default."""
+        return evaluation_messages(self, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing, as nothing was asked."""
-        return None
+        """Return the metrics of the clients' examples together, from their sums; :attr:`evaluation` has the rest."""
+        return read_evaluations(self.evaluation, replies)
 
 
 def get_strategy(name: str) -> type[FederatedStrategy]:

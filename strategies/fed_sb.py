@@ -18,6 +18,13 @@ from fedlora.errors import InputError
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
 
+_READ_BY_START: dict[str, Literal["nothing", "public", "private"]] = {
+    "svd": "nothing",
+    "public": "public",
+    "pooled": "private",
+}
+"""By ``method.init``."""
+
 
 class FedSBOptions(MethodSection):
     """``[method]`` of a run of Fed-SB."""
@@ -85,10 +92,11 @@ class FedSB(FederatedStrategy):
         if config.method.init == "svd":
             yield "init_examples init_learning_rate init_not_covered", "init svd needs no data"
 
-    @property
-    def covers_init(self) -> bool:
-        """False for the pooled start, which reads private data without noise."""
-        return self.options.init != "pooled"
+    @classmethod
+    def start_reads(cls, config: Config) -> Literal["nothing", "public", "private"]:
+        """The pooled start reads private data without noise."""
+        assert isinstance(config.method, FedSBOptions)
+        return _READ_BY_START[config.method.init]
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """Return B, A and R for every layer, by ``method.init``."""

@@ -32,6 +32,7 @@ from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
+from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
 from fedlora.strategies.summary import environment, fairness, round_line, round_seconds, summarise
@@ -251,7 +252,7 @@ class Federation:
             self._take(encode(refined, self.dtype), server_round)
         began = time.perf_counter()
         due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
-        metrics = method.evaluate(self.adapted, self.data, server_round) if due else {}
+        metrics = method.evaluate(self.adapted, self.data, server_round) | self._ask(server_round) if due else {}
         seconds = round_seconds(report, exchange, time.perf_counter() - began)
         for name, value in seconds.items():
             self.totals.seconds[name] += value
@@ -267,6 +268,21 @@ class Federation:
         outcome = Outcome(server_round, line, self.meter.take_rows(), report)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
+
+    def _ask(self, server_round: int) -> dict[str, Any]:
+        """Have clients evaluate on test examples of their own, if so configured; return ``clients``, the metrics."""
+        if not self.config.server.fraction_evaluate:
+            return {}
+        method = self.method
+        method.evaluation.expect(self.adapted, self.data.test)
+        self.wire.wanted = (INITIAL, *stale_kinds(method, server_round), *self.parts.chains)
+        messages = method.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.wire)
+        timeout = self.config.server.timeout
+        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
+        method.aggregate_evaluate(server_round, _told(replies, self.roster))
+        if method.evaluation.rows:
+            self.folder.write_clients(method.evaluation.rows)
+        return {"clients": method.evaluation.metrics(self.config)}
 
     def _present(self) -> None:
         """Tell everybody who may be asked in this round."""
@@ -325,8 +341,10 @@ class Federation:
         self.method.export(self.adapted, self.data, folder.path)
         for callback in self.callbacks:
             callback.on_end(self)
-        spread = None
-        if config.server.evaluate_clients and self.simulated:
+        spread = folder.rounds()[-1]["metrics"].get("clients", {}).get("fairness")
+        if config.server.fraction_evaluate:
+            pass  # clients did it themselves
+        elif config.server.evaluate_clients and self.simulated:
             began = time.perf_counter()
             size = config.server.batch_size
             clients = evaluate_clients(self.adapted, self.data.train, self.data.partition, size)

@@ -317,6 +317,8 @@ def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError
     said = f"{who} {verb} ({kind}, code {int(code)})"
     if detail.startswith("max_describes_per_day"):
         return RefusedError(f"{said}: it was asked as often as its owner allows, {detail}; try again tomorrow")
+    if detail.startswith(("max_evaluations_per_day", "min_test_examples")):
+        return RefusedError(f"{said}: its owner's policy for evaluation is {detail}; ask them, or go on without it")
     if detail.startswith("models"):
         remedy = f"{said}: its owner does not list this model and revision in [policy] models of node.toml; ask them to"
         return InputError("model.name", config.model.name, remedy)

@@ -18,10 +18,10 @@ from flwr.app import MetricRecord
 from fedlora.communication.links import link_seed
 from fedlora.config import Config
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.strategies.base import RoundReport
 from fedlora.tasks import Task, get_task
 
 if TYPE_CHECKING:
+    from fedlora.strategies.base import RoundReport
     from fedlora.strategies.federation import Federation
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import tomli_w
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedlora.adapters import adapt
-from fedlora.communication.meter import INITIAL
+from fedlora.communication.broadcast import HELD
+from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import decode, digest, encode
 from fedlora.config import ClientSection, Config, DataSection, PrivacySection, load_config
 from fedlora.data.tokens import prepare_data
@@ -79,12 +79,13 @@ def _start(config_text: str) -> tuple[ArrayRecord, ArrayRecord]:
     config = Config.from_toml(config_text)
     strategy = get_strategy(config.method.name)(config)
     labels = LABELS if config.model.task == "sequence-classification" else None
-    adapted = adapt(load_base(config, labels), config, strategy.parameterisation)
+    adapted = strategy.adapt(load_base(config, labels), config)
+    strategy.know(adapted)
     nothing: Any = SimpleNamespace(public=None)  # these starts read no examples
     start = strategy.start_arrays(adapted, nothing) | adapted.arrays(adapted.head_names)
-    names = set(adapted.names(strategy.trained))
-    frozen = encode({name: array for name, array in start.items() if name not in names})
-    return frozen, encode({name: array for name, array in start.items() if name in names})
+    changing = set(adapted.names(strategy.changing()))
+    frozen = encode({name: array for name, array in start.items() if name not in changing})
+    return frozen, encode({name: array for name, array in start.items() if name in changing})
 
 
 class Server:
@@ -131,7 +132,6 @@ class Server:
         self.config: Config = resolve(load_config(content, given))
         self.run, self.federation = run, federation
         self.data = prepare_data(self.config)
-        self.parameterisation = get_strategy(method).parameterisation
         same = self.config.model_copy(update={"privacy": PrivacySection(), "client": ClientSection()})
         same = same.model_copy(update={"data": DataSection(name="nodes", test="test")})
         self.frozen, self.arrays = _start(same.to_toml())
@@ -153,20 +153,16 @@ class Server:
 
     def train(self, server_round: int, *, client: int = 0, initial: bool = True) -> Message:
         """Make a training message, with the frozen arrays unless told otherwise."""
-        settings = {
-            "server-round": server_round,
-            "learning-rate": 0.1,
-            "parameterisation": self.parameterisation,
-            "initial-digest": digest(decode(self.frozen)) if len(self.frozen) else "",
-            "rank": str(self.config.method.rank),
-        }
+        settings = {"server-round": server_round, "learning-rate": 0.1, "rank": str(self.config.method.rank)}
         content: dict[str, Any] = {
             "arrays": self.arrays,
             "config": ConfigRecord(settings),
             NODE_RECORD: ConfigRecord({"federation": self.federation, "client": client}),
         }
-        if initial and len(self.frozen):
-            content[INITIAL] = self.frozen
+        if len(self.frozen):
+            content[HELD] = ConfigRecord({INITIAL: digest(decode(self.frozen))})
+            if initial:
+                content[INITIAL] = self.frozen
         return self._of_run(train_message(FIRST_NODE, RecordDict(content), server_round))
 
     def _of_run(self, message: Message) -> Message:

@@ -136,7 +136,8 @@ def grid(*arguments: Any, **options: Any) -> LocalGrid:
     reached.append(time.monotonic())
     config = Config.from_toml(options["run_config"]["config"])
     steps = config.client.local_steps or (config.client.local_epochs or 1) * 20
-    router = config.method.router_tuning_steps + config.method.router_documents / 100
+    options = vars(config.method)  # those of the run's method alone
+    router = options.get("router_tuning_steps", 0) + options.get("router_documents", 0) / 100
     small = config.server.timeout > 10 and config.simulation.gpus_per_worker == 0
     if TRAIN and small and config.run.rounds * steps * config.client.batch_size <= 1000 and router < 100:
         return LocalGrid(*arguments, **options)

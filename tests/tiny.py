@@ -28,6 +28,7 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.models import MeanPoolingClassifier, MeanPoolingConfig
 from fedlora.privacy import PrivacyPlan
+from fedlora.roles import HEAD
 from fedlora.tasks import get_task
 from fedlora.training import ClientJob
 
@@ -37,11 +38,11 @@ KINDS = ("bert", "mean", *CAUSAL)
 """BERT with its own head, BERT with mean pooling, and two causal language models; GPT-2's layers are Conv1D."""
 
 FACTORS = {
-    "fedit": ("lora", ("lora_A", "lora_B")),
-    "ffa-lora": ("lora", ("lora_B",)),
-    "fed-sb": ("sb", ("sb_R",)),
+    "fedit": ("lora", ("lora_A", "lora_B", HEAD)),
+    "ffa-lora": ("lora", ("lora_B", HEAD)),
+    "fed-sb": ("sb", ("sb_R", HEAD)),
 }
-"""Parameterisation and trained factors by method."""
+"""Parameterisation and trained kinds of arrays by method."""
 
 _SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
 

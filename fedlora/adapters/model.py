@@ -210,6 +210,21 @@ class AdaptedModel:
             for i in range(len(clients))
         ]
 
+    def drawn(self, seed: int) -> Arrays:
+        """Draw factors and head so that each has a gradient; a branch's matrix is a tenth of its layer's."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {}
+        for path, adapter in self.adapters.items():
+            weight = dense_weight(adapter.base)
+            rms = float(weight.norm()) / weight.numel() ** 0.5
+            sizes[f"{path}.{adapter.factors[-1]}"] = 0.1 * rms * weight.shape[1] ** 0.5 / adapter.scaling
+        arrays: Arrays = {}
+        for name in (*self.stacked_layers(), *(n for n in self.head_names if n.endswith(".bias"))):
+            shape = self.parameter(name).shape[1:]
+            value = torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
+            arrays[name] = value * sizes.get(name, 1.0)
+        return arrays
+
     def set_shared(self, arrays: Mapping[str, torch.Tensor]) -> None:
         """Set arrays that all clients share and nobody trains.
 
@@ -233,6 +248,8 @@ class AdaptedModel:
             unknown = sorted(set(clients[0]) - set(self._layers))
             raise ValueError(f"the model has no arrays named {unknown[:3]}")
         trained = set(self.trained)
+        for kind in {kind_of(name, self.head_names) for name in trained}:
+            self.versions.pop(kind, None)  # training moves these arrays away from the version that was set
         for name, (layer, attribute) in self._layers.items():
             old = getattr(layer, attribute)
             if name not in trained:

@@ -30,23 +30,30 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
 
     Notes
     -----
-    The square matrix of Fed-SB is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
-    and ``lora_alpha = s r``. The folder loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose
-    weights the checkpoint lacks are in it whole, like the head.
+    A square matrix R is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
+    and ``lora_alpha = s r``. A residual of the frozen weights is part of the adapter too: s B A + residual is factored
+    anew, at the rank that it has (``rank_pattern`` where layers differ); README.md in the folder says so. The folder
+    loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose weights the checkpoint lacks are in
+    it whole, like the head.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mean_pooled = isinstance(adapted.model, MeanPoolingClassifier)
     prefix = "encoder." if mean_pooled else ""
     tensors: dict[str, torch.Tensor] = {}
     whole = {} if mean_pooled else _whole(adapted)
+    scaling, ranks = config.scaling(), {}
     for path, adapter in adapted.adapters.items():
         arrays = adapted.arrays([f"{path}.{factor}" for factor in adapter.factors])
         factors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
         a, b = PARAMETERISATIONS[adapted.kind].to_lora(factors)
+        residual = None if adapter.residual is None else adapter.residual.cpu()
         if path in whole:
-            whole[path]["weight"] += config.scaling() * (b @ a)
+            whole[path]["weight"] += scaling * (b @ a) + (0 if residual is None else residual)
             continue
+        if residual is not None:
+            a, b = _factored(residual, a, b, scaling)
         stock = path.removeprefix(prefix)
+        ranks[stock] = len(a)
         tensors[f"base_model.model.{stock}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
     for path, weights in whole.items():
@@ -60,9 +67,15 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     else:
         tensors |= {f"base_model.model.{name}": array for name, array in head.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if adapted.residual:
+        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=max(ranks.values(), default=0)))
+    rank = max(ranks.values(), default=config.method.rank)
+    smaller = {path: r for path, r in ranks.items() if r != rank}
     peft_config = LoraConfig(
-        r=config.method.rank,
-        lora_alpha=config.scaling() * config.method.rank,  # type: ignore[arg-type]
+        r=rank,
+        lora_alpha=scaling * rank,  # type: ignore[arg-type]
+        rank_pattern=smaller,
+        alpha_pattern={path: scaling * r for path, r in smaller.items()},
         target_modules=_targets(adapted, [path for path in adapted.adapters if path not in whole], prefix),
         lora_dropout=config.method.dropout,
         task_type=_task_type(config),
@@ -72,6 +85,28 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
         inference_mode=True,
     )
     peft_config.save_pretrained(str(folder))
+
+
+_README = """\
+# A LoRA adapter
+
+The run trained factors of rank {rank}, and added a residual to the frozen weights beside them. This adapter is the
+sum of both: a LoRA adapter of rank {most} at most. It loads like any other:
+
+    peft.PeftModel.from_pretrained(model, folder)
+"""
+
+
+def _factored(
+    residual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of which s B A is residual + s b a, at the rank that this sum has to rounding."""
+    total = residual.double() + scaling * (b.double() @ a.double())
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    # Rounding in float32 puts singular values of this size into a sum of small factors.
+    rank = max(1, int((s > 4 * torch.finfo(a.dtype).eps * s.norm()).sum()))
+    root = s[:rank].sqrt()
+    return (root[:, None] * vh[:rank]).to(a.dtype), (u[:, :rank] * root / scaling).to(a.dtype)
 
 
 def _heads(adapted: AdaptedModel) -> list[str]:

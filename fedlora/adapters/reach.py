@@ -53,7 +53,7 @@ def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         if path in watch.read:
             reasons[path] = READ_ELSEWHERE
-        elif path not in watch.called and not _is_unchosen_expert(path, watch.called):
+        elif path not in watch.called and not _is_unchosen_sibling(path, watch.called):
             reasons[path] = NEVER_CALLED
         elif path in watch.called and path not in watch.by_text:
             reasons[path] = OTHER_ROWS
@@ -71,7 +71,7 @@ def _watch(model: nn.Module, layers: dict[str, nn.Module]) -> _Watch:
     return watch
 
 
-def _is_unchosen_expert(path: str, called: set[str]) -> bool:
+def _is_unchosen_sibling(path: str, called: set[str]) -> bool:
     """Whether tokens went to another of its siblings, in a list inside a layer."""
     if len(re.findall(r"\.\d+(?=\.)", path)) < 2:
         return False

@@ -1,7 +1,7 @@
 """The SB square matrix: dW = s B R A with B and A frozen and orthonormal, R [r, r] trained.
 
-LoRA-XS (arXiv 2405.17604) takes B and A from the singular vectors of W0; LoRA-SB (arXiv 2411.19557), on which Fed-SB
-(arXiv 2502.15436) builds, takes them from one sign step along an averaged gradient.
+LoRA-XS (arXiv 2405.17604) takes B and A from the singular vectors of W0; LoRA-SB (arXiv 2411.19557) takes them from
+one sign step along an averaged gradient.
 """
 
 from __future__ import annotations

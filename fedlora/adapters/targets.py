@@ -152,7 +152,7 @@ def _role(name: str) -> str:
 
 
 def beyond_linear(model: nn.Module) -> tuple[list[str], int]:
-    """Name the weights that ``all-linear`` does not reach, such as a mixture's fused experts, and count their numbers.
+    """Name the weights that ``all-linear`` does not reach, such as matrices fused in one, and count their numbers.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def beyond_linear(model: nn.Module) -> tuple[list[str], int]:
         if isinstance(module, LINEAR):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            # Three dimensions: a matrix for each expert. Convolutions are no linear layers in PEFT either.
+            # Three dimensions: matrices one after the other. Convolutions are no linear layers in PEFT either.
             if parameter.dim() == 3 and "conv" not in type(module).__name__.lower():
                 short = re.sub(r"\.\d+(?=\.)", ".*", name)
                 names[short] = names.get(short, 0) + parameter.numel()

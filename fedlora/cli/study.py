@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from fedlora.cli.display import format_bytes, format_epsilon
 from fedlora.errors import InputError
-from fedlora.experts.expert import FULL
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, PlannedRun
 from fedlora.study.run_processes import capacity
@@ -167,7 +165,7 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:
     if isinstance(expected, InputError):
         return [*["-"] * 7, f"impossible: {expected}"]
-    ranks = sorted(set(expected.ranks), key=lambda rank: math.inf if rank == FULL else rank)
+    ranks = sorted(set(expected.ranks), key=lambda rank: (isinstance(rank, str), rank))
     noise = sorted({f"{sigma:.4g}" for sigma in expected.noise_multipliers}, key=float)
     return [
         f"{expected.trainable_parameters:,}",

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.communication.decorator import GridDecorator
@@ -84,6 +84,8 @@ class Broadcast(GridDecorator):
 
     def _complete(self, message: Message, current: Mapping[str, str]) -> Message:
         client, server_round = self._client(message.metadata.dst_node_id), int(message.metadata.group_id or 0)
+        # An evaluation is of what the round made, which training messages hold from the next round on.
+        server_round += message.metadata.message_type == MessageType.EVALUATE
         if not current:
             self.parts.sent(client, self.wanted, server_round)
             return message

@@ -82,7 +82,7 @@ class MessageRow(Protocol):
 
     @property
     def direction(self) -> str:
-        """Return initial, down or up."""
+        """Return initial, down or up, or one of the two of an evaluation."""
 
     @property
     def message_bytes(self) -> int:
@@ -140,7 +140,7 @@ def client_seconds(rows: Iterable[MessageRow], links: Mapping[int, Link]) -> dic
         if row.direction == "initial":
             seconds[row.client] += row.message_bytes / link.download
         else:
-            seconds[row.client] += link.seconds(row.message_bytes, up=row.direction == "up")
+            seconds[row.client] += link.seconds(row.message_bytes, up=row.direction.endswith("up"))
     return dict(seconds)
 
 

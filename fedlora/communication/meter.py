@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.communication.broadcast import is_initial
@@ -15,6 +15,9 @@ from fedlora.communication.decorator import GridDecorator
 from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import payload_bytes
 from fedlora.flower import message_sizes, metadata_values, record_size, with_metadata
+
+_EVALUATE = "evaluate_"
+DIRECTIONS = (INITIAL, "down", "up", f"{_EVALUATE}down", f"{_EVALUATE}up")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Row:
     ----------
     round, client : int
     direction : str
-        initial (made before the first round; once a client), down or up.
+        initial (made before the first round; once a client), down or up; evaluate_down or evaluate_up of messages with
+        which clients evaluate, for which no method has a formula.
     payload_bytes : int
         Elements times dtype size of all arrays.
     message_bytes : int
@@ -58,7 +62,8 @@ class MeteredGrid(GridDecorator):
     rows : list of Row
         What was counted since they were last taken.
     totals : dict of str to int
-        initial_bytes, downlink_bytes and uplink_bytes (of messages), payload_bytes and formula_bytes (all directions).
+        initial_bytes, downlink_bytes and uplink_bytes (of messages), payload_bytes and formula_bytes (all directions);
+        evaluation_bytes of messages with which clients evaluate, where there are any: these are in no other total.
     """
 
     def __init__(self, grid: Grid, formula: Callable[[int, int, str], int], clients: Mapping[int, int]) -> None:
@@ -75,17 +80,18 @@ class MeteredGrid(GridDecorator):
             self._count_down(message)
         # The round is that of the messages, whatever a reply says.
         server_round = _round(outgoing[0]) if outgoing else 0
+        up = _evaluation(outgoing[0]) + "up" if outgoing else "up"
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
             try:
                 size = message_size(reply)
             except Exception:  # a simulated client can answer with what no message holds; the strategy refuses it
                 size = 0
-            self._count(reply, server_round, reply.metadata.src_node_id, "up", size)
+            self._count(reply, server_round, reply.metadata.src_node_id, up, size)
             yield reply
 
     def take_rows(self) -> list[Row]:
         """Return the rows counted since the last call, in order of client and direction."""
-        rows = sorted(self.rows, key=lambda r: (r.round, r.client, ("initial", "down", "up").index(r.direction)))
+        rows = sorted(self.rows, key=lambda r: (r.round, r.client, DIRECTIONS.index(r.direction)))
         self.rows = []
         return rows
 
@@ -97,7 +103,7 @@ class MeteredGrid(GridDecorator):
             alone = sum(_record_size(key, record) for key, record in start.items())
             self._add(_round(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone)
             whole -= alone
-        self._count(message, _round(message), node, "down", whole)
+        self._count(message, _round(message), node, _evaluation(message) + "down", whole)
 
     def _count(self, message: Message, server_round: int, node: int, direction: str, size: int) -> None:
         payload = sum(payload_bytes(record) for key, record in _array_records(message) if not is_initial(key))
@@ -105,9 +111,13 @@ class MeteredGrid(GridDecorator):
 
     def _add(self, server_round: int, node: int, direction: str, payload: int, size: int) -> None:
         client = self.clients.get(node, -1)
-        formula = self.formula(server_round, client, direction) if payload and client >= 0 else 0
+        evaluates = direction.startswith(_EVALUATE)
+        formula = self.formula(server_round, client, direction) if payload and client >= 0 and not evaluates else 0
         row = Row(server_round, client, direction, payload, size, formula)
         self.rows.append(row)
+        if evaluates:
+            self.totals["evaluation_bytes"] = self.totals.get("evaluation_bytes", 0) + size
+            return
         self.totals[{"down": "downlink_bytes", "up": "uplink_bytes", INITIAL: "initial_bytes"}[direction]] += size
         self.totals["payload_bytes"] += payload
         self.totals["formula_bytes"] += formula
@@ -118,6 +128,11 @@ def _array_records(message: Message) -> Iterator[tuple[str, ArrayRecord]]:
     for key, record in message.content.items() if message.has_content() else ():
         if isinstance(record, ArrayRecord):
             yield key, record
+
+
+def _evaluation(message: Message) -> str:
+    """Return what the directions of a message and its reply begin with."""
+    return _EVALUATE if message.metadata.message_type == MessageType.EVALUATE else ""
 
 
 def _round(message: Message) -> int:

@@ -12,7 +12,18 @@ from fedlora.config.reader import load_config, override, read_config, read_toml,
 from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
 from fedlora.config.schema import ANY_METHOD, Config
-from fedlora.config.section import NODES, SERVER, FileFormat, Fraction, LearningRate, Name, Positive, Section, Seed
+from fedlora.config.section import (
+    NODES,
+    SERVER,
+    FileFormat,
+    Fraction,
+    LearningRate,
+    Name,
+    Positive,
+    Section,
+    Seed,
+    Share,
+)
 from fedlora.config.training import ClientSection, MethodSection, RunSection, ServerSection, WireSection
 
 __all__ = [
@@ -42,6 +53,7 @@ __all__ = [
     "Section",
     "Seed",
     "ServerSection",
+    "Share",
     "SimulationSection",
     "TrackingSection",
     "WireSection",

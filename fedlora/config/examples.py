@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fedlora.config.section import NODES, FileFormat, Positive, Section, Seed, Share
+from fedlora.config.section import NODES, SERVER, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.tasks import get_task, tasks
@@ -116,6 +116,11 @@ class DataSection(Section):
         description="Examples that best and tuning look at: a split, another source, or a share of the training "
         "examples; none by default.",
     )
+    client_test: str | Share | None = Field(
+        default=None,
+        description="Share of each client's examples that it does not train on, but tests on; none by default. Real "
+        "nodes hold test examples of their own.",
+    )
     public: str | None = Field(
         default=None, description="Examples that the server may read: a split or another source; none by default."
     )
@@ -156,6 +161,9 @@ class DataSection(Section):
         if self.name == NODES and isinstance(self.validation, float):
             remedy = "is a share of the training examples, which nodes keep; name a file"
             raise InputError("data.validation", self.validation, remedy)
+        if isinstance(self.client_test, str) and self.test != SERVER:
+            remedy = "is no share of each client's examples; give a number between 0 and 1"
+            raise InputError("data.client_test", self.client_test, remedy)
         self._check_partition(config)
         if (self.prompt is None) != (self.answer is None):
             raise InputError("data.prompt", self.prompt, "give prompt and answer together, or neither for plain text")
@@ -184,6 +192,8 @@ class DataSection(Section):
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each task, and each partition, has keys of its own."""
         yield from _unread("data", config)
+        if self.name == NODES:
+            yield "client_test", "nodes hold test examples of their own"
         for keys, why in self.partition.unused(config):
             yield f"partition.{keys}", why
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
 
-from fedlora.config.section import Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
+from fedlora.config.section import NODES, Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
 
@@ -150,10 +150,37 @@ class ServerSection(Section):
         "training examples, which no epsilon covers.",
     )
 
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Share of the clients that evaluate the model on test examples of their own whenever the server "
+        "evaluates; 0 asks none.",
+    )
+    evaluate_not_covered: bool = Field(
+        default=False,
+        description="Allow clients to evaluate under privacy: epsilon does not cover the sums that they answer with.",
+    )
+
+    def check(self, config: Config) -> None:
+        """Refuse an evaluation by clients that hold no test examples, or that no epsilon would cover without leave."""
+        asked = self.fraction_evaluate
+        if asked and config.data.client_test is None and config.data.name != NODES:
+            remedy = "needs data.client_test: the share of each client's examples that it holds out"
+            raise InputError("server.fraction_evaluate", asked, remedy)
+        if asked and config.privacy.mode != "none" and not self.evaluate_not_covered:
+            remedy = (
+                "has clients answer with sums over their examples without noise, so epsilon would not cover them; "
+                "set it to 0, or set server.evaluate_not_covered = true"
+            )
+            raise InputError("server.fraction_evaluate", asked, remedy)
+
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Every optimizer has keys of its own."""
+        """Every optimizer has keys of its own; either way clients are evaluated once."""
         if self.evaluate_every > config.run.rounds:
             yield "evaluate_every", f"of {config.run.rounds} rounds the last is evaluated"
+        if self.fraction_evaluate:
+            yield "evaluate_clients", "clients evaluate on test examples of their own"
+        if not self.fraction_evaluate or config.privacy.mode == "none":
+            yield "evaluate_not_covered", "no client evaluates under privacy"
         for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
             # Imported only where it matters: an optimizer needs torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:

@@ -43,7 +43,7 @@ PARTITION_COLUMN = "partition"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One stream of random numbers for each use of the run's seed.
-_HOLD_OUT, _SUBSET, _VALIDATION = 1, 2, 3
+_HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST = 1, 2, 3, 4
 
 
 @dataclass
@@ -141,6 +141,30 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.data.seed is None else config.data.seed
 
 
+def hold_out_of_client(config: Config, client: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divide one client's rows into those that it trains on and those that it tests on, by ``data.client_test``.
+
+    The draw follows ``data.seed`` and the client alone; a node's own rows, always the same one, so that no run trains
+    on what another tests on. A client with one example trains on it.
+
+    Returns
+    -------
+    (ndarray, ndarray)
+        Both in the order of the rows.
+    """
+    held = held_out(config, len(rows))
+    order = np.random.default_rng([0 if config.data.test == SERVER else _seed(config), _CLIENT_TEST, client])
+    chosen = np.zeros(len(rows), bool)
+    chosen[order.permutation(len(rows))[:held]] = True
+    return rows[~chosen], rows[chosen]
+
+
+def held_out(config: Config, examples: int) -> int:
+    """Return how many of its examples a client tests on; those of a file of their own are not among them."""
+    share = config.data.client_test
+    return min(max(1, round(share * examples)), examples - 1) if isinstance(share, float) and examples else 0
+
+
 def _server_examples(config: Config) -> Examples:
     """Load what a server has when its clients are nodes: all but the training examples."""
     names, notes = ("test", "validation", "public"), list[str]()
@@ -162,9 +186,10 @@ def _server_examples(config: Config) -> Examples:
 
 
 def count_own(config: Config) -> int:
-    """Count the examples of a node's own file, once its columns and its labels fit the run; texts are not looked at.
+    """Count the training examples of a node, once columns and labels fit the run; texts are not looked at.
 
-    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for.
+    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for; and but
+    those that the node tests on. A file of test examples must fit the run as well.
 
     Raises
     ------
@@ -183,18 +208,40 @@ def count_own(config: Config) -> int:
         raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); mend the file") from None
     same = config.data.model_copy(update={"label_names": None}).model_dump_json()
     key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
-    if not _last_own or _last_own[0][0] != key:
-        _last_own[:] = [(key, _own_labels(config, *_own_rows(config)))]
-    labels = _last_own[0][1]
+    if _last_own.get(config.data.name, (None, []))[0] != key:
+        while len(_last_own) >= _MOST_OWN:
+            del _last_own[next(iter(_last_own))]
+        _last_own[config.data.name] = key, _own_labels(config, *_own_rows(config))
+    labels = _last_own[config.data.name][1]
     if get_task(config.model.task).classes:
         _own_classes(config, labels)
-    return len(labels)
+    tests = _own_tests(config)
+    if tests is not None:
+        count_own(tests)
+    return len(labels) - held_out(config, len(labels))
 
 
-_last_own: list[tuple[tuple[Any, ...], list[Any]]] = []
+_last_own: dict[str, tuple[tuple[Any, ...], list[Any]]] = {}
+_MOST_OWN = 2  # a node's training and test examples
+
+
+def _own_tests(config: Config) -> Config | None:
+    """Return a config whose examples are those of a node's own file of test examples; None where there is none."""
+    if not isinstance(config.data.client_test, str):
+        return None
+    data = config.data.model_copy(update={"name": config.data.client_test, "client_test": None})
+    return config.model_copy(update={"data": data})
 
 
 def _own_examples(config: Config) -> Examples:
+    """Load a node's own examples, and its test examples where these are a file."""
+    tests = _own_tests(config)
+    train = _own_table(config)
+    names = config.data.label_names if get_task(config.model.task).classes else None
+    return Examples(train, None if tests is None else _own_table(tests), None, None, names)
+
+
+def _own_table(config: Config) -> datasets.Dataset:
     table, rows = _own_rows(config)
     task = get_task(config.model.task)
     texts = {name: _any_texts(table, column, rows, task.words) for name, column in _text_columns(config).items()}
@@ -202,12 +249,9 @@ def _own_examples(config: Config) -> Examples:
     if empty:
         log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
     if not task.labelled:
-        return Examples(datasets.Dataset.from_dict(texts), None, None, None, None)
+        return datasets.Dataset.from_dict(texts)
     labels = _own_labels(config, table, rows)
-    if not task.classes:
-        return Examples(datasets.Dataset.from_dict({**texts, "label": labels}), None, None, None, None)
-    train = datasets.Dataset.from_dict({**texts, "label": _own_classes(config, labels)})
-    return Examples(train, None, None, None, config.data.label_names)
+    return datasets.Dataset.from_dict({**texts, "label": _own_classes(config, labels) if task.classes else labels})
 
 
 def _own_rows(config: Config) -> tuple[Table, list[int]]:
@@ -283,7 +327,7 @@ def source_identity(config: Config) -> list[Any]:
     """
     data = config.data
     found = [] if data.name == NODES else [_identity(data.name, "data.name")]
-    for key in ("test", "validation", "public"):
+    for key in ("test", "validation", "public", "client_test"):
         given = getattr(data, key)
         if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
             found.append(_identity(given, f"data.{key}"))

@@ -22,7 +22,7 @@ import torch
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
 from fedlora.config import SERVER, Config, PartitionSection
 from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
-from fedlora.data.sources import load_examples, source_identity
+from fedlora.data.sources import hold_out_of_client, load_examples, source_identity
 from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
@@ -230,6 +230,8 @@ class FederatedData:
         Where the files lie.
     notes : list of str
         What the user should know of the examples, such as how many tokens ``model.max_length`` cuts off.
+    client_test : Partition, optional
+        The rows of ``train`` that each client holds out to test on; None where nothing is.
     """
 
     train: TokenTable
@@ -242,6 +244,13 @@ class FederatedData:
     client_names: list[str]
     folder: Path
     notes: list[str] = field(default_factory=list)
+    client_test: Partition | None = None
+
+    def own_test(self, client: int) -> tuple[TokenTable, np.ndarray]:
+        """Return the table and the rows that a client tests on: those it holds out, or a node's own file."""
+        if self.client_test is not None:
+            return self.train, self.client_test[client]
+        return self.test, np.arange(len(self.test))
 
     @property
     def counted_names(self) -> list[str] | None:
@@ -358,8 +367,11 @@ def _build(config: Config, vocabulary: int | None, types: bool, target: Path) ->
     (target / "coverage.json").write_text(json.dumps(counts), encoding="utf-8")
     train = kept.get("train")
     clients, names = _clients(config, train, examples.label_names)
-    np.save(target / "partition.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
-    np.save(target / "partition.offsets.npy", _offsets([len(rows) for rows in clients]))
+    if isinstance(config.data.client_test, float):
+        parts = [hold_out_of_client(config, client, rows) for client, rows in enumerate(clients)]
+        clients = [rows for rows, _ in parts]
+        _write_partition(target, "client_test", [held for _, held in parts])
+    _write_partition(target, "partition", clients)
     meta = {
         "label_names": examples.label_names,
         "domain_names": domains,
@@ -369,6 +381,11 @@ def _build(config: Config, vocabulary: int | None, types: bool, target: Path) ->
         "notes": examples.notes,
     }
     (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _write_partition(target: Path, name: str, clients: list[np.ndarray]) -> None:
+    np.save(target / f"{name}.rows.npy", np.concatenate([np.empty(0, np.int64), *clients]))
+    np.save(target / f"{name}.offsets.npy", _offsets([len(rows) for rows in clients]))
 
 
 def _clients(
@@ -541,6 +558,8 @@ def _open(config: Config, folder: Path) -> FederatedData:
             for name in meta["tables"]
         }
         partition = Partition(load("partition.rows"), load("partition.offsets"))
+        held = optional("client_test.rows")
+        client_test = None if held is None else Partition(held, load("client_test.offsets"))
     except (OSError, ValueError, KeyError, EOFError) as error:
         remedy = f"its tokens in the cache are damaged ({type(error).__name__}); delete {folder} and run again"
         raise InputError("data.name", config.data.name, remedy) from None
@@ -557,4 +576,5 @@ def _open(config: Config, folder: Path) -> FederatedData:
         meta["client_names"],
         folder,
         meta["notes"],
+        client_test,
     )

@@ -140,8 +140,8 @@ def _flowers_count(state: RunState, folder: Path, first: int) -> dict[str, float
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     before = lines[first - 1]["communication"] if first else {}
     messages = sum(
-        lines[-1]["communication"][f"{way}_bytes"] - before.get(f"{way}_bytes", 0)
-        for way in ("initial", "downlink", "uplink")
+        lines[-1]["communication"].get(f"{way}_bytes", 0) - before.get(f"{way}_bytes", 0)
+        for way in ("initial", "downlink", "uplink", "evaluation")
     )
     moved = state.sent_bytes + state.received_bytes
     return {

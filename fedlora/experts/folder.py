@@ -29,6 +29,9 @@ FULL_FILE = "full.safetensors"
 
 EXPERT_FILE = "expert.json"
 
+MIXTURE, EXPERTS = "mixture", "experts"
+"""Folders of a run folder: the whole model, and a folder for each owner's expert."""
+
 _LONGEST = 255  # characters of a folder's name that file systems take
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fedlora.assets import is_asset
-from fedlora.config import FileFormat, Fraction, Section, input_error, read_toml
+from fedlora.config import FileFormat, Fraction, Section, Share, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.node.names import NODE_NAME
 from fedlora.paths import beside, find_path
@@ -56,9 +56,14 @@ class SuperlinkSection(Section):
 
 
 class NodeDataSection(Section):
-    """``[data]``: the owner's file and its columns. Only trained arrays and counts leave the node."""
+    """``[data]``: the owner's file and its columns. Only trained arrays, counts and allowed sums leave the node.
+
+    ``test`` is what the node evaluates on, where ``[policy]`` allows it: another file with the same columns, or a share
+    of the rows, which no run trains on.
+    """
 
     path: Annotated[str, Field(min_length=1)]
+    test: Annotated[str, Field(min_length=1)] | Share | None = None
     format: FileFormat | None = None
     text: str = "text"
     text_pair: str | None = None
@@ -89,6 +94,10 @@ class PolicySection(Section):
 
     Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask what
     the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
+
+    ``max_evaluations_per_day`` is how often servers may have the node evaluate a model, which is never unless the owner
+    says so: the answer holds sums over the test examples, of which there must be ``min_test_examples``. They carry no
+    noise, so that no epsilon covers them.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -101,6 +110,8 @@ class PolicySection(Section):
     models: list[ModelEntry] = Field(default_factory=list)
     max_describes_per_day: Annotated[int, Field(ge=1)] = 100
     max_cache_gb: Annotated[float, Field(gt=0)] = 4.0
+    max_evaluations_per_day: Annotated[int, Field(ge=0)] = 0
+    min_test_examples: Annotated[int, Field(ge=1)] = 10
 
 
 class WorkerSection(Section):
@@ -175,11 +186,11 @@ def _with_absolute_paths(node: NodeConfig, folder: Path) -> NodeConfig:
     changed = {}
     for section, keys in {
         "superlink": ("root_certificates", "private_key"),
-        "data": ("path",),
+        "data": ("path", "test"),
         "state": ("directory", "cache"),
     }.items():
         content = getattr(node, section)
-        given = {key: value for key in keys if (value := getattr(content, key)) is not None}
+        given = {key: value for key in keys if isinstance(value := getattr(content, key), str)}
         absolute = {key: str(beside(folder, value, f"{section}.{key}")) for key, value in given.items()}
         changed[section] = content.model_copy(update=absolute)
     models = [
@@ -205,9 +216,24 @@ def _check(node: NodeConfig) -> None:
     found = find_path(data.path, "data.path")
     if found is None or not found.is_file():
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
+    _check_test(node)
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
         remedy = f"its name does not tell its format; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)
+
+
+def _check_test(node: NodeConfig) -> None:
+    """Check that what is evaluated on is there, and that it is there where evaluation is allowed."""
+    test, allowed = node.data.test, node.policy.max_evaluations_per_day
+    if test is None and allowed:
+        raise InputError("policy.max_evaluations_per_day", allowed, "needs data.test: what the node evaluates on")
+    if not isinstance(test, str):
+        return
+    found = find_path(test, "data.test")
+    if found is None or not found.is_file():
+        raise InputError("data.test", test, "there is no such file; give the path of the owner's test examples")
+    if node.data.format is None and Path(test).suffix.lower() != Path(node.data.path).suffix.lower():
+        raise InputError("data.test", test, "its name tells another format than data.path's; give both in one format")
 
 
 def _check_model(entry: ModelEntry, field: str, before: list[str]) -> None:

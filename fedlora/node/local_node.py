@@ -42,7 +42,7 @@ class LocalNode:
         return cls(config, NodeLedger(config.directory, config.policy))
 
     def own_config(self, run: Config, label_names: list[str] | None) -> Config:
-        """Return a run's config with the owner's file as its data. All rows are used for training.
+        """Return a run's config with the owner's file as its data, to train on and, by ``[data] test``, to test on.
 
         The model is loaded as the owner lists it.
 
@@ -74,6 +74,8 @@ class LocalNode:
         }
         if label_names is not None:
             content["data"]["label_names"] = label_names
+        if own.test is not None:
+            content["data"]["client_test"] = own.test
         if own.text_pair is not None:
             content["data"]["text_pair"] = own.text_pair
         if own.prompt is not None:

@@ -43,7 +43,8 @@ CREATE TABLE IF NOT EXISTS charges (
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
 # Created if missing: an older ledger has no such table.
-_DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
+_COUNTED = ("describes", "evaluations")
+_COUNT = "CREATE TABLE IF NOT EXISTS {} (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 _CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
 
 _SEALED = {
@@ -107,8 +108,8 @@ class NodeLedger:
             remedy = "is damaged: rows are missing or changed, so what was spent is unknown; restore a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
         with self._transaction() as database:
-            if "describes" not in found:
-                database.execute(_DESCRIBES)
+            for name in set(_COUNTED) - found:
+                database.execute(_COUNT.format(name))
             if "config" not in {name for _, name, *_ in database.execute("PRAGMA table_info(runs)")}:
                 database.execute(_CONFIG)
 
@@ -139,14 +140,27 @@ class NodeLedger:
         PolicyError
             If servers used up the owner's limit within the last 24 hours.
         """
-        now, most = time.time(), self.policy.max_describes_per_day
+        self._count("describes", "max_describes_per_day", self.policy.max_describes_per_day)
+
+    def count_evaluation(self) -> None:
+        """Record that a server has the node evaluate a model, for whichever federation.
+
+        Raises
+        ------
+        PolicyError
+            If its owner allows none, or servers used up the owner's limit within the last 24 hours.
+        """
+        self._count("evaluations", "max_evaluations_per_day", self.policy.max_evaluations_per_day)
+
+    def _count(self, table: str, key: str, most: int) -> None:
+        now = time.time()
         with self._transaction() as database:
-            database.execute("DELETE FROM describes WHERE at < ?", (now - _DAY,))
-            (count,) = database.execute("SELECT COUNT(*) FROM describes").fetchone()
+            database.execute(f"DELETE FROM {table} WHERE at < ?", (now - _DAY,))
+            (count,) = database.execute(f"SELECT COUNT(*) FROM {table}").fetchone()
             if count < most:
-                database.execute("INSERT INTO describes (at) VALUES (?)", (now,))
+                database.execute(f"INSERT INTO {table} (at) VALUES (?)", (now,))
         if count >= most:
-            raise PolicyError("max_describes_per_day", most, "more")
+            raise PolicyError(key, most, "more")
 
     def register(self, federation: str, run: str, label_names: list[str] | None, config: str = "") -> None:
         """Record a run that a server describes; this ends an earlier run of the same federation.

@@ -408,8 +408,8 @@ def client_spread(comparison: Comparison) -> Chart | None:
         for level in levels
     ]
     caption = (
-        "The final model on the examples that each client trains on; a flat line is fair. Computed without noise, in "
-        f"simulation only: no epsilon covers it. {_intervals(comparison)}"
+        "The final model on the examples that each client trains on, or holds out to test on; a flat line is fair. "
+        f"Computed without noise: no epsilon covers it. {_intervals(comparison)}"
     )
     return Chart("fairness", f"{name.replace('_', ' ').capitalize()} by client", caption, panels)
 

@@ -108,7 +108,7 @@ class MessageLine(_Content):
 
     round: Count
     client: int
-    direction: Annotated[str, Field(pattern="^(initial|down|up)$")]
+    direction: Annotated[str, Field(pattern="^(initial|(evaluate_)?(down|up))$")]
     payload_bytes: Count
     message_bytes: Count
     formula_bytes: Count

@@ -20,6 +20,7 @@ from fedlora.assets import is_asset
 from fedlora.config import Config, read_toml
 from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
+from fedlora.methods import get_method
 from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
 from fedlora.results.outputs import check_outputs, find_outputs, write_sums
 from fedlora.storage import is_full, writes_to
@@ -225,7 +226,7 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and SHA256SUMS, and mark the run as done."""
         write_atomically(self.path / "summary.json", to_json({**summary, **self.user_code}, indent=2) + "\n")
-        outputs = find_outputs(self.path)
+        outputs = find_outputs(self.path, get_method(self.resolved.method.name).outputs)
         write_sums(self.path, outputs)
         self.checkpoint["outputs"] = outputs
         self.checkpoint["finished"] = True

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 
+from fedlora.alignment import align_loaded
 from fedlora.config import ANY_METHOD, Config, read_toml
-from fedlora.continuing import beside, merged
+from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
-from fedlora.experts.folder import folder_name
-from fedlora.experts.mixture import Mixture, load_mixture
+from fedlora.methods import ADAPTER
 from fedlora.models import load_tokenizer, quiet
-from fedlora.results.checkpoint import Checkpoint
-from fedlora.results.folder import to_json, write_atomically
-from fedlora.results.outputs import check_sums, find_outputs, write_sums
+from fedlora.results.outputs import check_sums
 from fedlora.storage import is_full, writes_to
+from fedlora.tasks import get_task
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
-    """Return the model that a run made, with its adapter merged in (or the mixture of experts), and the tokenizer.
+    """Return the model that a run made, with its adapter merged in, and the tokenizer.
 
     Parameters
     ----------
@@ -56,17 +55,22 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    if (path / "mixture" / "config.json").is_file():
-        check_sums(path, "mixture")
-        return load_mixture(path / "mixture"), load_tokenizer(_config(path))
-    adapter = path / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(
-            "FOLDER", str(path), "holds no finished run (neither adapter/ nor mixture/); give a run folder"
-        )
-    check_sums(path, "adapter")
+    part = run_method(path).outputs[0]
+    whole = (path / part / "config.json").is_file()
+    if not whole and not (path / part / ADAPTER_FILE).is_file():
+        raise InputError("FOLDER", str(path), f"holds no finished run (it has no {part}/); give a run folder")
+    check_sums(path, part)
     config = _config(path)
-    return merged(config, adapter), load_tokenizer(config)
+    model = _whole(config, path / part) if whole else merged(config, path / part)
+    return model, load_tokenizer(config)
+
+
+def _whole(config: Config, folder: Path) -> Any:
+    """Load a model that a run left whole, in its own dtype."""
+    model_class = getattr(transformers, get_task(config.model.task).auto_class)
+    with quiet():
+        model = model_class.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
+    return align_loaded(model).eval()
 
 
 def _config(folder: Path) -> Config:
@@ -90,8 +94,8 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     output : str or Path, optional
         The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default.
     merged : bool
-        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A mixture is
-        always written whole; its owners' PEFT folders lie in ``experts/``.
+        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. What the run
+        left whole is always written whole.
 
     Raises
     ------
@@ -110,11 +114,11 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
             "--output", str(target), f"cannot be written ({error.strerror}); choose another folder"
         ) from None
     try:
-        if merged or isinstance(model, Mixture):
+        if merged or not (Path(folder) / ADAPTER / ADAPTER_FILE).is_file():
             with quiet():
                 model.save_pretrained(target)
         else:
-            shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
+            shutil.copytree(Path(folder) / ADAPTER, target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target, ignore_errors=True)  # a partial model would block the next attempt
@@ -126,55 +130,23 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     return target
 
 
-def opt_out(folder: str | Path, owner: str) -> Mixture:
-    """Remove an owner's expert from a finished run: from its mixture, its experts/ and its checkpoint.
+def opt_out(folder: str | Path, owner: str) -> Any:
+    """Take what an owner gave out of a finished run, where its method keeps the owners' parts apart.
 
     Parameters
     ----------
     folder : str or Path
-        A run folder of method flexmore.
+        A run folder.
     owner : str
 
     Returns
     -------
-    Mixture
-        The new content of ``mixture/``. It equals a mixture without that expert, except where the router was tuned
-        (``router_tuned`` in summary.json): the other rows keep what they learned beside that expert.
+    transformers.PreTrainedModel
+        What is left; the folder holds it too.
 
     Raises
     ------
     InputError
-        If the folder holds no mixture, or that owner has no expert in it.
+        If the folder holds no finished run of such a method, or that owner has no part in it.
     """
-    path = Path(folder)
-    if not (path / "mixture" / "config.json").is_file():
-        raise InputError("FOLDER", str(folder), "holds no mixture; give the folder of a finished flexmore run")
-    mixture, tokenizer = load(path)
-    mixture.remove_expert(owner)
-    new, old = path / ".mixture.new", path / ".mixture.old"
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with quiet():
-        mixture.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    checkpoint = Checkpoint(path / "checkpoint" / "state.sqlite")
-    try:
-        arrays = checkpoint.get_arrays("trained") or {}
-        checkpoint.set_arrays("trained", {n: a for n, a in arrays.items() if n.rpartition("/")[0] != owner})
-        checkpoint.commit()
-        checkpoint.forget_previous()  # which still holds the expert
-        (path / "mixture").rename(old)
-        new.rename(path / "mixture")
-        shutil.rmtree(old)
-        shutil.rmtree(path / "experts" / folder_name(owner), ignore_errors=True)
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        summary["opted_out"] = [*summary.get("opted_out", []), owner]
-        write_atomically(path / "summary.json", to_json(summary, indent=2) + "\n")
-        outputs = find_outputs(path)
-        write_sums(path, outputs)
-        checkpoint["outputs"] = outputs
-        checkpoint.commit()
-        checkpoint.forget_previous()
-    finally:
-        checkpoint.close()
-    return mixture
+    return run_method(Path(folder)).opt_out(Path(folder), owner)

@@ -12,12 +12,17 @@ from fedlora.errors import InputError
 SUMS = "SHA256SUMS"
 """Digests of the model's files, in the format of ``sha256sum --check``."""
 
-_MODELS = ("adapter", "experts", "mixture")
 
+def find_outputs(folder: Path, parts: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file of a run's result, and of its summary, by path in the run folder.
 
-def find_outputs(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a run's model, and of its summary, by path in the run folder."""
-    files = [file for name in _MODELS for file in sorted((folder / name).rglob("*")) if file.is_file()]
+    Parameters
+    ----------
+    folder : Path
+    parts : iterable of str
+        The folders of the result: :attr:`fedlora.methods.Method.outputs`.
+    """
+    files = [file for name in sorted(parts) for file in sorted((folder / name).rglob("*")) if file.is_file()]
     files += [file for file in [folder / "summary.json"] if file.is_file()]
     return dict(zip([file.relative_to(folder).as_posix() for file in files], _digests(files), strict=True))
 

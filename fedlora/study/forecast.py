@@ -5,21 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from fedlora.adapters import ExpertModel
 from fedlora.clients.resources import client_data
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
-from fedlora.experts.expert import FULL, Rank
-from fedlora.experts.ranks import client_ranks
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.roles import trained_kinds
 from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import PlannedRun
 from fedlora.training import ClientJob, train_cohort
@@ -49,7 +45,7 @@ class Forecast:
     noise_multipliers : list of float
         One for each client, in order; empty without privacy.
     ranks : list of int or "full"
-        Of each client's expert, in order; empty where clients have no ranks of their own.
+        Of each client, in order; empty where clients have no ranks of their own.
     """
 
     clients: int
@@ -60,7 +56,7 @@ class Forecast:
     steps: int
     evaluated_examples: int
     noise_multipliers: list[float]
-    ranks: list[Rank]
+    ranks: list[int | Literal["full"]]
 
     @property
     def payload_bytes(self) -> int:
@@ -148,18 +144,8 @@ def seconds_a_step(config: Config) -> float:
     try:
         method = get_strategy(config.method.name)
         adapted = method.adapt(load_base(config, data.label_names, device), config)
-        names = set(adapted.names(trained_kinds(method.roles(config, 1))))
-        if isinstance(adapted, ExpertModel):
-            # Of the largest expert, wherever clients differ.
-            ranks = client_ranks(config, data.client_names)
-            adapted.set_rank(FULL if FULL in ranks else max(rank for rank in ranks if rank != FULL))
-            names = set(adapted.names(trained_kinds(method.roles(config, 1))))
-            arrays = adapted.arrays(names)
-        else:
-            arrays = method(config).start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
-            adapted.set_shared(arrays)
-        trained = {name: array for name, array in arrays.items() if name in names}
-        jobs = _jobs(config, data, trained, 1 if device == "cpu" else _PROBED_CLIENTS)
+        arrays = method(config).probe(adapted, data)
+        jobs = _jobs(config, data, arrays, 1 if device == "cpu" else _PROBED_CLIENTS)
         one_step = config.model_copy(
             update={"client": config.client.model_copy(update={"local_steps": 1, "local_epochs": None})}
         )

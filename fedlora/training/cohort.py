@@ -143,66 +143,95 @@ def train_cohort(
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
-    loss_sums = torch.zeros(len(jobs), dtype=torch.float64, device=adapted.device)
     seen = np.zeros(len(jobs), np.int64)
     active = np.zeros(len(jobs), np.int64)
-    guarded = False
     with ExitStack() as stack:
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
-        dp_optimizer = None
         if private:
             choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
-            plans = [job.plan for job in jobs if job.plan is not None]
-            dp_optimizer = StackedDPOptimizer(
-                optimizer,
-                noise_multipliers=[plan.noise_multiplier for plan in plans],
-                max_grad_norm=plans[0].max_grad_norm,
-                expected_batch_sizes=[plan.expected_batch_size for plan in plans],
-                generators=[g.noise for g in generators],
-                layout=adapted.layout,
-            )
+        stepper = _Stepper(adapted, table, client, optimizer, [job.plan for job in jobs], generators)
         for step in range(max(steps)):
             for job, n in zip(jobs, steps, strict=True):
                 if job.on_step is not None and step < n:
                     job.on_step()
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
             sizes = np.array([len(r) for r in rows])
-            for chunk in _physical(rows, client.physical_batch_size):
-                loss = _losses(adapted, table, chunk)
-                if dp_optimizer is not None:
-                    loss.sum().backward()
-                    if not guarded:
-                        check_grad_samples(adapted, sum(map(len, chunk)))
-                        guarded = True
-                    dp_optimizer.signal_skip_step(True)
-                    dp_optimizer.step()
-                    dp_optimizer.zero_grad()
-                else:
-                    means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
-                    (loss * torch.from_numpy(means).to(loss)).sum().backward()
-                loss_sums += adapted.layout.sum_rows(loss.detach())
+            stepper.step(rows)
             seen += sizes
             active += sizes > 0
-            if dp_optimizer is not None:
-                dp_optimizer.step()
-                dp_optimizer.zero_grad(set_to_none=True)
-            else:
-                if client.max_grad_norm is not None:
-                    _clip_by_client(parameters, client.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             # A client that is done is read now: later steps of the others move its stacked rows, not its result.
             done = np.flatnonzero(last == step + 1).tolist()
             if not done:
                 continue
-            losses = loss_sums.cpu().numpy()
+            losses = stepper.loss_sums.cpu().numpy()
             _check_moved(adapted.trained, start, parameters, active >= 2)
             for k, arrays in zip(done, adapted.trained_arrays(done), strict=True):
                 mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
                 results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean)
     return [result for result in results if result is not None]
+
+
+class _Stepper:
+    """Takes the steps of a cohort: those of the optimiser, or of DP-SGD where there are plans.
+
+    Attributes
+    ----------
+    loss_sums : Tensor [K]
+        Of all examples so far, by client.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        table: TokenTable,
+        client: ClientSection,
+        optimizer: torch.optim.Optimizer,
+        plans: Sequence[PrivacyPlan | None],
+        generators: Sequence[_Generators],
+    ) -> None:
+        self.adapted, self.table, self.client, self.optimizer = adapted, table, client, optimizer
+        self.loss_sums = torch.zeros(len(plans), dtype=torch.float64, device=adapted.device)
+        self._dp: StackedDPOptimizer | None = None
+        self._guarded = False
+        private = [plan for plan in plans if plan is not None]
+        if private:
+            self._dp = StackedDPOptimizer(
+                optimizer,
+                noise_multipliers=[plan.noise_multiplier for plan in private],
+                max_grad_norm=private[0].max_grad_norm,
+                expected_batch_sizes=[plan.expected_batch_size for plan in private],
+                generators=[g.noise for g in generators],
+                layout=adapted.layout,
+            )
+
+    def step(self, rows: list[np.ndarray]) -> None:
+        """Take one step on every client's batch, in physical batches if these are smaller."""
+        sizes = np.array([len(r) for r in rows])
+        for chunk in _physical(rows, self.client.physical_batch_size):
+            loss = _losses(self.adapted, self.table, chunk)
+            if self._dp is not None:
+                self._add_clipped(self._dp, loss, chunk)
+            else:
+                means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
+                (loss * torch.from_numpy(means).to(loss)).sum().backward()
+            self.loss_sums += self.adapted.layout.sum_rows(loss.detach())
+        if self._dp is None and self.client.max_grad_norm is not None:
+            _clip_by_client(self.adapted.parameters(), self.client.max_grad_norm)
+        taken = self.optimizer if self._dp is None else self._dp
+        taken.step()
+        taken.zero_grad(set_to_none=True)
+
+    def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
+        """Add the clipped gradients of a physical batch to those of the step; the first is checked."""
+        loss.sum().backward()
+        if not self._guarded:
+            check_grad_samples(self.adapted, sum(map(len, chunk)))
+            self._guarded = True
+        dp.signal_skip_step(True)
+        dp.step()
+        dp.zero_grad()
 
 
 class _Generators:

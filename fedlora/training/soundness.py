@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import dense_weight
 from fedlora.adapters.stacked import RowProducts
 from fedlora.arrays import Arrays
 from fedlora.config import Config
@@ -119,7 +118,7 @@ class _Pass:
 
 
 def _measure(adapted: AdaptedModel, examples: _Examples) -> str | None:
-    arrays = [_drawn(adapted, seed) for seed in (0, 1)]
+    arrays = [adapted.drawn(seed) for seed in (0, 1)]
     for layer in adapted.stacked_layers().values():
         layer.ghost = True
     adapted.model.train()
@@ -313,24 +312,6 @@ def _synthetic(adapted: AdaptedModel, config: Config, pad_token_id: int) -> _Exa
 def _mark(shape: Any, name: str) -> int | None:
     value = getattr(shape, name, None)
     return value[0] if isinstance(value, list) else value
-
-
-def _drawn(adapted: AdaptedModel, seed: int) -> Arrays:
-    """Draw factors and head, so that every one of them has a gradient; a branch's matrix is a tenth of its layer's."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {}
-    for path, adapter in adapted.adapters.items():
-        weight = dense_weight(adapter.base)
-        rms = float(weight.norm()) / weight.numel() ** 0.5
-        sizes[f"{path}.{adapter.factors[-1]}"] = 0.1 * rms * weight.shape[1] ** 0.5 / adapter.scaling
-    arrays: Arrays = {}
-    for name in (*adapted.stacked_layers(), *(n for n in adapted.head_names if n.endswith(".bias"))):
-        shape = adapted.parameter(name).shape[1:]
-        value = torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
-        value *= sizes.get(name, 1.0)
-        # A positive bias of an owner's router is cut off.
-        arrays[name] = -value.abs() if name.endswith("router_bias") else value
-    return arrays
 
 
 @contextmanager

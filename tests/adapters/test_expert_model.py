@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import ExpertModel, adapt
-from fedlora.adapters.expert import ALPHA
 from fedlora.errors import InputError
 from fedlora.experts import FULL, Expert, Mixture
+from fedlora.experts.expert_model import ALPHA, ExpertModel, adapt_experts
 from fedlora.experts.feed_forward import public_digest
 from fedlora.tasks import get_task
 from fedlora.training import train_cohort
@@ -19,7 +18,7 @@ from tests import tiny
 
 def model(kind, dtype=torch.float64, rank=3, **method):
     config = tiny.settings(kind, method={"name": "flexmore", "rank": rank, "alpha": 4.0, **method})
-    found = adapt(tiny.base_model(kind, dtype), config, "expert")
+    found = adapt_experts(tiny.base_model(kind, dtype), config)
     assert isinstance(found, ExpertModel)
     return found
 
@@ -133,7 +132,7 @@ def test_only_the_expert_moves(rank, private):
 
 def test_the_scale_falls_with_the_root_of_the_rank():
     config = tiny.settings("llama", method={"name": "flexmore"})
-    adapted = adapt(tiny.base_model("llama"), config, "expert")
+    adapted = adapt_experts(tiny.base_model("llama"), config)
     for rank, scale in ((1, ALPHA), (4, ALPHA / 2), (16, ALPHA / 4)):
         adapted.prepare({"rank": str(rank)})
         assert {a.scaling for a in adapted.adapters.values()} == {4.5 / rank**0.5}

@@ -15,6 +15,7 @@ from fedlora.adapters.model import dense_weight, linear_shape, target_paths
 from fedlora.config import load_config
 from fedlora.errors import InputError
 from fedlora.models import load_base
+from fedlora.roles import HEAD
 from fedlora.training import evaluate, train_cohort
 from tests import tiny
 
@@ -115,7 +116,7 @@ def test_only_adapters_and_head_may_train():
     config = tiny.settings("bert")
     adapted = tiny.adapted_model("bert", config)
     assert not any(p.requires_grad for p in adapted.model.parameters())
-    adapted.set_clients([adapted.arrays(adapted.names(["lora_B"]))] * 3)
+    adapted.set_clients([adapted.arrays(adapted.names(["lora_B", HEAD]))] * 3)
     trained = {name for name, p in adapted.model.named_parameters() if p.requires_grad}
     assert trained == {
         *(f"bert.encoder.layer.{i}.attention.self.{n}.lora_B.weight" for i in (0, 1) for n in ("query", "value")),
@@ -179,7 +180,7 @@ def test_evaluation_refuses_a_model_of_many_clients():
     config = tiny.settings("bert", client={"optimizer": "sgd", "local_steps": 1})
     adapted = tiny.adapted_model("bert", config)
     examples = tiny.table("bert", 4)
-    adapted.set_clients([adapted.arrays(adapted.names(["lora_B"]))] * 2)
+    adapted.set_clients([adapted.arrays(adapted.names(["lora_B", HEAD]))] * 2)
     with pytest.raises(ValueError, match="those of 2 clients"):
         evaluate(adapted, examples, 4)
 
@@ -193,7 +194,7 @@ def test_a_half_precision_base_keeps_full_precision_adapters(kind):
     assert {p.dtype for layer in adapted.head.values() for p in layer.parameters()} <= {torch.float32}
     base = {p.dtype for n, p in adapted.model.named_parameters() if "lora" not in n and "classifier" not in n}
     assert base == {torch.bfloat16}
-    start = adapted.arrays(adapted.names(["lora_A", "lora_B"]))
+    start = adapted.arrays(adapted.names(["lora_A", "lora_B", HEAD]))
     plans = [None, tiny.plan(0.5, 1.0, 1.0, 4.0)]
     for plan in plans:
         # A step far below bf16's resolution of 0.4 % is kept.
@@ -232,7 +233,7 @@ def test_a_head_of_two_layers_is_trained_whole():
     )
     assert not any(path.startswith("classifier") for path in adapted.adapters)
     assert all(isinstance(layer, StackedLinear) for layer in adapted.head.values())
-    start = adapted.arrays(adapted.names(["lora_B"]))
+    start = adapted.arrays(adapted.names(["lora_B", HEAD]))
     jobs = tiny.jobs_of([start] * 2, tiny.split([3, 2]), [tiny.plan(0.1, 1.0, 1.0)] * 2)
     results = train_cohort(adapted, tiny.table("bert", 5), jobs, config)
     for k, result in enumerate(results):
@@ -248,7 +249,7 @@ def test_dropout_reaches_layers_without_tokens():
         client={"optimizer": "sgd", "local_steps": 2},
     )
     adapted = tiny.adapted_model("bert", config, torch.float64)
-    start = adapted.arrays(adapted.names(["lora_B"]))
+    start = adapted.arrays(adapted.names(["lora_B", HEAD]))
     jobs = tiny.jobs_of([start] * 2, tiny.split([3, 2]))
     results = train_cohort(adapted, tiny.table("bert", 5), jobs, config)
     for k, result in enumerate(results):
@@ -283,7 +284,7 @@ def test_the_real_minilm(minilm):
     adapted, config = minilm
     assert len(adapted.adapters) == 12
     tiny.start(adapted, scale=0.05)
-    start = adapted.arrays(adapted.names(["lora_A", "lora_B"]))
+    start = adapted.arrays(adapted.names(["lora_A", "lora_B", HEAD]))
     examples = tiny.table("bert", 7)
     examples.labels %= 2
     jobs = tiny.jobs_of([start] * 2, tiny.split([4, 3]), [tiny.plan(0.3, 0.5, 1.0, 4.0)] * 2)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters.model import linear_shape
 from fedlora.adapters.peft_format import HEAD_FILE, LABELS_FILE, export_peft
 from fedlora.config import Config
 from fedlora.models import load_base
@@ -176,6 +177,54 @@ def test_a_language_model_has_the_same_logits(kind, method, targets, folders, tm
     assert saved["task_type"] == "CAUSAL_LM"
     assert not saved["modules_to_save"]
     assert not (tmp_path / LABELS_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "mean", *tiny.CAUSAL])
+@pytest.mark.parametrize(("method", "rank"), [("fedit", 4), ("fed-sb", 4), ("fedit", None)])
+def test_a_residual_makes_an_adapter_of_a_larger_rank(kind, method, rank, folders, tmp_path):
+    """Stock PEFT loads it, and computes the same, up to the residual that fills the whole matrix."""
+    adapted, config = trained(folders["bert" if kind == "mean" else kind], method, kind, target_modules="all-linear")
+    generator = torch.Generator().manual_seed(2)
+    residual, without = {}, next(iter(adapted.adapters))
+    for path, adapter in adapted.adapters.items():
+        m, n = linear_shape(adapter.base)
+        if path != without:  # of one layer there is none
+            factors = (
+                torch.randn(m, rank or min(m, n), generator=generator),
+                torch.randn(rank or min(m, n), n, generator=generator),
+            )
+            residual[path] = 0.02 * factors[0] @ factors[1]
+    adapted.set_residual(residual)
+    export_peft(adapted, config, tmp_path, None if kind in tiny.CAUSAL else NAMES)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    shapes = {path: linear_shape(adapter.base) for path, adapter in adapted.adapters.items()}
+    ranks = {path: min(*shapes[path], 3 + (rank or 99) if path in residual else 3) for path in shapes}
+    assert saved["r"] == max(ranks.values())
+    assert saved["lora_alpha"] / saved["r"] == pytest.approx(1.5)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    found = {
+        n.split(".lora_A")[0].removeprefix("base_model.model."): len(t) for n, t in tensors.items() if "lora_A" in n
+    }
+    assert found == {path.removeprefix("encoder." if kind == "mean" else ""): r for path, r in ranks.items()}
+    assert f"rank {saved['r']} at most" in (tmp_path / "README.md").read_text()
+    batch = batch_of(kind)
+    real = batch["attention_mask"].bool()
+    if kind == "mean":
+        stock = AutoModel.from_pretrained(folders["bert"], add_pooling_layer=False)
+        adapted.model.eval()
+        adapted.layout.set_rows([5])
+        with torch.no_grad():
+            expected = adapted.model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    elif kind == "bert":
+        stock = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
+        expected, real = logits(adapted, batch), torch.ones(5, dtype=torch.bool)
+    else:
+        stock = AutoModelForCausalLM.from_pretrained(folders[kind])
+        expected = logits(adapted, batch)
+    before = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    assert (before[real] - expected[real]).abs().max() > 0.05
+    for output in loaded(stock, tmp_path, batch):
+        tiny.assert_close(output[0][real], expected[real], 3e-5)
 
 
 @pytest.mark.parametrize("method", ["fedit", "fed-sb"])

@@ -13,6 +13,7 @@ from fedlora.adapters.model import target_paths
 from fedlora.adapters.reach import NEVER_CALLED, NO_INFLUENCE, READ_ELSEWHERE, unreached
 from fedlora.errors import InputError
 from fedlora.models import head_of, run_short_text
+from fedlora.roles import HEAD
 from fedlora.training import train_cohort
 from tests import tiny
 from tests.families import QUERY_VALUE, family_model
@@ -170,7 +171,7 @@ def test_a_layer_that_does_not_see_the_texts_rows_takes_no_adapter():
     (note,) = adapted.notes
     assert note.startswith("all-linear leaves out 4 layers (model.decoder.layers.0.fc1, ")
     tiny.start(adapted)
-    start = adapted.arrays(adapted.names(["lora_A", "lora_B"]))
+    start = adapted.arrays(adapted.names(["lora_A", "lora_B", HEAD]))
     jobs = tiny.jobs_of([start] * 2, tiny.split([4, 3]), [tiny.plan(0.1, 1.0, 1.0)] * 2)
     config = tiny.settings("llama", client={"optimizer": "sgd", "local_steps": 1})
     for k, result in enumerate(train_cohort(adapted, tiny.table("llama", 7), jobs, config)):

@@ -12,7 +12,7 @@ from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.server.sampling import ClientSampling, get_sampling
 from tests.configs import override
-from tests.small_runs import OWNERS, SmallRuns, lines, payload
+from tests.llama_runs import OWNERS, SmallRuns, lines, payload
 
 fractions = st.floats(0.01, 1)
 clients = st.sets(st.integers(0, 200), max_size=40)

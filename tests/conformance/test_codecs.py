@@ -27,7 +27,7 @@ from fedlora.results.folder import RunResult
 from fedlora.study.forecast import Forecast
 from tests import tiny
 from tests.configs import override
-from tests.small_runs import OWNERS, SmallRuns, adapter, lines, payload
+from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload
 
 shapes = st.dictionaries(st.text("abc.", max_size=4), st.lists(st.integers(0, 5), max_size=3).map(tuple), max_size=5)
 scales = st.floats(-6, 4).map(lambda exponent: 10.0**exponent)

@@ -20,8 +20,8 @@ from fedlora.registry import SERVER_OPTIMIZERS
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.server.optimizers import Arrays, ServerOptimizer, server_optimizer
 from tests.configs import override
+from tests.llama_runs import SmallRuns, adapter, lines
 from tests.messages import FakeGrid, train_message
-from tests.small_runs import SmallRuns, adapter, lines
 
 NAMES = SERVER_OPTIMIZERS.names()
 SHAPES = {"layer.lora_A": (2, 5), "layer.lora_B": (3, 2), "head.bias": (4,), "scale": ()}

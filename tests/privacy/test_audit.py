@@ -67,7 +67,7 @@ class Federation:
         self.adapted = tiny.adapted_model("bert", self.config)
         rows = [np.array([ORDINARY])] * count + [np.array([ORDINARY, CANARY])] * count
         data = SimpleNamespace(train=tiny.table("bert", 2, seed=1), partition=rows)
-        monkeypatch.setattr(client_app, "client_model", lambda config, parameterisation: self.adapted)
+        monkeypatch.setattr(client_app, "client_model", lambda config: self.adapted)
         for module in (client_app, participant):
             monkeypatch.setattr(module, "client_data", lambda config: data)
         self.states = [RecordDict() for _ in rows]
@@ -96,12 +96,7 @@ class Federation:
         self, config: Config, server_round: int, arrays: Any, members: list[int], states: list[RecordDict] | None
     ) -> tuple[np.ndarray, Any]:
         """Return the sums that clients' updates stand for, [clients, numbers] in units of C, and the last's metrics."""
-        settings = {
-            "server-round": server_round,
-            "learning-rate": 1.0,
-            "parameterisation": "lora",
-            "initial-digest": "",
-        }
+        settings = {"server-round": server_round, "learning-rate": 1.0}
         text = config.to_toml()
         sent = encode(arrays)
         messages, contexts = [], []

@@ -86,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_CACHE", str(place / "cache"))
-        for function in ("fedlora.strategies.federation.plot_rounds", "fedlora.simulator.plot_partition"):
+        for function in ("fedlora.strategies.callbacks.plot_rounds", "fedlora.simulator.plot_partition"):
             patch.setattr(function, lambda *_: None)
         found = Runs(place, config)
         simulate(config, output=found.whole)
@@ -314,7 +314,7 @@ def test_other_data_or_another_model_is_one_line(runs: Runs, tmp_path: Path, cha
 def test_other_packages_are_told(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = runs.copy(tmp_path / "run")
     monkeypatch.setattr(
-        "fedlora.strategies.federation._version", lambda package: "0.1" if package == "torch" else version(package)
+        "fedlora.strategies.summary._version", lambda package: "0.1" if package == "torch" else version(package)
     )
     (note,) = runs.go_on(folder)
     assert note == f"torch was {version('torch')} when the run began and is 0.1 now; the last bits may differ"

@@ -10,18 +10,19 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora.adapters import ExpertModel, adapt
-from fedlora.adapters.merged import MergedModel, expert_of, split_owners
 from fedlora.communication.meter import MeteredGrid
+from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode, payload_bytes
 from fedlora.errors import InputError, RunError
 from fedlora.experts import FULL, Mixture
 from fedlora.experts.expert import array_shapes, dense
+from fedlora.experts.expert_model import ExpertModel, adapt_experts
+from fedlora.experts.expert_start import start_expert
+from fedlora.experts.merged import MergedModel, expert_of, split_owners
+from fedlora.experts.router import tune_router
 from fedlora.strategies.flexmore import FlexMoRE, client_owners
 from fedlora.tasks import get_task
 from fedlora.training import train_cohort
-from fedlora.training.expert_start import start_expert
-from fedlora.training.router import tune_router
 from tests import tiny
 from tests.messages import FIRST_NODE, FakeGrid
 
@@ -181,9 +182,8 @@ def test_formulas_equal_what_is_encoded(kind, dtype):
     """By client and rank, both ways, by measurement."""
     strategy = strategy_of(kind=kind, model={"dtype": dtype})
     wire = getattr(torch, dtype)
-    grid = MeteredGrid(
-        FakeGrid(lambda m: answer_in(m)), strategy.client_formula(None), {n: c for c, n in strategy.nodes.items()}
-    )
+    formula = strategy.client_formula(MergedModel(Mixture.of(tiny.base_model(kind))), Parts("run"))
+    grid = MeteredGrid(FakeGrid(lambda m: answer_in(m)), formula, {n: c for c, n in strategy.nodes.items()})
 
     def answer_in(message):
         reply = answer(strategy, message)
@@ -241,7 +241,7 @@ def federation(kind: str, data: Any, strategy: FlexMoRE, rounds: int) -> tuple[M
     """Do as server and clients do, without messages between processes."""
     config = strategy.config
     merged = MergedModel(Mixture.of(tiny.base_model(kind)))
-    adapted = adapt(tiny.base_model(kind), config, "expert")
+    adapted = adapt_experts(tiny.base_model(kind), config)
     assert isinstance(adapted, ExpertModel)
     arrays: Any = {}
     metrics = [strategy.evaluate(merged, data, 0)]
@@ -336,7 +336,7 @@ def test_an_owners_larger_client_uses_its_whole_rank_after_a_smaller_one_began()
     arrays, _ = strategy.aggregate_train(1, [answer(strategy, messages[1])])
     assert arrays is not None
     messages = list(strategy.configure_train(2, arrays, ConfigRecord(), FakeGrid(None)))
-    adapted: Any = adapt(tiny.base_model("llama"), strategy.config, "expert")
+    adapted: Any = adapt_experts(tiny.base_model("llama"), strategy.config)
     adapted.prepare(messages[0].content["config"])
     received = decode(messages[0].content["arrays"])
     start = adapted.begin(received)

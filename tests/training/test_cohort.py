@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdaptedModel
 from fedlora.config import Config
 from fedlora.errors import GuardError
+from fedlora.roles import HEAD
 from fedlora.training import ClientJob, cohort, train_cohort
 from fedlora.training.cohort import learning_rate
 from tests import tiny
@@ -357,7 +358,7 @@ def test_alternating_factors_and_cohort_sizes():
     examples = tiny.table("bert", 9)
     for factor, sizes in (("lora_B", [4]), ("lora_A", [5, 1, 3]), ("lora_B", [1, 2])):
         shared = adapted.arrays()
-        names = adapted.names([factor])
+        names = adapted.names([factor, HEAD])
         jobs = tiny.jobs_of([{n: shared[n] for n in names}] * len(sizes), tiny.split(sizes))
         results = train_cohort(adapted, examples, jobs, config)
         assert adapted.trained == names

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import ExpertModel, adapt
 from fedlora.experts import FULL
-from fedlora.training.expert_start import LARGEST_LOGIT, document_states, mean_states, start_expert
+from fedlora.experts.expert_model import ExpertModel, adapt_experts
+from fedlora.experts.expert_start import LARGEST_LOGIT, document_states, mean_states, start_expert
 from tests import tiny
 
 
 def model(kind="llama", **method):
     config = tiny.settings(kind, method={"name": "flexmore", "rank": 2, **method}, server={"batch_size": 4})
-    adapted = adapt(tiny.base_model(kind), config, "expert")
+    adapted = adapt_experts(tiny.base_model(kind), config)
     assert isinstance(adapted, ExpertModel)
     return adapted
 
@@ -160,7 +160,9 @@ def test_a_nodes_start_has_noise_and_sample_of_entropy():
         return torch.stack([arrays[f"{path}.router"][0] for path in adapted.routers()])
 
     noise = torch.stack([rows(noisy) - rows(exact) for _ in range(20)])
-    assert len(noise.unique()) == noise.numel()
+    draws = noise.flatten(0, 1)  # by start and layer
+    assert len(draws.unique(dim=0)) == len(draws)
+    assert len(noise.unique()) > 0.99 * noise.numel()  # two of the numbers in float32 may be equal by chance
     assert float((noise * 9 / 2**0.5).std()) == pytest.approx(0.05, rel=0.15)
     half = dataclasses.replace(exact, start_sample_rate=0.5)
     assert len({float(rows(half).sum()) for _ in range(12)}) > 1

@@ -22,6 +22,7 @@ from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
+from fedlora.experts.expert_model import adapt_experts
 from fedlora.results import RunResult
 from fedlora.training import train_cohort
 from fedlora.training.dp import per_example_gradients
@@ -166,7 +167,7 @@ def test_chance_is_told_from_company():
 @pytest.mark.parametrize("extraction", ["direct", "svd"])
 def test_an_owners_expert_is_sound(extraction):
     config = tiny.settings("llama", method={"name": "flexmore", "rank": 2, "extraction": extraction})
-    adapted = adapt(tiny.base_model("llama"), config, "expert")
+    adapted = adapt_experts(tiny.base_model("llama"), config)
     assert dependence(adapted, config, PAD) is None
 
 

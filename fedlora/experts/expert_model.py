@@ -168,6 +168,11 @@ class ExpertModel(AdaptedModel):
         zeros = {name: torch.zeros(self.parameter(name).shape[1:]) for name in last}
         self.set_shared(self.arrays([name for name in self._layers if name not in zeros]) | zeros)
 
+    def drawn(self, seed: int) -> Arrays:
+        """Draw as for any adapters; a positive bias would be cut off, and have no gradient."""
+        arrays = super().drawn(seed)
+        return {n: -value.abs() if n.endswith("router_bias") else value for n, value in arrays.items()}
+
     def prepare(self, settings: Mapping[str, Any]) -> None:
         """Take on the rank of a message's settings (``rank``)."""
         self.set_rank(parse_rank(str(settings["rank"])))

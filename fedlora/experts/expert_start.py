@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fedlora import entropy
-from fedlora.adapters import AdaptedModel, ExpertModel, lora
+from fedlora.adapters import AdaptedModel, lora
 from fedlora.arrays import Arrays
 from fedlora.data.tokens import TokenTable
+from fedlora.experts.expert_model import ExpertModel
 from fedlora.experts.options import expert_options
 from fedlora.privacy import PrivacyPlan
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,33 +17,33 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.expert import FACTORS, adapt_experts, check_rank, trained_rank
-from fedlora.adapters.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.arrays import Arrays
 from fedlora.communication.wire import decode
 from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
-from fedlora.experts.folder import folder_name, save_expert
+from fedlora.experts.expert_model import FACTORS, ExpertModel, adapt_experts, check_rank, trained_rank
+from fedlora.experts.expert_start import mean_states, router_row
+from fedlora.experts.folder import EXPERTS, MIXTURE, folder_name, save_expert
+from fedlora.experts.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
+from fedlora.experts.router import tune_router
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
 from fedlora.roles import FROZEN, Role, Roles
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
+from fedlora.strategies.flexmore.opting_out import opt_out
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.training import evaluate
-from fedlora.training.expert_start import mean_states, router_row
-from fedlora.training.router import tune_router
 
 log = logging.getLogger("fedlora")
 
 FULL_RATE = 0.4
 """A full expert's learning rate, as a share of an adapter's: they are best at 8e-4 and 2e-3 (experiments/studies)."""
 
-MIXTURE = "mixture"
 RESERVED = ("public", MIXTURE)
 """What results call models, so that no owner may be called so."""
 
@@ -76,13 +76,13 @@ class FlexMoRE(FederatedStrategy):
     title = "FlexMoRE: experts of mixed ranks in one mixture"
     paper = "arXiv 2602.08818"
     exact = True
-    mixed_ranks = True
     persistent = False
     color, marker = "purple", "up"
     Options = ExpertOptions
     options: ExpertOptions
     parameterisation = "expert"
     client = "fedlora.clients.flexmore:OwnersHalf"
+    outputs = (MIXTURE, EXPERTS)
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
 
     def __init__(self, config: Config) -> None:
@@ -141,6 +141,11 @@ class FlexMoRE(FederatedStrategy):
         """Router rows start from so many of an owner's documents, or from public text."""
         options = expert_options(config)
         return options.router_documents if options.router_init == "documents" else 0
+
+    @classmethod
+    def start_reads(cls, config: Config) -> Literal["nothing", "public", "private"]:
+        """Router rows may start from public text; that owners' documents make one is the clients' work."""
+        return "public" if expert_options(config).router_init == "public" else "nothing"
 
     # What a client is.
 
@@ -254,6 +259,13 @@ class FlexMoRE(FederatedStrategy):
         self._experts = split_owners(decode(arrays))
         return super().configure_train(server_round, arrays, config, grid)
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send every client its owner's expert, which it evaluates beside the public one."""
+        self._experts = split_owners(decode(arrays))
+        return super().configure_evaluate(server_round, arrays, config, grid)
+
     def client_arrays(self, client: int) -> tuple[Hashable, Arrays]:
         """Its owner's expert at its rank."""
         owner, rank = self.owners[client], self.ranks[client]
@@ -335,6 +347,13 @@ class FlexMoRE(FederatedStrategy):
             arrays |= _named(path, combine([(1.0, expert.update(path))], rank))
         return Expert(expert.owner, rank, arrays, expert.public_digest)
 
+    def probe(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """The largest of the clients' experts."""
+        assert isinstance(adapted, ExpertModel)
+        ranks = client_ranks(self.config, data.client_names)
+        adapted.set_rank(FULL if FULL in ranks else max(rank for rank in ranks if rank != FULL))
+        return adapted.arrays(self.trained_names(adapted))
+
     # The result.
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
@@ -382,10 +401,15 @@ class FlexMoRE(FederatedStrategy):
         for owner in adapted.mixture.owners:
             expert = adapted.experts[owner]
             known = Expert(owner, expert.rank, expert.arrays, self.public_digest)
-            save_expert(known, adapted.mixture, folder / "experts" / folder_name(owner), base)
+            save_expert(known, adapted.mixture, folder / EXPERTS / folder_name(owner), base)
         with quiet():
             adapted.mixture.save_pretrained(str(folder / MIXTURE))
         load_tokenizer(self.config).save_pretrained(str(folder / MIXTURE))
+
+    @classmethod
+    def opt_out(cls, folder: Path, owner: str) -> Mixture:
+        """Remove an owner's expert from a finished run; see :mod:`~fedlora.strategies.flexmore.opting_out`."""
+        return opt_out(folder, owner)
 
     def facts(self, adapted: AdaptedModel) -> dict[str, Any]:
         """Return what summary.json says of the experts."""

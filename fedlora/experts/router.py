@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedlora.adapters.merged import MergedModel
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
+from fedlora.experts.merged import MergedModel
 from fedlora.experts.options import expert_options
 from fedlora.training.batches import shuffled_batches
 
