@@ -146,7 +146,7 @@ class World:
             ]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def content(self, method: str, kind: str, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    def content(self, method: str, kind: str, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config of a method on a model; ``client={...}`` and the like add to its sections."""
         files = {name: str(self.folder / f"{name}.jsonl") for name in ("train", "test", "public")}
         content: dict[str, Any] = {

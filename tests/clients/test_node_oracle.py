@@ -23,7 +23,8 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
-from fedlora.communication.meter import INITIAL
+from fedlora.communication.broadcast import AFTER, HELD, KEY
+from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.node import node_ledger
@@ -238,13 +239,16 @@ class Attacker:
         text = text if draw.random() < 0.2 else self.described[0]
         self.round += draw.choice([1, 1, 1, 0, -1])
         settings: dict[str, Any] = {
-            "server-round": self.round, "learning-rate": 0.1, "parameterisation": "lora", "initial-digest": "",
-            "rank": "2",
+            "server-round": self.round, "learning-rate": 0.1, "rank": "2",
         }  # fmt: skip
+        held: dict[str, Any] = {}
         if draw.random() < 0.2:
-            settings["initial-digest"] = draw.choice([digest({"x": torch.ones(3)}), "../../own", "0" * 64])
+            part = draw.choice([INITIAL, INITIAL, "lora_A", "residual"])
+            held[part] = draw.choice([digest({"x": torch.ones(3)}), "../../own", "0" * 64])
+            if draw.random() < 0.3:
+                held |= {AFTER + part: draw.choice(["", "0" * 64]), KEY + part: draw.choice(["../../own", "0" * 64])}
         if draw.random() < 0.1:
-            settings |= draw.choice([{"learning-rate": 1e300}, {"parameterisation": "none"}, {"server-round": 10**12}])
+            settings |= draw.choice([{"learning-rate": 1e300}, {"rank": "full"}, {"server-round": 10**12}])
         if draw.random() < 0.05:
             del settings[draw.choice(sorted(settings))]
         content: dict[str, Any] = {
@@ -252,8 +256,10 @@ class Attacker:
             "config": ConfigRecord(settings),
             NODE_RECORD: ConfigRecord({"federation": self.described[1], "client": 0}),
         }
+        if held:
+            content[HELD] = ConfigRecord(held)
         if draw.random() < 0.1:
-            content[INITIAL] = self.frozen
+            content[draw.choice([INITIAL, INITIAL, "initial/lora_A", "changed/residual"])] = self.frozen
         if draw.random() < 0.05:
             del content[draw.choice(sorted(content))]
         return self._of_run(train_message(FIRST_NODE, RecordDict(content), self.round)), text, self.run
@@ -460,7 +466,7 @@ def test_every_seed_shares_a_nodes_tokens_and_the_cache_stays_within_its_bound(
         assert not ask(file, query(run, []), text, run).has_error()
         content = {
             "arrays": encode(server.arrays(text)),
-            "config": ConfigRecord({"server-round": 1, "learning-rate": 0.1, "parameterisation": "lora"}),
+            "config": ConfigRecord({"server-round": 1, "learning-rate": 0.1}),
             NODE_RECORD: ConfigRecord({"federation": f"f{run}", "client": 0}),
         }
         message = train_message(FIRST_NODE, RecordDict(content))

@@ -53,11 +53,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def content(here: World, name: str, kind: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
     """Return a config of a method on a model, by default the first that it does not refuse."""
-    chosen = kind or here.kinds(name)[0]
-    given = here.content(name, chosen)
-    for section, values in sections.items():
-        given[section] = {**given.get(section, {}), **values}
-    return given
+    return here.content(name, kind or here.kinds(name)[0], **sections)
 
 
 @pytest.fixture(params=METHODS)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord
 
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
-from fedlora.clients.resources import initial_path
-from fedlora.communication.meter import INITIAL
+from fedlora.clients.held import part_path
+from fedlora.communication.broadcast import HELD
+from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import digest, encode
 from fedlora.deployment.processes import Child
 from fedlora.errors import ClientErrorCode, InputError
@@ -102,7 +104,7 @@ def test_arrays_that_are_not_the_models_are_not_kept(tmp_path: Path, cache: Path
     for arrays, claimed in ((junk, digest(junk)), (some, digest(some)), (junk, "0" * 64)):
         message = server.train(1)
         message.content[INITIAL] = encode(arrays)
-        message.content["config"]["initial-digest"] = claimed  # type: ignore[index,call-overload]
+        message.content[HELD] = ConfigRecord({INITIAL: claimed})
         assert app(message, here).error.code == ClientErrorCode.FAILED
     # Nor are the model's own, of a run that nobody described.
     other = Server(tmp_path / "server", "ffa-lora", run=99, federation="f99", method__rank=3)
@@ -115,7 +117,7 @@ def test_arrays_that_are_not_the_models_are_not_kept(tmp_path: Path, cache: Path
 @pytest.mark.parametrize("name", ["../../own", "/etc/passwd", "0" * 63, ""])
 def test_a_server_names_no_file(name: str) -> None:
     with pytest.raises(ValueError, match="no SHA-256"):
-        initial_path(name)
+        part_path(name)
 
 
 # Logs.

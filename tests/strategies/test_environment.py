@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.strategies import federation
+from fedlora.strategies import summary
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source tree without git, as if the code ran from there; the environment names a commit."""
-    monkeypatch.setattr(federation, "__file__", str(tmp_path / "strategies" / "federation.py"))
+    monkeypatch.setattr(summary, "__file__", str(tmp_path / "strategies" / "summary.py"))
     monkeypatch.setenv("FEDLORA_COMMIT", "c0ffee")
     return tmp_path
 
 
 def test_outside_of_a_checkout_the_environment_says_the_commit(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert federation._commit() == "c0ffee"
+    assert summary._commit() == "c0ffee"
     monkeypatch.setenv("FEDLORA_COMMIT", "")
-    assert federation._commit() is None
+    assert summary._commit() is None
     monkeypatch.delenv("FEDLORA_COMMIT")
-    assert federation._commit() is None
+    assert summary._commit() is None
 
 
 def test_a_checkout_says_its_own_commit(tree: Path) -> None:
@@ -39,6 +39,6 @@ def test_a_checkout_says_its_own_commit(tree: Path) -> None:
     git("add", "file")
     git("commit", "-m", "first")
     commit = git("rev-parse", "HEAD")
-    assert federation._commit() == commit
+    assert summary._commit() == commit
     (tree / "file").write_text("2")
-    assert federation._commit() == f"{commit}-dirty"
+    assert summary._commit() == f"{commit}-dirty"

@@ -11,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora.communication.meter import MeteredGrid
+from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode, payload_bytes
 from fedlora.errors import InputError, RunError
 from fedlora.experts import FULL, Mixture
@@ -181,9 +182,8 @@ def test_formulas_equal_what_is_encoded(kind, dtype):
     """By client and rank, both ways, by measurement."""
     strategy = strategy_of(kind=kind, model={"dtype": dtype})
     wire = getattr(torch, dtype)
-    grid = MeteredGrid(
-        FakeGrid(lambda m: answer_in(m)), strategy.client_formula(None), {n: c for c, n in strategy.nodes.items()}
-    )
+    formula = strategy.client_formula(MergedModel(Mixture.of(tiny.base_model(kind))), Parts("run"))
+    grid = MeteredGrid(FakeGrid(lambda m: answer_in(m)), formula, {n: c for c, n in strategy.nodes.items()})
 
     def answer_in(message):
         reply = answer(strategy, message)

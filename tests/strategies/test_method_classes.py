@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from fedlora.adapters import AdaptedModel, adapt
+from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import PARAMETERISATIONS, dense_weight, linear_shape
 from fedlora.arrays import Arrays
+from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import methods
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import FederatedStrategy
+from fedlora.strategies.base import Contact, FederatedStrategy, Sizes
 from fedlora.strategies.fed_sb import mean_gradients
 from fedlora.training import train_cohort
 from tests import tiny
@@ -40,7 +41,8 @@ def make(
         client={"optimizer": "sgd", "local_steps": 3, "batch_size": 4},
     )
     strategy = METHODS[method](config)
-    adapted = adapt(tiny.base_model(kind, getattr(torch, dtype)), config, strategy.parameterisation)
+    adapted = strategy.adapt(tiny.base_model(kind, getattr(torch, dtype)), config)
+    strategy.know(adapted)
     return adapted, config, strategy
 
 
@@ -53,11 +55,22 @@ def begin(adapted: AdaptedModel, strategy: FederatedStrategy, data: Any) -> tupl
     """Do as a run does: the start, divided into what is frozen and what is trained."""
     start = strategy.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
     start = decode(encode(start, wire_dtype(strategy.config.model.dtype)))
-    names = adapted.names(strategy.trained)
+    names = adapted.names(strategy.changing())
+    assert names == strategy.trained_names(adapted)
     frozen, trained = ({n: a for n, a in start.items() if (n in names) == kept} for kept in (False, True))
     assert set(trained) == set(names)
     adapted.set_shared(frozen | trained)
     return frozen, trained
+
+
+def formula_bytes(strategy: FederatedStrategy, adapted: AdaptedModel) -> dict[str, int]:
+    """The formula of a client's first contact, and, of what goes both ways, of every later one."""
+    parts = Parts("run")
+    formula = strategy.client_formula(adapted, parts)
+    found = {direction: formula(1, 0, direction) for direction in ("initial", "down", "up")}
+    parts.since[0] = 1
+    assert all(formula(2, 0, direction) == found[direction] for direction in ("down", "up"))
+    return found
 
 
 def updates(adapted: AdaptedModel, arrays: Arrays) -> Arrays:
@@ -83,7 +96,7 @@ def test_rounds_of_training(kind, method):
         jobs = tiny.jobs_of([trained] * 3, tiny.split(SIZES), None, server_round, 0.02)
         results = train_cohort(adapted, data.train, jobs, config)
         # What clients train is what travels, and nothing else has a gradient or an optimiser.
-        assert set(results[0].arrays) == set(adapted.names(strategy.trained))
+        assert set(results[0].arrays) == set(strategy.trained_names(adapted))
         moving = {id(p) for p in adapted.parameters()}
         assert moving == {id(p) for p in adapted.model.parameters() if p.requires_grad}
         assert not any(id(adapted.parameter(name)) in moving for name in frozen)
@@ -171,7 +184,7 @@ def test_the_gradient_starts_of_fed_sb(kind, init):
         **extra,
     )
     strategy = METHODS["fed-sb"](config)
-    adapted = adapt(tiny.base_model(kind, torch.float64), config, "sb")
+    adapted = strategy.adapt(tiny.base_model(kind, torch.float64), config)
     data = some_data(kind)
     table, rows = (data.public, np.arange(6)) if init == "public" else (data.train, np.arange(13))
     arrays = strategy.start_arrays(adapted, data)
@@ -241,7 +254,7 @@ def test_formulas_equal_what_is_encoded(kind, method, dtype):
     frozen, trained = begin(adapted, strategy, some_data(kind))
     wire = wire_dtype(config.model.dtype)
     size = 8 if dtype == "float64" else 4
-    formula = strategy.formula_bytes(adapted)
+    formula = formula_bytes(strategy, adapted)
     assert formula["down"] == formula["up"] == payload_bytes(encode(trained, wire))
     # FedIT's frozen part is empty: A and B travel in every round.
     assert formula["initial"] == payload_bytes(encode(frozen, wire))
@@ -265,13 +278,16 @@ def test_the_published_size_of_fed_sb():
     with torch.device("meta"):
         model = MistralForCausalLM(MistralConfig())
     config = tiny.settings("llama", method={"name": "fed-sb", "rank": 200, "target_modules": "all-linear"})
-    adapted = adapt(model, config, "sb")
+    strategy = METHODS["fed-sb"](config)
+    adapted = strategy.adapt(model, config)
     assert len(adapted.adapters) == 7 * 32
-    formula = METHODS["fed-sb"](config).formula_bytes(adapted)
+    formula = formula_bytes(strategy, adapted)
     assert formula["up"] == formula["down"] == 35_840_000
     assert formula["up"] == 4 * sum(adapted.parameter(name).numel() for name in adapted.names(["sb_R"]))
     assert formula["initial"] == 4 * sum(adapted.parameter(name).numel() for name in adapted.names(["sb_A", "sb_B"]))
     # 9 times less than FedIT at rank 32, the comparison that the paper makes.
     fedit = tiny.settings("llama", method={"name": "fedit", "rank": 32, "target_modules": "all-linear"})
     layers = [linear_shape(adapter.base) for adapter in adapted.adapters.values()]
-    assert METHODS["fedit"](fedit).payload(layers, 32, 0).up * 4 / formula["up"] == pytest.approx(9.4, abs=0.1)
+    assert METHODS["fedit"](fedit).payload(Sizes(layers, 32, 0), Contact(1, 0, None, {})).up * 4 / formula[
+        "up"
+    ] == pytest.approx(9.4, abs=0.1)

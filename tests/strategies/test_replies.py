@@ -13,8 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.communication.broadcast import InitialBroadcast
+from fedlora.communication.broadcast import Broadcast
 from fedlora.communication.meter import MeteredGrid
+from fedlora.communication.parts import INITIAL, Parts
 from fedlora.communication.wire import decode, encode
 from fedlora.errors import ClientErrorCode
 from fedlora.flower import set_source
@@ -63,10 +64,10 @@ def mean(rounds: FederatedStrategy, change: Change | None, wire: torch.dtype = t
         reply = changed if isinstance(changed, Message) else Message(content, reply_to=message)
         return reply
 
-    grid = InitialBroadcast(
-        MeteredGrid(FakeGrid(answer, 4), lambda *about: 0, {FIRST_NODE + client: client for client in range(4)}),
-        encode({"frozen": torch.ones(2)}),
-    )
+    clients = {FIRST_NODE + client: client for client in range(4)}
+    parts = Parts("run")
+    parts.set(INITIAL, {"frozen": torch.ones(2)}, 0)
+    grid = Broadcast(MeteredGrid(FakeGrid(answer, 4), lambda *about: 0, clients), parts, clients, wire)
     messages = list(rounds.configure_train(1, encode(ARRAYS, wire), ConfigRecord(), grid))
     record, _ = rounds.aggregate_train(1, grid.send_and_receive(messages))
     return record
@@ -290,5 +291,5 @@ def test_a_round_whose_mean_is_not_finite_does_not_count(monkeypatch: pytest.Mon
     monkeypatch.setattr(WeightedMean, "result", lambda self: {"all": torch.full((11,), math.inf)})
     rounds = made()
     assert mean(rounds, lambda content: None) is None
-    assert rounds.report.uncounted == "the mean is not finite"
+    assert rounds.report.uncounted == "the aggregate is not finite"
     assert rounds.report.drift is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,22 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.arrays import Arrays
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, load_config
 from fedlora.errors import ClientErrorCode, InputError, RunError
 from fedlora.methods import methods
+from fedlora.roles import HEAD, trained_kinds
 from fedlora.strategies.aggregation import WeightedMean, in_client_order, weighted_mean
-from fedlora.strategies.base import FederatedStrategy, get_strategy
+from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, get_strategy
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, records, train_message
 
 METHODS = methods()
 
 Answer = Callable[[Message, int], Message | None]
 ARRAYS = {"layer.lora_B": torch.zeros(4, 2), "classifier.bias": torch.zeros(3)}
+MODEL: Any = SimpleNamespace(head_names=("classifier.bias",))
+"""All that a strategy asks of the model, where it gets the arrays."""
 
 
 def config(method: str = "fedit", clients: int = 4, **overrides: Any) -> Config:
@@ -38,6 +43,7 @@ def config(method: str = "fedit", clients: int = 4, **overrides: Any) -> Config:
 
 def strategy(method: str = "fedit", clients: int = 4, **overrides: Any) -> FederatedStrategy:
     made = get_strategy(method)(config(method, clients, **overrides))
+    made.know(MODEL)
     made.nodes = {client: FIRST_NODE + client for client in range(clients)}
     return made
 
@@ -52,10 +58,14 @@ def good(message: Message, client: int) -> Message:
 
 
 def run_round(
-    rounds: FederatedStrategy, answer: Answer = good, server_round: int = 1, order: Sequence[int] | None = None
+    rounds: FederatedStrategy,
+    answer: Answer = good,
+    server_round: int = 1,
+    order: Sequence[int] | None = None,
+    arrays: Arrays = ARRAYS,
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     """Ask the sampled clients and aggregate what they answer, in the order given."""
-    messages = list(rounds.configure_train(server_round, encode(ARRAYS), ConfigRecord(), FakeGrid(lambda m: None)))
+    messages = list(rounds.configure_train(server_round, encode(arrays), ConfigRecord(), FakeGrid(lambda m: None)))
     places = range(len(messages)) if order is None else order
     replies = (answer(messages[i], messages[i].metadata.dst_node_id - FIRST_NODE) for i in places)
     return rounds.aggregate_train(server_round, (reply for reply in replies if reply is not None))
@@ -76,14 +86,30 @@ def only_value(record: ArrayRecord | None) -> float:
 # Averaging.
 
 
-AVERAGING = [method for method in METHODS if method != "flexmore"]
-"""FlexMoRE averages nothing; tests/strategies/test_flexmore.py has what it does instead."""
+AVERAGING = [name for name, method in METHODS.items() if method.aggregate is FederatedStrategy.aggregate]
+"""Not FlexMoRE, which averages nothing; tests/strategies/test_flexmore.py has what it does instead."""
+
+
+def test_the_papers_methods_average() -> None:
+    assert {"fedit", "ffa-lora", "fed-sb"} <= set(AVERAGING)
 
 
 @pytest.mark.parametrize("method", AVERAGING)
 def test_clients_weigh_by_their_examples(method: str) -> None:
     rounds = strategy(method)
-    record, metrics = run_round(rounds)
+    roles = rounds.roles(rounds.config, 1)
+    arrays = {f"layer.{kind}": torch.zeros(4, 2) for kind, role in roles.items() if role.trained and kind != HEAD}
+    arrays |= {"classifier.bias": torch.zeros(3)} if HEAD in roles else {}
+    sent = {name: array for name, array in arrays.items() if roles[rounds.kind(name)].up != "never"}
+
+    def answer(message: Message, client: int) -> Message:
+        content = {name: torch.full_like(array, client) for name, array in sent.items()}
+        return Message(records(content, num_examples=client + 1, loss=float(client)), reply_to=message)
+
+    record, metrics = run_round(rounds, answer, arrays=arrays)
+    assert record is not None
+    assert list(record) == list(arrays)
+    record = ArrayRecord({name: record[name] for name in sent})
     assert only_value(record) == pytest.approx(mean_of(range(4)))
     assert metrics is not None
     assert metrics["num-examples"] == 1 + 2 + 3 + 4
@@ -115,8 +141,17 @@ def test_a_loss_that_is_no_number_is_left_out() -> None:
 
 @pytest.mark.parametrize(("dtype", "wire"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")])
 def test_the_aggregate_has_the_wires_dtype(dtype: str, wire: str) -> None:
-    record, _ = run_round(strategy(model__dtype=dtype))
+    def answer(message: Message, client: int) -> Message:
+        metrics = MetricRecord({"num-examples": client + 1})
+        return Message(
+            RecordDict({"arrays": encode(filled(client), getattr(torch, wire)), "metrics": metrics}), reply_to=message
+        )
+
+    rounds = strategy(model__dtype=dtype)
+    record, _ = run_round(rounds, answer)
+    assert rounds.report.failed == []
     assert record is not None
+    assert only_value(record) == pytest.approx(mean_of(range(4)))
     assert {array.dtype for array in record.values()} == {wire}
 
 
@@ -483,14 +518,24 @@ def test_every_method_fills_in_the_form(method: str) -> None:
     assert cls.title
     assert "arXiv" in cls.paper
     assert set(cls.learning_rates) == {"adamw", "sgd"}
-    assert cls.trained
+    about = config(method, model__task="causal-lm", run__rounds=3)
+    assert all(trained_kinds(cls.roles(about, server_round)) for server_round in (1, 2, 3))
+
+
+CONTACTS = [Contact(1, 0, None, {}), Contact(3, 0, 2, {1: [0], 2: [0, 1]}), Contact(9, 3, None, {1: [0]})]
 
 
 def test_payloads_are_those_of_the_papers() -> None:
-    layers, rank, head = [(384, 384), (128, 384)], 8, 770
+    rank, head = 8, 770
     m, n = 384 + 128, 384 + 384
-    by_method = {name: METHODS[name].payload(layers, rank, head) for name in ("fedit", "ffa-lora", "fed-sb")}
-    fedit, ffa, sb = by_method["fedit"], by_method["ffa-lora"], by_method["fed-sb"]
+    sizes = Sizes([(384, 384), (128, 384)], rank, head)
+
+    def payload(method: str) -> Payload:
+        found = {strategy(method).payload(sizes, contact) for contact in CONTACTS}
+        assert len(found) == 1  # whoever it is, and whatever was sent before
+        return found.pop()
+
+    fedit, ffa, sb = payload("fedit"), payload("ffa-lora"), payload("fed-sb")
     assert (fedit.initial, fedit.down, fedit.up) == (0, rank * (m + n) + head, rank * (m + n) + head)
     assert (ffa.initial, ffa.down, ffa.up) == (rank * n, rank * m + head, rank * m + head)
     assert (sb.initial, sb.down, sb.up) == (rank * (m + n), 2 * rank**2 + head, 2 * rank**2 + head)

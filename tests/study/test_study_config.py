@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedlora.config import load_config
 from fedlora.errors import InputError
-from fedlora.strategies.base import get_strategy
+from fedlora.strategies.base import Contact, Sizes, get_strategy
 from fedlora.study.config import load_study
 from fedlora.study.plan import make_plan
 from tests.configs import BASE
@@ -154,7 +155,10 @@ def test_the_privacy_studys_ranks_match_in_parameters_and_in_bytes(name: str) ->
     head = 385 * (2 if name == "privacy" else 20)
     trained, sent = [], []
     for table in study.axes["method"]:
-        payload = get_strategy(table["method.name"]).payload([(384, 384)] * 12, table["method.rank"], head)
+        sizes = Sizes([(384, 384)] * 12, table["method.rank"], head)
+        keys = {key: value for key, value in table.items() if key != "label"}
+        method = get_strategy(table["method.name"])(load_config(study.base, keys))
+        payload = method.payload(sizes, Contact(1, 0, None, {}))
         trained.append(payload.up)
         sent.append(payload.initial + study.base["run"]["rounds"] * (payload.down + payload.up))
     assert [table["method.name"] for table in study.axes["method"]] == 2 * ["fedit", "ffa-lora", "fed-sb"]
