@@ -132,3 +132,6 @@ SERVER_OPTIMIZERS = Registry(
     "fedlora.server.optimizers:ServerOptimizer", "fedlora.server_optimizers", "server.optimizer"
 )
 CLIENT_SAMPLINGS = Registry("fedlora.server.sampling:ClientSampling", "fedlora.client_samplings", "server.sampling")
+PARAMETERISATIONS = Registry(
+    "fedlora.adapters.parameterisations:Parameterisation", "fedlora.parameterisations", "parameterisation"
+)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from fedlora.adapters import AdaptedModel, sb
+from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import dense_weight
+from fedlora.adapters.parameterisations import sb
 from fedlora.arrays import Arrays
 from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
 from fedlora.data.tokens import FederatedData, TokenTable

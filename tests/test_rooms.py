@@ -149,7 +149,7 @@ def test_no_flag_serves_one_method_alone() -> None:
     assert flags_left() == {}
 
 
-@pytest.mark.parametrize("flag", ["dp", "persistent", "covers_init", "private", "enough_replies"])
+@pytest.mark.parametrize("flag", ["dp", "covers_init", "private", "enough_replies"])
 def test_the_search_finds_every_kind_of_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class attributes, properties and methods, as soon as one method alone has its own."""
     monkeypatch.setattr(METHODS["fedit"], flag, object(), raising=False)

@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedlora.adapters import AdaptedModel, adapt, sb
+from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.model import dense_weight
+from fedlora.adapters.parameterisations import sb
 from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable

@@ -1,6 +1,6 @@
 """A frozen base model with adapters and a trainable head in it.
 
-:func:`adapt` chooses the target modules as PEFT does, puts a :class:`FactoredLinear` in the place of each, and turns
+:func:`adapt` chooses the target modules as PEFT does, puts an adapter layer in the place of each, and turns
 the head's linear layers into stacked ones. The result, an :class:`AdaptedModel`, is what clients train and the server
 evaluates.
 """
@@ -8,17 +8,15 @@ evaluates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlora.adapters import lora, sb
-from fedlora.adapters.own_rows import OwnRows
+from fedlora.adapters.layers import AdapterLayer, adapter_dtype
 from fedlora.adapters.reach import unreached
-from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLinear
+from fedlora.adapters.stacked import RowLayout, StackedLayer, StackedLinear
 from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
 from fedlora.arrays import Arrays
 from fedlora.config import Config
@@ -26,88 +24,14 @@ from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
 from fedlora.models import dense_weight as dense_weight
 from fedlora.models import linear_shape as linear_shape
+from fedlora.registry import PARAMETERISATIONS
 from fedlora.roles import kind_of
 
-PARAMETERISATIONS: dict[str, ModuleType] = {"lora": lora, "sb": sb}
+if TYPE_CHECKING:
+    from fedlora.adapters.parameterisations import Parameterisation
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans every new shape for 10 ms, and a Poisson-sampled cohort has a new shape at every step."""
-
-
-class FactoredLinear(nn.Module):
-    """A frozen linear layer plus a product of small factors: y = (W0 + residual) x + s F_k ... F_1 x.
-
-    Parameters
-    ----------
-    base : torch.nn.Linear or transformers Conv1D
-        The frozen layer, of m outputs and n inputs.
-    factors : mapping of str to (int, int)
-        Name to shape (rows, columns), in the order in which the input meets them.
-    scaling : float
-        s = alpha / rank.
-    dropout : float
-        On the branch's input, as in PEFT.
-
-    Attributes
-    ----------
-    residual : Tensor [m, n] or None
-        What was added to the frozen weight since, in float32 or wider; never written into the weight itself.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        factors: Mapping[str, tuple[int, int]],
-        scaling: float,
-        layout: RowLayout,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.residual: torch.Tensor | None = None
-        self.factors = tuple(factors)
-        self.scaling = scaling
-        weight: torch.Tensor = base.weight  # type: ignore[assignment]
-        # A half-precision base keeps full-precision adapters: their updates would be lost in bf16's 8 bits.
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        self.dropout = ClientDropout(dropout, layout)
-        for name, (rows, columns) in factors.items():
-            self.add_module(name, StackedLinear(columns, rows, layout, dtype=dtype, device=weight.device))
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The frozen layer's, of which others ask the dtype (as T5); who computes with it goes past the factors."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The frozen layer's."""
-        return self.base.bias  # type: ignore[return-value]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
-        rows = self.dropout.layout.own_rows(x)
-        if rows:
-            return OwnRows.of((self.frozen(x) + self.branch(x.expand(rows, *x.shape[1:]))).unsqueeze(1))
-        return self.frozen(x) + self.branch(x)
-
-    def frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what is not trained: W0 x, and the residual's part where there is one."""
-        y: torch.Tensor = self.base(x)
-        if self.residual is None:
-            return y
-        # In the residual's own precision: a half-precision weight would swallow it.
-        return y + nn.functional.linear(x.to(self.residual.dtype), self.residual).to(y.dtype)
-
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the factors add to the frozen layer's output: s F_k ... F_1 x."""
-        first, *others = self.factors
-        branch = getattr(self, first)(self.dropout(x))
-        if self.scaling != 1:
-            branch = self.scaling * branch  # here it has the rank's width, not the layer's
-        for name in others:
-            branch = getattr(self, name)(branch)
-        return branch
 
 
 class AdaptedModel:
@@ -119,8 +43,8 @@ class AdaptedModel:
         Maps ``input_ids`` and ``attention_mask`` to an output with ``logits``.
     layout : RowLayout
     kind : str
-        The parameterisation, ``lora`` or ``sb``.
-    adapters : dict of str to FactoredLinear
+        The parameterisation's name.
+    adapters : dict of str to AdapterLayer
         By module path.
     head : dict of str to StackedLinear
         By module path; empty for causal language models.
@@ -139,11 +63,11 @@ class AdaptedModel:
         model: nn.Module,
         layout: RowLayout,
         kind: str,
-        adapters: dict[str, FactoredLinear],
+        adapters: dict[str, AdapterLayer],
         head: dict[str, StackedLinear],
     ) -> None:
         self.model, self.layout, self.kind, self.adapters, self.head = model, layout, kind, adapters, head
-        self._layers: dict[str, tuple[StackedLinear, str]] = {}
+        self._layers: dict[str, tuple[StackedLayer, str]] = {}
         for path, adapter in adapters.items():
             for factor in adapter.factors:
                 self._layers[f"{path}.{factor}"] = (getattr(adapter, factor), "weight")
@@ -167,7 +91,7 @@ class AdaptedModel:
         for name, layer in self.stacked_layers().items():
             layer.name = name
 
-    def stacked_layers(self) -> dict[str, StackedLinear]:
+    def stacked_layers(self) -> dict[str, StackedLayer]:
         """Layers with a client axis, by the name of their weight."""
         return {name: layer for name, (layer, attribute) in self._layers.items() if attribute == "weight"}
 
@@ -213,11 +137,9 @@ class AdaptedModel:
     def drawn(self, seed: int) -> Arrays:
         """Draw factors and head so that each has a gradient; a branch's matrix is a tenth of its layer's."""
         generator = torch.Generator().manual_seed(seed)
-        sizes = {}
-        for path, adapter in self.adapters.items():
-            weight = dense_weight(adapter.base)
-            rms = float(weight.norm()) / weight.numel() ** 0.5
-            sizes[f"{path}.{adapter.factors[-1]}"] = 0.1 * rms * weight.shape[1] ** 0.5 / adapter.scaling
+        sizes = {
+            f"{path}.{f}": adapter.drawn_scale(f) for path, adapter in self.adapters.items() for f in adapter.factors
+        }
         arrays: Arrays = {}
         for name in (*self.stacked_layers(), *(n for n in self.head_names if n.endswith(".bias"))):
             shape = self.parameter(name).shape[1:]
@@ -315,7 +237,7 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     config : Config
         ``method.rank``, ``alpha``, ``target_modules``, ``exclude_modules`` and ``dropout`` are used.
     kind : str
-        The parameterisation: a key of ``PARAMETERISATIONS``.
+        The parameterisation: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
 
     Returns
     -------
@@ -326,23 +248,17 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     ------
     InputError
         If no module matches, a matched module is no linear layer, an adapter would do nothing in one that was named,
-        or the rank is above a layer's size.
+        or the parameterisation does not fit a layer, as a rank above its size.
     """
+    parameterisation: Parameterisation = PARAMETERISATIONS.get(kind)()
     layout = RowLayout()
     never_cache(model)
     head = head_of(model)
     inside_head = f"{head[0]}." if head else None
     paths, notes = _chosen(model, config, head[0] if head else None)
-    adapters: dict[str, FactoredLinear] = {}
+    adapters: dict[str, AdapterLayer] = {}
     for path in paths:
-        base = model.get_submodule(path)
-        out_features, in_features = linear_shape(base)
-        largest = min(out_features, in_features)
-        if config.method.rank > largest:
-            remedy = f"is above the size of {path} ({out_features} x {in_features}); use {largest} or less"
-            raise InputError("method.rank", config.method.rank, remedy)
-        shapes = PARAMETERISATIONS[kind].factor_shapes(out_features, in_features, config.method.rank)
-        adapters[path] = FactoredLinear(base, shapes, config.scaling(), layout, config.method.dropout)
+        adapters[path] = parameterisation.layer(path, model.get_submodule(path), config, layout)
     for path, adapter in adapters.items():
         model.set_submodule(path, adapter)
     if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
@@ -396,7 +312,7 @@ def never_cache(model: nn.Module) -> None:
 
 def _stacked_copy(linear: nn.Linear, layout: RowLayout) -> StackedLinear:
     weight = linear.weight.detach()
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    dtype = adapter_dtype(linear)
     stacked = StackedLinear(
         linear.in_features, linear.out_features, layout, linear.bias is not None, dtype, weight.device
     )

@@ -6,19 +6,24 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import TaskType
 from safetensors.torch import save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters.model import PARAMETERISATIONS, AdaptedModel
+from fedlora.adapters.layers import AdapterLayer
+from fedlora.adapters.model import AdaptedModel
+from fedlora.adapters.parameterisations import Parameterisation
+from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.continuing import HEAD_FILE, LABELS_FILE, TASK_FILE
 from fedlora.models import MeanPoolingClassifier, pools_mean, pretrained_source
+from fedlora.registry import PARAMETERISATIONS
 from fedlora.tasks import get_task
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
-    """Write client 0's arrays as a PEFT LoRA folder.
+    """Write client 0's arrays as a PEFT folder, of the form that the parameterisation has there.
 
     Parameters
     ----------
@@ -30,32 +35,28 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
 
     Notes
     -----
-    A square matrix R is folded into B, so that every parameterisation becomes a plain LoRA of the same rank
-    and ``lora_alpha = s r``. A residual of the frozen weights is part of the adapter too: s B A + residual is factored
-    anew, at the rank that it has (``rank_pattern`` where layers differ); README.md in the folder says so. The folder
-    loads with ``peft.PeftModel.from_pretrained`` on the stock model. Layers whose weights the checkpoint lacks are in
-    it whole, like the head.
+    A product of matrices becomes a plain LoRA of the same rank and ``lora_alpha = s r``. A residual of the frozen
+    weights is part of the adapter too: s B A + residual is factored anew, at the rank that it has (``rank_pattern``
+    where layers differ); README.md in the folder says so. The folder loads with ``peft.PeftModel.from_pretrained`` on
+    the stock model. Layers whose weights the checkpoint lacks are in it whole, like the head.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mean_pooled = isinstance(adapted.model, MeanPoolingClassifier)
     prefix = "encoder." if mean_pooled else ""
     tensors: dict[str, torch.Tensor] = {}
     whole = {} if mean_pooled else _whole(adapted)
-    scaling, ranks = config.scaling(), {}
+    parameterisation: Parameterisation = PARAMETERISATIONS.get(adapted.kind)()
+    scaling, layers = config.scaling(), {}
     for path, adapter in adapted.adapters.items():
         arrays = adapted.arrays([f"{path}.{factor}" for factor in adapter.factors])
         factors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
-        a, b = PARAMETERISATIONS[adapted.kind].to_lora(factors)
         residual = None if adapter.residual is None else adapter.residual.cpu()
         if path in whole:
-            whole[path]["weight"] += scaling * (b @ a) + (0 if residual is None else residual)
+            _add(whole[path], parameterisation.update(factors, _oriented(whole[path], adapter.base), scaling), adapter)
             continue
-        if residual is not None:
-            a, b = _factored(residual, a, b, scaling)
         stock = path.removeprefix(prefix)
-        ranks[stock] = len(a)
-        tensors[f"base_model.model.{stock}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{stock}.lora_B.weight"] = b.contiguous()
+        layers[stock] = parameterisation.peft_arrays(factors, residual, scaling)
+        tensors |= {f"base_model.model.{stock}.{name}": array for name, array in layers[stock].items()}
     for path, weights in whole.items():
         tensors |= {f"base_model.model.{path}.{name}": weight for name, weight in weights.items()}
     (folder / TASK_FILE).write_text(json.dumps(config.model.task) + "\n", encoding="utf-8")
@@ -67,24 +68,18 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     else:
         tensors |= {f"base_model.model.{name}": array for name, array in head.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if adapted.residual:
-        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=max(ranks.values(), default=0)))
-    rank = max(ranks.values(), default=config.method.rank)
-    smaller = {path: r for path, r in ranks.items() if r != rank}
-    peft_config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type]
-        rank_pattern=smaller,
-        alpha_pattern={path: scaling * r for path, r in smaller.items()},
-        target_modules=_targets(adapted, [path for path in adapted.adapters if path not in whole], prefix),
-        lora_dropout=config.method.dropout,
-        task_type=_task_type(config),
-        modules_to_save=[*_heads(adapted), *sorted(whole)] if head and not mean_pooled else None,
-        fan_in_fan_out=any(isinstance(adapter.base, Conv1D) for adapter in adapted.adapters.values()),
-        base_model_name_or_path=pretrained_source(config),
-        inference_mode=True,
-    )
+    settings = {
+        "target_modules": _targets(adapted, [path for path in adapted.adapters if path not in whole], prefix),
+        "task_type": _task_type(config),
+        "modules_to_save": [*_heads(adapted), *sorted(whole)] if head and not mean_pooled else None,
+        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for adapter in adapted.adapters.values()),
+        "base_model_name_or_path": pretrained_source(config),
+        "inference_mode": True,
+    }
+    peft_config = parameterisation.peft_config(layers, config, settings)
     peft_config.save_pretrained(str(folder))
+    if adapted.residual:
+        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=peft_config.r))
 
 
 _README = """\
@@ -97,16 +92,17 @@ sum of both: a LoRA adapter of rank {most} at most. It loads like any other:
 """
 
 
-def _factored(
-    residual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors of which s B A is residual + s b a, at the rank that this sum has to rounding."""
-    total = residual.double() + scaling * (b.double() @ a.double())
-    u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    # Rounding in float32 puts singular values of this size into a sum of small factors.
-    rank = max(1, int((s > 4 * torch.finfo(a.dtype).eps * s.norm()).sum()))
-    root = s[:rank].sqrt()
-    return (root[:, None] * vh[:rank]).to(a.dtype), (u[:, :rank] * root / scaling).to(a.dtype)
+def _oriented(weights: Arrays, base: nn.Module) -> Arrays:
+    """Return a layer's parameters with the weight as [m, n]: Conv1D stores it transposed."""
+    return {n: w.T if n == "weight" and isinstance(base, Conv1D) else w for n, w in weights.items()}
+
+
+def _add(weights: Arrays, update: Arrays, adapter: AdapterLayer) -> None:
+    """Add an update, and the layer's residual, to a layer's parameters, in place."""
+    if adapter.residual is not None:
+        update = {**update, "weight": update["weight"] + adapter.residual.cpu()}
+    for name, value in _oriented(update, adapter.base).items():
+        weights[name] += value
 
 
 def _heads(adapted: AdaptedModel) -> list[str]:

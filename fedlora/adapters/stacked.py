@@ -91,6 +91,14 @@ class RowLayout:
         finally:
             self.dropout_generators = None
 
+    def by_row(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Give every row of x [N, ..., n] its own client's vector of values [K, m]: [N, ..., m], to be broadcast."""
+        if self.equal or len(values) == 1:
+            values = values.repeat_interleave(len(x) // len(values), 0)
+        else:
+            values = values[self.clients]
+        return values.reshape(len(x), *(1,) * (x.dim() - 2), -1)
+
     def by_client(self, values: torch.Tensor) -> torch.Tensor:
         """Gather rows [N, T, d] by client, [K, longest * T, d]; clients with fewer rows than the longest get zeros."""
         clients, _, width = len(self.counts), *values.shape[1:]
@@ -225,7 +233,36 @@ class _StackedProduct(torch.autograd.Function):
         return gradient_x, gradient_weight, None
 
 
-class StackedLinear(nn.Module):
+class StackedLayer(nn.Module):
+    """A layer whose parameters carry a leading client axis: what the library asks of what it trains.
+
+    A subclass has a ``weight``, computes every row with its own client's, and gives it per-example gradients by Opacus'
+    ``register_grad_sampler``.
+
+    Attributes
+    ----------
+    weight : Parameter [K, ...]
+        While it is frozen, K is 1 and all clients share it.
+    layout : RowLayout
+        Says which client each row belongs to.
+    ghost : bool
+        Leave per-example gradients of the weight as :class:`RowProducts`, in a layer that can.
+    name : str
+        What errors call it.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, layout: RowLayout) -> None:
+        super().__init__()
+        self.layout, self.ghost, self.name = layout, False, "a trained layer"
+
+    def ghost_norms_pay(self, tokens: int) -> bool:
+        """Say whether ghost norms cost less for rows of so many tokens; never by default: the layer has none."""
+        return False
+
+
+class StackedLinear(StackedLayer):
     """A linear layer whose parameters carry a leading client axis.
 
     Parameters
@@ -242,10 +279,6 @@ class StackedLinear(nn.Module):
     weight : Parameter [K, out_features, in_features]
         While it is frozen, K is 1 and all clients share it.
     bias : Parameter [K, out_features] or None
-    ghost : bool
-        Leave per-example gradients of the weight as :class:`RowProducts`.
-    name : str
-        What errors call it.
     """
 
     def __init__(
@@ -257,8 +290,7 @@ class StackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.layout, self.ghost, self.name = layout, False, "a trained layer"
+        super().__init__(layout)
         self.weight = nn.Parameter(torch.zeros(1, out_features, in_features, dtype=dtype, device=device), False)
         self.bias = nn.Parameter(torch.zeros(1, out_features, dtype=dtype, device=device), False) if bias else None
 
@@ -288,12 +320,11 @@ class StackedLinear(nn.Module):
             y = _StackedProduct.apply(x, weight, self.layout)
         if self.bias is None:
             return y
-        bias = self.bias.to(x.dtype)
-        if self.layout.equal or len(bias) == 1:
-            bias = bias.repeat_interleave(len(x) // len(bias), 0)
-        else:
-            bias = bias[self.layout.clients]
-        return y + bias.reshape(len(x), *(1,) * (x.dim() - 2), -1)
+        return y + self.layout.by_row(self.bias.to(x.dtype), x)
+
+    def ghost_norms_pay(self, tokens: int) -> bool:
+        """Compare what both move through memory."""
+        return ghost_norms_pay(tokens, self.out_features, self.in_features)
 
 
 @register_grad_sampler(StackedLinear)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora.adapters import lora
-from fedlora.adapters.model import AdaptedModel, FactoredLinear, never_cache
+from fedlora.adapters.layers import FactoredLinear, adapter_dtype
+from fedlora.adapters.model import AdaptedModel, never_cache
+from fedlora.adapters.parameterisations import lora
 from fedlora.adapters.stacked import RowLayout, StackedLinear
 from fedlora.arrays import Arrays
 from fedlora.config import Config
@@ -64,8 +65,9 @@ class OwnerBlock(nn.Module):
         for role, path in form.projections.items():
             self.add_module(role, model.get_submodule(path))
         self.activation = form.activation
-        weight: torch.Tensor = model.get_submodule(form.projections["up"]).weight  # type: ignore[assignment]
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        up = model.get_submodule(form.projections["up"])
+        weight: torch.Tensor = up.weight  # type: ignore[assignment]
+        dtype = adapter_dtype(up)
         width = self.shapes["up"][1]
         self.router = StackedLinear(width, 1, layout, dtype=dtype, device=weight.device)
         # A layer of one input, so that the bias has per-example gradients before it is cut at 0.
@@ -151,7 +153,7 @@ class ExpertModel(AdaptedModel):
         for form, block in zip(self.forms, self.blocks, strict=True):
             for role, path in form.projections.items():
                 m, n = block.shapes[role]
-                shapes = {"delta": (m, n)} if trained == FULL else lora.factor_shapes(m, n, trained)
+                shapes = {"delta": (m, n)} if trained == FULL else lora.LoRA().shapes(m, n, trained)
                 public = block.public(role)
                 adapter = FactoredLinear(public, shapes, scaling, self.layout, self.config.method.dropout)
                 block.add_module(role, adapter)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fedlora import entropy
-from fedlora.adapters import AdaptedModel, lora
+from fedlora.adapters import AdaptedModel
+from fedlora.adapters.parameterisations import lora
 from fedlora.arrays import Arrays
 from fedlora.data.tokens import TokenTable
 from fedlora.experts.expert_model import ExpertModel

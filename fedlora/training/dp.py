@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from fedlora import entropy
 from fedlora.adapters import AdaptedModel, RowLayout
-from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
+from fedlora.adapters.stacked import RowProducts
 from fedlora.errors import GuardError
 
 NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
@@ -71,7 +71,7 @@ def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int)
             continue
         layer = layers[name]
         length = 1 if name.rpartition(".")[0] in adapted.head else tokens
-        layer.ghost = ghost_norms_pay(length, layer.out_features, layer.in_features)
+        layer.ghost = layer.ghost_norms_pay(length)
         chosen[name] = layer.ghost
     return chosen
 

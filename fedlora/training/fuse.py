@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import nn
 
-from fedlora.adapters import AdaptedModel, FactoredLinear, StackedLinear
+from fedlora.adapters import AdaptedModel, AdapterLayer, StackedLayer
 
 log = logging.getLogger("fedlora")
 
@@ -59,8 +59,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _islands(module: nn.Module) -> list[nn.Module]:
     """Find the largest modules without adapters that do more than one matrix product."""
-    if isinstance(module, FactoredLinear | StackedLinear | nn.Linear | nn.Embedding):
+    if isinstance(module, AdapterLayer | StackedLayer | nn.Linear | nn.Embedding):
         return []
-    if not any(isinstance(m, FactoredLinear | StackedLinear) for m in module.modules()):
+    if not any(isinstance(m, AdapterLayer | StackedLayer) for m in module.modules()):
         return [module] if any(True for _ in module.parameters()) else []
     return [island for child in module.children() for island in _islands(child)]

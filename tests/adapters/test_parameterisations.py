@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapters import lora, sb
+from fedlora.adapters.parameterisations import lora, sb
+from fedlora.registry import PARAMETERISATIONS
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 10**6))
 
@@ -25,7 +26,7 @@ def test_the_svd_start_is_orthonormal_and_changes_nothing(shape):
     w = matrix(*shape)
     for r in ranks(*w.shape):
         factors = sb.factors_from_weight(w, r)
-        assert {f: tuple(v.shape) for f, v in factors.items()} == sb.factor_shapes(*w.shape, r)
+        assert {f: tuple(v.shape) for f, v in factors.items()} == sb.SB().shapes(*w.shape, r)
         a, b = factors["sb_A"], factors["sb_B"]
         torch.testing.assert_close(a @ a.T, torch.eye(r, dtype=a.dtype), rtol=0, atol=1e-12)
         torch.testing.assert_close(b.T @ b, torch.eye(r, dtype=b.dtype), rtol=0, atol=1e-12)
@@ -107,7 +108,7 @@ def test_the_lora_start():
     generator = torch.Generator().manual_seed(1)
     first = lora.initial_factors(6, 400, 50, generator)
     second = lora.initial_factors(6, 400, 50, generator)
-    assert {f: tuple(v.shape) for f, v in first.items()} == lora.factor_shapes(6, 400, 50)
+    assert {f: tuple(v.shape) for f, v in first.items()} == lora.LoRA().shapes(6, 400, 50)
     a = first["lora_A"]
     assert not first["lora_B"].any()
     # Kaiming uniform with a = sqrt 5.
@@ -125,18 +126,20 @@ def test_the_lora_start():
 def test_both_are_plain_lora(shape):
     m, n, seed = shape
     r = min(m, n, 3)
-    drawn = {name: matrix(*size, seed + i) for i, (name, size) in enumerate(sb.factor_shapes(m, n, r).items())}
-    a, b = sb.to_lora(drawn)
+    drawn = {name: matrix(*size, seed + i) for i, (name, size) in enumerate(sb.SB().shapes(m, n, r).items())}
+    a, b = sb.SB().to_lora(drawn)
     torch.testing.assert_close(b @ a, drawn["sb_B"] @ drawn["sb_R"] @ drawn["sb_A"])
     assert (b.shape, a.shape) == ((m, r), (r, n))
     plain = {"lora_A": matrix(r, n, seed), "lora_B": matrix(m, r, seed)}
-    assert lora.to_lora(plain) == (plain["lora_A"], plain["lora_B"])
+    assert lora.LoRA().to_lora(plain) == (plain["lora_A"], plain["lora_B"])
 
 
 def test_factors_are_named_in_the_order_of_the_input():
-    for module in (lora, sb):
-        shapes = module.factor_shapes(9, 5, 2)
-        assert tuple(shapes) == module.FACTORS
+    names = {"lora": ("lora_A", "lora_B"), "sb": ("sb_A", "sb_R", "sb_B")}
+    assert set(names) == set(PARAMETERISATIONS.names())
+    for kind, factors in names.items():
+        shapes = PARAMETERISATIONS.get(kind)().shapes(9, 5, 2)
+        assert tuple(shapes) == factors
         width = 5
         for rows, columns in shapes.values():
             assert columns == width

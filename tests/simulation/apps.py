@@ -20,7 +20,7 @@ def handle(message: Message, context: Context, cohort: int = 1) -> Message:
     do = message.content["do"] if "do" in message.content else ConfigRecord()
     time.sleep(float(do.get(f"sleep-{client}", 0.0)))  # type: ignore[arg-type]
     awaited = str(do.get(f"await-{client}", ""))
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600  # a busy machine takes minutes to start a worker again
     while awaited and not os.path.exists(awaited):
         if time.monotonic() > deadline:
             raise TimeoutError(f"client {client} waited in vain")

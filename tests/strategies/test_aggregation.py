@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapters import lora, sb
+from fedlora.adapters.parameterisations.lora import LoRA
+from fedlora.adapters.parameterisations.sb import SB, factors_from_weight
 from fedlora.strategies.aggregation import Drift, WeightedMean, weighted_mean
 
 cases = st.fixed_dictionaries(
@@ -46,20 +47,20 @@ class Federation:
             yield [client | shared for client in clients], mean | shared
             current = mean
 
-    def update(self, module, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-        a, b = module.to_lora(factors)
+    def update(self, kind, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        a, b = kind.to_lora(factors)
         return self.s * b @ a
 
-    def ideal(self, module, clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        return sum(p * self.update(module, client) for p, client in zip(self.p, clients, strict=True))
+    def ideal(self, kind, clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return sum(p * self.update(kind, client) for p, client in zip(self.p, clients, strict=True))
 
 
 @given(cases)
 def test_fedit_misses_the_mean_update_by_the_covariance_of_the_factors(case):
     f = Federation(case)
-    shapes = lora.factor_shapes(f.m, f.n, f.r)
+    shapes = LoRA().shapes(f.m, f.n, f.r)
     for clients, mean in f.rounds(shapes, {}):
-        error = f.ideal(lora, clients) - f.update(lora, mean)
+        error = f.ideal(LoRA(), clients) - f.update(LoRA(), mean)
         covariance = f.s * sum(
             p * (c["lora_B"] - mean["lora_B"]) @ (c["lora_A"] - mean["lora_A"])
             for p, c in zip(f.p, clients, strict=True)
@@ -71,7 +72,7 @@ def test_fedit_misses_the_mean_update_by_the_covariance_of_the_factors(case):
         drawn = {name: f.draw(*shapes[name])}
         others = {other: shape for other, shape in shapes.items() if other != name}
         for clients, mean in f.rounds(others, drawn):
-            error = f.ideal(lora, clients) - f.update(lora, mean)
+            error = f.ideal(LoRA(), clients) - f.update(LoRA(), mean)
             assert error.norm() < 1e-11
 
 
@@ -79,23 +80,23 @@ def test_fedit_misses_the_mean_update_by_the_covariance_of_the_factors(case):
 def test_ffa_lora_is_exact(case):
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
         f = Federation(case, dtype)
-        shapes = lora.factor_shapes(f.m, f.n, f.r)
+        shapes = LoRA().shapes(f.m, f.n, f.r)
         shared = {"lora_A": f.draw(*shapes["lora_A"])}
         for clients, mean in f.rounds({"lora_B": shapes["lora_B"]}, shared):
-            torch.testing.assert_close(f.update(lora, mean), f.ideal(lora, clients), rtol=1e-5, atol=tolerance)
+            torch.testing.assert_close(f.update(LoRA(), mean), f.ideal(LoRA(), clients), rtol=1e-5, atol=tolerance)
 
 
 @given(cases)
 def test_fed_sb_is_exact(case):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         f = Federation(case, dtype)
-        vectors = sb.factors_from_weight(f.draw(f.m, f.n), f.r)
+        vectors = factors_from_weight(f.draw(f.m, f.n), f.r)
         shared = {name: vectors[name] for name in ("sb_A", "sb_B")}
         for clients, mean in f.rounds({"sb_R": (f.r, f.r)}, shared):
             a, b = shared["sb_A"], shared["sb_B"]
             ideal = sum(f.s * p * b @ c["sb_R"] @ a for p, c in zip(f.p, clients, strict=True))
             torch.testing.assert_close(f.s * b @ mean["sb_R"] @ a, ideal, rtol=1e-5, atol=tolerance * 10)
-            torch.testing.assert_close(f.update(sb, mean), f.ideal(sb, clients), rtol=1e-5, atol=tolerance * 10)
+            torch.testing.assert_close(f.update(SB(), mean), f.ideal(SB(), clients), rtol=1e-5, atol=tolerance * 10)
 
 
 @given(cases)

@@ -12,13 +12,14 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import PARAMETERISATIONS, dense_weight, linear_shape
+from fedlora.adapters.model import dense_weight, linear_shape
 from fedlora.arrays import Arrays
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, digest, encode, payload_bytes, wire_dtype
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import methods
+from fedlora.registry import PARAMETERISATIONS
 from fedlora.strategies.aggregation import weighted_mean
 from fedlora.strategies.base import Contact, FederatedStrategy, Sizes
 from fedlora.strategies.fed_sb import mean_gradients
@@ -78,8 +79,7 @@ def updates(adapted: AdaptedModel, arrays: Arrays) -> Arrays:
     found = {}
     for path, adapter in adapted.adapters.items():
         factors = {name: arrays[f"{path}.{name}"].double() for name in adapter.factors}
-        a, b = PARAMETERISATIONS[adapted.kind].to_lora(factors)
-        found[path] = adapter.scaling * b @ a
+        found[path] = PARAMETERISATIONS.get(adapted.kind)().update(factors, {}, adapter.scaling)["weight"]
     return found
 
 

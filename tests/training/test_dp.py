@@ -16,7 +16,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from fedlora.adapters import AdaptedModel, RowLayout
+from fedlora.adapters import AdaptedModel, RowLayout, stacked
 from fedlora.adapters.stacked import RowProducts, ghost_norms_pay
 from fedlora.config import Config
 from fedlora.errors import GuardError
@@ -114,7 +114,7 @@ def test_ghost_norms_train_what_per_example_gradients_train(kind, sizes, monkeyp
     jobs = tiny.jobs_of([start] * len(sizes), tiny.split([max(1, n) for n in sizes]), plans, learning_rate=0.1)
 
     def run(ghost: bool) -> list[cohort.ClientResult]:
-        monkeypatch.setattr(dp_module, "ghost_norms_pay", lambda *_: ghost)
+        monkeypatch.setattr(stacked, "ghost_norms_pay", lambda *_: ghost)
         results = train_cohort(adapted, examples, jobs, config)
         layers = adapted.stacked_layers()
         assert {layers[name].ghost for name in adapted.trained if name in layers} == {ghost}

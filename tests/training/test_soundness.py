@@ -16,7 +16,7 @@ from torch import nn
 
 from fedlora import simulate
 from fedlora.adapters import AdaptedModel, RowLayout, StackedLinear, adapt
-from fedlora.adapters.model import FactoredLinear
+from fedlora.adapters.layers import FactoredLinear
 from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays

@@ -6,13 +6,22 @@ import math
 
 import torch
 
-FACTORS = ("lora_A", "lora_B")
-"""In the order in which the input meets them."""
+from fedlora.adapters.parameterisations import LowRank
+from fedlora.arrays import Arrays
 
 
-def factor_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
-    """Shapes (rows, columns) of A [r, n] and B [m, r]."""
-    return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+class LoRA(LowRank):
+    """Two trained factors."""
+
+    name = "lora"
+
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
+        """A [r, n] and B [m, r]."""
+        return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+
+    def to_lora(self, factors: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B as they are."""
+        return factors["lora_A"], factors["lora_B"]
 
 
 def initial_factors(
@@ -35,8 +44,3 @@ def initial_factors(
     bound = 1 / math.sqrt(in_features)
     a = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32) * 2 - 1) * bound
     return {"lora_A": a, "lora_B": torch.zeros(out_features, rank)}
-
-
-def to_lora(factors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B as they are."""
-    return factors["lora_A"], factors["lora_B"]

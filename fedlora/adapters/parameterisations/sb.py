@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import torch
 
-FACTORS = ("sb_A", "sb_R", "sb_B")
-"""In the order in which the input meets them."""
+from fedlora.adapters.parameterisations import LowRank
+from fedlora.arrays import Arrays
 
 
-def factor_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
-    """Shapes (rows, columns) of A [r, n], R [r, r] and B [m, r]."""
-    return {"sb_A": (rank, in_features), "sb_R": (rank, rank), "sb_B": (out_features, rank)}
+class SB(LowRank):
+    """A square matrix between two frozen factors."""
+
+    name = "sb"
+
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
+        """A [r, n], R [r, r] and B [m, r]."""
+        return {"sb_A": (rank, in_features), "sb_R": (rank, rank), "sb_B": (out_features, rank)}
+
+    def to_lora(self, factors: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fold R into B: B R A = (B R) A is a plain LoRA of the same rank."""
+        return factors["sb_A"], factors["sb_B"] @ factors["sb_R"]
 
 
 def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,8 +62,3 @@ def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: floa
     """
     u, s, vh = _truncated_svd(-learning_rate * torch.sign(gradient.double()), rank)
     return _factors(u, s, vh, gradient.dtype)
-
-
-def to_lora(factors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold R into B: B R A = (B R) A is a plain LoRA of the same rank."""
-    return factors["sb_A"], factors["sb_B"] @ factors["sb_R"]

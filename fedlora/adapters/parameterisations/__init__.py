@@ -1,0 +1,159 @@
+"""Parameterisations of a layer's update, one file each: which arrays are trained, and what they add to the layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+
+from fedlora.adapters.layers import AdapterLayer, FactoredLinear
+from fedlora.adapters.stacked import RowLayout
+from fedlora.arrays import Arrays
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.models import linear_shape
+
+
+class Parameterisation(ABC):
+    """What is trained beside a frozen linear layer of m outputs and n inputs. Stateless.
+
+    Arrays of the model are named ``PATH.KIND``, by the layer's module path and a kind of :meth:`shapes`; they mean
+    without a client axis what the layer's stacked parameters mean with one. They need not be matrices, nor the update a
+    product. Under DP every :class:`~fedlora.adapters.stacked.StackedLayer` needs a gradient sampler of its own
+    (``opacus.grad_sample.register_grad_sampler``).
+
+    Attributes
+    ----------
+    name : str
+        :attr:`fedlora.methods.Method.parameterisation`, and the name of the file.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the kinds of its arrays and their shapes, in the order in which the input meets them."""
+
+    @abstractmethod
+    def layer(self, path: str, base: nn.Module, config: Config, layout: RowLayout) -> AdapterLayer:
+        """Return what takes the place of the frozen layer at a module path; all its arrays are zero.
+
+        Raises
+        ------
+        InputError
+            If it does not fit that layer.
+        """
+
+    @abstractmethod
+    def update(self, factors: Arrays, frozen: Arrays, scaling: float) -> Arrays:
+        """Return what one client's arrays add to the parameters of the frozen layer.
+
+        Parameters
+        ----------
+        factors : dict of str to Tensor
+            By kind.
+        frozen : dict of str to Tensor
+            ``weight`` [m, n] and, where the layer has one, ``bias`` [m].
+        scaling : float
+            s = alpha / rank.
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``weight``, which is dW [m, n], and ``bias`` where it changes.
+        """
+
+    @abstractmethod
+    def peft_arrays(self, factors: Arrays, residual: torch.Tensor | None, scaling: float) -> Arrays:
+        """Return one layer's arrays as PEFT saves them, by what follows the module's path in their names.
+
+        Parameters
+        ----------
+        factors : dict of str to Tensor
+            One client's, by kind.
+        residual : Tensor [m, n] or None
+            What was added to the frozen weight since: part of what is exported.
+        scaling : float
+
+        Raises
+        ------
+        InputError
+            If PEFT has no form for it.
+        """
+
+    @abstractmethod
+    def peft_config(self, layers: Mapping[str, Arrays], config: Config, settings: dict[str, Any]) -> PeftConfig:
+        """Return the PEFT config of an adapter.
+
+        Parameters
+        ----------
+        layers : mapping of str to dict
+            What :meth:`peft_arrays` gave, by module path.
+        config : Config
+            The run's.
+        settings : dict
+            What all of PEFT's configs for linear layers have: target_modules, task_type and others.
+        """
+
+
+class LowRank(Parameterisation):
+    """A product of matrices through a narrow rank, which is some LoRA: dW = s F_k ... F_1 = s B A."""
+
+    @abstractmethod
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:  # type: ignore[override]
+        """Return the matrices' shapes (rows, columns)."""
+
+    @abstractmethod
+    def to_lora(self, factors: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A [r, n] and B [m, r]."""
+
+    def layer(self, path: str, base: nn.Module, config: Config, layout: RowLayout) -> FactoredLinear:
+        """Return the frozen layer with a branch; refuse a rank above the layer's size."""
+        rank, (m, n) = config.method.rank, linear_shape(base)
+        if rank > min(m, n):
+            remedy = f"is above the size of {path} ({m} x {n}); use {min(m, n)} or less"
+            raise InputError("method.rank", rank, remedy)
+        shapes = self.shapes(m, n, rank)
+        return FactoredLinear(base, shapes, config.scaling(), layout, config.method.dropout)
+
+    def update(self, factors: Arrays, frozen: Arrays, scaling: float) -> Arrays:
+        """dW = s B A."""
+        a, b = self.to_lora(factors)
+        return {"weight": scaling * (b @ a)}
+
+    def peft_arrays(self, factors: Arrays, residual: torch.Tensor | None, scaling: float) -> Arrays:
+        """A and B; with a residual, of the sum of both."""
+        a, b = self.to_lora(factors)
+        if residual is not None:
+            a, b = _factored(residual, a, b, scaling)
+        return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+
+    def peft_config(self, layers: Mapping[str, Arrays], config: Config, settings: dict[str, Any]) -> PeftConfig:
+        """LoRA of the largest rank, with ``rank_pattern`` where layers differ, and alpha = s r."""
+        ranks = {path: len(arrays["lora_A.weight"]) for path, arrays in layers.items()}
+        rank = max(ranks.values(), default=config.method.rank)
+        smaller = {path: r for path, r in ranks.items() if r != rank}
+        return LoraConfig(
+            r=rank,
+            lora_alpha=config.scaling() * rank,
+            rank_pattern=smaller,
+            alpha_pattern={path: config.scaling() * r for path, r in smaller.items()},
+            lora_dropout=config.method.dropout,
+            **settings,
+        )
+
+
+def _factored(
+    residual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of which s B A is residual + s b a, at the rank that this sum has to rounding."""
+    total = residual.double() + scaling * (b.double() @ a.double())
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    # Rounding in float32 puts singular values of this size into a sum of small factors.
+    rank = max(1, int((s > 4 * torch.finfo(a.dtype).eps * s.norm()).sum()))
+    root = s[:rank].sqrt()
+    return (root[:, None] * vh[:rank]).to(a.dtype), (u[:, :rank] * root / scaling).to(a.dtype)
