@@ -29,7 +29,7 @@ from fedlora.clients.participant import (
     sent_digest,
 )
 from fedlora.clients.resources import client_data, forget_data, run_config
-from fedlora.communication.wire import decode, encode, wire_dtype
+from fedlora.communication.codecs import Codec, run_codecs
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.methods import get_method
@@ -213,7 +213,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         arrays = start = half.start(client)
         of = _roles(start, roles, adapted)
     else:
-        came = parts | _decode_shared(record)
+        came = parts | _decode_shared(record, run_codecs(client.config).down)
         of = _roles(came, roles, adapted)
         frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
         start = {name: array for name, array in came.items() if of[name].trained}
@@ -250,10 +250,10 @@ def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
 _last_decoded: list[tuple[ArrayRecord, Arrays]] = []
 
 
-def _decode_shared(record: ArrayRecord) -> Arrays:
+def _decode_shared(record: ArrayRecord, codec: Codec) -> Arrays:
     """Decode a record once, however many of a round's messages share it."""
     if not _last_decoded or _last_decoded[0][0] is not record:
-        _last_decoded[:] = [(record, decode(record))]
+        _last_decoded[:] = [(record, codec.decode(record))]
     return _last_decoded[0][1]
 
 
@@ -282,7 +282,7 @@ def _reply(message: Message, work: _Work) -> Message:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
     arrays = _leaving(work, work.half.finish(result.arrays))
-    content = RecordDict({"arrays": encode(arrays, wire_dtype(client.config.model.dtype)), "metrics": metrics})
+    content = RecordDict({"arrays": run_codecs(client.config).up.encode(arrays), "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record
     return Message(content, reply_to=message)

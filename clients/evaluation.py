@@ -10,7 +10,7 @@ from fedlora.adapters import AdaptedModel
 from fedlora.clients.half import client_half
 from fedlora.clients.held import receive
 from fedlora.clients.participant import Participant, participant
-from fedlora.communication.wire import decode
+from fedlora.communication.codecs import run_codecs
 from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.roles import FROZEN, kind_of
@@ -53,8 +53,8 @@ def _model(client: Participant, message: Message) -> AdaptedModel:
     after: Any = settings["server-round"]
     roles = get_method(client.config.method.name).roles(client.config, int(after) + 1)
     parts = receive(client, message, roles, adapted)
-    half.prepare(settings)  # type: ignore[arg-type]
-    came = parts | decode(record)
+    half.prepare(settings)
+    came = parts | run_codecs(client.config).down.decode(record)
     head = frozenset(adapted.head_names)
     of = {name: roles.get(kind_of(name, head), FROZEN) for name in came}
     trained = {name: array for name, array in came.items() if of[name].trained}

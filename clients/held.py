@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from fedlora.adapters import AdaptedModel
@@ -84,7 +83,7 @@ def _whole(client: Participant, part: str, version: str, came: Arrays | None, ad
     path = part_path(version)
     if came is None:
         client.make_room(0, path)
-    elif not path.exists():
+    elif part_arrays(version) is None:
         client.make_room(sum(array.nbytes for array in arrays.values()))
         _write(path, save(arrays))
         part_arrays.cache_clear()
@@ -95,9 +94,10 @@ def _whole(client: Participant, part: str, version: str, came: Arrays | None, ad
 def part_arrays(version: str) -> Arrays | None:
     """Return the arrays of a digest, or None where this host does not hold them (whole)."""
     path = part_path(version)
-    if not path.exists():
+    try:
+        arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
+    except (OSError, SafetensorError):  # not there, or cut short: a host may lose its power
         return None
-    arrays: Arrays = {name: aligned(array) for name, array in load(path.read_bytes()).items()}
     return arrays if digest(arrays) == version else None
 
 
@@ -112,9 +112,17 @@ def _chain(client: Participant, key: str, version: str, after: str, came: Arrays
         # Another process of this host may have gone on with it.
         chain = _read_chain(path) or Chain(key)
     if chain.version != version:
+        if after == key and not chain.knows(key):
+            chain = Chain(key)  # all increments came: they need nothing that was here
         if came is None or (after and not chain.knows(after)):
             raise NeedsInitialError
-        chain.follow(came, after, version)
+        _chains.clear()
+        try:
+            chain.follow(came, after, version)
+        except ValueError:
+            # The server went back to an older copy of its run, and made other increments since: it has the sum.
+            path.unlink(missing_ok=True)
+            raise NeedsInitialError from None
         arrays, facts = chain.to_arrays()
         client.make_room(sum(array.nbytes for array in arrays.values()))
         _write(path, save(arrays, {"chain": facts}))
@@ -126,12 +134,12 @@ def _chain(client: Participant, key: str, version: str, after: str, came: Arrays
 
 
 def _read_chain(path: Path) -> Chain | None:
-    if not path.exists():
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()["chain"]
+            arrays = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):  # not there, or cut short
         return None
-    with safe_open(path, "pt") as file:
-        facts = file.metadata()["chain"]
-        arrays = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    json.loads(facts)
     return Chain.from_arrays(arrays, facts)
 
 

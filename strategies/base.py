@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from fedlora.adapters.model import linear_shape
 from fedlora.adapters.parameterisations.lora import initial_factors
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
+from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.parts import Parts
-from fedlora.communication.wire import decode, encode, wire_dtype
+from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
@@ -197,6 +199,8 @@ class FederatedStrategy(Method, Strategy):
         What clients that evaluate gave in the last round.
     optimizer : ServerOptimizer
         Steps along what clients trained and the round averaged; its state is in the checkpoint.
+    codecs : RunCodecs
+        What comes down and goes up in a round is encoded by them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -211,11 +215,14 @@ class FederatedStrategy(Method, Strategy):
         self.report = RoundReport()
         self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
+        self.codecs = run_codecs(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
         self._record = ArrayRecord()
+        self._shapes: Shapes = {}
         self._sent_shapes: Shapes = {}
+        self._sent: Arrays = {}
         self._waited = 0.0
 
     @property
@@ -273,6 +280,12 @@ class FederatedStrategy(Method, Strategy):
     def client_shapes(self, client: int) -> Shapes:
         """Return names and shapes of what a client must send, in the order in which the server reads them."""
         return self._sent_shapes
+
+    def down_shapes(self, client: int) -> Shapes:
+        """Return names and shapes of what comes down to a client in every round."""
+        own = self.client_shapes(client)
+        shapes = self._shapes if own is self._sent_shapes else own
+        return {name: shape for name, shape in shapes.items() if self.role(name).down == "round"}
 
     def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
         """Return what a message says to a client beside its arrays."""
@@ -346,8 +359,14 @@ class FederatedStrategy(Method, Strategy):
         return self._roles.get(self.kind(name), FROZEN)
 
     def know(self, adapted: AdaptedModel) -> None:
-        """Learn which arrays are the head's."""
+        """Learn which arrays are the head's, and the shapes of those that rounds change."""
         self._kinds = dict.fromkeys(adapted.head_names, HEAD)
+        self._shapes = {name: tuple(adapted.parameter(name).shape[1:]) for name in adapted.names(self.changing())}
+
+    def enter(self, server_round: int) -> None:
+        """Take on the roles of a round."""
+        self._roles = self.roles(self.config, server_round)
+        self._sent_shapes = {name: shape for name, shape in self._shapes.items() if self.role(name).up != "never"}
 
     def changing(self) -> frozenset[str]:
         """Kinds of the global arrays that rounds change."""
@@ -370,36 +389,52 @@ class FederatedStrategy(Method, Strategy):
         return Sizes(layers, self.config.method.rank, head)
 
     def client_formula(self, adapted: AdaptedModel, parts: Parts) -> Callable[[int, int, str], int]:
-        """Return the payload in bytes as a function of round, client and direction."""
+        """Return the payload in bytes as a function of round, client and direction; the round was entered."""
         sizes = self.sizes(adapted)
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
 
         def formula(server_round: int, client: int, direction: str) -> int:
             contact = Contact(server_round, client, parts.since.get(client), self.replied)
-            return size * int(getattr(self.payload(sizes, contact), direction))
+            return self.payload_bytes(sizes, contact)[direction]
 
         return formula
 
+    def payload_bytes(self, sizes: Sizes, contact: Contact) -> dict[str, int]:
+        """Return the formula in bytes, by direction: lossless but for what comes down, and goes up, in every round."""
+        numbers, codecs = self.payload(sizes, contact), self.codecs
+        return {
+            "initial": self._bytes(numbers.initial, {}, codecs.once),
+            "down": self._bytes(numbers.down, self.down_shapes(contact.client), codecs.down),
+            "up": self._bytes(numbers.up, self.client_shapes(contact.client), codecs.up),
+        }
+
+    def _bytes(self, numbers: int, shapes: Shapes, codec: Codec) -> int:
+        """Return the bytes of so many numbers, if there are any; among them are arrays that the codec encodes."""
+        if not numbers or codec is self.codecs.once:
+            return numbers * self._dtype.itemsize
+        rest = numbers - sum(math.prod(shape) for shape in shapes.values())
+        return rest * self._dtype.itemsize + sum(map(codec.payload_bytes, shapes.values()))
+
     def planned(self, adapted: AdaptedModel) -> Planned:
         """Say what the run will send and train, of the model's skeleton and the clients in ``nodes``."""
+        self.know(adapted)
         sizes, sent = self.sizes(adapted), dict.fromkeys(("initial", "down", "up"), 0)
         last: dict[int, int] = {}
         replied: dict[int, list[int]] = {}
         for server_round in range(1, self.config.run.rounds + 1):
+            self.enter(server_round)
             clients = self.sample(server_round)
             for client in clients:
-                numbers = self.payload(sizes, Contact(server_round, client, last.get(client), replied))
-                sent["initial"] += 0 if client in last else numbers.initial
-                sent["down"] += numbers.down
-                sent["up"] += numbers.up
+                size = self.payload_bytes(sizes, Contact(server_round, client, last.get(client), replied))
+                sent["initial"] += 0 if client in last else size["initial"]
+                sent["down"] += size["down"]
+                sent["up"] += size["up"]
                 last[client] = server_round
             if len(clients) >= self.config.server.min_replies:
                 replied[server_round] = clients
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         return Planned(
-            initial_bytes=size * sent["initial"],
-            downlink_bytes=size * sent["down"],
-            uplink_bytes=size * sent["up"],
+            initial_bytes=sent["initial"],
+            downlink_bytes=sent["down"],
+            uplink_bytes=sent["up"],
             trainable_parameters=self.trained_numbers(adapted),
         )
 
@@ -434,11 +469,13 @@ class FederatedStrategy(Method, Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
-        self._roles, self._record = self.roles(self.config, server_round), arrays
-        self._sent_shapes = {name: tuple(a.shape) for name, a in arrays.items() if self.role(name).up != "never"}
+        self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
+        self.enter(server_round)
         self.arrays = decode(arrays)
         down = {name for name in arrays if self.role(name).down == "round"}
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
+        common = recode(common, self.codecs.once, self.codecs.down)
+        self._sent = self.arrays if common is arrays else self.arrays | self.codecs.down.decode(common)
         records: dict[Hashable, ArrayRecord] = {}
         messages = []
         for client in self.report.clients:
@@ -447,7 +484,7 @@ class FederatedStrategy(Method, Strategy):
             if own is not None:
                 key, part = own
                 if key not in records:
-                    records[key] = encode(part, self._dtype)
+                    records[key] = self.codecs.down.encode(part)
                 record = records[key]
             settings = ConfigRecord({**config, **self.client_settings(client, server_round)})
             content = RecordDict({"arrays": record, "config": settings})
@@ -492,7 +529,7 @@ class FederatedStrategy(Method, Strategy):
         if any(self.client_shapes(client) is not self._sent_shapes for client in self.report.clients):
             return None
         moves = any(self.role(name).up == "update" for name in self._sent_shapes)
-        parts = [self.arrays[name].reshape(-1) for name in self._sent_shapes]
+        parts = [self._sent[name].reshape(-1) for name in self._sent_shapes]
         start = torch.cat(parts) if parts else torch.zeros(0)
         return torch.zeros_like(start) if moves else start
 
@@ -504,9 +541,9 @@ class FederatedStrategy(Method, Strategy):
             try:
                 shapes = self.client_shapes(client)
                 self.check_reply(client, message)
-                vector, metrics = read_update(message, shapes, self._dtype, mechanism=mechanism_of(self.config))
+                vector, metrics = read_update(message, shapes, self.codecs.up, mechanism=mechanism_of(self.config))
                 self.report.metrics[client] = metrics
-                update = Update(client, self.weight(client), vector, shapes, metrics)
+                update = Update(client, self.weight(client), vector.to(self._dtype), shapes, metrics)
                 self.check_update(update)
             except ReplyError as error:
                 self.report.metrics.pop(client, None)
@@ -533,7 +570,7 @@ class FederatedStrategy(Method, Strategy):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return wire_dtype(self.config.model.dtype)
+        return self.codecs.once.dtype
 
     @property
     def private(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedlora.adapters import AdaptedModel
-from fedlora.communication.wire import encode, wire_dtype
+from fedlora.communication.codecs import recode
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import ClientErrorCode, plain_text
@@ -127,8 +127,9 @@ def evaluation_messages(
 
     A client that would make its own start, as nothing comes down to it yet, has no model to evaluate.
     """
-    run, parts = strategy.config, stale_kinds(strategy, server_round)
+    codecs, parts = strategy.codecs, stale_kinds(strategy, server_round)
     common = ArrayRecord({name: array for name, array in arrays.items() if strategy.kind(name) not in parts})
+    common = recode(common, codecs.once, codecs.down)
     records: dict[Hashable, ArrayRecord] = {}
     messages = []
     for client in evaluating_clients(strategy, server_round):
@@ -138,7 +139,7 @@ def evaluation_messages(
             if not part:
                 continue
             if key not in records:
-                records[key] = encode(part, wire_dtype(run.model.dtype))
+                records[key] = codecs.down.encode(part)
             record = records[key]
         settings = ConfigRecord({**config, **strategy.client_settings(client, server_round)})
         content = RecordDict({"arrays": record, "config": settings})

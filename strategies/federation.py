@@ -111,8 +111,11 @@ class Federation:
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
         # By key of the checkpoint, what has a state of its own.
         self.stateful: dict[str, Any] = {"strategy": self.rounds}
+        # The method, and what takes its place in the rounds where that is of its own kind.
+        self.halves = [method]
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
+            self.halves += [] if self.rounds is method else [self.rounds]
         self.totals = Totals()
         self.dtype = wire_dtype(config.model.dtype)
 
@@ -154,10 +157,9 @@ class Federation:
         self.checkpoint["federation"], self.checkpoint["names"] = key, self.roster.names
         self.checkpoint.commit()
         self.parts = Parts(key)
-        for half in {id(half): half for half in (self.method, self.rounds)}.values():
-            if isinstance(half, FederatedStrategy):
-                half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
-                half.on_reply = self.progress.on_client
+        for half in self.halves:
+            half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
+            half.on_reply = self.progress.on_client
 
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
@@ -175,9 +177,8 @@ class Federation:
         if mechanism.clips_examples and self.adapted.stacked_layers():
             # Clients measure it too; here the run ends before anybody is asked.
             check_sound(self.adapted, config, self.data.train.pad_token_id)
-        for half in {id(half): half for half in (method, self.rounds)}.values():
-            if isinstance(half, FederatedStrategy):
-                half.know(self.adapted)
+        for half in self.halves:
+            half.know(self.adapted)
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)
@@ -234,6 +235,7 @@ class Federation:
         roles = method.roles(self.config, server_round)
         stale = [kind for kind in sorted(method.changing()) if kind in roles and roles[kind].down == "stale"]
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
+        method.enter(server_round)
         began = time.perf_counter()
         messages = rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.timeout

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.arrays import Arrays
+from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.wire import decode, encode, wire_dtype
-from fedlora.errors import InputError, RunError
+from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
+from fedlora.flower import with_metadata
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
@@ -48,6 +50,7 @@ class Guest:
         self.strategy, self.method = strategy, method
         self.report = RoundReport()
         config = method.config
+        self.codecs = run_codecs(config)
         first = method.roles(config, 1)
         plain = all(role.up != "update" and not role.increment and not role.home for role in first.values())
         if not plain or any(method.roles(config, r) != first for r in range(2, min(config.run.rounds, 4) + 1)):
@@ -60,9 +63,20 @@ class Guest:
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the strategy address the clients; it is told the method's learning rate."""
+        """Let the strategy address the clients; it is told the method's learning rate, and of no codec."""
         config = ConfigRecord({**config, "learning-rate": self.method.learning_rate(server_round)})
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        messages = self.strategy.configure_train(server_round, arrays, config, grid)
+        return messages if self.codecs.down is self.codecs.once else self._encoded(messages)
+
+    def _encoded(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Encode what the strategy addressed; contents that messages share stay shared."""
+        known: dict[int, tuple[RecordDict, RecordDict]] = {}
+        for message in messages:
+            content = message.content
+            if id(content) not in known:
+                known[id(content)] = content, _recoded(content, self.codecs.once, self.codecs.down)
+            message.content = known[id(content)][1]
+            yield message
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -87,7 +101,7 @@ class Guest:
 
     def _noted(self, replies: Iterable[Message]) -> Iterator[Message]:
         clients = {node: client for client, node in self.method.nodes.items()}
-        for reply in replies:
+        for reply in map(self._decoded, replies):
             client = clients.get(reply.metadata.src_node_id, -1)
             self.report.clients.append(client)
             if reply.has_error():
@@ -104,6 +118,17 @@ class Guest:
             if self.method.on_reply is not None:
                 self.method.on_reply(client)
             yield reply
+
+    def _decoded(self, reply: Message) -> Message:
+        """Give the strategy what it can average; a reply that is encoded otherwise is a client's error."""
+        if reply.has_error() or self.codecs.up is self.codecs.once:
+            return reply
+        content: RecordDict | Error
+        try:
+            content = _recoded(reply.content, self.codecs.up, self.codecs.once)
+        except ValueError as error:
+            content = Error(ClientErrorCode.REPLY, f"the reply is refused: {plain_text(str(error))}")
+        return with_metadata(content, reply.metadata)
 
     def summary(self) -> None:
         """Let the strategy say what it is."""
@@ -122,6 +147,13 @@ class Guest:
             return
         for name, value in _restored(state).items():
             setattr(self.strategy, name, value)
+
+
+def _recoded(content: RecordDict, source: Codec, target: Codec) -> RecordDict:
+    """Return a message's content with its arrays in another codec."""
+    return RecordDict(
+        {key: recode(r, source, target) if isinstance(r, ArrayRecord) else r for key, r in content.items()}
+    )
 
 
 def _stored(attributes: Mapping[str, Any]) -> dict[str, Any]:

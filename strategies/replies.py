@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
-from fedlora.communication.wire import decode_as
+from fedlora.communication.codecs import Codec
 from fedlora.errors import plain_text
 from fedlora.node.names import NODE_RECORD, is_node_name
 from fedlora.privacy.mechanisms import Mechanism
@@ -104,7 +104,7 @@ def read_description(message: Message, *, real: bool) -> Description:
 
 @only_reply_errors
 def read_update(
-    message: Message, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, mechanism: Mechanism
+    message: Message, shapes: Mapping[str, tuple[int, ...]], codec: Codec, *, mechanism: Mechanism
 ) -> tuple[torch.Tensor, MetricRecord]:
     """Read what a client trained.
 
@@ -114,8 +114,8 @@ def read_update(
         Without an error.
     shapes : mapping of str to tuple of int
         Names and shapes of the arrays that were asked for.
-    dtype : torch.dtype
-        Of the wire.
+    codec : Codec
+        Of the uplink, and of no other reply.
     mechanism : Mechanism
         Says what a reply must tell of what its client spent.
 
@@ -127,10 +127,11 @@ def read_update(
     Raises
     ------
     ReplyError
-        If something lacks, arrays have other names, shapes or dtypes, a number is not finite, or a metric is nonsense.
+        If something lacks, arrays have other names or shapes or are encoded otherwise, a number is not finite, or a
+        metric is nonsense.
     """
     record, read = read_reply(message, mechanism=mechanism)
-    vector = decode_as(record, shapes, dtype)
+    vector = codec.decode_vector(record, shapes)
     check_numbers(vector, shapes)
     return vector, read
 

@@ -67,7 +67,7 @@ class SmallRuns:
         """Run from start to end, if so asked by another strategy; with ``stop``, stop after that round and resume."""
         self._count += 1
         content = self.config(**sections).model_dump(exclude_none=True)
-        output, made = self.folder / f"run-{self._count}", strategy or (lambda: None)
+        output, made = self.folder / f"run-{self._count}", strategy or type(None)
 
         def on_round(line: dict[str, Any]) -> None:
             if line["round"] == stop:

@@ -44,6 +44,9 @@ ROUNDS = 3
 KINDS = {"bert": "sequence-classification", "llama": "causal-lm"}
 """Task by model. A method is tried on those that it does not refuse."""
 
+TARGETS = r".*(query|q_proj|intermediate\.dense|up_proj)"
+"""Square layers, and some that are not."""
+
 OUTPUTS = ("adapter", "experts", "mixture")
 
 
@@ -158,7 +161,7 @@ class World:
                 "public": files["public"],
                 "partition": {"kind": "natural", "column": "owner"},
             },
-            "method": {"name": method, "rank": 2, "alpha": 3.0, "target_modules": "all-linear"},
+            "method": {"name": method, "rank": 2, "alpha": 3.0, "target_modules": TARGETS},
             "client": {"batch_size": 4, "local_steps": 2, "optimizer": "sgd"},
             "simulation": {"workers": 0},
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import TaskType
@@ -77,10 +76,10 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
         "base_model_name_or_path": pretrained_source(config),
         "inference_mode": True,
     }
-    peft_config: Any = parameterisation.peft_config(layers, config, settings)
+    peft_config = parameterisation.peft_config(layers, config, settings)
     peft_config.save_pretrained(str(folder))
     if adapted.residual:
-        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=peft_config.r))
+        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=peft_config.to_dict()["r"]))
 
 
 _README = """\

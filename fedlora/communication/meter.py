@@ -101,7 +101,9 @@ class MeteredGrid(GridDecorator):
         start = {key: record for key, record in _array_records(message) if is_initial(key)}
         if start:
             alone = sum(_record_size(key, record) for key, record in start.items())
-            self._add(_round(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone)
+            # An evaluation sends what the next round would start from.
+            of_round = _round(message) + bool(_evaluation(message))
+            self._add(_round(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone, of_round)
             whole -= alone
         self._count(message, _round(message), node, _evaluation(message) + "down", whole)
 
@@ -109,10 +111,13 @@ class MeteredGrid(GridDecorator):
         payload = sum(payload_bytes(record) for key, record in _array_records(message) if not is_initial(key))
         self._add(server_round, node, direction, payload, size)
 
-    def _add(self, server_round: int, node: int, direction: str, payload: int, size: int) -> None:
+    def _add(
+        self, server_round: int, node: int, direction: str, payload: int, size: int, of_round: int | None = None
+    ) -> None:
         client = self.clients.get(node, -1)
-        evaluates = direction.startswith(_EVALUATE)
-        formula = self.formula(server_round, client, direction) if payload and client >= 0 and not evaluates else 0
+        evaluates, formula = direction.startswith(_EVALUATE), 0
+        if payload and client >= 0 and not evaluates:
+            formula = self.formula(server_round if of_round is None else of_round, client, direction)
         row = Row(server_round, client, direction, payload, size, formula)
         self.rows.append(row)
         if evaluates:

@@ -157,7 +157,9 @@ class Chain:
     def to_arrays(self) -> tuple[Arrays, str]:
         """Return named arrays and a text from which :meth:`from_arrays` makes the chain again."""
         arrays = {f"total/{name}": array for name, array in self.total.items()}
-        arrays |= {f"base/{name}": array for name, array in self.base.items()}
+        if self.increments:  # else the base is the sum
+            shared = {name for name, array in self.base.items() if array is self.total.get(name)}  # no file takes these
+            arrays |= {f"base/{n}": array.clone() if n in shared else array for n, array in self.base.items()}
         for made, increment in self.increments:
             arrays |= {f"{made}/{name}": array for name, array in increment.items()}
         made_in = [made for made, _ in self.increments]
@@ -173,7 +175,9 @@ class Chain:
             return dict(sorted(found.items()))
 
         increments = [(int(made), under(str(made))) for made in facts["rounds"]]
-        return cls(facts["key"], under("total"), under("base"), list(facts["versions"]), increments)
+        total = under("total")
+        base = under("base") if increments else dict(total)
+        return cls(facts["key"], total, base, list(facts["versions"]), increments)
 
 
 class Parts:

@@ -18,7 +18,7 @@ from torch import nn
 
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.communication.wire import decode, wire_dtype
+from fedlora.communication.wire import decode
 from fedlora.config import NODES, Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, plain_text
@@ -217,6 +217,11 @@ class FlexMoRE(FederatedStrategy):
         head = sum(self.routers.values()) + len(self.routers)
         return numbers(list(self.projections.values()), rank) + head
 
+    def _expert_bytes(self, rank: Rank) -> int:
+        """Bytes in which an owner sends an expert of a rank."""
+        shapes = array_shapes(self.projections, self.routers, rank)
+        return sum(map(self.codecs.up.payload_bytes, shapes.values()))
+
     def planned(self, adapted: AdaptedModel) -> Planned:
         """Every owner whose clients are asked has an expert at the end, which is evaluated on its own too."""
         rounds = range(1, self.config.run.rounds + 1)
@@ -409,13 +414,12 @@ class FlexMoRE(FederatedStrategy):
     def facts(self, adapted: AdaptedModel) -> dict[str, Any]:
         """Return what summary.json says of the experts."""
         assert isinstance(adapted, MergedModel)
-        size = torch.finfo(wire_dtype(self.config.model.dtype)).bits // 8
         experts = {
             owner: {
                 "rank": expert.rank,
                 "clients": self.owners.count(owner),
-                "bytes": size * self.expert_numbers(expert.rank),
-                "full_bytes": size * self.expert_numbers(FULL),
+                "bytes": self._expert_bytes(expert.rank),
+                "full_bytes": self._expert_bytes(FULL),
             }
             for owner, expert in adapted.experts.items()
         }

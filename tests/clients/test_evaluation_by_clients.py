@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
@@ -18,12 +19,15 @@ from fedlora.clients import client_app
 from fedlora.config import load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
+from fedlora.methods import methods
+from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.evaluation import read_sums
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.replies import ReplyError
 from fedlora.tasks import get_task, tasks
 from fedlora.training.evaluation import statistics
 from tests import tiny
+from tests.configs import BASE
 from tests.messages import train_message
 
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
@@ -115,15 +119,49 @@ def test_the_clients_sums_are_the_central_evaluation_of_their_union(
         assert mean == pytest.approx(lines[-1]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["ffa-lora", "fed-sb", "fedit"])
+def of_sequences() -> list[str]:
+    """Return the methods that classify sequences."""
+    found = []
+    for name in methods():
+        with contextlib.suppress(InputError):
+            load_config({**BASE, "method": {"name": name}})
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", of_sequences())
 def test_every_method_evaluates_what_its_round_made(
-    method: str, models: dict[bool, Path], tmp_path: Path, union: list[dict[str, float]]
+    name: str, models: dict[bool, Path], tmp_path: Path, union: list[dict[str, float]]
 ) -> None:
-    given = content("sequence-classification", models, tmp_path, method={"name": method})
-    result = simulate(given, output=tmp_path / "run")
-    lines = [json.loads(line)["metrics"]["clients"] for line in (result.folder / "rounds.jsonl").open()]
-    for line, expected in zip(lines, union, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    """Whoever is asked to train or to evaluate, clients have the server's model, and the bytes are the formula's."""
+    given = content(
+        "sequence-classification",
+        models,
+        tmp_path,
+        method={"name": name},
+        run={"rounds": 5},
+        server={"fraction_train": 0.5},
+    )
+    whole, part = (
+        simulate(given, {"server.fraction_evaluate": share}, output=tmp_path / f"{share}") for share in (1.0, 0.4)
+    )
+    strategy = get_strategy(name)
+    is_one_model = strategy.client_arrays is FederatedStrategy.client_arrays and not any(
+        role.home for r in (1, 2) for role in strategy.roles(load_config(given), r).values()
+    )
+    lines = [json.loads(line)["metrics"]["clients"] for line in (whole.folder / "rounds.jsonl").open()]
+    assert len(lines) == 5
+    for line, expected in zip(lines, union, strict=False):
+        assert line["examples"] == expected["examples"]
+        if is_one_model:
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for result in (whole, part):
+        rows = list(csv.DictReader((result.folder / "communication.csv").open()))
+        training = [r for r in rows if not r["direction"].startswith("evaluate")]
+        assert [r for r in training if r["payload_bytes"] != r["formula_bytes"]] == []
+    assert (whole.folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        part.folder / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_owners_evaluate_their_own_experts(models: dict[bool, Path], tmp_path: Path) -> None:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import strategy as flower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.communication.codecs import Codec, get_codec, named, run_codecs
+from fedlora.clients import client_app
+from fedlora.communication import meter
+from fedlora.communication.codecs import Codec, RunCodecs, get_codec, named, run_codecs
 from fedlora.communication.wire import encode, payload_bytes
-from fedlora.config import load_config
+from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.registry import CODECS
+from fedlora.results.folder import RunResult
+from fedlora.study.forecast import Forecast
 from tests import tiny
 from tests.configs import override
+from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload
 
 shapes = st.dictionaries(st.text("abc.", max_size=4), st.lists(st.integers(0, 5), max_size=3).map(tuple), max_size=5)
 scales = st.floats(-6, 4).map(lambda exponent: 10.0**exponent)
@@ -185,3 +192,104 @@ def test_by_default_nothing_is_rounded(dtype: str, name: str) -> None:
     assert {codecs.up.name, codecs.down.name, codecs.once.name} == {name}
     sent = {"x": torch.randn(3, 2, dtype=codecs.up.dtype), "y": torch.randn(4, dtype=codecs.up.dtype)}
     assert the_same(codecs.up.encode(sent)) == the_same(encode(sent, codecs.up.dtype))
+
+
+PRIVATE = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
+    return SmallRuns(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, str]]]:
+    """Of every message that is metered: the records' keys, and how their arrays are encoded."""
+    found: dict[str, set[tuple[str, str]]] = {}
+
+    def noted(message: Message) -> int:
+        for key, record in message.content.items() if message.has_content() else ():
+            if isinstance(record, ArrayRecord):
+                found.setdefault(key, set()).update((array.stype, array.dtype) for array in record.values())
+        return size_of(message)
+
+    size_of = meter.message_size
+    monkeypatch.setattr(meter, "message_size", noted)
+    return found
+
+
+def check_bytes(result: RunResult, expected: Forecast) -> None:
+    """What was measured, the formula and the forecast agree, in every direction."""
+    said = {"initial": expected.initial_bytes, "down": expected.downlink_bytes, "up": expected.uplink_bytes}
+    assert {direction: payload(result, direction) for direction in said} == said
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "flexmore"])
+def test_a_run_sends_what_the_formula_counts_and_resumes_to_the_same_bits(
+    codec: Codec, method: str, runs: SmallRuns, sent: dict[str, set[tuple[str, str]]]
+) -> None:
+    sections = {"method": {"name": method, "rank": 2}, "wire": {"codec": codec.name}, "run": {"rounds": 2, "seed": 3}}
+    whole = runs.run(**sections)
+    sent_in_rounds = {stype for stype, _ in sent["arrays"]}
+    assert sent_in_rounds == {next(iter(codec.encode({"x": torch.ones(2)}).values())).stype}
+    # What is sent once stays as it is: both halves hold the same bits.
+    assert sent.get("initial", {("numpy.ndarray", "float32")}) == {("numpy.ndarray", "float32")}
+    assert all(line["counted"] and not line["failed"] for line in lines(whole))
+    check_bytes(whole, runs.forecast(**sections))
+    if method == "flexmore":
+        return
+    assert bits(adapter(runs.run(**sections, stop=1))) == bits(adapter(whole))
+    plain = adapter(runs.run(method=sections["method"], run=sections["run"]))
+    assert (bits(adapter(whole)) == bits(plain)) == (not codec.lossy)
+    for name, array in adapter(whole).items():
+        torch.testing.assert_close(array, plain[name], rtol=0, atol=0.05 * float(plain[name].abs().max()))
+
+
+def test_each_way_has_its_own(runs: SmallRuns) -> None:
+    one = {"run": {"rounds": 2, "seed": 3}, "method": {"name": "fedit", "rank": 2}}
+    whole, up, down = (
+        runs.run(**one, wire=wire) for wire in ({}, {"uplink_codec": "int8"}, {"downlink_codec": "float16"})
+    )
+    assert payload(up, "down") == payload(whole, "down")
+    assert payload(whole, "up") / 4 < payload(up, "up") < payload(whole, "up") / 2
+    assert (payload(down, "down"), payload(down, "up")) == (payload(whole, "down") // 2, payload(whole, "up"))
+
+
+def test_rounding_comes_after_the_noise(codec: Codec, runs: SmallRuns) -> None:
+    """A ledger is charged alike whatever the codec."""
+    found, plain = (
+        runs.run(privacy=PRIVATE, wire=wire, run={"rounds": 2, "seed": 3}) for wire in ({"codec": codec.name}, {})
+    )
+    assert found.summary["epsilon"] == plain.summary["epsilon"] is not None
+    check_bytes(found, runs.forecast(privacy=PRIVATE, wire={"codec": codec.name}, run={"rounds": 2, "seed": 3}))
+
+
+def test_a_users_own_strategy_knows_of_no_codec(codec: Codec, runs: SmallRuns) -> None:
+    """It averages float32 numbers, whatever travels."""
+    one = {"run": {"rounds": 2, "seed": 3}, "wire": {"codec": codec.name}}
+    own = runs.run(**one, strategy=lambda: flower.FedAvg(fraction_evaluate=0.0))
+    found, expected = adapter(own), adapter(runs.run(**one))
+    check_bytes(own, runs.forecast(**one))
+    for name, array in expected.items():
+        torch.testing.assert_close(found[name], array, rtol=0, atol=0.02 * float(array.abs().max()))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_reply_in_another_codec_is_refused(own: bool, runs: SmallRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs its client its place in the round, by the method itself and by a user's own strategy."""
+    reply, codecs = client_app.run_codecs, {"int8": 0}
+
+    def other(config: Config) -> RunCodecs:
+        codecs["int8"] += 1
+        found = reply(config)
+        # Every client asks twice in a round, to decode and to encode; the last one's answer is another's.
+        return replace(found, up=found.once) if codecs["int8"] == 2 * OWNERS else found
+
+    monkeypatch.setattr(client_app, "run_codecs", other)
+    strategy = (lambda: flower.FedAvg(fraction_evaluate=0.0)) if own else None
+    result = runs.run(run={"rounds": 1, "seed": 3}, wire={"uplink_codec": "int8"}, strategy=strategy)
+    (line,) = lines(result)
+    (failed,) = line["failed"]
+    assert failed["error"].startswith("the reply is refused: ")
+    assert failed["error"].endswith("expected fedlora.int8")
+    assert line["counted"]

@@ -28,7 +28,7 @@ METHODS = methods()
 
 Answer = Callable[[Message, int], Message | None]
 ARRAYS = {"layer.lora_B": torch.zeros(4, 2), "classifier.bias": torch.zeros(3)}
-MODEL: Any = SimpleNamespace(head_names=("classifier.bias",))
+MODEL: Any = SimpleNamespace(head_names=("classifier.bias",), names=lambda kinds: ())
 """All that a strategy asks of the model, where it gets the arrays."""
 
 

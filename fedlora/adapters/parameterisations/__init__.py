@@ -139,7 +139,7 @@ class LowRank(Parameterisation):
         smaller = {path: r for path, r in ranks.items() if r != rank}
         return LoraConfig(
             r=rank,
-            lora_alpha=config.scaling() * rank,  # type: ignore[arg-type]
+            lora_alpha=config.scaling() * rank,  # type: ignore[arg-type]  # any number
             rank_pattern=smaller,
             alpha_pattern={path: config.scaling() * r for path, r in smaller.items()},
             lora_dropout=config.method.dropout,

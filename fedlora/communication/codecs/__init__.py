@@ -206,6 +206,17 @@ def run_codecs(config: Config) -> RunCodecs:
     return RunCodecs(get_codec(down), get_codec(up), get_codec(lossless))
 
 
+def recode(record: ArrayRecord, source: Codec, target: Codec) -> ArrayRecord:
+    """Turn a record of one codec into another's.
+
+    Raises
+    ------
+    ValueError
+        If the record is none of its codec's.
+    """
+    return record if source is target else target.encode(source.decode(record))
+
+
 def named(vector: torch.Tensor, shapes: Mapping[str, Shape]) -> Arrays:
     """Return the arrays that lie one after the other in a vector, as views."""
     parts = vector.split([math.prod(shape) for shape in shapes.values()])
