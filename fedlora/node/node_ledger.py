@@ -42,9 +42,9 @@ CREATE TABLE IF NOT EXISTS charges (
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
-# Created if missing: an older ledger has no such table.
-_COUNTED = ("describes", "evaluations")
-_COUNT = "CREATE TABLE IF NOT EXISTS {} (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
+# Created if missing: an older ledger has no such table, or knows describes alone.
+_DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
+_ASKED = "ALTER TABLE describes ADD COLUMN asked TEXT NOT NULL DEFAULT 'describe'"
 _CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
 
 _SEALED = {
@@ -108,8 +108,10 @@ class NodeLedger:
             remedy = "is damaged: rows are missing or changed, so what was spent is unknown; restore a copy of it"
             raise InputError("state.directory", str(self.path), remedy)
         with self._transaction() as database:
-            for name in set(_COUNTED) - found:
-                database.execute(_COUNT.format(name))
+            if "describes" not in found:
+                database.execute(_DESCRIBES)
+            if "asked" not in {name for _, name, *_ in database.execute("PRAGMA table_info(describes)")}:
+                database.execute(_ASKED)
             if "config" not in {name for _, name, *_ in database.execute("PRAGMA table_info(runs)")}:
                 database.execute(_CONFIG)
 
@@ -140,7 +142,7 @@ class NodeLedger:
         PolicyError
             If servers used up the owner's limit within the last 24 hours.
         """
-        self._count("describes", "max_describes_per_day", self.policy.max_describes_per_day)
+        self._count("describe", "max_describes_per_day", self.policy.max_describes_per_day)
 
     def count_evaluation(self) -> None:
         """Record that a server has the node evaluate a model, for whichever federation.
@@ -150,15 +152,15 @@ class NodeLedger:
         PolicyError
             If its owner allows none, or servers used up the owner's limit within the last 24 hours.
         """
-        self._count("evaluations", "max_evaluations_per_day", self.policy.max_evaluations_per_day)
+        self._count("evaluate", "max_evaluations_per_day", self.policy.max_evaluations_per_day)
 
-    def _count(self, table: str, key: str, most: int) -> None:
+    def _count(self, asked: str, key: str, most: int) -> None:
         now = time.time()
         with self._transaction() as database:
-            database.execute(f"DELETE FROM {table} WHERE at < ?", (now - _DAY,))
-            (count,) = database.execute(f"SELECT COUNT(*) FROM {table}").fetchone()
+            database.execute("DELETE FROM describes WHERE at < ?", (now - _DAY,))
+            (count,) = database.execute("SELECT COUNT(*) FROM describes WHERE asked = ?", (asked,)).fetchone()
             if count < most:
-                database.execute(f"INSERT INTO {table} (at) VALUES (?)", (now,))
+                database.execute("INSERT INTO describes (at, asked) VALUES (?, ?)", (now, asked))
         if count >= most:
             raise PolicyError(key, most, "more")
 
