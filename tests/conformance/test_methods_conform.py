@@ -51,7 +51,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     torch.set_num_threads(threads)
 
 
-def content(here: World, name: str, kind: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
+def content(here: World, name: str, kind: str | None = None, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """Return a config of a method on a model, by default the first that it does not refuse."""
     return here.content(name, kind or here.kinds(name)[0], **sections)
 
