@@ -151,19 +151,28 @@ def test_formula_is_what_is_measured(half: Watched | None) -> None:
 def test_forecast_is_what_is_run(half: Watched | None) -> None:
     if half is None:
         return
-    expected, sums = forecast(half.config), defaultdict(int)
-    for row in half.rows("communication.csv"):
-        sums[row["direction"]] += row["payload_bytes"]
-    assert (expected.initial_bytes, expected.downlink_bytes, expected.uplink_bytes) == (
-        sums["initial"],
-        sums["down"],
-        sums["up"],
-    )
-    summary = half.summary
+    check_forecast(half)
+    expected, summary = forecast(half.config), half.summary
     assert expected.payload_bytes == summary["communication"]["payload_bytes"]
     assert expected.trainable_parameters == summary["trainable_parameters"]
     assert expected.clients == summary["clients"] == len(CLIENTS)
     assert expected.steps == sum(map(len, half.sampled)) * half.config.client.local_steps
+
+
+def check_forecast(run: Watched) -> None:
+    expected, sums = forecast(run.config), defaultdict(int)
+    for row in run.rows("communication.csv"):
+        sums[row["direction"]] += row["payload_bytes"]
+    found = (expected.initial_bytes, expected.downlink_bytes, expected.uplink_bytes)
+    assert found == (sums["initial"], sums["down"], sums["up"])
+
+
+def test_formula_and_forecast_hold_for_a_codec(here: World, name: str) -> None:
+    """Of one byte a number, and some for each array; what is sent once, or where it is stale, is never rounded."""
+    run = here.run(content(here, name, wire={"codec": "int8"}, **HALF))
+    for row in run.rows("communication.csv"):
+        assert row["payload_bytes"] == row["formula_bytes"], row
+    check_forecast(run)
 
 
 # Rounds.
