@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import groupby
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlora.config import Key, MethodSection, all_keys, find_keys, section_title
+
+if TYPE_CHECKING:
+    from fedlora.methods import Method
 
 console = Console()
 
@@ -51,8 +54,32 @@ def _details(key: Key) -> None:
     console.print(f"  {escape(key.description)}", highlight=False)
 
 
+_PAGE = """\
+# Methods
+
+`fedlora methods --markdown > docs/methods.md` writes this page from the methods' own files.
+
+*Exact* means that the server's model is the mean of the clients' models. *Rates* are the default learning rates with
+AdamW and with SGD. `fedlora config method` describes the keys.
+
+| `method.name` | what | exact | mixed ranks | example-level DP | rates | keys of its own | paper |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def _row(method: type[Method]) -> str:
+    """Return a method's row of the page."""
+    own = [f"`{key}`" for key in method.Options.model_fields if key not in MethodSection.model_fields]
+    rates = [f"{method.learning_rates[name]:g}" for name in ("adamw", "sgd") if name in method.learning_rates]
+    paper = method.paper.removeprefix("arXiv ")
+    link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper != method.paper else method.paper
+    facts = ["yes" if fact else "no" for fact in (method.exact, method.mixed_ranks, method.dp)]
+    return "| " + " | ".join([f"`{method.name}`", method.title, *facts, ", ".join(rates), ", ".join(own), link]) + " |"
+
+
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known of them, as JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
 ) -> None:
     """List the methods."""
     from fedlora.methods import broken_methods
@@ -72,6 +99,8 @@ def methods(
             for name, method in find_methods().items()
         ]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif as_markdown:
+        typer.echo(_PAGE + "\n".join(_row(method) for method in find_methods().values()))
     else:
         table = Table("method", "what", "paper", box=None, pad_edge=False)
         for name, method in find_methods().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +75,12 @@ def test_methods_are_told_as_json() -> None:
         assert (row["exact"], row["mixed_ranks"], row["dp"]) == (method.exact, method.mixed_ranks, method.dp)
     assert told["fedit"]["options"] == []
     assert "init" in told["fed-sb"]["options"]
+
+
+def test_the_page_of_methods_says_what_their_files_say() -> None:
+    written = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    done = fedlora("methods", "--markdown")
+    assert done.code == 0, done.err
+    rows = [line for line in written if line.startswith("| `")]
+    assert len(rows) >= 7
+    assert set(written) <= set(done.out.splitlines()), "write it again: fedlora methods --markdown > docs/methods.md"
