@@ -17,7 +17,7 @@ from fedlora.errors import ClientErrorCode
 from fedlora.simulation import LocalGrid
 from fedlora.strategies.base import NO_REPLY
 from tests.command import Done, fedlora
-from tests.faulty_clients import CULPRIT, ROUND
+from tests.faulty_clients import CULPRIT, MENDED, ROUND
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached")]
 
@@ -38,13 +38,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(config: Path, folder: Path, app: str | None, *more: str) -> Done:
+def run(config: Path, folder: Path, app: str | None, *more: str, resume: bool = False) -> Done:
     """Give the command, with other clients."""
     with pytest.MonkeyPatch.context() as patched:
         if app is not None:
             defaults: Any = simulator.simulate.__kwdefaults__
             patched.setitem(defaults, "client_app", f"tests.faulty_clients:{app}")
-        return fedlora("run", config, "--output", folder, *(part for pair in more for part in ("--set", pair)))
+        sets = [part for pair in more for part in ("--set", pair)]
+        return fedlora("run", config, "--output", folder, *sets, *(["--resume"] if resume else []))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -166,7 +167,9 @@ def test_a_round_in_which_all_fail_ends_the_run_in_one_line_and_it_goes_on_from_
     assert told.startswith("fedlora: every client of the round failed; the first said: MemoryError: no room at all")
     assert [line["round"] for line in lines(folder)] == [1]
     assert not (folder / "summary.json").exists()
-    again = fedlora("run", config, "--output", folder, "--resume")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(MENDED, "1")
+        again = run(config, folder, "broken", resume=True)
     assert (again.code, again.err) == (0, "")
     assert bits(folder) == healthy
 

@@ -26,7 +26,7 @@ from opacus.accountants.analysis import gdp
 from scipy.stats import beta, chi2, norm
 
 from fedlora.adapters.stacked import RowProducts
-from fedlora.clients import client_app, participant
+from fedlora.clients import client_app, half, participant
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config
 from fedlora.training import cohort, dp
@@ -67,7 +67,7 @@ class Federation:
         self.adapted = tiny.adapted_model("bert", self.config)
         rows = [np.array([ORDINARY])] * count + [np.array([ORDINARY, CANARY])] * count
         data = SimpleNamespace(train=tiny.table("bert", 2, seed=1), partition=rows)
-        monkeypatch.setattr(client_app, "client_model", lambda config: self.adapted)
+        monkeypatch.setattr(half, "client_model", lambda config: self.adapted)
         for module in (client_app, participant):
             monkeypatch.setattr(module, "client_data", lambda config: data)
         self.states = [RecordDict() for _ in rows]

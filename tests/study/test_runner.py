@@ -106,7 +106,7 @@ def test_the_dry_run_prints_the_forecast_and_writes_nothing(commanded: tuple[Pat
         assert shown[1:6] == [str(expected[name]) for name in names]
         assert shown[6] == f"{min(expected['noise_multipliers']):.4g}"
     assert "4 runs and 4 tuning runs" in done.out
-    assert "on this machine, 2 side by side" in done.out
+    assert "on this machine, 2 in parallel" in done.out
 
 
 def test_the_choice_is_the_best_on_validation_and_its_cost_is_told(commanded: tuple[Path, str]) -> None:
