@@ -21,11 +21,10 @@ from fedlora.errors import ClientErrorCode, InputError
 from fedlora.flower import set_run_id
 from fedlora.node.config import load_node
 from fedlora.node.local_node import LocalNode
-from fedlora.node.outward_errors import is_outward
 from fedlora.strategies.evaluation import read_sums
 from fedlora.training.evaluation import statistics
 from tests.messages import FIRST_NODE
-from tests.owner import LABELS, Server, reviews, write_csv, write_node
+from tests.owner import LABELS, Server, refused, reviews, write_csv, write_node
 
 ASKS = {"server__fraction_evaluate": 1.0, "server__evaluate_not_covered": True}
 ALLOWED = {"max_epsilon": 8.0, "delta": 1e-3, "max_evaluations_per_day": 5}
@@ -49,13 +48,6 @@ def evaluation(server: Server, server_round: int = 1) -> Message:
     message = Message(RecordDict(dict(train.content)), FIRST_NODE, MessageType.EVALUATE, group_id=str(server_round))
     set_run_id(message, server.run)
     return message
-
-
-def refused(reply: Message, code: ClientErrorCode) -> str:
-    assert reply.has_error(), reply.content
-    assert reply.error.code == code
-    assert is_outward(reply.error.reason)
-    return str(reply.error.reason)
 
 
 def metrics_of(reply: Message) -> dict[str, Any]:
