@@ -53,7 +53,7 @@ def _model(client: Participant, message: Message) -> AdaptedModel:
     after: Any = settings["server-round"]
     roles = get_method(client.config.method.name).roles(client.config, int(after) + 1)
     parts = receive(client, message, roles, adapted)
-    half.prepare(settings)  # type: ignore[arg-type]
+    half.prepare(settings)
     came = parts | run_codecs(client.config).down.decode(record)
     head = frozenset(adapted.head_names)
     of = {name: roles.get(kind_of(name, head), FROZEN) for name in came}

@@ -24,8 +24,7 @@ class RoLoRA(FederatedStrategy):
     Notes
     -----
     A client is sent the factors that changed since its last round: the one of the round before, and both if it missed
-    a round. Where the first round does not count, B is still 0 in the second, so that A has no gradient, and the
-    clients refuse to go on.
+    a round. Where the first round does not count, B is still 0 in the second, and A stays as it is.
     """
 
     name = "rolora"
@@ -50,8 +49,12 @@ class RoLoRA(FederatedStrategy):
         b = sum(sizes.rank * m for m, _ in sizes.layers)
         a = sum(sizes.rank * n for _, n in sizes.layers)
         initial, down = 0, sizes.head
-        for numbers, turn in ((b, 1), (a, 0)):
-            made = max((r for r in contact.replied if r < contact.round and r % 2 == turn), default=0)
+        before = [r for r in contact.replied if r < contact.round]
+        b_rounds = [r for r in before if r % 2]
+        # While B is 0, A has no gradient; noise and decay move it all the same.
+        moving = 0 if self.private or self.config.client.weight_decay else min(b_rounds, default=contact.round)
+        a_rounds = [r for r in before if r % 2 == 0 and r > moving]
+        for numbers, made in ((b, max(b_rounds, default=0)), (a, max(a_rounds, default=0))):
             if contact.since is None and not made:
                 initial += numbers
             elif contact.since is None or made >= contact.since:

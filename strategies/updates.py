@@ -1,7 +1,7 @@
 """What clients sent in a round, one client at a time, on its way into the aggregate.
 
-A reply is decoded by the codec of the uplink and checked (:func:`~strategies.replies.read_update`), weighed, and becomes
-an :class:`Update`. The method's aggregate takes the updates as they come, in client order. The server optimiser then
+A reply is decoded by the codec of the uplink, checked (:func:`~strategies.replies.read_update`) and weighed: it is an
+:class:`Update`. The method's aggregate takes the updates as they come, in client order. The server optimiser then
 steps from the arrays before to the aggregate.
 """
 

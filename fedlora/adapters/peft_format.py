@@ -79,7 +79,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     peft_config = parameterisation.peft_config(layers, config, settings)
     peft_config.save_pretrained(str(folder))
     if adapted.residual:
-        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=peft_config.r))
+        (folder / "README.md").write_text(_README.format(rank=config.method.rank, most=peft_config.to_dict()["r"]))
 
 
 _README = """\

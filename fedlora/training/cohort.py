@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def train_cohort(
             if not done:
                 continue
             losses = stepper.loss_sums.cpu().numpy()
-            _check_moved(adapted.trained, start, parameters, active >= 2)
+            _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.has_gradient, rows))
             for k, arrays in zip(done, adapted.trained_arrays(done), strict=True):
                 mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
                 results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean)
@@ -222,6 +223,27 @@ class _Stepper:
         taken = self.optimizer if self._dp is None else self._dp
         taken.step()
         taken.zero_grad(set_to_none=True)
+
+    def has_gradient(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Say of which clients [K] the loss on a batch has a gradient, for each trained array.
+
+        Under DP of all: noise moves what has none. What no loss reaches counts as if it had one, so that it is found.
+        """
+        parameters = self.adapted.parameters()
+        if self._dp is not None:
+            return [np.ones(len(p), bool) for p in parameters]
+        layout = self.adapted.layout
+        # A draw of dropout more would change the steps that are left.
+        generators, layout.dropout_generators = layout.dropout_generators, None
+        _losses(self.adapted, self.table, next(_physical(rows, self.client.physical_batch_size))).sum().backward()
+        layout.dropout_generators = generators
+        gradients = [p.grad for p in parameters]
+        for p in parameters:  # whatever the optimiser holds
+            p.grad = None
+        return [
+            np.ones(len(p), bool) if g is None else g.flatten(1).any(1).cpu().numpy()
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
 
     def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
         """Add the clipped gradients of a physical batch to those of the step; the first is checked."""
@@ -313,14 +335,24 @@ def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> No
 
 
 def _check_moved(
-    names: Sequence[str], before: list[torch.Tensor], after: list[torch.nn.Parameter], clients: np.ndarray
+    names: Sequence[str],
+    before: list[torch.Tensor],
+    after: list[torch.nn.Parameter],
+    clients: np.ndarray,
+    has_gradient: Callable[[], list[np.ndarray]],
 ) -> None:
-    """Raise a GuardError where an array [K, ...] of one of the clients (a mask [K]) is what it was."""
+    """Raise a GuardError where an array [K, ...] of one of the clients (a mask [K]) is what it was.
+
+    Unless the loss has no gradient in it, as it has none in LoRA's A while B is 0 and is not trained.
+    """
     if not clients.any():
         return
     moved = torch.stack([(old != new.detach()).flatten(1).any(1) for old, new in zip(before, after, strict=True)])
-    for name, by_client in zip(names, moved.cpu().numpy(), strict=True):
-        if not by_client[clients].all():
+    still = ~moved.cpu().numpy() & clients
+    if not still.any():
+        return
+    for name, of_clients, has in zip(names, still, has_gradient(), strict=True):
+        if (of_clients & has).any():
             raise GuardError(
                 f"{name} did not move in two steps or more; the parameters that the optimiser holds are stale"
             )

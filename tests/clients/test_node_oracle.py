@@ -140,6 +140,7 @@ class Attacker:
 
     def __init__(self, names: dict[str, Path], seed: int) -> None:
         self.draw, self.names = random.Random(seed), names
+        self.parts = random.Random(seed)
         self.run, self.round = 100, 0
         self.described: tuple[str, str] | None = None
         self.frozen = encode({"x": torch.ones(3)})
@@ -239,14 +240,15 @@ class Attacker:
         text = text if draw.random() < 0.2 else self.described[0]
         self.round += draw.choice([1, 1, 1, 0, -1])
         settings: dict[str, Any] = {
-            "server-round": self.round, "learning-rate": 0.1, "rank": "2",
+            "server-round": self.round, "learning-rate": 0.1, "rank": "2", "client": 7, "unknown": "x",
         }  # fmt: skip
         held: dict[str, Any] = {}
         if draw.random() < 0.2:
-            part = draw.choice([INITIAL, INITIAL, "lora_A", "residual"])
+            part = self.parts.choice([INITIAL, INITIAL, "lora_A", "residual"])
             held[part] = draw.choice([digest({"x": torch.ones(3)}), "../../own", "0" * 64])
-            if draw.random() < 0.3:
-                held |= {AFTER + part: draw.choice(["", "0" * 64]), KEY + part: draw.choice(["../../own", "0" * 64])}
+            if self.parts.random() < 0.3:
+                keys = ["../../own", "0" * 64]
+                held |= {AFTER + part: self.parts.choice(["", "0" * 64]), KEY + part: self.parts.choice(keys)}
         if draw.random() < 0.1:
             settings |= draw.choice([{"learning-rate": 1e300}, {"rank": "full"}, {"server-round": 10**12}])
         if draw.random() < 0.05:
@@ -256,12 +258,12 @@ class Attacker:
             "config": ConfigRecord(settings),
             NODE_RECORD: ConfigRecord({"federation": self.described[1], "client": 0}),
         }
-        if held:
-            content[HELD] = ConfigRecord(held)
         if draw.random() < 0.1:
-            content[draw.choice([INITIAL, INITIAL, "initial/lora_A", "changed/residual"])] = self.frozen
+            content[self.parts.choice([INITIAL, INITIAL, "initial/lora_A", "changed/residual"])] = self.frozen
         if draw.random() < 0.05:
             del content[draw.choice(sorted(content))]
+        if held:
+            content[HELD] = ConfigRecord(held)
         return self._of_run(train_message(FIRST_NODE, RecordDict(content), self.round)), text, self.run
 
     def arrays(self, text: str) -> dict[str, torch.Tensor]:

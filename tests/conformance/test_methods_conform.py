@@ -182,6 +182,14 @@ def test_a_resumed_run_is_an_uninterrupted_one(here: World, name: str) -> None:
     same(here.run(given, uncounted=(2,), stops=(1, 2)), whole)
 
 
+def test_the_first_round_may_not_count(here: World, name: str) -> None:
+    run = here.run(content(here, name, **HALF), uncounted=(1,))
+    assert [line["counted"] for line in run.lines()] == [False, True, True]
+    assert not any(line["failed"] for line in run.lines())
+    for row in run.rows("communication.csv"):
+        assert row["payload_bytes"] == row["formula_bytes"], row
+
+
 def same(one: Watched, other: Watched) -> None:
     """Compare two runs, to the bit."""
     assert one.lines() == other.lines()

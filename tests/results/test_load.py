@@ -91,6 +91,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         fedlora.load(tmp_path)
 
 
+def test_nobody_leaves_a_mean(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"^FOLDER = .*/run': holds no finished run of a method that keeps .* apart"):
+        fedlora.opt_out(tmp_path / "run", "an owner")
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

@@ -45,8 +45,8 @@ def test_bytes() -> None:
     head = 3 * 32 + 3
     replied = {r: [0] for r in (1, 2, 4, 5)}  # the third did not count
 
-    def payload(server_round: int, since: int | None) -> Payload:
-        known = {r: clients for r, clients in replied.items() if r < server_round}
+    def payload(server_round: int, since: int | None, without: int = 0) -> Payload:
+        known = {r: clients for r, clients in replied.items() if r < server_round and r != without}
         return rounds.strategy.payload(sizes, Contact(server_round, 1, since, known))
 
     assert payload(1, None) == Payload(a + b, head, b + head)
@@ -57,3 +57,7 @@ def test_bytes() -> None:
     assert payload(4, 3) == Payload(0, head, a + head)
     assert payload(5, 3) == Payload(0, a + head, b + head)
     assert payload(6, 4) == payload(6, 3) == payload(6, None) == Payload(0, a + b + head, a + head)
+    # B is 0 where the first round did not count: the second does not move A.
+    assert payload(3, 2, without=1) == Payload(0, head, b + head)
+    assert payload(5, 3, without=1) == Payload(0, head, b + head)
+    assert payload(3, None, without=1) == Payload(a + b, head, b + head)

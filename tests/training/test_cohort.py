@@ -390,6 +390,22 @@ def test_stale_parameters_are_found(private, monkeypatch):
                 train_cohort(adapted, tiny.table("bert", 7), jobs, config)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_has_no_gradient_may_stay(dropout):
+    """LoRA's A, while B is 0 and frozen: of an alternating method whose first round did not count."""
+    config = tiny.settings(
+        "bert", method={"dropout": dropout}, client={"optimizer": "sgd", "local_steps": 3, "batch_size": 2}
+    )
+    adapted = tiny.adapted_model("bert", config)
+    adapted.set_shared({n: torch.zeros_like(a) for n, a in adapted.arrays().items() if n.endswith("lora_B")})
+    names = adapted.names(["lora_A", HEAD])
+    start = adapted.arrays(names)
+    results = train_cohort(adapted, tiny.table("bert", 7), tiny.jobs_of([start] * 2, tiny.split([4, 3])), config)
+    for result in results:
+        assert all(torch.equal(result.arrays[n], start[n]) == n.endswith("lora_A") for n in names)
+    assert all(p.grad is None for p in adapted.parameters())
+
+
 def test_the_guard_does_not_cry_wolf():
     """Two steps of which one drew no row are one step: LoRA's A may rightly stay while B = 0 and there is no noise."""
     config = tiny.settings("bert", client={"optimizer": "sgd", "local_steps": 2})

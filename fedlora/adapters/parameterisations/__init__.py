@@ -35,7 +35,7 @@ class Parameterisation(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, out_features: int, in_features: int, rank: int) -> Mapping[str, tuple[int, ...]]:
         """Return the kinds of its arrays and their shapes, in the order in which the input meets them."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class LowRank(Parameterisation):
     """A product of matrices through a narrow rank, which is some LoRA: dW = s F_k ... F_1 = s B A."""
 
     @abstractmethod
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:  # type: ignore[override]
+    def shapes(self, out_features: int, in_features: int, rank: int) -> Mapping[str, tuple[int, int]]:
         """Return the matrices' shapes (rows, columns)."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class LowRank(Parameterisation):
         smaller = {path: r for path, r in ranks.items() if r != rank}
         return LoraConfig(
             r=rank,
-            lora_alpha=config.scaling() * rank,
+            lora_alpha=config.scaling() * rank,  # type: ignore[arg-type]  # any number
             rank_pattern=smaller,
             alpha_pattern={path: config.scaling() * r for path, r in smaller.items()},
             lora_dropout=config.method.dropout,
