@@ -42,6 +42,7 @@ class Registry:
         self.package, _, self.base_name = base.partition(":")
         self.group, self.field = group, field
         self._classes: dict[str, type[Any]] = {}
+        self._made: dict[type[Any], Any] = {}
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -72,6 +73,13 @@ class Registry:
         if name not in self._classes:
             self._classes[name] = self._load(name)
         return self._classes[name]
+
+    def made(self, name: str) -> Any:
+        """Return the one instance of a choice whose class takes nothing and keeps nothing; raises as :meth:`get`."""
+        kind = self.get(name)
+        if kind not in self._made:
+            self._made[kind] = kind()
+        return self._made[kind]
 
     def _load(self, name: str) -> type[Any]:
         added = self._entry_points.get(name, [])

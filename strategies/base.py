@@ -36,7 +36,7 @@ from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, tr
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
-from fedlora.strategies.evaluation import ClientEvaluation, evaluation_messages, read_evaluations
+from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.tasks import get_task
@@ -431,6 +431,11 @@ class FederatedStrategy(Method, Strategy):
                 last[client] = server_round
             if len(clients) >= self.config.server.min_replies:
                 replied[server_round] = clients
+            for client in evaluating_clients(self, server_round):
+                if client not in last:
+                    contact = Contact(server_round + 1, client, None, replied)
+                    sent["initial"] += self.payload_bytes(sizes, contact)["initial"]
+                last[client] = server_round + 1
         return Planned(
             initial_bytes=sent["initial"],
             downlink_bytes=sent["down"],

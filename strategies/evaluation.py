@@ -112,9 +112,10 @@ class ClientEvaluation:
 
 
 def evaluating_clients(strategy: FederatedStrategy, server_round: int) -> list[int]:
-    """Draw who evaluates after a round, from the run's seed and the round alone."""
+    """Draw who evaluates after a round, from the run's seed and the round alone; nobody where the server does not."""
     config, clients = strategy.config, sorted(strategy.nodes.keys() - strategy.evaluation.refused)
-    share = config.server.fraction_evaluate
+    due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
+    share = config.server.fraction_evaluate if due else 0.0
     count = min(len(clients), max(1, round(share * len(strategy.nodes)))) if share else 0
     rng = np.random.default_rng([config.run.seed, server_round, 0xE5])
     return sorted(rng.choice(clients, count, replace=False).tolist()) if count < len(clients) else clients

@@ -17,9 +17,11 @@ from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import decode, digest, encode
 from fedlora.config import ClientSection, Config, DataSection, PrivacySection, load_config
 from fedlora.data.tokens import prepare_data
+from fedlora.errors import ClientErrorCode
 from fedlora.flower import set_run_id
 from fedlora.models import load_base
 from fedlora.node.names import NODE_FILE, NODE_RECORD
+from fedlora.node.outward_errors import is_outward
 from fedlora.node.policy import folder_digest
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.server_app import resolve
@@ -168,3 +170,11 @@ class Server:
     def _of_run(self, message: Message) -> Message:
         set_run_id(message, self.run)
         return message
+
+
+def refused(reply: Message, code: ClientErrorCode) -> str:
+    """Check an error that leaves a node, and return its reason."""
+    assert reply.has_error(), reply.content
+    assert reply.error.code == code
+    assert is_outward(reply.error.reason)
+    return str(reply.error.reason)

@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedlora import simulate
-from fedlora.clients import client_app
+from fedlora.clients import client_app, evaluation, resources
 from fedlora.config import load_config
 from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
@@ -30,6 +30,7 @@ from tests import tiny
 from tests.configs import BASE
 from tests.messages import train_message
 
+FORECAST = {"initial": "initial_bytes", "down": "downlink_bytes", "up": "uplink_bytes"}
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 PRIVATE = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
 
@@ -38,7 +39,7 @@ PRIVATE = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
-    client_app.forget_data()
+    resources.forget_data()
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,16 @@ def test_every_method_evaluates_what_its_round_made(
         assert line["examples"] == expected["examples"]
         if is_one_model:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    data = prepare_data(load_config(given))
     for result in (whole, part):
+        planner = strategy(load_config(result.folder / "config.toml"))
+        planner.nodes = dict.fromkeys(range(3), 0)
+        planned = planner.planned(planner.server_model(data, "meta"))
         rows = list(csv.DictReader((result.folder / "communication.csv").open()))
         training = [r for r in rows if not r["direction"].startswith("evaluate")]
         assert [r for r in training if r["payload_bytes"] != r["formula_bytes"]] == []
+        payload = {way: sum(int(r["payload_bytes"]) for r in rows if r["direction"] == way) for way in FORECAST}
+        assert payload == {way: getattr(planned, name) for way, name in FORECAST.items()}
     assert (whole.folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
         part.folder / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
@@ -329,7 +336,7 @@ def test_any_other_answer_is_refused(change: dict[str, Any]) -> None:
 def test_a_wrong_answer_costs_its_client_its_place(
     models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = client_app.evaluate_own
+    own = evaluation.evaluate_own
 
     def wrong(message: Message, context: Any) -> Message:
         client = int(context.node_config["partition-id"])
@@ -337,7 +344,8 @@ def test_a_wrong_answer_costs_its_client_its_place(
             raise ValueError("broken")
         reply = own(message, context)
         if client == 2:
-            reply.content["metrics"]["loss"] = float("nan")  # type: ignore[call-overload, index]
+            metrics: Any = reply.content["metrics"]
+            metrics["loss"] = float("nan")
         return reply
 
     monkeypatch.setattr(client_app, "evaluate_own", wrong)

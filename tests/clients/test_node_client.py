@@ -40,7 +40,7 @@ from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
 from tests import architectures, tiny
 from tests.messages import train_message
-from tests.owner import LABELS, Server, listed, reviews, write_csv, write_node
+from tests.owner import LABELS, Server, listed, refused, reviews, write_csv, write_node
 
 ERRORS = [ValueError, KeyError, RuntimeError, InputError, LabelError, BudgetError, GuardError, StaleError, OSError]
 
@@ -60,14 +60,6 @@ def node_file(tmp_path: Path, cache: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     return Server(tmp_path / "server")
-
-
-def refused(reply: Message, code: ClientErrorCode) -> str:
-    """Check an error that leaves a node, and return its reason."""
-    assert reply.has_error(), reply.content
-    assert reply.error.code == code
-    assert is_outward(reply.error.reason)
-    return str(reply.error.reason)
 
 
 def steps(node_file: Path) -> int:

@@ -12,22 +12,20 @@ from flwr.app import Message, MessageType, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.clients import client_app
 from fedlora.clients.client_app import app
-from fedlora.clients.resources import client_data, client_model
+from fedlora.clients.resources import client_data, client_model, forget_data
 from fedlora.communication.wire import decode
 from fedlora.config import Config
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.flower import set_run_id
 from fedlora.node.config import load_node
 from fedlora.node.local_node import LocalNode
-from fedlora.node.outward_errors import is_outward
 from fedlora.strategies.evaluation import read_sums
 from fedlora.training.evaluation import statistics
 from tests.messages import FIRST_NODE
-from tests.owner import LABELS, Server, reviews, write_csv, write_node
+from tests.owner import LABELS, Server, refused, reviews, write_csv, write_node
 
-ASKS = {"server__fraction_evaluate": 1.0, "server__evaluate_not_covered": True}
+ASKS: dict[str, Any] = {"server__fraction_evaluate": 1.0, "server__evaluate_not_covered": True}
 ALLOWED = {"max_epsilon": 8.0, "delta": 1e-3, "max_evaluations_per_day": 5}
 
 
@@ -35,7 +33,7 @@ ALLOWED = {"max_epsilon": 8.0, "delta": 1e-3, "max_evaluations_per_day": 5}
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FEDLORA_CACHE", str(cache))
     yield
-    client_app.forget_data()
+    forget_data()
 
 
 @pytest.fixture
@@ -51,17 +49,10 @@ def evaluation(server: Server, server_round: int = 1) -> Message:
     return message
 
 
-def refused(reply: Message, code: ClientErrorCode) -> str:
-    assert reply.has_error(), reply.content
-    assert reply.error.code == code
-    assert is_outward(reply.error.reason)
-    return str(reply.error.reason)
-
-
 def metrics_of(reply: Message) -> dict[str, Any]:
     assert not reply.has_error(), reply.error
     assert set(reply.content) == {"metrics"}
-    return dict(reply.content["metrics"])  # type: ignore[call-overload]
+    return dict(reply.content["metrics"])
 
 
 def expected(config: Config, server: Server) -> dict[str, np.ndarray]:
@@ -88,7 +79,7 @@ def test_sums_over_the_owners_test_examples_leave(
     write_csv(tmp_path / "clinic" / "tests.csv", reviews(14, 5))
     node_file = write_node(tmp_path / "clinic", cache, data={"test": test}, policy=ALLOWED)
     here = server.context(node_file)
-    described = dict(app(server.describe(), here).content["metrics"])  # type: ignore[call-overload]
+    described = dict(app(server.describe(), here).content["metrics"])
     own = LocalNode.open(node_file).own_config(server.config, LABELS)
     train, (_, rows) = client_data(own).partition[0], client_data(own).own_test(0)
     # A share is taken out of the training examples; a file is beside them.
@@ -109,7 +100,7 @@ def test_sums_over_the_owners_test_examples_leave(
 
 def metrics_of_training(reply: Message) -> dict[str, Any]:
     assert not reply.has_error(), reply.error
-    return dict(reply.content["metrics"])  # type: ignore[call-overload]
+    return dict(reply.content["metrics"])
 
 
 def test_servers_evaluate_no_more_often_than_the_owner_allows(tmp_path: Path, cache: Path, server: Server) -> None:
@@ -167,7 +158,7 @@ def test_an_owners_mistakes_are_named(data: Any, policy: Any, message: str, tmp_
         load_node(path)
 
 
-_shared: list[tuple[Server, Path]] = []
+_shared: list[Server] = []
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12), min_size=12))
@@ -178,8 +169,8 @@ def test_no_text_and_no_examples_own_value_is_in_an_answer(texts: list[str]) -> 
     from fedlora.assets import cache_dir
 
     if not _shared:
-        _shared.append((Server(Path(mkdtemp()), **ASKS), Path()))
-    server, _ = _shared[0]
+        _shared.append(Server(Path(mkdtemp()), **ASKS))
+    server = _shared[0]
     with TemporaryDirectory() as folder:
         rows = [{"note": f"secret {text}", "verdict": LABELS[n % 2]} for n, text in enumerate(texts)]
         write_csv(Path(folder) / "tests.csv", rows)

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -182,17 +181,10 @@ class RunCodecs:
     once: Codec
 
 
-@cache
 def get_codec(name: str) -> Codec:
-    """Return the codec of a name.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    made: Codec = CODECS.get(name)()
-    return made
+    """Return the codec of a name; an InputError says what there is where there is none."""
+    found: Codec = CODECS.made(name)
+    return found
 
 
 def run_codecs(config: Config) -> RunCodecs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import ClassVar
 
 from fedlora.registry import ACCOUNTANTS
@@ -67,14 +66,7 @@ class Accountant(ABC):
         return ()
 
 
-@cache
 def get_accountant(name: str) -> Accountant:
-    """Return the accountant of a name.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    made: Accountant = ACCOUNTANTS.get(name)()
-    return made
+    """Return the accountant of a name; an InputError says what there is where there is none."""
+    found: Accountant = ACCOUNTANTS.made(name)
+    return found

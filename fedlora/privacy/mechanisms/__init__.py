@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import ClassVar, Literal
 
 from fedlora.config import Config
@@ -62,17 +61,10 @@ class Mechanism(ABC):
         return None
 
 
-@cache
 def get_mechanism(name: str) -> Mechanism:
-    """Return the mechanism of a name.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    made: Mechanism = MECHANISMS.get(name)()
-    return made
+    """Return the mechanism of a name; an InputError says what there is where there is none."""
+    found: Mechanism = MECHANISMS.made(name)
+    return found
 
 
 def mechanism_of(config: Config) -> Mechanism:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from functools import cache
 from typing import ClassVar
 
 from fedlora.registry import CLIENT_SAMPLINGS
@@ -41,14 +40,7 @@ class ClientSampling(ABC):
         """Return how many of so many clients a round asks at most."""
 
 
-@cache
 def get_sampling(name: str) -> ClientSampling:
-    """Return the sampling of a name.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    made: ClientSampling = CLIENT_SAMPLINGS.get(name)()
-    return made
+    """Return the sampling of a name; an InputError says what there is where there is none."""
+    found: ClientSampling = CLIENT_SAMPLINGS.made(name)
+    return found
