@@ -32,14 +32,13 @@ from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
-from fedlora.methods import get_method
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import local_steps
 from fedlora.roles import FROZEN, Role, Roles, kind_of
 from fedlora.simulation.cohort_app import CohortClientApp
-from fedlora.training import ClientJob, ClientResult, train_cohort
+from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.soundness import check_sound
 
@@ -144,7 +143,8 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
         try:
             # All clients of a simulation have one config, and a real node is alone.
             table = client_data(first.client.config).train
-            results = train_cohort(half.adapted, table, [work[i].job for i in group], first.client.config)
+            training = first.client.exchange.training(first.client.config)
+            results = half.train(table, [work[i].job for i in group], training)
         except (GuardError, BudgetError, InputError) as error:
             if len(group) > 1:
                 raise  # one client's failure must not be the others': they run again one by one
@@ -171,7 +171,7 @@ class _Work:
     settings : mapping
         The message's ``config``.
     roles : mapping of str to Role
-        The method's table for this round.
+        The method's table for this exchange.
     half : ClientHalf
     frozen : dict of str to Tensor
         Global arrays that came with the message and are not trained.
@@ -200,7 +200,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     half = client_half(client.config)
     adapted = half.adapted
     settings: Any = message.content["config"]
-    roles = get_method(client.config.method.name).roles(client.config, int(settings["server-round"]))
+    roles = client.exchange.roles
     parts = receive(client, message, roles, adapted)
     if client.plan is not None:
         # Before the ledger is charged, or an example is read.
@@ -229,6 +229,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         plan=client.plan,
         secret=client.secret,
         on_step=client.on_step,
+        exchange=client.number,
     )
     return _Work(client, settings, roles, half, frozen, start, job)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -12,7 +12,9 @@ from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant
 from fedlora.clients.resources import client_model
 from fedlora.config import Config
+from fedlora.data.tokens import TokenTable
 from fedlora.methods import get_method
+from fedlora.training import ClientJob, ClientResult, train_cohort
 
 
 def client_half(config: Config) -> ClientHalf:
@@ -51,6 +53,10 @@ class ClientHalf:
     def begin(self, arrays: Arrays) -> Arrays:
         """Turn arrays that came into those that are trained."""
         return arrays
+
+    def train(self, table: TokenTable, jobs: Sequence[ClientJob], config: Config) -> list[ClientResult]:
+        """Do what an exchange asks of the clients of one pass: local training, by the config of the exchange."""
+        return train_cohort(self.adapted, table, jobs, config)
 
     def finish(self, arrays: Arrays) -> Arrays:
         """Turn arrays that were trained into those that leave."""

@@ -30,6 +30,7 @@ from fedlora.node.room import make_room
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.roles import Exchange
 
 _OWN = "own"
 """Key of a simulated client's own arrays in its Flower state."""
@@ -44,6 +45,10 @@ class Participant(ABC):
         The run's, as it holds for this client.
     client : int
         Its number in the run.
+    exchange : Exchange
+        What the message is part of.
+    number : int
+        Of the exchange in its round, from 1.
     rows : ndarray of int
         Its examples in the token table.
     plan : PrivacyPlan or None
@@ -58,6 +63,8 @@ class Participant(ABC):
 
     config: Config
     client: int
+    exchange: Exchange
+    number: int
     rows: np.ndarray
     plan: PrivacyPlan | None
     starts: bool
@@ -109,17 +116,19 @@ class SimulatedClient(Participant):
     def __init__(self, message: Message, context: Context) -> None:
         self.context = context
         self.config = run_config(context.run_config)
+        self.number, self.exchange = _exchange(self.config, message)
         self.client = int(context.node_config["partition-id"])
         self.rows = client_data(self.config).partition[self.client]
         self.plan = mechanism_of(self.config).plan(self.config, len(self.rows))
-        self.starts = _starts(self.config, message)
+        self.starts = _starts(self.exchange, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)
 
     def admit(self, held: ExitStack) -> None:
         """Check the run's ceiling."""
         if self.plan is not None:
-            self._ledger(self.plan).check(self.plan, local_steps(self.config, len(self.rows)), self.starts)
+            steps = local_steps(self.exchange.training(self.config), len(self.rows))
+            self._ledger(self.plan).check(self.plan, steps, self.starts)
 
     def make_room(self, needed: int, *used: Path) -> None:
         """Do nothing: the cache is the user's own."""
@@ -157,24 +166,24 @@ class NodeClient(Participant):
     def __init__(self, message: Message, context: Context) -> None:
         self.node, about = open_node(context), node_record(message)
         self.federation, self.run = str(about["federation"]), run_of(message, context)
-        settings: Any = message.content["config"]
-        self.server_round = int(settings["server-round"])
         label_names = self.node.ledger.label_names(self.federation, self.run)
         evaluating = evaluates(message)
-        if not evaluating:
-            self.node.ledger.check_round(self.run, self.server_round)
         # With another config a server could have the owner's rows tokenised again without asking what the node holds.
         self.node.ledger.check_config(self.run, sent_digest(context))
+        self.turn = _turn(sent_config(context), message)
+        if not evaluating:
+            self.node.ledger.check_round(self.run, self.turn)
         if evaluating:
             self._admit_evaluation(sent_config(context))
         self.config = self.node.own_config(sent_config(context), label_names)
+        self.number, self.exchange = _exchange(self.config, message)
         self.client = int(about["client"])
         make_room(self.node.config)
         data = client_data(self.config)
         make_room(self.node.config, used=(data.folder,))
         self.folder, self.rows = data.folder, data.partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
-        self.starts = _starts(self.config, message)
+        self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
         # By a clock that does not jump.
         self._deadline = time.monotonic() + message.metadata.created_at + message.metadata.ttl - time.time()
@@ -182,9 +191,9 @@ class NodeClient(Participant):
 
     def admit(self, held: ExitStack) -> None:
         """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
-        steps = local_steps(self.config, len(self.rows))
+        steps = local_steps(self.exchange.training(self.config), len(self.rows))
         also = self.plan.start if self.starts and self.plan is not None else ()
-        admitted = self.node.ledger.round(self.federation, self.run, self.server_round, self.plan, steps, also)
+        admitted = self.node.ledger.round(self.federation, self.run, self.turn, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
         self.on_step = self._step
 
@@ -259,11 +268,37 @@ def evaluates(message: Message) -> bool:
     return message.metadata.message_type.partition(".")[0] == MessageType.EVALUATE
 
 
-def _starts(config: Config, message: Message) -> bool:
-    arrays: Any = message.content["arrays"]
+def _exchange(config: Config, message: Message) -> tuple[int, Exchange]:
+    """Return the exchange that a message is of, and its number in the round.
+
+    Raises
+    ------
+    StaleError
+        If the round has no such exchange.
+    """
     settings: Any = message.content["config"]
-    roles = get_method(config.method.name).roles(config, int(settings["server-round"]))
-    return not len(arrays) and any(role.made_by == "client" for role in roles.values())
+    number, server_round = int(settings.get("exchange", 1)), int(settings["server-round"])
+    exchanges = get_method(config.method.name).exchanges(config, server_round)
+    if not 1 <= number <= len(exchanges):
+        raise StaleError(f"round {server_round} has no exchange {number}")
+    return number, exchanges[number - 1]
+
+
+def _turn(config: Config, message: Message) -> int:
+    """Count the exchanges of a run up to a message's, as a node's ledger does; rounds, where each has one exchange."""
+    settings: Any = message.content["config"]
+    method, server_round = get_method(config.method.name), int(settings["server-round"])
+    if method.has_one_exchange():
+        return server_round
+    if server_round > config.run.rounds:
+        raise StaleError(f"the run has no round {server_round}")
+    before = sum(len(method.exchanges(config, r)) for r in range(1, server_round))
+    return before + _exchange(config, message)[0]
+
+
+def _starts(exchange: Exchange, message: Message) -> bool:
+    arrays: Any = message.content["arrays"]
+    return not len(arrays) and any(role.made_by == "client" for role in exchange.roles.values())
 
 
 def is_node(context: Context) -> bool:

@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -27,7 +27,7 @@ from pydantic import ConfigDict, ValidationError
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
 from fedlora.registry import SERVER_OPTIMIZERS
-from fedlora.roles import Roles
+from fedlora.roles import Exchange, Roles
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,6 +114,16 @@ class Method:
             By kind; see :mod:`fedlora.roles`.
         """
         raise NotImplementedError
+
+    @classmethod
+    def exchanges(cls, config: Config, server_round: int) -> Sequence[Exchange]:
+        """Say which exchanges a round has, one after the other; one by default, with the roles of the round."""
+        return (Exchange(cls.roles(config, server_round)),)
+
+    @classmethod
+    def has_one_exchange(cls) -> bool:
+        """Whether every round has one exchange; then nobody has to count them."""
+        return cls.exchanges.__func__ is Method.exchanges.__func__
 
     @classmethod
     def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlora.config import Config
+
 HEAD = "head"
 """The kind of all arrays of the trained head."""
 
@@ -71,6 +73,29 @@ INCREMENT = Role(increment=True)
 
 Roles = Mapping[str, Role]
 """By kind. A kind that is not named is :data:`FROZEN`."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange of a round: a message to each of its clients, and their replies.
+
+    Attributes
+    ----------
+    roles : mapping of str to Role
+        How arrays travel in it. One exchange of a round at most makes increments.
+    local_steps : int or None
+        Steps that a client takes in it, and is charged for; None for those of the config.
+    """
+
+    roles: Roles
+    local_steps: int | None = None
+
+    def training(self, config: Config) -> Config:
+        """Return the config by which clients train in it."""
+        if self.local_steps is None:
+            return config
+        client = config.client.model_copy(update={"local_steps": self.local_steps, "local_epochs": None})
+        return config.model_copy(update={"client": client})
 
 
 def kind_of(name: str, head_names: Collection[str]) -> str:

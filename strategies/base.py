@@ -23,6 +23,7 @@ from fedlora.adapters.model import linear_shape
 from fedlora.adapters.parameterisations.lora import initial_factors
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
+from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode
@@ -32,7 +33,7 @@ from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.roles import FROZEN, HEAD, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
@@ -61,7 +62,7 @@ _LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
 
 @dataclass
 class RoundReport:
-    """What a round of training gave, beside the arrays.
+    """What an exchange of a round gave, beside the arrays.
 
     Attributes
     ----------
@@ -71,7 +72,8 @@ class RoundReport:
         client, code and error of each that failed or did not answer.
     metrics : dict of int to MetricRecord
         By client.
-    aggregate_seconds : float
+    seconds, aggregate_seconds : float
+        Of the whole exchange, and of the aggregation in it.
     drift : float or None
         See :class:`~strategies.aggregation.Drift`.
     uncounted : str
@@ -81,6 +83,7 @@ class RoundReport:
     clients: list[int] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[int, MetricRecord] = field(default_factory=dict)
+    seconds: float = 0.0
     aggregate_seconds: float = 0.0
     drift: float | None = None
     uncounted: str = ""
@@ -133,15 +136,18 @@ class Contact:
     ----------
     round, client : int
     since : int or None
-        The last round before in which the client was sent something; None at its first contact.
+        The last round in which the client was sent something before; None at its first contact.
     replied : mapping of int to sequence of int
         By each round before that counted, the clients whose replies entered it.
+    exchange : int
+        Of the round, from 1.
     """
 
     round: int
     client: int
     since: int | None
     replied: Mapping[int, Sequence[int]]
+    exchange: int = 1
 
 
 @dataclass(frozen=True)
@@ -193,8 +199,10 @@ class FederatedStrategy(Method, Strategy):
         By each round that counted, the clients whose replies entered it.
     waits : bool
         Whether clients that are not there are waited for: a round of which all are away does not end the run.
+    exchange : int
+        Which exchange of its round is under way, from 1; the loop sets it by :meth:`enter`.
     report : RoundReport
-        Of the last round.
+        Of the last exchange.
     evaluation : ClientEvaluation
         What clients that evaluate gave in the last round.
     optimizer : ServerOptimizer
@@ -212,6 +220,7 @@ class FederatedStrategy(Method, Strategy):
         self.replied: dict[int, list[int]] = {}
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
+        self.exchange = 1
         self.report = RoundReport()
         self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
@@ -363,14 +372,15 @@ class FederatedStrategy(Method, Strategy):
         self._kinds = dict.fromkeys(adapted.head_names, HEAD)
         self._shapes = {name: tuple(adapted.parameter(name).shape[1:]) for name in adapted.names(self.changing())}
 
-    def enter(self, server_round: int) -> None:
-        """Take on the roles of a round."""
-        self._roles = self.roles(self.config, server_round)
+    def enter(self, server_round: int, exchange: int) -> None:
+        """Take on the roles of an exchange of a round."""
+        self.exchange = exchange
+        self._roles = self.exchanges(self.config, server_round)[exchange - 1].roles
         self._sent_shapes = {name: shape for name, shape in self._shapes.items() if self.role(name).up != "never"}
 
     def changing(self) -> frozenset[str]:
         """Kinds of the global arrays that rounds change."""
-        return changing_kinds(self.roles(self.config, r) for r in range(1, self.config.run.rounds + 1))
+        return changing_kinds(exchange.roles for exchange in self._all_exchanges())
 
     def trained_names(self, adapted: AdaptedModel, server_round: int = 1) -> tuple[str, ...]:
         """Names of the arrays that clients train in a round, in the model's order."""
@@ -378,9 +388,12 @@ class FederatedStrategy(Method, Strategy):
 
     def trained_numbers(self, adapted: AdaptedModel) -> int:
         """Count the numbers that clients train in any round."""
-        rounds = range(1, self.config.run.rounds + 1)
-        kinds = {kind for r in rounds for kind in trained_kinds(self.roles(self.config, r))}
+        kinds = {kind for exchange in self._all_exchanges() for kind in trained_kinds(exchange.roles)}
         return sum(adapted.parameter(name)[0].numel() for name in adapted.names(kinds))
+
+    def _all_exchanges(self) -> Iterator[Exchange]:
+        rounds = range(1, self.config.run.rounds + 1)
+        return (exchange for r in rounds for exchange in self.exchanges(self.config, r))
 
     def sizes(self, adapted: AdaptedModel) -> Sizes:
         """Return what the formula is made of, from the model or its skeleton."""
@@ -389,11 +402,11 @@ class FederatedStrategy(Method, Strategy):
         return Sizes(layers, self.config.method.rank, head)
 
     def client_formula(self, adapted: AdaptedModel, parts: Parts) -> Callable[[int, int, str], int]:
-        """Return the payload in bytes as a function of round, client and direction; the round was entered."""
+        """Return the payload in bytes as a function of round, client and direction, in the exchange under way."""
         sizes = self.sizes(adapted)
 
         def formula(server_round: int, client: int, direction: str) -> int:
-            contact = Contact(server_round, client, parts.since.get(client), self.replied)
+            contact = Contact(server_round, client, parts.since.get(client), self.replied, self.exchange)
             return self.payload_bytes(sizes, contact)[direction]
 
         return formula
@@ -421,14 +434,16 @@ class FederatedStrategy(Method, Strategy):
         last: dict[int, int] = {}
         replied: dict[int, list[int]] = {}
         for server_round in range(1, self.config.run.rounds + 1):
-            self.enter(server_round)
             clients = self.sample(server_round)
-            for client in clients:
-                size = self.payload_bytes(sizes, Contact(server_round, client, last.get(client), replied))
-                sent["initial"] += 0 if client in last else size["initial"]
-                sent["down"] += size["down"]
-                sent["up"] += size["up"]
-                last[client] = server_round
+            for exchange in range(1, len(self.exchanges(self.config, server_round)) + 1):
+                self.enter(server_round, exchange)
+                for client in clients:
+                    contact = Contact(server_round, client, last.get(client), replied, exchange)
+                    size = self.payload_bytes(sizes, contact)
+                    sent["initial"] += 0 if client in last else size["initial"]
+                    sent["down"] += size["down"]
+                    sent["up"] += size["up"]
+                    last[client] = server_round
             if len(clients) >= self.config.server.min_replies:
                 replied[server_round] = clients
             for client in evaluating_clients(self, server_round):
@@ -475,7 +490,7 @@ class FederatedStrategy(Method, Strategy):
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
         self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
-        self.enter(server_round)
+        self.enter(server_round, self.exchange)
         self.arrays = decode(arrays)
         down = {name for name in arrays if self.role(name).down == "round"}
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
@@ -492,8 +507,10 @@ class FederatedStrategy(Method, Strategy):
                     records[key] = self.codecs.down.encode(part)
                 record = records[key]
             settings = ConfigRecord({**config, **self.client_settings(client, server_round)})
-            content = RecordDict({"arrays": record, "config": settings})
-            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(server_round)))
+            if self.exchange > 1:
+                settings["exchange"] = self.exchange
+            content, group = RecordDict({"arrays": record, "config": settings}), group_of(server_round, self.exchange)
+            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=group))
         return messages
 
     def aggregate_train(
@@ -541,7 +558,7 @@ class FederatedStrategy(Method, Strategy):
     def _read(self, server_round: int, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield what may be used of each reply, in client order."""
         waiting = time.perf_counter()
-        for client, message in self.valid_replies(replies, str(server_round)):
+        for client, message in self.valid_replies(replies, group_of(server_round, self.exchange)):
             self._waited += time.perf_counter() - waiting
             try:
                 shapes = self.client_shapes(client)

@@ -48,13 +48,14 @@ class Outcome:
         Of rounds.jsonl; callbacks before the checkpoint may add to it.
     rows : list of Row
         Of communication.csv.
-    report : RoundReport
+    reports : list of RoundReport
+        Of the round's exchanges.
     """
 
     round: int
     line: dict[str, Any]
     rows: list[Row]
-    report: RoundReport = field(default_factory=RoundReport)
+    reports: list[RoundReport] = field(default_factory=list)
 
 
 class Callback:
@@ -88,7 +89,7 @@ class Saved(Callback):
         """Write what a resumed run starts from, and the round's lines."""
         federation.save(outcome.round)
         rows = map(row_dict, outcome.rows)
-        federation.folder.add_round(outcome.line, rows, privacy_rows(outcome.round, outcome.report))
+        federation.folder.add_round(outcome.line, rows, privacy_rows(outcome.round, outcome.reports))
 
 
 class Trackers(Callback):

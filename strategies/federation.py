@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.communication.broadcast import Broadcast
+from fedlora.communication.broadcast import Broadcast, group_of
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.parts import INITIAL, Chain, Parts
 from fedlora.communication.wire import decode, encode, wire_dtype
@@ -30,7 +30,8 @@ from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
-from fedlora.strategies.base import FederatedStrategy
+from fedlora.roles import Roles
+from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
@@ -229,23 +230,17 @@ class Federation:
 
     def round(self, server_round: int) -> None:
         """Train, aggregate, evaluate and write one round."""
-        method, rounds = self.method, self.rounds
+        method = self.method
         self.roster.refresh()
         self._present()
-        roles = method.roles(self.config, server_round)
-        stale = [kind for kind in sorted(method.changing()) if kind in roles and roles[kind].down == "stale"]
-        self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
-        method.enter(server_round)
-        began = time.perf_counter()
-        messages = rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
-        timeout = self.config.server.timeout
-        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
-        aggregated, mean = rounds.aggregate_train(server_round, _told(replies, self.roster))
-        exchange, report = time.perf_counter() - began, rounds.report
-        self.roster.after_round(report)
-        if aggregated is None:
-            log.warning("round %d does not count: %s", server_round, report.uncounted or "its strategy gave no arrays")
-        else:
+        reports: list[RoundReport] = []
+        for exchange in range(1, len(method.exchanges(self.config, server_round)) + 1):
+            aggregated, mean = self._exchange(server_round, exchange)
+            reports.append(self.rounds.report)
+            if aggregated is None:
+                why = self.rounds.report.uncounted or "its strategy gave no arrays"
+                log.warning("round %d does not count: %s", server_round, why)
+                break
             self._take(aggregated, server_round)
         refined = method.refine(self.adapted, self.data, server_round)
         if refined is not None:
@@ -253,32 +248,53 @@ class Federation:
         began = time.perf_counter()
         due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
         metrics = method.evaluate(self.adapted, self.data, server_round) | self._ask(server_round) if due else {}
-        seconds = round_seconds(report, exchange, time.perf_counter() - began)
+        seconds = round_seconds(reports, time.perf_counter() - began)
         for name, value in seconds.items():
             self.totals.seconds[name] += value
-        for client, row in report.metrics.items():
+        for client, row in ((client, row) for report in reports for client, row in report.metrics.items()):
             if "epsilon" in row:
                 self.totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]
-        line = round_line(server_round, report, mean, metrics, seconds, aggregated is not None, self.config)
+        line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
         line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
         line["communication"] = dict(self.meter.totals)
         self.totals.seconds["total"] += time.perf_counter() - self.clock
         self.clock = time.perf_counter()
         self.done = server_round
-        outcome = Outcome(server_round, line, self.meter.take_rows(), report)
+        outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
+
+    def _exchange(self, server_round: int, exchange: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Send the messages of one exchange and aggregate the replies; return the next arrays and the mean metrics."""
+        for half in self.halves:
+            half.enter(server_round, exchange)
+        roles = self._roles(server_round)
+        stale = [kind for kind in sorted(self.method.changing()) if kind in roles and roles[kind].down == "stale"]
+        self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
+        began = time.perf_counter()
+        messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
+        messages, timeout = _in_round(messages, server_round, exchange, self.roster), self.config.server.timeout
+        replies = self.wire.send_and_receive(messages, timeout=timeout)
+        found = self.rounds.aggregate_train(server_round, _told(replies, self.roster))
+        self.rounds.report.seconds = time.perf_counter() - began
+        self.roster.after_round(self.rounds.report)
+        return found
+
+    def _roles(self, server_round: int) -> Roles:
+        """Return the roles of the exchange under way."""
+        return self.method.exchanges(self.config, server_round)[self.method.exchange - 1].roles
 
     def _ask(self, server_round: int) -> dict[str, Any]:
         """Have clients evaluate on test examples of their own, if so configured; return ``clients``, the metrics."""
         if not self.config.server.fraction_evaluate:
             return {}
         method = self.method
+        method.enter(server_round + 1, 1)  # what is sent is what the next round would start from
         method.evaluation.expect(self.adapted, self.data.test)
         self.wire.wanted = (INITIAL, *stale_kinds(method, server_round), *self.parts.chains)
         messages = method.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.timeout
-        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
+        replies = self.wire.send_and_receive(_in_round(messages, server_round, 1, self.roster), timeout=timeout)
         method.aggregate_evaluate(server_round, _told(replies, self.roster))
         if method.evaluation.rows:
             self.folder.write_clients(method.evaluation.rows)
@@ -287,13 +303,13 @@ class Federation:
     def _present(self) -> None:
         """Tell everybody who may be asked in this round."""
         present, clients = self.roster.present(), self.roster.clients()
-        self.method.nodes, self.meter.clients, self.wire.clients = present, clients, clients
-        if isinstance(self.rounds, FederatedStrategy):
-            self.rounds.nodes, self.rounds.waits = present, self.roster.real
+        self.meter.clients = self.wire.clients = clients
+        for half in self.halves:
+            half.nodes, half.waits = present, self.roster.real
 
     def _take(self, record: ArrayRecord, server_round: int) -> None:
         """Make a round's aggregate the global arrays; what is an increment is added to the residual."""
-        roles = self.method.roles(self.config, server_round)
+        roles = self._roles(server_round)
         added = (
             {n for n in record if n.rpartition(".")[2].partition("_")[0] == RESIDUAL} if RESIDUAL in roles else set()
         )
@@ -309,8 +325,11 @@ class Federation:
         """Set the current version of the arrays that change, and are sent to clients that lack them."""
         config = self.config
         # Two rounds show what alternates.
-        rounds = [self.method.roles(config, r) for r in range(made + 1, min(made + 2, config.run.rounds) + 1)]
-        kinds = {k for roles in rounds for k, role in roles.items() if role.down == "stale" and not role.increment}
+        rounds = range(made + 1, min(made + 2, config.run.rounds) + 1)
+        tables = [exchange.roles for r in rounds for exchange in self.method.exchanges(config, r)]
+        if made > self.done:  # this round may have more exchanges
+            tables += [exchange.roles for exchange in self.method.exchanges(config, made)[self.method.exchange :]]
+        kinds = {k for roles in tables for k, role in roles.items() if role.down == "stale" and not role.increment}
         last = (self.checkpoint.get("parts") or {}).get("made", {}) if made == self.done else {}
         for kind in sorted(kinds & self.method.changing()):
             arrays = decode(ArrayRecord({n: a for n, a in self.arrays.items() if self.method.kind(n) == kind}))
@@ -367,14 +386,14 @@ def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
         yield reply
 
 
-def _in_round(messages: Iterable[Message], server_round: int, roster: Roster) -> Iterable[Message]:
+def _in_round(messages: Iterable[Message], server_round: int, exchange: int, roster: Roster) -> Iterable[Message]:
     """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
     clients = roster.clients()
     for message in messages:
         settings = message.content.get("config")
         if isinstance(settings, ConfigRecord):  # a strategy that knows no rounds does not say it
             settings["server-round"] = server_round
-        message.metadata.group_id = str(server_round)
+        message.metadata.group_id = group_of(server_round, exchange)
         message.metadata.ttl = roster.config.server.timeout
         if roster.real:
             client = clients.get(message.metadata.dst_node_id, -1)

@@ -53,7 +53,8 @@ class Guest:
         self.codecs = run_codecs(config)
         first = method.roles(config, 1)
         plain = all(role.up != "update" and not role.increment and not role.home for role in first.values())
-        if not plain or any(method.roles(config, r) != first for r in range(2, min(config.run.rounds, 4) + 1)):
+        alike = all(method.roles(config, r) == first for r in range(2, min(config.run.rounds, 4) + 1))
+        if not (plain and alike and method.has_one_exchange()):
             remedy = f"cannot run the rounds of {method.name}, which are no plain averaging; choose another method"
             raise InputError("strategy", type(strategy).__name__, remedy)
         if (optimizer := config.server.optimizer) != "fedavg":

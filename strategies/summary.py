@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,27 +137,31 @@ def best_round(lines: list[dict[str, Any]], task: Task) -> dict[str, Any] | None
     return {"round": line["round"], **line["metrics"]["validation"]}
 
 
-def round_seconds(report: RoundReport, exchange: float, evaluation: float) -> dict[str, float]:
-    """Split a round's wall time: training is the busiest worker's, communication what is left of the exchange."""
-    workers: dict[Any, float] = defaultdict(float)
-    for row in report.metrics.values():
-        workers[row.get("worker")] += float(row.get("seconds", 0.0))  # type: ignore[arg-type]
-    train = min(exchange, max(workers.values(), default=0.0))
-    aggregate = min(exchange - train, report.aggregate_seconds)
-    communicate = exchange - train - aggregate
-    return {"train": train, "communicate": communicate, "aggregate": aggregate, "evaluate": evaluation}
+def round_seconds(reports: Sequence[RoundReport], evaluation: float) -> dict[str, float]:
+    """Split a round's wall time: training is the busiest worker's, communication what is left of an exchange."""
+    seconds = {"train": 0.0, "communicate": 0.0, "aggregate": 0.0, "evaluate": evaluation}
+    for report in reports:
+        workers: dict[Any, float] = defaultdict(float)
+        for row in report.metrics.values():
+            workers[row.get("worker")] += float(row.get("seconds", 0.0))  # type: ignore[arg-type]
+        train = min(report.seconds, max(workers.values(), default=0.0))
+        aggregate = min(report.seconds - train, report.aggregate_seconds)
+        seconds["train"] += train
+        seconds["aggregate"] += aggregate
+        seconds["communicate"] += report.seconds - train - aggregate
+    return seconds
 
 
 def round_line(
     server_round: int,
-    report: RoundReport,
+    reports: Sequence[RoundReport],
     mean: MetricRecord | None,
     metrics: dict[str, Any],
     seconds: dict[str, float],
     counted: bool,
     config: Config,
 ) -> dict[str, Any]:
-    private = mechanism_of(config).is_private
+    private, report = mechanism_of(config).is_private, reports[-1]
     return {
         "round": server_round,
         "metrics": metrics,
@@ -164,7 +169,7 @@ def round_line(
         # Under DP the training loss is for the simulation's eyes: no noise covers it.
         "train_loss_covered": not private,
         "clients": report.clients,
-        "failed": report.failed,
+        "failed": [failure for each in reports for failure in each.failed],
         "counted": counted,
         "uncounted": report.uncounted or None,
         "drift": report.drift,
@@ -172,7 +177,7 @@ def round_line(
     }
 
 
-def privacy_rows(server_round: int, report: RoundReport) -> list[dict[str, Any]]:
+def privacy_rows(server_round: int, reports: Sequence[RoundReport]) -> list[dict[str, Any]]:
     return [
         {
             "round": server_round,
@@ -183,6 +188,7 @@ def privacy_rows(server_round: int, report: RoundReport) -> list[dict[str, Any]]
             "epsilon": row["epsilon"],
             "delta": row["delta"],
         }
+        for report in reports
         for client, row in sorted(report.metrics.items())
         if "epsilon" in row
     ]

@@ -33,6 +33,16 @@ def is_initial(key: str) -> bool:
     return key.partition("/")[0] == INITIAL
 
 
+def group_of(server_round: int, exchange: int = 1) -> str:
+    """Return the group of the messages of an exchange: the round, and which of its exchanges where it has several."""
+    return str(server_round) if exchange == 1 else f"{server_round}/{exchange}"
+
+
+def round_of(message: Message) -> int:
+    """Return the round of a message."""
+    return int(message.metadata.group_id.partition("/")[0] or 0)
+
+
 class Broadcast(GridDecorator):
     """Completes messages, whatever the strategy that made them.
 
@@ -83,7 +93,7 @@ class Broadcast(GridDecorator):
         return self.clients.get(node, -1 - node)  # one that nobody knows is itself alone
 
     def _complete(self, message: Message, current: Mapping[str, str]) -> Message:
-        client, server_round = self._client(message.metadata.dst_node_id), int(message.metadata.group_id or 0)
+        client, server_round = self._client(message.metadata.dst_node_id), round_of(message)
         # An evaluation is of what the round made, which training messages hold from the next round on.
         server_round += message.metadata.message_type == MessageType.EVALUATE
         if not current:

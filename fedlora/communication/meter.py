@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora.communication.broadcast import is_initial
+from fedlora.communication.broadcast import is_initial, round_of
 from fedlora.communication.decorator import GridDecorator
 from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import payload_bytes
@@ -79,7 +79,7 @@ class MeteredGrid(GridDecorator):
         for message in outgoing:
             self._count_down(message)
         # The round is that of the messages, whatever a reply says.
-        server_round = _round(outgoing[0]) if outgoing else 0
+        server_round = round_of(outgoing[0]) if outgoing else 0
         up = _evaluation(outgoing[0]) + "up" if outgoing else "up"
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
             try:
@@ -102,10 +102,10 @@ class MeteredGrid(GridDecorator):
         if start:
             alone = sum(_record_size(key, record) for key, record in start.items())
             # An evaluation sends what the next round would start from.
-            of_round = _round(message) + bool(_evaluation(message))
-            self._add(_round(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone, of_round)
+            of_round = round_of(message) + bool(_evaluation(message))
+            self._add(round_of(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone, of_round)
             whole -= alone
-        self._count(message, _round(message), node, _evaluation(message) + "down", whole)
+        self._count(message, round_of(message), node, _evaluation(message) + "down", whole)
 
     def _count(self, message: Message, server_round: int, node: int, direction: str, size: int) -> None:
         payload = sum(payload_bytes(record) for key, record in _array_records(message) if not is_initial(key))
@@ -138,10 +138,6 @@ def _array_records(message: Message) -> Iterator[tuple[str, ArrayRecord]]:
 def _evaluation(message: Message) -> str:
     """Return what the directions of a message and its reply begin with."""
     return _EVALUATE if message.metadata.message_type == MessageType.EVALUATE else ""
-
-
-def _round(message: Message) -> int:
-    return int(message.metadata.group_id or 0)
 
 
 def row_dict(row: Row) -> dict[str, int | str]:

@@ -105,7 +105,15 @@ class Chain:
         return self.versions[-1]
 
     def add(self, made: int, increment: Arrays) -> None:
-        """Add an increment."""
+        """Add an increment; a round makes one at most, since it names them.
+
+        Raises
+        ------
+        ValueError
+            If the round made one before.
+        """
+        if self.increments and self.increments[-1][0] == made:
+            raise ValueError(f"round {made} made an increment already")
         self.total = residual_sum(self.total, increment)
         named = f"{self.key} {self.version} {made} {digest(increment)}"
         self.versions.append(hashlib.sha256(named.encode()).hexdigest())

@@ -74,6 +74,15 @@ def local_steps(config: Config, examples: int) -> int:
     return batches * (config.client.local_epochs or 1)
 
 
+def run_steps(config: Config, examples: int) -> int:
+    """Steps of one client in a whole run, in all exchanges of all rounds."""
+    method, rounds = get_method(config.method.name), config.run.rounds
+    if method.has_one_exchange():
+        return rounds * local_steps(config, examples)
+    exchanges = (exchange for r in range(1, rounds + 1) for exchange in method.exchanges(config, r))
+    return sum(local_steps(exchange.training(config), examples) for exchange in exchanges)
+
+
 def check_delta(privacy: PrivacySection, examples: int) -> None:
     """Refuse a delta that would allow to publish an example outright.
 
@@ -91,7 +100,7 @@ def check_delta(privacy: PrivacySection, examples: int) -> None:
 
 
 def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
-    """Calibrate one client's noise for rounds x local steps.
+    """Calibrate one client's noise for all its steps in the run.
 
     Parameters
     ----------
@@ -109,8 +118,7 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
     privacy = config.privacy
     check_delta(privacy, examples)
     rate = min(1.0, config.client.batch_size / examples)
-    local = local_steps(config, examples)
-    steps = config.run.rounds * local
+    local, steps = local_steps(config, examples), run_steps(config, examples)
     if steps > MAX_STEPS:
         remedy = (
             f"with {local} local steps each is more than {MAX_STEPS:.0e} steps, which no accountant resolves; lower it"

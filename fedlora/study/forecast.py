@@ -86,7 +86,6 @@ def forecast(config: Config) -> Forecast:
     strategy.nodes = {client: client for client in range(len(data.partition))}
     planned = strategy.planned(strategy.server_model(data, "meta"))
     sizes = [int(size) for size in data.partition.sizes]
-    steps = [local_steps(config, size) for size in sizes]
     plans = [mechanism_of(config).plan(config, size) for size in sizes]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round, in rounds that are due, and after the last.
@@ -99,7 +98,12 @@ def forecast(config: Config) -> Forecast:
         initial_bytes=planned.initial_bytes,
         downlink_bytes=planned.downlink_bytes,
         uplink_bytes=planned.uplink_bytes,
-        steps=sum(steps[client] for server_round in rounds for client in strategy.sample(server_round)),
+        steps=sum(
+            local_steps(exchange.training(config), sizes[client])
+            for server_round in rounds
+            for exchange in strategy.exchanges(config, server_round)
+            for client in strategy.sample(server_round)
+        ),
         evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,
         noise_multipliers=[plan.noise_multiplier for plan in plans if plan is not None],
         ranks=list(planned.ranks),

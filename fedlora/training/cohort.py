@@ -32,7 +32,7 @@ log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True)
 class ClientJob:
-    """One client's training in one round.
+    """One client's training in one exchange of a round.
 
     Attributes
     ----------
@@ -51,6 +51,8 @@ class ClientJob:
         whose noise nobody else may be able to compute.
     on_step : callable, optional
         Called before each step reads an example; a real node charges its ledger there.
+    exchange : int
+        Of the round, from 1.
     """
 
     client: int
@@ -61,6 +63,7 @@ class ClientJob:
     plan: PrivacyPlan | None = None
     secret: bool = False
     on_step: Callable[[], None] | None = None
+    exchange: int = 1
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,9 @@ class _Generators:
         if job.secret:
             self.noise = _secret_generator(device)
         else:
-            noise, sampling, self._dropout = np.random.SeedSequence([seed, job.server_round, job.client]).spawn(3)
+            later = [job.exchange] if job.exchange > 1 else []
+            entropy = np.random.SeedSequence([seed, job.server_round, job.client, *later])
+            noise, sampling, self._dropout = entropy.spawn(3)
             self.noise, self.sampling = _generator(device, noise), _generator(torch.device("cpu"), sampling)
 
     def dropout(self) -> torch.Generator | None:
