@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 from collections import defaultdict
@@ -123,7 +124,8 @@ class Method:
     @classmethod
     def has_one_exchange(cls) -> bool:
         """Whether every round has one exchange; then nobody has to count them."""
-        return cls.exchanges.__func__ is Method.exchanges.__func__
+        # Of two bound class methods only the functions can be one.
+        return inspect.getattr_static(cls, "exchanges") is inspect.getattr_static(Method, "exchanges")
 
     @classmethod
     def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:

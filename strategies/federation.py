@@ -253,7 +253,7 @@ class Federation:
             self.totals.seconds[name] += value
         for client, row in ((client, row) for report in reports for client, row in report.metrics.items()):
             if "epsilon" in row:
-                self.totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]
+                self.totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]  # type: ignore[arg-type]
         line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
         line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
         line["communication"] = dict(self.meter.totals)
