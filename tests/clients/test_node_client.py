@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.arrays import Arrays
-from fedlora.clients import client_app
+from fedlora.clients import client_app, half
 from fedlora.clients.client_app import app
 from fedlora.clients.participant import sent_digest
 from fedlora.communication.wire import decode, encode
@@ -466,7 +466,7 @@ def test_an_exceptions_text_stays_in_the_nodes_log(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(client_app, "train_cohort", fail)
+    monkeypatch.setattr(half, "train_cohort", fail)
     for error in (ValueError("a name"), GuardError("a name"), InputError("a", "a name", "a name")):
         caplog.clear()
         reply = app(server.train(1), here)

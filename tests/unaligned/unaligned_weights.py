@@ -96,7 +96,7 @@ def moved(tensor: Any) -> Any:
     """Copy a tensor to an address of :data:`offset` modulo :data:`ALIGNMENT`."""
     import torch
 
-    if not offset or not tensor.numel() or tensor.device.type != "cpu":
+    if not isinstance(tensor, torch.Tensor) or not offset or not tensor.numel() or tensor.device.type != "cpu":
         return tensor
     room = torch.empty(tensor.nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
     first = -room.data_ptr() % ALIGNMENT + offset
