@@ -36,7 +36,7 @@ from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Pl
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
-from fedlora.strategies.summary import environment, fairness, round_line, round_seconds, summarise
+from fedlora.strategies.summary import environment, fairness, privacy_rows, round_line, round_seconds, summarise
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
@@ -251,9 +251,8 @@ class Federation:
         seconds = round_seconds(reports, time.perf_counter() - began)
         for name, value in seconds.items():
             self.totals.seconds[name] += value
-        for client, row in ((client, row) for report in reports for client, row in report.metrics.items()):
-            if "epsilon" in row:
-                self.totals.epsilon[str(client)] = [float(row["epsilon"]), float(row["delta"])]  # type: ignore[arg-type]
+        for row in privacy_rows(server_round, reports):
+            self.totals.epsilon[str(row["client"])] = [float(row["epsilon"]), float(row["delta"])]
         line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
         line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
         line["communication"] = dict(self.meter.totals)
@@ -273,7 +272,7 @@ class Federation:
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
-        messages, timeout = _in_round(messages, server_round, exchange, self.roster), self.config.server.timeout
+        messages, timeout = _in_round(messages, server_round, self.roster, exchange), self.config.server.timeout
         replies = self.wire.send_and_receive(messages, timeout=timeout)
         found = self.rounds.aggregate_train(server_round, _told(replies, self.roster))
         self.rounds.report.seconds = time.perf_counter() - began
@@ -294,7 +293,7 @@ class Federation:
         self.wire.wanted = (INITIAL, *stale_kinds(method, server_round), *self.parts.chains)
         messages = method.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.timeout
-        replies = self.wire.send_and_receive(_in_round(messages, server_round, 1, self.roster), timeout=timeout)
+        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
         method.aggregate_evaluate(server_round, _told(replies, self.roster))
         if method.evaluation.rows:
             self.folder.write_clients(method.evaluation.rows)
@@ -386,7 +385,7 @@ def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
         yield reply
 
 
-def _in_round(messages: Iterable[Message], server_round: int, exchange: int, roster: Roster) -> Iterable[Message]:
+def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
     """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
     clients = roster.clients()
     for message in messages:
