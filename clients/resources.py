@@ -74,15 +74,27 @@ def _model(config_text: str) -> AdaptedModel:
     return adapted
 
 
+_last_model: list[tuple[Config, AdaptedModel]] = []
+
+
+def forget_model() -> None:
+    """Let the next :func:`client_model` load the model anew."""
+    _model.cache_clear()
+    _last_model.clear()
+
+
 def client_model(config: Config) -> AdaptedModel:
     """Return the base model with adapters, loaded once a process; on the GPU if this process was given one.
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
-    server = ServerSection(batch_size=config.server.batch_size)
-    simulation = SimulationSection(compile=config.simulation.compile)
-    run = RunSection(seed=config.run.seed)
-    part = Config(
-        run=run, model=config.model, data=config.data, method=config.method, server=server, simulation=simulation
-    )
-    return _model(part.model_dump_json())
+    # As for the data: not for every client of a cohort.
+    if not _last_model or _last_model[0][0] is not config:
+        server = ServerSection(batch_size=config.server.batch_size)
+        simulation = SimulationSection(compile=config.simulation.compile)
+        run = RunSection(seed=config.run.seed)
+        part = Config(
+            run=run, model=config.model, data=config.data, method=config.method, server=server, simulation=simulation
+        )
+        _last_model[:] = [(config, _model(part.model_dump_json()))]
+    return _last_model[0][1]

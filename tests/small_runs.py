@@ -241,7 +241,7 @@ def world(folder: Path) -> Iterator[World]:
 
 def forget() -> None:
     """Let clients be new processes: what they keep in memory is gone."""
-    resources._model.cache_clear()
+    resources.forget_model()
     held.part_arrays.cache_clear()
     held._chains.clear()
 
