@@ -93,7 +93,7 @@ class PolicySection(Section):
     there is no ceiling. Set exactly one of the two.
 
     Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask what
-    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
+    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave on the disk.
 
     ``max_evaluations_per_day`` is how often servers may have the node evaluate a model, which is never unless the owner
     says so: the answer holds sums over the test examples, of which there must be ``min_test_examples``. They carry no
