@@ -40,7 +40,7 @@ class RunDisplay:
 
     Attributes
     ----------
-    progress : fedlora.strategies.federation.Progress
+    progress : fedlora.strategies.callbacks.Progress
         Hooks for :func:`fedlora.simulate`.
     """
 
