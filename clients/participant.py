@@ -26,7 +26,7 @@ from fedlora.methods import get_method
 from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_FILE, NODE_RECORD
 from fedlora.node.node_ledger import Charge
-from fedlora.node.room import make_room
+from fedlora.node.room import OWN, make_room
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
@@ -178,9 +178,11 @@ class NodeClient(Participant):
         self.config = self.node.own_config(sent_config(context), label_names)
         self.number, self.exchange = _exchange(self.config, message)
         self.client = int(about["client"])
-        make_room(self.node.config)
+        name = hashlib.sha256(self.federation.encode()).hexdigest()
+        self._own = self.node.config.directory / OWN / f"{name}.safetensors"
+        make_room(self.node.config, used=(self._own,))
         data = client_data(self.config)
-        make_room(self.node.config, used=(data.folder,))
+        make_room(self.node.config, used=(data.folder, self._own))
         self.folder, self.rows = data.folder, data.partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
         self.starts = _starts(self.exchange, message)
@@ -218,8 +220,8 @@ class NodeClient(Participant):
         return table, rows
 
     def make_room(self, needed: int, *used: Path) -> None:
-        """Keep the cache within what the owner gives it."""
-        make_room(self.node.config, needed, (self.folder, *used))
+        """Keep what runs leave on the disk within what the owner allows."""
+        make_room(self.node.config, needed, (self.folder, self._own, *used))
 
     def _step(self) -> None:
         """Charge a step, unless nobody waits for the round any more: what it would spend would be lost."""
@@ -236,20 +238,16 @@ class NodeClient(Participant):
 
     def own(self) -> Arrays:
         """Read the node's directory: Flower's node state ends with a restart."""
-        path = self._own_path()
-        return {n: aligned(a) for n, a in load(path.read_bytes()).items()} if path.exists() else {}
+        return {n: aligned(a) for n, a in load(self._own.read_bytes()).items()} if self._own.exists() else {}
 
     def keep(self, arrays: Arrays) -> None:
-        """Write to the node's directory."""
-        path = self._own_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, path)
-
-    def _own_path(self) -> Path:
-        name = hashlib.sha256(self.federation.encode()).hexdigest()
-        return self.node.config.directory / "own" / f"{name}.safetensors"
+        """Write to the node's directory, within what the owner gives runs on the disk."""
+        content = save(arrays)
+        self.make_room(len(content))
+        self._own.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._own.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(content)
+        os.replace(temporary, self._own)
 
     def settle(self, steps: int) -> Ledger | None:
         """Check that the steps were charged, no more and no fewer."""

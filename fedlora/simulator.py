@@ -102,7 +102,7 @@ def simulate(
     _check_here(given)
     _check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
-    # The folder comes first: that it cannot be written should not show after an hour of loading.
+    # Create the folder before the data and the model are loaded, which may take long: it may not be writable.
     chosen = with_absolute_paths(_resolve_cohorts(resolve(given)))
     rounds = _make_strategy(strategy, chosen)
     own = _user_code(rounds, client_app)
@@ -116,7 +116,7 @@ def simulate(
             log.info("note: %s", note)
         tokens = _prepare(folder, method)
         chosen = folder.resolved
-        # One of the method's own kind knows more of the run than its rounds.
+        # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
         whole = rounds if isinstance(rounds, method) else method(chosen)
         with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
             return Federation(
@@ -125,12 +125,12 @@ def simulate(
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
-    """Load the data and check what can be checked before the model's weights are; write who has what."""
+    """Load the data, check everything that does not need the model's weights, and write the partition."""
     config = folder.resolved
     tokens = prepare_data(config)
     check_data(folder, config, tokens)
     _check_clients(config, tokens)
-    # Target modules and rank are checked on the model's skeleton, before anybody loads its weights.
+    # Check target modules and rank on the model's skeleton, before its weights are loaded.
     skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
@@ -151,7 +151,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
         log.info("%d clients train in one pass", size)
         folder.set_resolved(_with_cohort_size(config, size))
 
-    kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # asked for late: it imports Ray
+    kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
         len(tokens.partition),
@@ -174,7 +174,7 @@ def _user_code(strategy: Strategy | None, client_app: ClientApp | str) -> dict[s
 
 @contextmanager
 def _settled_heap() -> Iterator[None]:
-    """Keep the garbage collector from walking what is loaded, for a fifth of a second, in the middle of a round."""
+    """Keep the garbage collector from walking all loaded objects in the middle of a round."""
     gc.collect()
     gc.freeze()
     try:
@@ -185,14 +185,15 @@ def _settled_heap() -> Iterator[None]:
 
 def _check_here(config: Config) -> None:
     if config.data.name == NODES:
-        raise InputError("data.name", NODES, "lie on real nodes; name the examples to simulate on, or run on nodes")
+        remedy = "means examples on real nodes; name the examples to simulate on, or run on nodes with --on"
+        raise InputError("data.name", NODES, remedy)
     if config.data.test == SERVER:
-        raise InputError("data.test", SERVER, "is a node's word; name a split or a file")
+        raise InputError("data.test", SERVER, "is reserved for nodes; name a split or a file")
 
 
 def _make_strategy(given: Strategy | Callable[[Config], Strategy] | None, config: Config) -> Strategy | None:
     if isinstance(given, type) and given.__module__.startswith("flwr."):
-        raise InputError("strategy", given.__name__, "is made from no config, as a class of Flower's; give an instance")
+        raise InputError("strategy", given.__name__, "is a class of Flower's; give an instance of it")
     made = given(config) if callable(given) else given
     if made is not None and not isinstance(made, Strategy):
         remedy = "is no Strategy; give one of flwr.serverapp.strategy, or a function that makes one from the config"
@@ -207,7 +208,7 @@ def _check_device(config: Config) -> None:
 
 
 def _ghost_norms(chosen: Mapping[str, bool]) -> str:
-    """Say where each example's gradient norm is taken without its gradient."""
+    """Describe the choice between ghost norms and per-example gradients."""
     ghost = sum(chosen.values())
     return f"per-example clipping by ghost norms in {ghost} weights, by per-example gradients in {len(chosen) - ghost}"
 
@@ -219,9 +220,9 @@ def _check_clients(config: Config, data: FederatedData) -> None:
 
 
 def _resolve_cohorts(config: Config) -> Config:
-    """On the CPU "auto" is one client: cores are busy with it, and the choice must not depend on the machine.
+    """Resolve ``cohort_size = "auto"`` to one client on the CPU, so that the result does not depend on the machine.
 
-    On a GPU it is measured when the first round begins, and then kept.
+    On a GPU the size is measured at the start of the first round, and then kept.
     """
     if config.simulation.cohort_size != "auto" or config.simulation.gpus_per_worker > 0:
         return config

@@ -36,11 +36,11 @@ class RunDisplay:
     ----------
     console : Console
     task : Task
-        The run's, which says how a score is written.
+        The run's task, which formats its scores.
 
     Attributes
     ----------
-    progress : fedlora.strategies.federation.Progress
+    progress : fedlora.strategies.callbacks.Progress
         Hooks for :func:`fedlora.simulate`.
     """
 
@@ -137,7 +137,7 @@ class RunDisplay:
 
 
 def score_rows(metrics: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
-    """Write the primary metric, with what needs no model beside it, and the task's others."""
+    """Return titles and values of the primary metric, with its baseline, and of the task's other metrics."""
     names = [task.primary, *(name for name in task.scores if name != task.primary)]
     rows = {name: task.show(name, metrics[name]) for name in names if name in metrics}
     if task.baseline is not None and task.primary in rows and task.baseline.metric in rows:

@@ -1,4 +1,4 @@
-"""``fedlora config`` and ``fedlora methods``: what a config may say, from the code itself."""
+"""``fedlora config`` and ``fedlora methods``: print the keys of a config and the methods, from the code itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(
     ] = None,
 ) -> None:
     """Describe the keys of a config: their types, defaults and meaning."""
-    # Methods have keys of their own; looking for them takes seconds.
+    # Methods have keys of their own. Their import takes seconds.
     from fedlora.methods import methods as find_methods
 
     found = find_methods()
@@ -67,9 +67,14 @@ AdamW and with SGD. `fedlora config method` describes the keys.
 """
 
 
+def _own_keys(method: type[Method]) -> list[str]:
+    """Return the keys of ``[method]`` that this method adds to those of all methods."""
+    return [key for key in method.Options.model_fields if key not in MethodSection.model_fields]
+
+
 def _row(method: type[Method]) -> str:
     """Return a method's row of the page."""
-    own = [f"`{key}`" for key in method.Options.model_fields if key not in MethodSection.model_fields]
+    own = [f"`{key}`" for key in _own_keys(method)]
     rates = [f"{method.learning_rates[name]:g}" for name in ("adamw", "sgd") if name in method.learning_rates]
     paper = method.paper.removeprefix("arXiv ")
     link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper != method.paper else method.paper
@@ -78,8 +83,8 @@ def _row(method: type[Method]) -> str:
 
 
 def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known of them, as JSON.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
 ) -> None:
     """List the methods."""
     from fedlora.methods import broken_methods
@@ -94,7 +99,7 @@ def methods(
                 "exact": method.exact,
                 "mixed_ranks": method.mixed_ranks,
                 "dp": method.dp,
-                "options": [key for key in method.Options.model_fields if key not in MethodSection.model_fields],
+                "options": _own_keys(method),
             }
             for name, method in find_methods().items()
         ]

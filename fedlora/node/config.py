@@ -93,11 +93,11 @@ class PolicySection(Section):
     there is no ceiling. Set exactly one of the two.
 
     Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask what
-    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave in the cache.
+    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave on the disk.
 
-    ``max_evaluations_per_day`` is how often servers may have the node evaluate a model, which is never unless the owner
-    says so: the answer holds sums over the test examples, of which there must be ``min_test_examples``. They carry no
-    noise, so that no epsilon covers them.
+    ``max_evaluations_per_day`` limits how often servers may have the node evaluate a model; 0, the default, allows no
+    evaluation. The answer holds sums over the test examples, of which there must be at least ``min_test_examples``.
+    These sums carry no noise, and no epsilon covers them.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -223,7 +223,7 @@ def _check(node: NodeConfig) -> None:
 
 
 def _check_test(node: NodeConfig) -> None:
-    """Check that what is evaluated on is there, and that it is there where evaluation is allowed."""
+    """Check that the test examples exist, and are given if evaluation is allowed."""
     test, allowed = node.data.test, node.policy.max_evaluations_per_day
     if test is None and allowed:
         raise InputError("policy.max_evaluations_per_day", allowed, "needs data.test: what the node evaluates on")
@@ -233,7 +233,7 @@ def _check_test(node: NodeConfig) -> None:
     if found is None or not found.is_file():
         raise InputError("data.test", test, "there is no such file; give the path of the owner's test examples")
     if node.data.format is None and Path(test).suffix.lower() != Path(node.data.path).suffix.lower():
-        raise InputError("data.test", test, "its name tells another format than data.path's; give both in one format")
+        raise InputError("data.test", test, "has another format than data.path; give both in one format")
 
 
 def _check_model(entry: ModelEntry, field: str, before: list[str]) -> None:

@@ -42,9 +42,9 @@ class LocalNode:
         return cls(config, NodeLedger(config.directory, config.policy))
 
     def own_config(self, run: Config, label_names: list[str] | None) -> Config:
-        """Return a run's config with the owner's file as its data, to train on and, by ``[data] test``, to test on.
+        """Return a run's config with the owner's data in place of its own.
 
-        The model is loaded as the owner lists it.
+        ``[data] test`` gives the test examples. The model is loaded as the owner lists it.
 
         Parameters
         ----------
@@ -56,12 +56,12 @@ class LocalNode:
         Raises
         ------
         PolicyError, InputError
-            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or a classifier's config
-            has no classes: the node would have to reveal those of its file.
+            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or the task needs
+            classes and the server names none: the node would have to reveal those of its file.
         """
         own = self.config.data
         if label_names is None and get_task(run.model.task).classes:
-            raise InputError("data.label_names", None, "are the server's to say")
+            raise InputError("data.label_names", None, "must be named by the server")
         model = admitted_model(self.config.policy, run.model)
         content: dict[str, Any] = run.model_copy(update={"model": model}).model_dump(exclude_none=True)
         content["data"] = {

@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS charges (
     begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
-# Created if missing: an older ledger has no such table, or knows describes alone.
+# An older ledger lacks this table or these columns, which are then added.
 _DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 _ASKED = "ALTER TABLE describes ADD COLUMN asked TEXT NOT NULL DEFAULT 'describe'"
 _CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
@@ -150,7 +150,7 @@ class NodeLedger:
         Raises
         ------
         PolicyError
-            If its owner allows none, or servers used up the owner's limit within the last 24 hours.
+            If the owner allows none, or servers used up the owner's limit within the last 24 hours.
         """
         self._count("evaluate", "max_evaluations_per_day", self.policy.max_evaluations_per_day)
 
@@ -174,7 +174,7 @@ class NodeLedger:
         federation, run : str
         label_names : list of str, optional
         config : str
-            A digest of the run's config, which no later message may change.
+            A digest of the run's config. Later messages must come with the same config.
 
         Raises
         ------
@@ -309,7 +309,7 @@ class NodeLedger:
         steps : int
             Training steps of the round.
         also : sequence of (float, float, int), optional
-            Noise multiplier, sample rate and number of all other steps.
+            Noise multiplier, sample rate and number of steps of another kind.
 
         Yields
         ------

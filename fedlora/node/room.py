@@ -1,4 +1,4 @@
-"""Limit the disk space that servers' runs take in a node's cache, and keep some free for the ledger."""
+"""Limit the disk space that servers' runs take on a node, and keep some free for the ledger."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from fedlora.node.config import NodeConfig
 RESERVE = 200 * 10**6
 """Bytes that the cache leaves free, since ledger and logs may be on the same disk."""
 
+OWN = "own"
+"""Folder, in the node's directory, of the arrays that stay on the node: a file for each federation."""
+
 _OF_RUNS = ("tokens", "initial")
 _DAY = 86400.0
 # A token takes 4 bytes, and there are seldom more tokens than bytes of text.
@@ -22,7 +25,9 @@ _TOKENS_PER_BYTE = 4
 
 
 def make_room(node: NodeConfig, needed: int = 0, used: tuple[Path, ...] = ()) -> None:
-    """Delete tokens and frozen arrays of runs, least recently used first, until the cache has room for more bytes.
+    """Delete files of runs, least recently used first, until there is room for more bytes.
+
+    These are tokens, frozen arrays, and the arrays of :data:`OWN`.
 
     Parameters
     ----------
@@ -30,7 +35,7 @@ def make_room(node: NodeConfig, needed: int = 0, used: tuple[Path, ...] = ()) ->
     needed : int
         Bytes about to be written.
     used : tuple of Path
-        Paths in the cache that are in use; they are kept and count as used now.
+        Paths that are in use; they are kept and count as used now.
 
     Raises
     ------
@@ -46,7 +51,7 @@ def make_room(node: NodeConfig, needed: int = 0, used: tuple[Path, ...] = ()) ->
         for path in used:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
-        entries = sorted(_entries(node.cache))
+        entries = sorted(_entries(node))
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if total + needed <= limit and _free(node.cache) >= needed + tokens + RESERVE:
@@ -70,10 +75,10 @@ def tidy(cache: Path) -> None:
                 shutil.rmtree(path)
 
 
-def _entries(cache: Path) -> Iterator[tuple[float, int, Path]]:
+def _entries(node: NodeConfig) -> Iterator[tuple[float, int, Path]]:
     """Yield time of last use, bytes and path of each entry."""
-    for kind in _OF_RUNS:
-        for path in cache.glob(f"{kind}/*"):
+    for folder in (*(node.cache / kind for kind in _OF_RUNS), node.directory / OWN):
+        for path in folder.glob("*"):
             # Another node of the same machine may share the cache.
             with contextlib.suppress(FileNotFoundError):
                 files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

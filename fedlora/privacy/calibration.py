@@ -63,7 +63,7 @@ class PrivacyPlan:
 
 
 START_SHARE = 0.1
-"""Of a client's epsilon, for a start that is made from its examples."""
+"""Share of a client's epsilon for a start that is made from its examples."""
 
 
 def local_steps(config: Config, examples: int) -> int:

@@ -279,7 +279,7 @@ def client_scores(run: FinishedRun) -> list[float]:
 
 
 def quantity_form(task: Task, quantity: str) -> str:
-    """Return how a quantity is written: percent, bytes, seconds, integer or number."""
+    """Return the format of a quantity: percent, bytes, seconds, integer or number."""
     if quantity == "socket_overhead":
         return "percent"
     if quantity.startswith("client_"):
@@ -356,7 +356,7 @@ def flatten(config: Config) -> dict[str, Value]:
             if isinstance(value, Section):
                 visit(value, f"{prefix}{key}.")
             else:
-                # A table of values, such as ranks by client, is one value: other runs have others, or none.
+                # A table, such as ranks by client, is one value: its keys may differ between runs.
                 flat[f"{prefix}{key}"] = value
 
     visit(config, "")
@@ -373,7 +373,7 @@ def pareto(costs: Sequence[tuple[float, ...]]) -> list[int]:
 
 
 def _varied(flat: list[dict[str, Value]]) -> list[str]:
-    # A method's own keys are there for its runs alone, and tell only these apart.
+    # Only a method's own runs have its own keys, so that these keys are compared among them.
     keys = [
         key
         for key in dict.fromkeys(key for row in flat for key in row)

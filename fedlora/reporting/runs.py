@@ -143,7 +143,7 @@ class FinishedRun:
     config : Config
     summary : Summary
     scores : dict of str to float
-        Of the final model: those that its task gives, and the loss.
+        Metrics of the final model: those of its task, and the loss.
     rounds : list of RoundLine
     messages : list of MessageLine
     clients, partition : list
@@ -162,7 +162,7 @@ class FinishedRun:
 
     @property
     def task(self) -> Task:
-        """What the model was trained to do."""
+        """The task of the run's model."""
         return get_task(self.config.model.task)
 
 
@@ -290,7 +290,7 @@ def _read(path: Path, name: str) -> FinishedRun:
 
 
 def _kind(task: Task, metric: str) -> Any:
-    """Return what a metric may be."""
+    """Return the type that a metric's value is checked against."""
     return Share if task.form(metric) == "percent" else Annotated[float, _not_finite]
 
 

@@ -49,7 +49,7 @@ MARKERS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks."""
+    """Colour and marker of a method."""
 
     colour: str
     marker: Marker
@@ -60,7 +60,7 @@ DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 
 
 def style_of(name: str) -> Style:
-    """Return the style of a method: its own, else one by its name, so that it never changes."""
+    """Return the style that a method declares, else one derived from its name, the same in every report."""
     number = zlib.crc32(name.encode())
     colour = list(COLOURS.values())[number % len(COLOURS)]
     marker = list(MARKERS.values())[number // 7 % len(MARKERS)]

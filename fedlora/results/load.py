@@ -66,7 +66,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _whole(config: Config, folder: Path) -> Any:
-    """Load a model that a run left whole, in its own dtype."""
+    """Load a model that a run saved whole, in its own dtype."""
     model_class = getattr(transformers, get_task(config.model.task).auto_class)
     with quiet():
         model = model_class.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
@@ -94,8 +94,8 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     output : str or Path, optional
         The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default.
     merged : bool
-        A whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. What the run
-        left whole is always written whole.
+        Write a whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A run
+        without an adapter always gives a whole model.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
 
 
 def opt_out(folder: str | Path, owner: str) -> Any:
-    """Take what an owner gave out of a finished run, where its method keeps the owners' parts apart.
+    """Remove an owner's part from a finished run whose method keeps the owners' parts apart.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def opt_out(folder: str | Path, owner: str) -> Any:
     Returns
     -------
     transformers.PreTrainedModel
-        What is left; the folder holds it too.
+        The model without that part; the folder then holds it, too.
 
     Raises
     ------

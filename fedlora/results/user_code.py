@@ -1,4 +1,4 @@
-"""What a run says of a user's own strategy or client: its class, its arguments and a digest of its source."""
+"""Record a user's own strategy or client in a run: its class, its arguments and a digest of its source."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _DEEPEST = 8
 
 @dataclasses.dataclass(frozen=True)
 class UserCode:
-    """A user's own part of a run.
+    """A user's own strategy or client of a run.
 
     Attributes
     ----------
     name : str
         Its class, or where it is imported from.
     arguments : dict of str to str
-        What it was made with, but for defaults and the config. Where a class does not keep an argument under the
-        argument's name, everything that it keeps counts as one argument, by its digest.
+        Arguments of its class, without defaults and the config. If the class does not keep an argument as an attribute
+        of the same name, the digest of all attributes is one more entry.
     source : str
         SHA-256 of the source of its class and of the functions in it.
     """
@@ -44,7 +44,7 @@ class UserCode:
     source: str
 
     def __str__(self) -> str:
-        """Tell it from others in one line."""
+        """Identify it in one line."""
         given = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
         return f"{self.name}({given}) {self.source[:12]}"
 
@@ -88,12 +88,12 @@ def describe_app(app: object) -> UserCode:
 
 
 def with_user_code(config: Config, own: Mapping[str, UserCode]) -> Config:
-    """Return a config whose ``run.strategy`` and ``run.client_app`` say what of a run is the user's own.
+    """Return a config that names a user's own code in ``run.strategy`` and ``run.client_app``.
 
     Raises
     ------
     InputError
-        If the config, as that of an earlier run, says otherwise.
+        If the config already names other code, as that of an earlier run may.
     """
     for key in ("strategy", "client_app"):
         said, found = getattr(config.run, key), str(own[key]) if key in own else None
@@ -104,11 +104,11 @@ def with_user_code(config: Config, own: Mapping[str, UserCode]) -> Config:
     return config.model_copy(update={"run": run})
 
 
-_REMEDY = "stands for a user's own code, which only simulate(..., {key}=...) can be given"
+_REMEDY = "names a user's own code, which only simulate(..., {key}=...) takes"
 
 
 def _parameters(kind: type) -> list[inspect.Parameter]:
-    """Parameters of a class, with those that its ``**kwargs`` pass on to its bases."""
+    """Return the parameters of a class, with those that its ``**kwargs`` pass on to its bases."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if base is object or "__init__" not in vars(base):
@@ -124,7 +124,7 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    # Flower's strategies put a function of Flower's in the place of None.
+    # Flower's strategies replace None by a function of Flower's.
     flowers = default is None and str(getattr(value, "__module__", "")).startswith("flwr.")
     return flowers or _text(value) == _text(default)
 
@@ -134,7 +134,7 @@ def _short(text: str) -> str:
 
 
 def _text(value: Any, depth: int = 0, above: tuple[int, ...] = ()) -> str:
-    """Write a value so that it is the same in every process: no addresses, no order of sets."""
+    """Write a value as text that is the same in every process: no addresses, no order of sets."""
     if isinstance(value, bytes):
         return f"bytes {hashlib.sha256(value).hexdigest()}"
     if isinstance(value, bool | int | float | complex | str | Path | None):
@@ -180,13 +180,13 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _source_of_class(kind: type) -> str:
-    """SHA-256 of the source of a class and of those above it, up to the first of a library's."""
+    """Return the SHA-256 of the source of a class and of its bases, without those of Flower and fedlora."""
     own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in ("flwr", "fedlora", "builtins", "abc")]
     return _sha("".join(map(_source, own or [kind])))
 
 
 def _source(code: Any) -> str:
-    """Source of a class or function; its byte code where it has none, or shares a line, as lambdas may."""
+    """Return the source of a class or function, or its byte code: for lambdas, and where there is no source."""
     try:
         if getattr(code, "__name__", "") != "<lambda>":
             return inspect.getsource(code)

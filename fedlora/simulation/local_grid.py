@@ -17,7 +17,7 @@ class LocalGrid(SimulatedGrid):
     """Runs simulated clients one cohort after the other in this process; takes what :class:`SimulatedGrid` takes.
 
     What a client process loads stays loaded for the next run in the process, and nothing has to start. The results are
-    those of a RayGrid. A timeout is looked at between two cohorts.
+    those of a RayGrid. A timeout is checked between two cohorts.
     """
 
     def _start(self, address: str | None, workers: int | None) -> None:

@@ -40,7 +40,7 @@ class Need:
 
 
 def processes_on(machine: Mapping[str, float], needs: Sequence[Need]) -> int:
-    """Say how many processes fit on a machine with these resources; a share of a GPU is of one card."""
+    """Return how many processes fit on a machine with these resources; a share of a GPU is of one card."""
     room = []
     for need in needs:
         there = machine.get(need.resource, 0.0)
@@ -52,14 +52,14 @@ def processes_on(machine: Mapping[str, float], needs: Sequence[Need]) -> int:
 
 
 def count_processes(needs: Sequence[Need], what: str) -> int:
-    """Say how many processes fit side by side into the running Ray cluster.
+    """Return how many processes fit into the running Ray cluster at once.
 
     Parameters
     ----------
     needs : sequence of Need
-        Of one process.
+        What one process takes.
     what : str
-        What errors call it.
+        Name of such a process, for errors.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def count_processes(needs: Sequence[Need], what: str) -> int:
 
 
 def count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
-    """Say how many of a simulation's workers fit into the running Ray cluster, or refuse more.
+    """Return how many of a simulation's workers fit into the running Ray cluster, or refuse more.
 
     Raises
     ------
@@ -104,20 +104,21 @@ def count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
 
 
 def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple[float, float]) -> int:
-    """Say how many of the workers that fit find room in a Ray that others use too.
+    """Return how many workers find room in a Ray cluster that other programs use too.
 
-    What ended a moment ago is freed after some seconds. A worker without room would be waited for without end.
+    Ray frees the resources of a process some seconds after its end, so this waits for them. Ray itself would wait for
+    ever for a worker without room.
 
     Parameters
     ----------
     most : int
-        So many fit if nobody else were there.
+        Number of workers that fit into the cluster if it is idle.
     wanted : int, optional
-        What the config says.
+        ``simulation.workers``; None for as many as fit.
     cpus, gpus
-        Of one worker.
+        What one worker takes.
     own : (float, float)
-        CPUs and GPUs that this process holds, and shares.
+        CPUs and GPUs that other grids of this process hold; they count as free.
 
     Raises
     ------
@@ -128,9 +129,9 @@ def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple
     deadline = time.monotonic() + _FREED_SECONDS
     while True:
         free = ray.available_resources()
-        room = int((free.get("CPU", 0.0) + own_cpus) / cpus + 1e-9)
+        room = int((free.get("CPU", 0.0) + own_cpus) / cpus + _ROUNDING)
         if gpus:
-            room = min(room, int((free.get("GPU", 0.0) + own_gpus) / gpus + 1e-9))
+            room = min(room, int((free.get("GPU", 0.0) + own_gpus) / gpus + _ROUNDING))
         if room >= most:
             return most
         if time.monotonic() > deadline:

@@ -15,7 +15,7 @@ from fedlora.errors import InputError
 
 
 def start_ray(address: str | None) -> bool:
-    """Start Ray on this machine, or connect to a cluster; say whether this call did it.
+    """Start Ray on this machine, or connect to a cluster; return whether this call did it.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def start_ray(address: str | None) -> bool:
 
 
 def _check_connected(address: str | None) -> None:
-    """Refuse an address that is not that of the Ray to which this process is connected already."""
+    """Refuse the address of another cluster than the one to which this process is connected already."""
     there = ray.get_runtime_context().gcs_address
     host_and_port = (address or "").rpartition("//")[2]
     # Ray's own words (auto, local) and its client's ray:// addresses name no cluster in this form.

@@ -1,4 +1,4 @@
-"""One exchange of messages with Ray's workers: what waits, what is under way, what is done."""
+"""One exchange of messages with Ray's workers: batches that wait, that are under way, and that are done."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from fedlora.simulation.ray_grid import RayGrid
 
 PART = 16
-"""A batch's replies come so many at a time: the driver reads and sums the first while the others are encoded."""
+"""Replies that are fetched at once: the driver reads and sums the first while the worker encodes the others."""
 
 QUEUED = 2
-"""Batches in flight a worker, so that it does not wait for the driver between two of them."""
+"""Batches in flight for each worker, so that it does not wait for the driver between two of them."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Replies that are under way: a worker's, to some of a batch's messages, by their places."""
+    """Replies that are under way, from one worker to some messages of a batch; ``places`` are their indices."""
 
     worker: int
     batch: int
@@ -58,7 +58,7 @@ class RayExchange:
         self.due = 0
 
     def replies(self, deadline: float | None) -> Iterator[Message]:
-        """Yield the replies; what is not there at the deadline is given up, and its workers are replaced."""
+        """Yield the replies; those missing at the deadline are given up, and their workers replaced."""
         while self.due + len(self.done) < len(self.messages):
             self._submit()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -75,7 +75,7 @@ class RayExchange:
             yield self.done[place]
 
     def _submit(self) -> None:
-        """Hand the batches that wait to the workers that have least to do."""
+        """Hand waiting batches to the workers with the fewest batches."""
         load = Counter(part.worker for part in self.running.values() if part.last)
         while self.waiting and self.waiting[0] < self.due // len(self.batches[0]) + self.window:
             worker = min(range(len(self.grid.actors)), key=lambda w: (load[w], w))
@@ -89,7 +89,7 @@ class RayExchange:
                 self.running[reference] = _Part(worker, batch, places[start : start + PART], last)
 
     def _send(self, places: list[int], worker: int) -> list[Any]:
-        """Hand a batch to a worker; return a reference to every part of its replies."""
+        """Hand a batch to a worker; return a reference for each part of its replies."""
         batch = [self.messages[i] for i in places]
         envelopes = [pack(message, self.shared) for message in batch]
         wanted = {r.key for e in envelopes for r in (e.records or {}).values() if isinstance(r, SharedRecord)}

@@ -63,7 +63,7 @@ class RayGrid(SimulatedGrid):
             ray.shutdown()
 
     def replace_worker(self, worker: int, *, kill: bool) -> None:
-        """Start another worker in the place of one that has ended, or that is to end."""
+        """Replace a worker that has ended, or end it first."""
         if kill:
             ray.kill(self.actors[worker])
         self.actors[worker] = self._start_worker()

@@ -1,4 +1,4 @@
-"""SimulatedGrid: what grids of simulated clients have in common, wherever the clients run."""
+"""SimulatedGrid: the base class of grids of simulated clients."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FIRST_NODE_ID = 2
 """Node ids follow the partitions: client i is node FIRST_NODE_ID + i."""
 
 QUERY_BATCH = 64
-"""Queries are answered without work: many go at once."""
+"""Queries in a batch. They take no work, so that many go at once."""
 
 
 class SimulatedGrid(Grid):
-    """A Flower Grid of simulated clients. Subclasses run them.
+    """A Flower Grid of simulated clients. Subclasses decide where the clients run.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class SimulatedGrid(Grid):
         How much a client has to do. Clients of like work share a cohort, and the largest go first, so that neither a
         cohort nor a worker waits long for its last.
     on_cohort_size : callable (int), optional
-        Told what "auto" became, and when it is lowered.
+        Called with the size that "auto" became, and when it is lowered.
 
     Notes
     -----
@@ -146,7 +146,7 @@ class SimulatedGrid(Grid):
         return self._exchange(outgoing, None if timeout is None else time.monotonic() + timeout)
 
     def context(self, node_id: int) -> Context:
-        """Return a client's context, with the state that it had last."""
+        """Return a client's context, with its latest state."""
         client = node_id - FIRST_NODE_ID
         return Context(
             run_id=RUN_ID,
@@ -157,14 +157,14 @@ class SimulatedGrid(Grid):
         )
 
     def keep(self, messages: Iterable[Message], states: Iterable[RecordDict], limit: int) -> None:
-        """Keep what the clients of these messages remember, and the most clients that memory allows in a pass."""
+        """Store the states of the messages' clients; lower the cohort size to ``limit`` if it is above."""
         for message, state in zip(messages, states, strict=True):
             self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = state
         if isinstance(self.cohort_size, int) and limit < self.cohort_size:
             self._set_cohort_size(limit)
 
     def batches(self, messages: list[Message], capacity: Callable[[], int]) -> list[list[int]]:
-        """Divide messages, by their places, into what a worker gets at once.
+        """Divide messages, by their indices, into the batches that workers get.
 
         Parameters
         ----------

@@ -123,7 +123,7 @@ def forecast_all(runs: Iterable[PlannedRun]) -> dict[str, Forecast | InputError]
     # Runs on the same examples follow each other, so that the examples are opened once.
     for run in sorted(runs, key=lambda r: (r.config.run.seed, r.config.data.model_dump_json())):
         key = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": "run"})})
-        text = key.model_dump_json(exclude={"client": {"learning_rate"}, "server": {"evaluate_every"}})
+        text = key.model_dump_json(exclude={"client": {"learning_rate"}})
         if text not in known:
             try:
                 known[text] = forecast(run.config)

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord
 from fedlora.clients import client_app
 from fedlora.clients.client_app import app
 from fedlora.clients.held import part_path
+from fedlora.clients.participant import participant
 from fedlora.communication.broadcast import HELD
 from fedlora.communication.parts import INITIAL
 from fedlora.communication.wire import digest, encode
@@ -54,6 +55,16 @@ def test_the_longest_unused_go_first(node: NodeConfig) -> None:
     make_room(node, 0, (used,))
     make_room(node, 500_000, (used,))
     assert (used.exists(), new.exists(), asset.exists()) == (True, False, True)
+
+
+def test_arrays_that_stay_on_the_node_are_bounded_too(node: NodeConfig) -> None:
+    old, used = (node.directory / room.OWN / f"{name}.safetensors" for name in "ab")
+    for path in (old, used):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 300_000)
+        os.utime(path, (time.time() - 30,) * 2)
+    make_room(node, 600_000, (used,))
+    assert (old.exists(), used.exists()) == (False, True)
 
 
 def test_more_than_the_owner_gives_is_refused_before_anything_goes(node: NodeConfig) -> None:
@@ -112,6 +123,18 @@ def test_arrays_that_are_not_the_models_are_not_kept(tmp_path: Path, cache: Path
     assert set(cache.glob("initial/*")) == before
     assert not app(server.train(1), here).has_error()
     assert len(set(cache.glob("initial/*")) - before) <= 1
+
+
+def test_arrays_that_stay_on_the_node_are_kept_within_what_the_owner_allows(
+    tmp_path: Path, cache: Path, server: Server
+) -> None:
+    here = server.context(write_node(tmp_path / "clinic", cache, policy={"max_cache_gb": 0.1}))
+    app(server.describe(), here)
+    client = participant(server.train(1), here)
+    client.keep({"lora_A": torch.ones(3)})
+    with pytest.raises(InputError, match=r"policy\.max_cache_gb = 0\.1: a run asks to keep 0\.12 GB"):
+        client.keep({"lora_A": torch.ones(30 * 10**6)})
+    assert torch.equal(client.own()["lora_A"], torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ["../../own", "/etc/passwd", "0" * 63, ""])

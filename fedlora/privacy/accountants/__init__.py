@@ -1,4 +1,4 @@
-"""Privacy accountants, one file each: what epsilon follows from steps with so much noise."""
+"""Privacy accountants, one file each: they compute epsilon from a history of noisy steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ History = tuple[tuple[float, float, int], ...]
 
 
 class Accountant(ABC):
-    """Reads epsilon from a history of steps. Stateless.
+    """Computes epsilon from a history of steps. Stateless.
 
     Attributes
     ----------
     name : str
         ``privacy.accountant``, and the name of the file.
     is_bound : bool
-        Whether epsilon is an upper bound, which it must be for a data owner to count by it.
+        Whether epsilon is an upper bound. A data owner's policy only takes accountants that give one.
     note : str
-        What to tell who chooses it; "" for nothing.
+        Warning for users who choose it; "" for none.
     """
 
     name: ClassVar[str]
@@ -33,8 +33,8 @@ class Accountant(ABC):
     def epsilon(self, delta: float, history: History) -> float:
         """Return epsilon at ``delta`` of all steps of a history together.
 
-        Every question must have an answer, after a few seconds at most, since steps that were taken must be counted;
-        it is infinite where there is no other.
+        This must return within a few seconds for every history, since steps that were taken must be counted: infinity
+        where the accountant has no other answer.
 
         Parameters
         ----------
@@ -45,20 +45,20 @@ class Accountant(ABC):
         """
 
     def for_calibration(self, epsilon: float) -> str:
-        """Name the accountant by which noise for ``epsilon`` is found: this one, unless it is too coarse."""
+        """Return the name of the accountant that calibrates noise for ``epsilon``: its own, unless it is too coarse."""
         return self.name
 
     def first_guesses(
         self, epsilon: float, total: Callable[[float], float], sigma_by: Callable[[str, float], float]
     ) -> Iterable[float]:
-        """Yield noise multipliers that a calibration tries before it bisects; for accountants that take long.
+        """Yield noise multipliers to try before bisecting, for accountants that take long; none by default.
 
         Parameters
         ----------
         epsilon : float
             The target.
         total : callable (sigma) -> float
-            Epsilon by this accountant of the steps to calibrate with noise ``sigma``, and those before them.
+            Epsilon, by this accountant, of the steps to calibrate with noise ``sigma`` and of those before them.
         sigma_by : callable (accountant, tolerance) -> float
             The noise multiplier that another accountant finds, to a relative tolerance; raises an InputError if it
             finds none.
@@ -67,6 +67,12 @@ class Accountant(ABC):
 
 
 def get_accountant(name: str) -> Accountant:
-    """Return the accountant of a name; an InputError says what there is where there is none."""
+    """Return the accountant of a name.
+
+    Raises
+    ------
+    InputError
+        If there is none; it lists the names.
+    """
     found: Accountant = ACCOUNTANTS.made(name)
     return found

@@ -13,9 +13,9 @@ from fedlora.privacy.accountants import Accountant, History
 
 
 class Gdp(Accountant):
-    """A central limit theorem of many steps. Unlike steps compose by mu^2 = sum mu_i^2.
+    """The central limit theorem for many steps. Steps with different noise compose by mu^2 = sum mu_i^2.
 
-    Opacus' own accountant reads the last entry of a history alone.
+    Opacus' own accountant only reads the last entry of a history.
     """
 
     name = "gdp"
@@ -29,7 +29,7 @@ class Gdp(Accountant):
             return math.inf if math.isinf(mu) else 0.0
 
         def excess(epsilon: float) -> float:
-            """Log delta at epsilon over log delta, where either is too small for its own value."""
+            """Return log(delta at epsilon) - log(delta); the deltas themselves could underflow."""
             first, second = log_ndtr(-epsilon / mu + mu / 2), log_ndtr(-epsilon / mu - mu / 2)
             return float(first + np.log(-np.expm1(min(epsilon + second - first, -1e-300))) - math.log(delta))
 

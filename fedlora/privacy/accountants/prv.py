@@ -12,9 +12,9 @@ from fedlora.privacy.accountants import Accountant, History
 from fedlora.privacy.accountants.rdp import Rdp
 
 _BINS = 2**18
-"""Most bins of all kinds of steps together; a question then ends in about a second."""
+"""Limit on the bins of all kinds of steps together, which bounds the time of a call."""
 _ERROR, _MAX_ERROR = 0.01, 0.1
-"""Of epsilon, which is added to what is found: by default, and at most. A smaller error takes more bins."""
+"""Error of epsilon, which is added to it: by default, and at most. A smaller error takes more bins."""
 _MAX_STEPS, _MAX_NOISE = 10**5, 50.0
 """Beyond these Opacus' accountant rounds too much or is too slow."""
 _RDP = Rdp()

@@ -17,7 +17,7 @@ _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 80, 128, 256, 512]
 
 
 class Rdp(Accountant):
-    """As Opacus' accountant, which takes a step's Renyi divergences anew for every question, with more orders."""
+    """As Opacus' accountant, but with more orders, and with the Renyi divergences of a step cached."""
 
     name = "rdp"
     is_bound = True

@@ -1,4 +1,4 @@
-"""Mechanisms, one file each: what is protected, who adds the noise, and what a reply says of it."""
+"""Privacy mechanisms, one file each: the unit of privacy, who adds the noise, and the metrics of replies."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from fedlora.registry import MECHANISMS
 
 
 class Mechanism(ABC):
-    """A unit of privacy, and how it is protected. Stateless.
+    """A unit of privacy and its protection. Stateless.
 
     Attributes
     ----------
     name : str
         ``privacy.mode``, and the name of the file.
     unit : str
-        What one record is, in the words of summary.json; "" where nothing is protected.
+        The unit of privacy, as summary.json names it; "" where nothing is protected.
     noise_by : str
         Who adds the noise, and so keeps the ledger: ``client``, ``server`` or ``nobody``.
     clips_examples : bool
-        Whether clients clip each example's gradient. Then examples must not depend on each other, and what training
-        tells of the examples beside the arrays is not covered.
+        Whether clients clip each example's gradient. Then an example's gradient must not depend on other examples.
     reply_metrics : mapping of str to callable (float) -> bool
-        What a reply says of what its client spent, beside its steps, and whether a number can be that.
+        Metrics in which a reply says what its client spent, each with a check of its value.
     """
 
     name: ClassVar[str]
@@ -42,7 +41,7 @@ class Mechanism(ABC):
         return self.noise_by != "nobody"
 
     def check(self, config: Config) -> None:
-        """Refuse a config that this mechanism cannot keep.
+        """Refuse a config that this mechanism cannot protect; none by default.
 
         Raises
         ------
@@ -51,7 +50,7 @@ class Mechanism(ABC):
         return
 
     def plan(self, config: Config, examples: int) -> PrivacyPlan | None:
-        """Return what a client of so many examples does for its privacy; None where it does nothing.
+        """Return the privacy plan of a client with this number of examples; None if the client adds no noise.
 
         Raises
         ------
@@ -62,7 +61,13 @@ class Mechanism(ABC):
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """Return the mechanism of a name; an InputError says what there is where there is none."""
+    """Return the mechanism of a name.
+
+    Raises
+    ------
+    InputError
+        If there is none; it lists the names.
+    """
     found: Mechanism = MECHANISMS.made(name)
     return found
 
@@ -78,4 +83,4 @@ LOCAL_SPENT: Mapping[str, Callable[[float], bool]] = {
     "epsilon": lambda value: value >= 0,
     "delta": lambda value: 0 <= value < 1,
 }
-"""What clients that add the noise themselves say."""
+"""Reply metrics of clients that add the noise themselves."""
