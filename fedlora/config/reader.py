@@ -49,6 +49,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         raise input_error(error) from None
     from fedlora.methods import check_method
 
+    config.method.check(config)  # now with the method's own options
     check_method(config)
     return config
 
