@@ -7,6 +7,7 @@ clients holds none of their tokens.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -328,7 +329,7 @@ def _key(config: Config, pretrained: Any) -> str:
     parts = {
         "layout": _LAYOUT,
         "tokenizer": tokenizer,
-        "task": config.model.task,
+        "task": [config.model.task, _source(get_task(config.model.task))],
         "max_length": config.model.max_length,
         # Nothing of a node's file is drawn.
         "seed": None if _is_own(config) else config.run.seed,
@@ -339,6 +340,11 @@ def _key(config: Config, pretrained: Any) -> str:
         "versions": [version(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(task: Task) -> str:
+    """Return the SHA-256 of the file that defines a task: an edited task gives other tokens and labels."""
+    return hashlib.sha256(Path(inspect.getfile(type(task))).read_bytes()).hexdigest()
 
 
 def _is_own(config: Config) -> bool:
