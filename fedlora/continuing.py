@@ -159,11 +159,12 @@ def adapter_config(name: str, adapter: Path) -> Config:
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
     kind = about["task_type"]
-    # Of several tasks of one kind the most common: an adapter of ours says which.
-    of_kind = [name for name, task in tasks().items() if task.peft_type == kind]
+    # PEFT's kind fits several tasks; TASK_FILE says which. Without it: the default one, if it fits, else the first.
+    default = ModelSection.model_fields["task"].default
+    of_kind = sorted((n for n, task in tasks().items() if task.peft_type == kind), key=lambda n: n != default)
     model = {
         "name": about["base_model_name_or_path"],
-        "task": about["task"] or (of_kind[-1] if of_kind else ModelSection.model_fields["task"].default),
+        "task": about["task"] or (of_kind[0] if of_kind else default),
         "pooling": "mean" if kind == "FEATURE_EXTRACTION" else "default",
         "max_length": 2,
     }
