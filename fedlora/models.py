@@ -366,7 +366,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
     head = None if task.causal else head_of(model)
     if not task.causal and head is None:
-        raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
+        remedy = "use pooling mean" if "mean" in task.poolings else "choose another model"
+        raise InputError("model.name", config.model.name, f"its head has an unknown name; {remedy}")
     _check_complete(config, missing, mismatched, head[0] if head else None)
     fresh = set() if mean else missing | mismatched
     # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
