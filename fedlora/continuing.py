@@ -26,7 +26,7 @@ LABELS_FILE = "labels.json"
 """Names of the classes, in the order of the logits."""
 
 TASK_FILE = "task.json"
-"""The task that an adapter was trained for, which PEFT knows roughly."""
+"""The task that an adapter was trained for; PEFT's own task type fits several."""
 
 ADAPTER_FILE = "adapter_config.json"
 _FIELD = "model.name"
@@ -70,7 +70,7 @@ def run_source(name: str, folder: Path) -> Path | None:
 
 
 def run_method(folder: Path) -> type[Method]:
-    """Return the method of a run folder; where its config.toml names none that is installed, the base of all."""
+    """Return the method of a run folder, or :class:`Method` itself if its config.toml names none that is installed."""
     try:
         return get_method(str(read_toml(folder / "config.toml")["method"]["name"]))
     except (InputError, KeyError, TypeError):
