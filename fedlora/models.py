@@ -132,7 +132,7 @@ AutoModelForSequenceClassification.register(MeanPoolingConfig, MeanPoolingClassi
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the name and the module of a classification head; None for a model without one, such as a causal language model."""
+    """Return the name and the module of a classification head; None for a model without one, as a causal LM."""
     for name in _HEADS:
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):
