@@ -26,7 +26,7 @@ LABELS_FILE = "labels.json"
 """Names of the classes, in the order of the logits."""
 
 TASK_FILE = "task.json"
-"""The task that an adapter was trained for, which PEFT knows roughly."""
+"""The task that an adapter was trained for; PEFT's own task type fits several."""
 
 ADAPTER_FILE = "adapter_config.json"
 _FIELD = "model.name"
@@ -70,7 +70,7 @@ def run_source(name: str, folder: Path) -> Path | None:
 
 
 def run_method(folder: Path) -> type[Method]:
-    """Return the method of a run folder; where its config.toml names none that is installed, the base of all."""
+    """Return the method of a run folder, or :class:`Method` itself if its config.toml names none that is installed."""
     try:
         return get_method(str(read_toml(folder / "config.toml")["method"]["name"]))
     except (InputError, KeyError, TypeError):
@@ -159,11 +159,12 @@ def adapter_config(name: str, adapter: Path) -> Config:
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
     kind = about["task_type"]
-    # Of several tasks of one kind the most common: an adapter of ours says which.
-    of_kind = [name for name, task in tasks().items() if task.peft_type == kind]
+    # PEFT's kind fits several tasks; TASK_FILE says which. Without it: the default one, if it fits, else the first.
+    default = ModelSection.model_fields["task"].default
+    of_kind = sorted((n for n, task in tasks().items() if task.peft_type == kind), key=lambda n: n != default)
     model = {
         "name": about["base_model_name_or_path"],
-        "task": about["task"] or (of_kind[-1] if of_kind else ModelSection.model_fields["task"].default),
+        "task": about["task"] or (of_kind[0] if of_kind else default),
         "pooling": "mean" if kind == "FEATURE_EXTRACTION" else "default",
         "max_length": 2,
     }

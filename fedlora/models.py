@@ -132,7 +132,7 @@ AutoModelForSequenceClassification.register(MeanPoolingConfig, MeanPoolingClassi
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the name and the module of a classification head; None for a model without one (causal-lm)."""
+    """Return the name and the module of a classification head; None for a model without one, as a causal LM."""
     for name in _HEADS:
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):
@@ -190,7 +190,10 @@ def pretrained_source(config: Config) -> str:
 
 
 def _know_architecture(folder: Path) -> None:
-    """Import the method whose own architecture a model has, by the name of the method: that registers it."""
+    """Import the method whose own architecture a saved model has; importing it registers the architecture.
+
+    The architecture's ``model_type`` is the method's name (:attr:`fedlora.methods.Method.outputs`).
+    """
     with suppress(OSError, ValueError, KeyError, TypeError, InputError):  # what is wrong shows when it is loaded
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind not in CONFIG_MAPPING:
@@ -335,7 +338,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         ``model.*`` says which and how; a classification head is drawn anew from ``run.seed`` (normal with the model's
         ``initializer_range``, bias 0), in every process alike.
     label_names : list of str, optional
-        The classes; None for tasks without.
+        The classes; None for tasks without classes.
     device : str or torch.device
         Where the model goes. On ``meta`` it is a skeleton without weights, of which nothing is read.
 
@@ -366,7 +369,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
     head = None if task.causal else head_of(model)
     if not task.causal and head is None:
-        raise InputError("model.name", config.model.name, "its head has an unknown name; use pooling mean")
+        remedy = "use pooling mean" if "mean" in task.poolings else "choose another model"
+        raise InputError("model.name", config.model.name, f"its head has an unknown name; {remedy}")
     _check_complete(config, missing, mismatched, head[0] if head else None)
     fresh = set() if mean else missing | mismatched
     # Frozen like the rest, but nobody who loads the checkpoint draws them alike: who exports a result needs them.
@@ -390,7 +394,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
 
 
 def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[str] | None, mean: bool) -> list[str]:
-    """Make a checkpoint's config that of the task's classes, and return their names."""
+    """Write the task's classes into a checkpoint's config, and return their names."""
     outputs = task.outputs(label_names)
     if not outputs:
         raise ValueError(f"label_names are needed for {task.name}")
@@ -410,7 +414,7 @@ def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[s
 def _build(
     config: Config, task: Task, pretrained: Any, device: torch.device, whole: bool
 ) -> tuple[Any, set[str], set[str]]:
-    """Return the model, and the names of the parameters that its checkpoint lacks, and has in other shapes.
+    """Return the model, the parameters that its checkpoint lacks, and those that it has in other shapes, by name.
 
     With pooling mean it is the encoder alone, unless the checkpoint is a whole classifier of ours.
     """

@@ -98,6 +98,23 @@ def test_a_name_that_is_taken_twice_names_both(package: Path) -> None:
     assert get_method("one").name == "one"
 
 
+def test_options_check_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None) -> None:
+    code = METHOD.format(name="outside").replace(
+        "class Base(",
+        """
+    def check(self, config):
+        from fedlora.errors import InputError
+        if self.speed > config.run.rounds:
+            raise InputError("method.speed", self.speed, "is above run.rounds; lower it")
+
+class Base(""",
+    )
+    install(tmp_path, "outside_checked", {"outside": "outside_checked:Named"}, code, monkeypatch)
+    assert load_config(BASE, {"method.name": "outside"}).method.name == "outside"
+    with pytest.raises(InputError, match=r"method\.speed.*above run\.rounds"):
+        load_config(BASE, {"method.name": "outside", "method.speed": 11})
+
+
 def test_an_entry_point_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None) -> None:
     install(tmp_path, "outside_one", {"outside": "outside_one:Named"}, METHOD.format(name="outside"), monkeypatch)
     assert "outside" in methods()

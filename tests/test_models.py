@@ -347,3 +347,12 @@ def test_a_mean_pooled_classifier_is_loaded_as_one(tmp_path):
     for model in ({}, {"task": "causal-lm"}):
         with pytest.raises(InputError, match=r"model\.name.*set model\.pooling = mean"):
             load_base(config(tmp_path, **model), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("task", "remedy"), [("sequence-classification", "use pooling mean"), ("token-classification", "choose another")]
+)
+def test_an_unknown_head_is_refused_with_what_the_task_allows(tiny, monkeypatch, task, remedy):
+    monkeypatch.setattr("fedlora.models._HEADS", ())
+    with pytest.raises(InputError, match=remedy):
+        load_base(config(tiny, task=task), LABELS, "meta")

@@ -14,7 +14,7 @@ from fedlora.models import dense_weight
 
 
 class AdapterLayer(nn.Module):
-    """A frozen linear layer and what is trained beside it; a subclass says in :meth:`added` what that adds.
+    """A frozen linear layer and what is trained beside it; a subclass computes in :meth:`added` what that adds.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class AdapterLayer(nn.Module):
     factors : tuple of str
         The names; the layers are attributes of these names.
     residual : Tensor [m, n] or None
-        What was added to the frozen weight since, in float32 or wider; never written into the weight itself.
+        What the run added to the frozen weight, in float32 or float64. The weight itself stays as it was loaded.
     """
 
     def __init__(self, base: nn.Module, factors: Mapping[str, StackedLayer], layout: RowLayout) -> None:
@@ -42,16 +42,20 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The frozen layer's, of which others ask the dtype (as T5); who computes with it goes past the factors."""
+        """The frozen layer's weight: T5 reads its dtype. Code that multiplies by it bypasses the factors."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The frozen layer's."""
+        """The frozen layer's bias."""
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, n] to [N, T, m]; an x [1, T, n] that the batch shares, to each example's own."""
+        """Map x [N, T, n] to [N, T, m].
+
+        Some models pass one x [1, T, n] for the whole batch; the result then holds a row for each example
+        (:class:`~fedlora.adapters.own_rows.OwnRows`).
+        """
         y, rows = self.frozen(x), self.layout.own_rows(x)
         if rows:
             own = y + self.added(x.expand(rows, *x.shape[1:]), y.expand(rows, *y.shape[1:]))
@@ -59,7 +63,7 @@ class AdapterLayer(nn.Module):
         return y + self.added(x, y)
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what is not trained: W0 x, and the residual's part where there is one."""
+        """Return the output without the factors: W0 x + bias + residual x."""
         y: torch.Tensor = self.base(x)
         if self.residual is None:
             return y
@@ -71,7 +75,7 @@ class AdapterLayer(nn.Module):
         """Return what the factors add to the frozen layer's output y [N, T, m] for the input x [N, T, n]."""
 
     def drawn_scale(self, factor: str) -> float:
-        """By how much :meth:`~fedlora.adapters.AdaptedModel.drawn` scales a factor."""
+        """Return the scale of a factor's random values in :meth:`~fedlora.adapters.AdaptedModel.drawn`."""
         return 1.0
 
 
@@ -109,7 +113,7 @@ class FactoredLinear(AdapterLayer):
         self.dropout = ClientDropout(dropout, layout)
 
     def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The branch."""
+        """Return the branch's output, s F_k ... F_1 x."""
         return self.branch(x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,7 +127,7 @@ class FactoredLinear(AdapterLayer):
         return branch
 
     def drawn_scale(self, factor: str) -> float:
-        """The last factor's makes the product a tenth of the frozen weight."""
+        """Scale the last factor so that the product's norm is about a tenth of the frozen weight's."""
         if factor != self.factors[-1]:
             return 1.0
         weight = dense_weight(self.base)

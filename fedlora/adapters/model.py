@@ -51,11 +51,11 @@ class AdaptedModel:
     trained : tuple of str
         Names of the arrays that clients train, of the last :meth:`set_clients`.
     versions : dict of str to str
-        Version of each part that was set, for those who keep account of it.
+        Version of each kind of array that was set last (:mod:`fedlora.clients.held`).
     notes : list of str
         What the user should know of the model and of the modules that were chosen.
     independent : dict
-        What was measured of the examples of a batch, by :func:`fedlora.training.soundness.dependence`.
+        Results of :func:`fedlora.training.soundness.dependence`, which is measured once for a model.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class AdaptedModel:
         return arrays
 
     def set_shared(self, arrays: Mapping[str, torch.Tensor]) -> None:
-        """Set arrays that all clients share and nobody trains.
+        """Set arrays that all clients share and that are not trained.
 
         Raises
         ------
@@ -158,8 +158,7 @@ class AdaptedModel:
         for name, array in arrays.items():
             layer, attribute = self._layers[name]
             old = getattr(layer, attribute)
-            if tuple(array.shape) != tuple(old.shape[1:]):
-                raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(old.shape[1:])}")
+            _check_shape(name, array, old.shape[1:])
             value = array.detach().to(old.device, old.dtype)[None].clone()
             setattr(layer, attribute, nn.Parameter(value, requires_grad=False))
 
@@ -180,8 +179,7 @@ class AdaptedModel:
                 continue
             expected = tuple(old.shape[1:])
             for client in clients:
-                if tuple(client[name].shape) != expected:
-                    raise ValueError(f"{name} has shape {tuple(client[name].shape)}, expected {expected}")
+                _check_shape(name, client[name], expected)
             if all(client[name] is clients[0][name] for client in clients):
                 value = clients[0][name].to(old.device, old.dtype).expand(len(clients), *expected).clone()
             else:
@@ -194,7 +192,7 @@ class AdaptedModel:
         return {path: a.residual for path, a in self.adapters.items() if a.residual is not None}
 
     def set_residual(self, residuals: Mapping[str, torch.Tensor]) -> None:
-        """Set the residuals of the frozen weights, in place of those that were set.
+        """Replace the residuals of all frozen weights; a layer that is not named has none.
 
         Raises
         ------
@@ -202,18 +200,16 @@ class AdaptedModel:
             If a path or a shape is not the model's.
         """
         for path, value in residuals.items():
-            expected = linear_shape(self.adapters[path].base)
-            if tuple(value.shape) != expected:
-                raise ValueError(f"the residual of {path} has shape {tuple(value.shape)}, expected {expected}")
+            _check_shape(f"the residual of {path}", value, linear_shape(self.adapters[path].base))
         for path, adapter in self.adapters.items():
-            wide = torch.float64 if adapter.weight.dtype == torch.float64 else torch.float32
             added = residuals.get(path)
-            adapter.residual = None if added is None else added.detach().to(adapter.weight.device, wide)
+            dtype = adapter_dtype(adapter.base)
+            adapter.residual = None if added is None else added.detach().to(adapter.weight.device, dtype)
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits.
 
-        Those of pairs have ``token_type_ids`` too.
+        Batches of pairs have ``token_type_ids`` too.
         """
         mask = batch.get("attention_mask")
         if mask is not None and not self.head:
@@ -225,6 +221,11 @@ class AdaptedModel:
             output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **types)
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _check_shape(what: str, array: torch.Tensor, expected: Sequence[int]) -> None:
+    if tuple(array.shape) != tuple(expected):
+        raise ValueError(f"{what} has shape {tuple(array.shape)}, expected {tuple(expected)}")
 
 
 def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
@@ -250,7 +251,7 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
         If no module matches, a matched module is no linear layer, an adapter would do nothing in one that was named,
         or the parameterisation does not fit a layer, as a rank above its size.
     """
-    parameterisation: Parameterisation = PARAMETERISATIONS.get(kind)()
+    parameterisation: Parameterisation = PARAMETERISATIONS.made(kind)
     layout = RowLayout()
     never_cache(model)
     head = head_of(model)

@@ -37,7 +37,9 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     -----
     A product of matrices becomes a plain LoRA of the same rank and ``lora_alpha = s r``. A residual of the frozen
     weights is part of the adapter too: s B A + residual is factored anew, at the rank that it has (``rank_pattern``
-    where layers differ); README.md in the folder says so. The folder loads with ``peft.PeftModel.from_pretrained`` on
+    where layers differ); README.md in the folder says so. Only the sum of the residuals is at hand, not its factors, so
+    each layer [m, n] with a residual takes one singular value decomposition in float64, of m n min(m, n) operations.
+    The folder loads with ``peft.PeftModel.from_pretrained`` on
     the stock model. Layers whose weights the checkpoint lacks are in it whole, like the head.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     prefix = "encoder." if mean_pooled else ""
     tensors: dict[str, torch.Tensor] = {}
     whole = {} if mean_pooled else _whole(adapted)
-    parameterisation: Parameterisation = PARAMETERISATIONS.get(adapted.kind)()
+    parameterisation: Parameterisation = PARAMETERISATIONS.made(adapted.kind)
     scaling, layers = config.scaling(), {}
     for path, adapter in adapted.adapters.items():
         arrays = adapted.arrays([f"{path}.{factor}" for factor in adapter.factors])

@@ -1,4 +1,4 @@
-"""From pydantic's errors to one line in the user's words."""
+"""Turn pydantic's errors into one line that names the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedlora.errors import InputError
 
 def input_error(error: ValidationError, root: type[BaseModel] = Config, name: str = "CONFIG") -> InputError:
     """Turn pydantic's error about a ``root`` into one line that names the key, the value and the remedy."""
-    # Several mistakes may be there; the first is told, since one line is the contract.
+    # An InputError is one line, so only the first of several mistakes is reported.
     first, *others = error.errors(include_url=False)
     if isinstance(found := first.get("ctx", {}).get("error"), InputError):
         return found
@@ -31,14 +31,14 @@ def input_error(error: ValidationError, root: type[BaseModel] = Config, name: st
         )
     if first["type"] == "model_type":
         return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
-    # A union has a mistake for each of its members: all are told.
+    # A union reports a mistake for each of its members; all of them are named.
     same = [first] + [other for other in others if _real_path(other["loc"], root) == location]
     expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
     return InputError(field, first["input"], f"{expected}; change the value")
 
 
 def unknown_key(field: str, key: str, value: Any, known: Iterable[str], others: Iterable[str] = ()) -> InputError:
-    """Say that there is no such key, and which one may be meant, of those ``known`` and ``others``."""
+    """Return an error about an unknown key, with the closest of the ``known`` keys and ``others`` as a hint."""
     known = list(known)
     close = difflib.get_close_matches(key, [*known, *others], 1)
     hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"

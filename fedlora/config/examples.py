@@ -184,7 +184,7 @@ class DataSection(Section):
         elif partition.clients is None:
             raise InputError("data.partition.clients", None, "is required: the number of clients")
         else:
-            asked = CLIENT_SAMPLINGS.get(server.sampling)().most(partition.clients, server.fraction_train)
+            asked = CLIENT_SAMPLINGS.made(server.sampling).most(partition.clients, server.fraction_train)
             if server.min_replies > asked:
                 remedy = f"can never be reached: a round asks {asked} clients; lower it or raise server.fraction_train"
                 raise InputError("server.min_replies", server.min_replies, remedy)

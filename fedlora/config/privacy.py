@@ -75,7 +75,7 @@ class PrivacySection(Section):
         if self.max_grad_norm > MAX_CLIP:
             remedy = f"clips nothing, and noise in proportion to it may overflow; give at most {MAX_CLIP:g}"
             raise InputError("privacy.max_grad_norm", self.max_grad_norm, remedy)
-        MECHANISMS.get(self.mode)().check(config)
+        MECHANISMS.made(self.mode).check(config)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Without privacy nothing of it counts."""

@@ -42,13 +42,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     for key, value in (overrides or {}).items():
         override(content, key, value)
     try:
-        # A mistake is told at once: the imports that the method's own options need take seconds.
+        # The common keys come first, so that their mistakes are reported before slow imports of the method's options.
         _check_sections(Config.model_validate(content, context=COMMON_KEYS))
         config = Config.model_validate(content)
     except ValidationError as error:
         raise input_error(error) from None
     from fedlora.methods import check_method
 
+    config.method.check(config)  # now with the method's own options
     check_method(config)
     return config
 
@@ -127,7 +128,7 @@ def read_toml(source: str | Path | Mapping[str, Any], field: str = "CONFIG") -> 
         # Some editors begin a file with a byte-order mark.
         return tomllib.loads(text.removeprefix("\ufeff"))
     except _NOT_TOML as error:
-        raise InputError(field, shown, f"is not valid TOML ({error}); mend that line") from None
+        raise InputError(field, shown, f"is not valid TOML ({error}); fix that line") from None
 
 
 def _deep_copy(value: Any) -> Any:

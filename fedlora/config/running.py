@@ -1,4 +1,4 @@
-"""``[simulation]``, ``[network]`` and ``[tracking]``: where a run runs, and who logs it."""
+"""``[simulation]``, ``[network]`` and ``[tracking]``: where clients run, over which links, and what logs the run."""
 
 from __future__ import annotations
 

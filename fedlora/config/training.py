@@ -113,7 +113,7 @@ class ClientSection(Section):
 
 
 class ServerSection(Section):
-    """``[server]``: sampling of clients, evaluation and patience."""
+    """``[server]``: sampling of clients, the server's optimizer, evaluation and timeouts."""
 
     fraction_train: Fraction = Field(default=1.0, description="Share of the clients that a round asks, at least one.")
     sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
@@ -174,7 +174,7 @@ class ServerSection(Section):
             raise InputError("server.fraction_evaluate", asked, remedy)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Every optimizer has keys of its own; either way clients are evaluated once."""
+        """Each optimizer reads some of its keys, and clients are evaluated in one of two ways."""
         if self.evaluate_every > config.run.rounds:
             yield "evaluate_every", f"of {config.run.rounds} rounds the last is evaluated"
         if self.fraction_evaluate:
@@ -182,7 +182,7 @@ class ServerSection(Section):
         if not self.fraction_evaluate or config.privacy.mode == "none":
             yield "evaluate_not_covered", "no client evaluates under privacy"
         for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
-            # Imported only where it matters: an optimizer needs torch.
+            # Looked up only for keys that were set: an optimizer's module imports torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:
                 yield key, f"server.optimizer is {self.optimizer}"
 

@@ -27,11 +27,10 @@ def read_column(table: Table, column: str, field: str) -> list[Any]:
     try:
         values = table.columns[column]()
     except Exception as error:  # the file may be damaged in any way
-        raise InputError(field, column, f"cannot be read ({first_line(error)}); mend the column") from error
+        raise InputError(field, column, f"cannot be read ({first_line(error)}); fix the column") from error
     for row, value in enumerate(values):
         if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
-            remedy = f"{table.place(row)} holds half of a surrogate pair, which is no text; mend it"
-            raise InputError(field, column, remedy)
+            raise _half_of_a_pair(table, row, column, field)
     return values
 
 
@@ -75,7 +74,7 @@ def read_texts(table: Table, column: str, field: str, source: str) -> list[str |
         if is_missing(text):
             texts[row] = None
         elif not isinstance(text, str):
-            remedy = f"{table.place(row)} of {source} holds {shown(text)}, not text; mend it, or name another column"
+            remedy = f"{table.place(row)} of {source} holds {shown(text)}, not text; fix it, or name another column"
             raise InputError(field, column, remedy)
     if not table.typed and all(text is None or NUMBER.fullmatch(text.strip()) for text in texts) and any(texts):
         raise InputError(field, column, f"holds numbers alone in {source}, not text; name the column of the texts")
@@ -101,10 +100,13 @@ def read_words(table: Table, column: str, field: str, source: str) -> list[list[
             remedy = f"{table.place(row)} of {source} holds {shown(wrong[0])}, not words; name another column"
             raise InputError(field, column, remedy)
         if not all(map(_is_unicode, words)):
-            remedy = f"{table.place(row)} holds half of a surrogate pair, which is no text; mend it"
-            raise InputError(field, column, remedy)
+            raise _half_of_a_pair(table, row, column, field)
         found.append(list(words))
     return found
+
+
+def _half_of_a_pair(table: Table, row: int, column: str, field: str) -> InputError:
+    return InputError(field, column, f"{table.place(row)} holds half of a surrogate pair, which is no text; fix it")
 
 
 def _is_unicode(text: str) -> bool:

@@ -47,7 +47,7 @@ def partition_rows(config: Config, train: datasets.Dataset, label_names: list[st
     train : datasets.Dataset
         The training examples, see :class:`~fedlora.data.sources.Examples`.
     label_names : list of str, optional
-        The classes; None for tasks without.
+        The classes; None for tasks without classes.
 
     Returns
     -------

@@ -60,7 +60,7 @@ class Examples:
     validation, public : datasets.Dataset, optional
         Likewise.
     label_names : list of str, optional
-        The classes; None for tasks without.
+        The classes; None for tasks without classes.
     notes : list of str
         What was read otherwise than one might think.
     """
@@ -144,8 +144,8 @@ def _seed(config: Config) -> int:
 def hold_out_of_client(config: Config, client: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Divide one client's rows into those that it trains on and those that it tests on, by ``data.client_test``.
 
-    The draw follows ``data.seed`` and the client alone; a node's own rows, always the same one, so that no run trains
-    on what another tests on. A client with one example trains on it.
+    The draw depends on ``data.seed`` and the client alone. On a node the seed is fixed, so that no run trains on
+    examples that another run tests on. A client with one example trains on it.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def hold_out_of_client(config: Config, client: int, rows: np.ndarray) -> tuple[n
 
 
 def held_out(config: Config, examples: int) -> int:
-    """Return how many of its examples a client tests on; those of a file of their own are not among them."""
+    """Return how many of its training examples a client holds out to test on; 0 if it tests on a file of its own."""
     share = config.data.client_test
     return min(max(1, round(share * examples)), examples - 1) if isinstance(share, float) and examples else 0
 
@@ -188,8 +188,8 @@ def _server_examples(config: Config) -> Examples:
 def count_own(config: Config) -> int:
     """Count the training examples of a node, once columns and labels fit the run; texts are not looked at.
 
-    They are the rows of the file but those that are blank in all of several columns, whatever the run asks for; and but
-    those that the node tests on. A file of test examples must fit the run as well.
+    These are the rows of the file, without those that are blank in all of several columns, whatever the run asks for,
+    and without those that the node tests on. A file of test examples must fit the run as well.
 
     Raises
     ------
@@ -205,7 +205,7 @@ def count_own(config: Config) -> int:
     try:
         stat = Path(config.data.name).stat()
     except OSError as error:
-        raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); mend the file") from None
+        raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); fix the file") from None
     same = config.data.model_copy(update={"label_names": None}).model_dump_json()
     key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
     if _last_own.get(config.data.name, (None, []))[0] != key:
@@ -497,7 +497,7 @@ def _load_file(
     try:
         table = read_file(path, file_format, any_text=any_text)
     except Exception as error:  # the file may be damaged in any way
-        remedy = f"cannot be read ({first_line(error)}); mend the file"
+        remedy = f"cannot be read ({first_line(error)}); fix the file"
         raise InputError(field, name, remedy) from error
     if table.rows == 0:
         raise InputError(field, name, "holds no rows; give a file with examples")
@@ -627,7 +627,7 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
     unknown = next((name for label in labels for name in task.names_in(label) if name not in index), None)
     if unknown is not None:
         where = "never occurs in train" if config.data.label_names is None else "is not in data.label_names"
-        remedy = f"the label {unknown!r} {where} (labels there: {', '.join(names[:10])}); mend the labels"
+        remedy = f"the label {unknown!r} {where} (labels there: {', '.join(names[:10])}); fix the labels"
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
     return datasets.Dataset.from_dict({**columns, "label": [task.number(label, index) for label in labels]})

@@ -7,6 +7,7 @@ clients holds none of their tokens.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,8 @@ class TokenTable:
     offsets : np.ndarray
         Row i is ``tokens[offsets[i]:offsets[i + 1]]``; int64 [rows + 1].
     labels : np.ndarray, optional
-        Of each row: its class, int64 [rows], or numbers, float32 [rows] or [rows, labels]; None where tokens have them.
+        Labels of whole rows: classes, int64 [rows], or numbers, float32 [rows] or [rows, labels]; None where each token
+        has a label.
     answer_start : np.ndarray, optional
         Number of leading tokens of each row without loss, int64 [rows], where the tokens are the labels.
     domain : np.ndarray, optional
@@ -55,7 +57,7 @@ class TokenTable:
     pad_token_id : int
         What fills the rows of a batch.
     task : Task
-        What the labels mean.
+        Reads the labels: loss, statistics and metrics.
     label_names : list of str, optional
         The classes.
     tags : np.ndarray, optional
@@ -219,7 +221,7 @@ class FederatedData:
         Without a row where they lie elsewhere: the training examples on nodes, the test set on the server.
     validation, public : TokenTable, optional
     label_names : list of str, optional
-        The classes; None for tasks without.
+        The classes; None for tasks without classes.
     domain_names : list of str
         The domains; empty without a column ``domain``.
     partition : Partition
@@ -247,7 +249,7 @@ class FederatedData:
     client_test: Partition | None = None
 
     def own_test(self, client: int) -> tuple[TokenTable, np.ndarray]:
-        """Return the table and the rows that a client tests on: those it holds out, or a node's own file."""
+        """Return the table and the rows that a client tests on: rows that it holds out, or a node's own test file."""
         if self.client_test is not None:
             return self.train, self.client_test[client]
         return self.test, np.arange(len(self.test))
@@ -270,9 +272,9 @@ class FederatedData:
 def prepare_data(config: Config) -> FederatedData:
     """Load, tokenise and partition the examples of a run, or open what an earlier call made of the same.
 
-    The task says how (:meth:`fedlora.tasks.Task.encode`): in most a row is the tokenised text, or pair, with the
-    tokenizer's special tokens; for causal-lm it is the text, or prompt and answer one after the other as they are given
-    (only the answer has a loss), and the end-of-sequence token.
+    The task tokenises (:meth:`fedlora.tasks.Task.encode`). For most tasks a row is the text, or pair of texts, with the
+    tokenizer's special tokens. Where the tokens are the labels it is the text, or prompt and answer (only the answer
+    has a loss), and the end-of-sequence token.
     Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
     it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
     no token of the model's: a special token stands for it, and the node's own log says how many there are.
@@ -328,7 +330,7 @@ def _key(config: Config, pretrained: Any) -> str:
     parts = {
         "layout": _LAYOUT,
         "tokenizer": tokenizer,
-        "task": config.model.task,
+        "task": [config.model.task, _source(get_task(config.model.task))],
         "max_length": config.model.max_length,
         # Nothing of a node's file is drawn.
         "seed": None if _is_own(config) else config.run.seed,
@@ -339,6 +341,11 @@ def _key(config: Config, pretrained: Any) -> str:
         "versions": [version(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(task: Task) -> str:
+    """Return the SHA-256 of the file that defines a task: an edited task gives other tokens and labels."""
+    return hashlib.sha256(Path(inspect.getfile(type(task))).read_bytes()).hexdigest()
 
 
 def _is_own(config: Config) -> bool:
@@ -456,7 +463,7 @@ _BESIDE: dict[str, tuple[str, list[Any]]] = {
     "token_type_ids": ("return_token_type_ids", [0]),
     "offset_mapping": ("return_offsets_mapping", [(0, 0)]),
 }
-"""What a tokenizer gives beside ids, if asked by an option, and what stands there for one special token."""
+"""By what a tokenizer returns beside ids: the option that asks for it, and its value for a row of one special token."""
 
 
 class AnyText:
@@ -490,7 +497,7 @@ class AnyText:
     def __call__(
         self, texts: list[str], text_pair: list[str] | None = None, **options: Any
     ) -> dict[str, list[list[Any]]]:
-        """Return what the tokenizer does of every text or pair, with at least one id each."""
+        """Return what the tokenizer returns for every text or pair, with at least one id each."""
         found = self._found(texts, text_pair, options)
         blank = {"input_ids": self.fixed}
         blank |= {name: value for name, (option, value) in _BESIDE.items() if options.get(option)}

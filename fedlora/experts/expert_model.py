@@ -21,7 +21,7 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Rank, break_even_rank, truncate
-from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
+from fedlora.experts.feed_forward import ExpertShapes, FeedForward, find_feed_forwards, public_digest, replace
 from fedlora.experts.options import expert_options
 
 KIND = "expert"
@@ -99,7 +99,7 @@ class OwnerBlock(nn.Module):
         return self.activation(up) if gate is None else self.activation(gate) * up
 
 
-class ExpertModel(AdaptedModel):
+class ExpertModel(ExpertShapes, AdaptedModel):
     """A public model with one owner's expert beside it, for a cohort of owners of one rank.
 
     Parameters
@@ -119,7 +119,7 @@ class ExpertModel(AdaptedModel):
         super().__init__(model, RowLayout(), KIND, {}, {})
         self.config = config
         self.forms = find_feed_forwards(model)
-        self.blocks = [OwnerBlock(form, model, self.layout) for form in self.forms]
+        self.blocks: list[OwnerBlock] = [OwnerBlock(form, model, self.layout) for form in self.forms]
         for form, block in zip(self.forms, self.blocks, strict=True):
             replace(model, form, block)
         self.rank: Rank = -1
@@ -132,15 +132,6 @@ class ExpertModel(AdaptedModel):
         if self._digest is None:
             self._digest = public_digest(self.model, self.forms)
         return self._digest
-
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Module path to (outputs, inputs) of everything that an expert updates."""
-        pairs = zip(self.forms, self.blocks, strict=True)
-        return {path: block.shapes[role] for form, block in pairs for role, path in form.projections.items()}
-
-    def routers(self) -> dict[str, int]:
-        """Block path to the router's number of inputs."""
-        return {form.path: block.shapes["up"][1] for form, block in zip(self.forms, self.blocks, strict=True)}
 
     def set_rank(self, rank: Rank) -> None:
         """Make room for experts of a rank; what was trained before is dropped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,10 +58,35 @@ class FeedForward:
 
 
 class Block(Protocol):
-    """What replaces a feed-forward block: it still knows the public projections."""
+    """What replaces a feed-forward block: it still knows the public projections and their (outputs, inputs)."""
+
+    shapes: dict[str, tuple[int, int]]
 
     def public(self, role: str) -> nn.Module:
         """Return the public model's layer of a projection."""
+
+
+class ExpertShapes:
+    """Shapes of the experts in a model, for classes that hold its feed-forward blocks and their replacements.
+
+    Attributes
+    ----------
+    forms : list of FeedForward
+    blocks : list of Block
+        One for each form.
+    """
+
+    forms: list[FeedForward]
+    blocks: Sequence[Block]
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Module path to (outputs, inputs) of everything that an expert updates."""
+        pairs = zip(self.forms, self.blocks, strict=True)
+        return {path: block.shapes[role] for form, block in pairs for role, path in form.projections.items()}
+
+    def routers(self) -> dict[str, int]:
+        """Block path to the router's number of inputs."""
+        return {form.path: block.shapes["up"][1] for form, block in zip(self.forms, self.blocks, strict=True)}
 
 
 def find_feed_forwards(model: nn.Module) -> list[FeedForward]:

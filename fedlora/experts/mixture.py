@@ -19,7 +19,7 @@ from fedlora.alignment import align_loaded
 from fedlora.arrays import Arrays
 from fedlora.errors import InputError
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes
-from fedlora.experts.feed_forward import FeedForward, find_feed_forwards, public_digest, replace
+from fedlora.experts.feed_forward import ExpertShapes, FeedForward, find_feed_forwards, public_digest, replace
 from fedlora.models import quiet
 
 
@@ -191,7 +191,7 @@ class MixtureBlock(nn.Module):
         return self.activation(up) if gate is None else self.activation(gate) * up
 
 
-class Mixture(PreTrainedModel, GenerationMixin):
+class Mixture(ExpertShapes, PreTrainedModel, GenerationMixin):
     """A public language model and owners' experts: a transformers model, which generates, saves and loads.
 
     Parameters
@@ -276,15 +276,6 @@ class Mixture(PreTrainedModel, GenerationMixin):
         if self._digest is None:
             self._digest = public_digest(self.public, self.forms)
         return self._digest
-
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Module path to (outputs, inputs) of everything that an expert updates."""
-        pairs = zip(self.forms, self.blocks, strict=True)
-        return {path: block.shapes[role] for form, block in pairs for role, path in form.projections.items()}
-
-    def routers(self) -> dict[str, int]:
-        """Block path to the router's number of inputs."""
-        return {form.path: block.router.shape[1] for form, block in zip(self.forms, self.blocks, strict=True)}
 
     @torch.no_grad()
     def add_expert(self, expert: Expert) -> None:

@@ -1,6 +1,7 @@
-"""What a model is trained to do: one file a task, found by its being there.
+"""What a model is trained to do, one file a task.
 
-A task of another package comes by an entry point of the group ``fedlora.tasks`` that names its class.
+Adding a file adds a task. A task of another package comes by an entry point of the group ``fedlora.tasks`` that names
+its class.
 """
 
 from __future__ import annotations
@@ -19,16 +20,36 @@ __all__ = ["IGNORED", "Encoded", "Metric", "Sums", "Task", "get_task", "tasks"]
 GROUP = "fedlora.tasks"
 
 
-@cache
 def tasks() -> dict[str, Task]:
-    """Return every task by its name, sorted.
+    """Return every task that can be used by its name, sorted."""
+    found, broken = _find()
+    return {name: found[name] for name in sorted(found) if name not in broken}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of a name (``model.task``).
 
     Raises
     ------
     InputError
-        If the task of another package cannot be loaded, or has a name that is taken.
+        If there is none (close names are suggested), another package's task of this name cannot be loaded, or two
+        tasks have the name.
     """
+    found, broken = _find()
+    if name in broken:
+        raise InputError(GROUP, *broken[name])
+    if name not in found:
+        close = difflib.get_close_matches(name, found, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(tasks())}"
+        raise InputError("model.task", name, f"is not a task; {hint}")
+    return found[name]
+
+
+@cache
+def _find() -> tuple[dict[str, Task], dict[str, tuple[str, str]]]:
+    """Return the tasks by name and, for each name that cannot be used, the entry point and why."""
     found: dict[str, Task] = {}
+    broken: dict[str, tuple[str, str]] = {}
     for module in pkgutil.iter_modules(__path__):
         content = vars(importlib.import_module(f"{__name__}.{module.name}"))
         for value in content.values():
@@ -39,26 +60,12 @@ def tasks() -> dict[str, Task]:
         try:
             task = entry.load()()
         except Exception as error:  # of any package's code
-            raise InputError(GROUP, entry.value, f"cannot be loaded ({error}); mend or remove the package") from error
-        if not isinstance(task, Task):
-            raise InputError(GROUP, entry.value, "is no fedlora.tasks.Task; name a subclass of it")
-        if task.name in found:
-            raise InputError(GROUP, entry.value, f"has the name {task.name!r}, which is taken; rename the task")
-        found[task.name] = task
-    return dict(sorted(found.items()))
-
-
-def get_task(name: str) -> Task:
-    """Return the task of a name (``model.task``).
-
-    Raises
-    ------
-    InputError
-        If there is none; close names are suggested.
-    """
-    known = tasks()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
-        raise InputError("model.task", name, f"is not a task; {hint}")
-    return known[name]
+            broken[entry.name] = entry.value, f"cannot be loaded ({error}); fix or remove the package"
+            continue
+        if not isinstance(task, Task) or not hasattr(task, "name"):
+            broken[entry.name] = entry.value, "is no fedlora.tasks.Task with a name; name a subclass of it"
+        elif task.name in found:
+            broken[task.name] = entry.value, f"has the name {task.name!r}, which is taken; rename the task"
+        else:
+            found[task.name] = task
+    return found, broken

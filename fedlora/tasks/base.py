@@ -1,4 +1,4 @@
-"""What a task is: how labels become numbers, the loss of an example, what evaluation measures, and which way is up."""
+"""What a task is: how labels become numbers, an example's loss, metrics, and whether higher is better."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ IGNORED = -100
 """The label of a position that has no loss."""
 
 Sums = Mapping[str, np.ndarray]
-"""Statistics of an evaluation, summed over examples: all that has to be known of them."""
+"""Statistics of an evaluation, summed over examples: all that most metrics need."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is read.
+    """How a metric is shown and compared.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Metric:
     maximize : bool
         Whether higher is better.
     digits : int
-        Behind the point, where it is shown.
+        Number of decimals that are shown.
     """
 
     form: Literal["percent", "number"] = "number"
@@ -45,16 +45,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the primary metric is without a model.
+    """A reference value for the primary metric that needs no model.
 
     Attributes
     ----------
     metric : str
-        The score that says it.
+        The score that holds it.
     title : str
-        In two words.
+        Its name in tables and figures, in two words.
     sentence : str
-        How it is reached: "Always naming the largest class", which "gives" that.
+        How it is reached, as the subject of a sentence that goes on with "gives" and the value.
     """
 
     metric: str
@@ -72,17 +72,17 @@ class Encoded:
     Attributes
     ----------
     tokens : list of list of int
-        Cut to the longest length.
+        Token ids of each example, cut to ``model.max_length``.
     whole : list of list of int
-        Not cut: what is counted to say how much ``model.max_length`` cuts off.
+        The same before the cut, to count how much ``model.max_length`` cuts off.
     texts : list of str
-        What was read.
+        The text that each example was tokenised from.
     starts : list of int, optional
-        How many of each example's first tokens have no loss, where the tokens are the labels.
+        Number of leading tokens of each example without a loss, where the tokens are the labels.
     token_types : list of list of int, optional
-        Of every token: which of two texts it belongs to.
+        For every token, 0 or 1: the text of a pair that it belongs to.
     tags : list of list of int, optional
-        Of every token: its label, -100 for none.
+        The label of every token, -100 for none.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -94,14 +94,14 @@ class Encoded:
 
 
 class Task(ABC):
-    """Base of all tasks. A file of ``fedlora/tasks/`` that defines a subclass is a task; nothing else names it.
+    """Base of all tasks. A subclass with a ``name`` in a file of ``fedlora/tasks/`` is found without being listed.
 
     Attributes
     ----------
     name : str
         ``model.task``.
     title : str
-        What it is, in a line.
+        A description in one line.
     auto_class : str
         The transformers class that loads its model, ``AutoModelFor...``.
     peft_type : str
@@ -111,7 +111,7 @@ class Task(ABC):
     causal : bool
         Whether position t predicts token t + 1: the model has no head of its own, and may not see ahead.
     poolings : tuple of str
-        Values of ``model.pooling`` that mean something.
+        Values of ``model.pooling`` that the task supports.
     keys : tuple of str
         Config keys that this task reads and not every other does.
     labelled : bool
@@ -123,7 +123,7 @@ class Task(ABC):
     words : bool
         Whether ``data.text`` holds lists of words.
     scores : dict of str to Metric
-        What evaluation gives, beside ``loss``.
+        The metrics beside ``loss``, and how each is shown.
     primary : str
         The metric that runs are judged by.
     client_metric : str
@@ -224,7 +224,9 @@ class Task(ABC):
 
     @abstractmethod
     def drawn_labels(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, outputs: int) -> torch.Tensor:
-        """Make up labels that depend on each example alone, to measure a model with.
+        """Return labels of synthetic examples, each from its own example alone.
+
+        :mod:`fedlora.training.soundness` measures with them whether a model's examples depend on each other.
 
         Parameters
         ----------
@@ -232,7 +234,7 @@ class Task(ABC):
         rows : Tensor [N]
             A number for each example.
         outputs : int
-            Of the head.
+            Number of the head's outputs.
         """
 
     # Evaluation.
@@ -255,7 +257,7 @@ class Task(ABC):
             such as a rank correlation. These are left out without them.
         """
 
-    # What is said of it.
+    # Reporting.
 
     @property
     def maximize(self) -> bool:
@@ -263,7 +265,7 @@ class Task(ABC):
         return self.scores[self.primary].maximize
 
     def score(self, metrics: Mapping[str, Any]) -> float:
-        """Return a number that is the higher the better the metrics are; minus infinity where the primary is none."""
+        """Return the primary metric, negated if lower is better; minus infinity if it is missing or not a number."""
         value = metrics.get(self.primary)
         if value is None or math.isnan(value):
             return -math.inf
@@ -286,13 +288,19 @@ class Task(ABC):
 
 
 def f1(true: np.ndarray, predicted: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return F1 of each class from counts of true positives, of predictions and of labels; 0 of a class without any."""
+    """Return the F1 of each class; 0 for a class without predictions and labels.
+
+    Parameters
+    ----------
+    true, predicted, there : ndarray [classes]
+        Numbers of true positives, of predictions and of labels.
+    """
     true, total = np.asarray(true, np.float64), np.asarray(predicted, np.float64) + np.asarray(there, np.float64)
     return np.divide(2 * true, total, out=np.zeros_like(total), where=total > 0)
 
 
 def upcast(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits in float32 at least: losses of half precision would be rounded off."""
+    """Return logits in float32 or float64: a loss in half precision would lose most of its digits."""
     import torch
 
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """A decoder goes on learning to predict text; of prompts and answers the answers alone."""
+    """Next-token prediction. With prompts and answers, only the answers have a loss."""
 
     name = "causal-lm"
     title = "the next token of a text, or of an answer"

@@ -22,10 +22,10 @@ class Column:
     Attributes
     ----------
     field, name : str
-        The config key that names the column, and its name.
+        The config key that names the column, and the column's name.
     cells : list
     place : callable
-        Says where the cell of a number is, as an editor counts.
+        Maps an index of ``cells`` to words for its place in the file, such as its line.
     source : str
         The file's name.
     typed : bool
@@ -146,7 +146,7 @@ def read_numbers(column: Column) -> list[float]:
         if isinstance(cell, str) and not column.typed and NUMBER.fullmatch(cell.strip()):
             cell = float(cell)
         if isinstance(cell, bool | str) or not isinstance(cell, int | float) or not abs(cell) < 3e38:
-            raise column.error(row, f"holds {shown(cell)}, which is no number; mend it, or name a column of numbers")
+            raise column.error(row, f"holds {shown(cell)}, which is no number; fix it, or name a column of numbers")
         found.append(float(cell))
     return found
 

@@ -74,25 +74,25 @@ class Regression(TextTask):
     def metrics(self, sums: Sums, examples: Sums | None = None) -> dict[str, float]:
         """Return loss (mean squared error), mean absolute error, r2, and both correlations.
 
-        A correlation with something constant is 0, and so is r2 where all labels are equal. Spearman's is of ranks,
-        which no sum can give.
+        A correlation with something constant is 0, and so is r2 where all labels are equal; correlations of predictions
+        that are not finite are nan. Spearman's is of ranks, which no sum can give.
         """
         n = max(1.0, float(sums["count"]))
         x, y = float(sums["prediction"]) / n, float(sums["label"]) / n
         var_x = _variance(float(sums["predictions_squared"]) / n, x)
         var_y = _variance(float(sums["labels_squared"]) / n, y)
-        both = var_x > 0 and var_y > 0
+        constant = var_x == 0 or var_y == 0
         found = {
             "loss": float(sums["loss"] / n),
-            "pearson": float((sums["product"] / n - x * y) / np.sqrt(var_x * var_y)) if both else 0.0,
-            "r2": float(1 - sums["loss"] / n / var_y) if var_y > 0 else 0.0,
+            "pearson": 0.0 if constant else float((sums["product"] / n - x * y) / np.sqrt(var_x * var_y)),
+            "r2": 0.0 if var_y == 0 else float(1 - sums["loss"] / n / var_y),
             "mae": float(sums["error"] / n),
         }
         if examples is not None:
             from scipy.stats import spearmanr
 
-            ranked = float(spearmanr(examples["prediction"], examples["label"]).statistic) if both else 0.0
-            found["spearman"] = ranked
+            ranks = 0.0 if constant else spearmanr(examples["prediction"], examples["label"]).statistic
+            found["spearman"] = float(ranks)
         return found
 
 

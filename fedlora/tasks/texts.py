@@ -30,7 +30,7 @@ class TextTask(Task):
         types = token_types and pairs is not None
         found = tokenise(tokenizer, texts, max_length, pairs=pairs, token_types=types)
         rows: list[list[int]] = found["input_ids"]
-        # Those that may have been cut are made again whole.
+        # Rows that may have been cut are tokenised again without a limit.
         long = [number for number, ids in enumerate(rows) if len(ids) >= max_length]
         again = [texts[number] for number in long], [pairs[number] for number in long] if pairs else None
         whole = dict(zip(long, tokenise(tokenizer, again[0], None, pairs=again[1])["input_ids"], strict=True))
@@ -64,7 +64,7 @@ def tokenise(
     pairs : list of str, optional
         Second texts.
     token_types, offsets : bool
-        Give these too.
+        Return these too.
     """
     if not texts:
         return {"input_ids": [], "token_type_ids": [], "offset_mapping": []}

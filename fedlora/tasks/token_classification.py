@@ -1,4 +1,4 @@
-"""Words with a tag each: named entities, parts of speech."""
+"""Words with a tag each, such as named entities or parts of speech."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class TokenClassification(Task):
             If the tokenizer cannot say which characters a token is made of.
         """
         if not tokenizer.is_fast:
-            raise InputError("model.name", tokenizer.name_or_path, f"has no fast tokenizer, which {self.name} needs")
+            remedy = f"has no fast tokenizer, which {self.name} needs; choose another model"
+            raise InputError("model.name", tokenizer.name_or_path, remedy)
         texts = [" ".join(words) for words in examples["text"]]
         found = tokenise(tokenizer, texts, None, offsets=True)
         rows: list[list[int]] = found["input_ids"]
@@ -112,13 +113,13 @@ class TokenClassification(Task):
         return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
     def drawn_labels(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, outputs: int) -> torch.Tensor:
-        """Give each token a tag by its number."""
+        """Give each token the tag of its id modulo the number of tags."""
         return (ids % outputs).masked_fill(~mask, IGNORED)
 
     def statistics(
         self, logits: torch.Tensor, labels: torch.Tensor, label_names: Sequence[str] | None
     ) -> dict[str, torch.Tensor]:
-        """Count hits, predictions and labels by tag, and where tags mark entities, these."""
+        """Count hits, predictions and labels by tag; where tags mark entities, count the entities too."""
         import torch
 
         tagged, predicted = labels != IGNORED, logits.argmax(2)

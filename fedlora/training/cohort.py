@@ -52,7 +52,7 @@ class ClientJob:
     on_step : callable, optional
         Called before each step reads an example; a real node charges its ledger there.
     exchange : int
-        Of the round, from 1.
+        Number of the exchange in its round, from 1.
     """
 
     client: int
@@ -178,12 +178,12 @@ def train_cohort(
 
 
 class _Stepper:
-    """Takes the steps of a cohort: those of the optimiser, or of DP-SGD where there are plans.
+    """Takes the steps of a cohort, by DP-SGD if the clients have privacy plans.
 
     Attributes
     ----------
     loss_sums : Tensor [K]
-        Of all examples so far, by client.
+        Each client's losses, summed over its examples so far.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class _Stepper:
             )
 
     def step(self, rows: list[np.ndarray]) -> None:
-        """Take one step on every client's batch, in physical batches if these are smaller."""
+        """Take one step on every client's batch, which is split where it exceeds ``client.physical_batch_size``."""
         sizes = np.array([len(r) for r in rows])
         for chunk in _physical(rows, self.client.physical_batch_size):
             loss = _losses(self.adapted, self.table, chunk)
@@ -228,20 +228,21 @@ class _Stepper:
         taken.zero_grad(set_to_none=True)
 
     def has_gradient(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Say of which clients [K] the loss on a batch has a gradient, for each trained array.
+        """Return, for each trained array, which clients [K] have a nonzero gradient in it on a batch.
 
-        Under DP of all: noise moves what has none. What no loss reaches counts as if it had one, so that it is found.
+        Under DP all have one: noise moves every array. So has an array that is not part of the loss's graph, so that
+        :func:`_check_moved` reports it.
         """
         parameters = self.adapted.parameters()
         if self._dp is not None:
             return [np.ones(len(p), bool) for p in parameters]
         layout = self.adapted.layout
-        # A draw of dropout more would change the steps that are left.
+        # Without dropout: more draws from the generators would change the remaining steps.
         generators, layout.dropout_generators = layout.dropout_generators, None
         _losses(self.adapted, self.table, next(_physical(rows, self.client.physical_batch_size))).sum().backward()
         layout.dropout_generators = generators
         gradients = [p.grad for p in parameters]
-        for p in parameters:  # whatever the optimiser holds
+        for p in parameters:  # the optimiser may hold others, so its zero_grad is not enough
             p.grad = None
         return [
             np.ones(len(p), bool) if g is None else g.flatten(1).any(1).cpu().numpy()
@@ -249,7 +250,7 @@ class _Stepper:
         ]
 
     def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
-        """Add the clipped gradients of a physical batch to those of the step; the first is checked."""
+        """Add the clipped gradients of a physical batch to those of the step; check the first batch's samples."""
         loss.sum().backward()
         if not self._guarded:
             check_grad_samples(self.adapted, sum(map(len, chunk)))
@@ -346,9 +347,9 @@ def _check_moved(
     clients: np.ndarray,
     has_gradient: Callable[[], list[np.ndarray]],
 ) -> None:
-    """Raise a GuardError where an array [K, ...] of one of the clients (a mask [K]) is what it was.
+    """Raise a GuardError if an array [K, ...] of a client in the mask [K] did not change although it has a gradient.
 
-    Unless the loss has no gradient in it, as it has none in LoRA's A while B is 0 and is not trained.
+    Without a gradient nothing has to change: LoRA's A has none while B is 0 and not trained.
     """
     if not clients.any():
         return

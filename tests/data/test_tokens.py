@@ -1,6 +1,8 @@
 """Tokens are made once, shared, and batched as the model wants them."""
 
+import importlib
 import logging
+import sys
 
 import datasets
 import numpy as np
@@ -170,3 +172,27 @@ def test_max_length_beyond_the_model_is_named(build):
 def test_a_table_needs_something_to_learn():
     with pytest.raises(ValueError, match="neither labels nor answers"):
         TokenTable(np.arange(3), np.array([0, 3]), None, None, None, 0, get_task("causal-lm")).batch([0])
+
+
+def test_an_edited_task_makes_its_tokens_anew(build, tmp_path, monkeypatch):
+    file = tmp_path / "own_task.py"
+    text = """
+from fedlora.tasks.sequence_classification import SequenceClassification
+
+class Own(SequenceClassification):
+    name = "own"
+
+    def label_array(self, labels):
+        return super().label_array(labels) + {added}
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for added in (0, 10):
+        file.write_text(text.format(added=added))
+        importlib.invalidate_caches()
+        sys.modules.pop("own_task", None)
+        task = importlib.import_module("own_task").Own()
+        for place in ("data.tokens", "data.sources", "data.partition", "models", "config.examples"):
+            monkeypatch.setattr(f"fedlora.{place}.get_task", lambda name, task=task: task)
+        found.append(prepare_data(build(task="own")).train.labels.min())
+    assert found == [0, 10]

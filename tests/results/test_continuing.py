@@ -14,10 +14,12 @@ from fedlora import simulate
 from fedlora.adapters import adapt
 from fedlora.adapters.peft_format import export_peft
 from fedlora.config import load_config
+from fedlora.continuing import _described
 from fedlora.data.sources import with_absolute_paths
 from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.results.load import export_run, opt_out
+from fedlora.tasks import tasks
 from tests.families import family_model
 from tests.tiny import save_llama, save_tokenizer
 
@@ -90,6 +92,15 @@ def test_an_exported_adapter_goes_on_without_its_run(here):
     model = load_base(load_config(content("mean", name=str(exported))), ["no", "perhaps", "yes"])
     assert not model.notes
     assert model.classifier.weight.abs().max() > 0
+
+
+def test_an_adapter_that_names_no_task_gets_the_default_one_of_its_kind(monkeypatch):
+    names = {**tasks(), "z-scores": tasks()["regression"]}
+    monkeypatch.setattr("fedlora.continuing.tasks", lambda: names)
+    about = {"task_type": "SEQ_CLS", "base_model_name_or_path": "base", "task": None}
+    assert _described(about)["model"]["task"] == "sequence-classification"
+    assert _described(about | {"task_type": "CAUSAL_LM"})["model"]["task"] == "causal-lm"
+    assert _described(about | {"task": "regression"})["model"]["task"] == "regression"
 
 
 def test_other_classes_get_a_new_head_and_a_line(here):

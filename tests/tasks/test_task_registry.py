@@ -12,7 +12,7 @@ import transformers
 from peft import TaskType
 
 import fedlora.tasks as package
-from fedlora.config import load_config
+from fedlora.config import load_config, unused_keys
 from fedlora.errors import InputError
 from fedlora.tasks import get_task, tasks
 from fedlora.tasks.sequence_classification import SequenceClassification
@@ -62,17 +62,21 @@ def test_another_packages_task_comes_by_entry_point(
             raise ImportError("no such module")
         return loaded
 
-    entry = SimpleNamespace(value="elsewhere:Task", load=load)
+    entry = SimpleNamespace(name="foreign", value="elsewhere:Task", load=load)
     monkeypatch.setattr(package, "entry_points", lambda group: [entry] if group == "fedlora.tasks" else [])
-    tasks.cache_clear()
+    package._find.cache_clear()
     try:
         if message is None:
             assert load_config(BASE, {"model.task": "foreign"}).model.task == "foreign"
         else:
+            name = SequenceClassification.name if loaded is SequenceClassification else "foreign"
             with pytest.raises(InputError, match=message):
-                tasks()
+                load_config(BASE, {"model.task": name})
+            assert name not in tasks()
+            # A package that is broken spoils no run of another task.
+            assert unused_keys(load_config(BASE, {"model.task": "regression"})) == []
     finally:
-        tasks.cache_clear()
+        package._find.cache_clear()
 
 
 def test_reading_a_config_does_not_wait_for_torch() -> None:

@@ -183,6 +183,18 @@ def test_a_correlation_with_a_constant_is_zero(constant):
     assert math.isfinite(metrics["r2"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_have_no_correlation(value):
+    task = get_task("regression")
+    logits, labels = drawn("regression", 5)
+    logits[2] = value
+    found = task.statistics(logits, labels, None)
+    with np.errstate(invalid="ignore"):
+        metrics = task.metrics(totals(found), {name: value.numpy() for name, value in found.items()})
+    assert math.isnan(metrics["pearson"])
+    assert task.score(metrics) == -math.inf
+
+
 def test_multi_label_metrics():
     task = get_task("multi-label-classification")
     labels = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0]])

@@ -21,9 +21,9 @@ from fedlora.models import linear_shape
 class Parameterisation(ABC):
     """What is trained beside a frozen linear layer of m outputs and n inputs. Stateless.
 
-    Arrays of the model are named ``PATH.KIND``, by the layer's module path and a kind of :meth:`shapes`; they mean
-    without a client axis what the layer's stacked parameters mean with one. They need not be matrices, nor the update a
-    product. Under DP every :class:`~fedlora.adapters.stacked.StackedLayer` needs a gradient sampler of its own
+    Arrays of the model are named ``PATH.KIND``, by the layer's module path and a kind of :meth:`shapes`. They are the
+    layer's stacked parameters without the client axis. They need not be matrices, nor the update a product. Under DP
+    every :class:`~fedlora.adapters.stacked.StackedLayer` needs a gradient sampler of its own
     (``opacus.grad_sample.register_grad_sampler``).
 
     Attributes
@@ -76,7 +76,7 @@ class Parameterisation(ABC):
         factors : dict of str to Tensor
             One client's, by kind.
         residual : Tensor [m, n] or None
-            What was added to the frozen weight since: part of what is exported.
+            What the run added to the frozen weight; it is part of the exported adapter.
         scaling : float
 
         Raises
@@ -101,7 +101,7 @@ class Parameterisation(ABC):
 
 
 class LowRank(Parameterisation):
-    """A product of matrices through a narrow rank, which is some LoRA: dW = s F_k ... F_1 = s B A."""
+    """A product of matrices of low rank, which can be written as a LoRA: dW = s F_k ... F_1 = s B A."""
 
     @abstractmethod
     def shapes(self, out_features: int, in_features: int, rank: int) -> Mapping[str, tuple[int, int]]:
@@ -126,7 +126,7 @@ class LowRank(Parameterisation):
         return {"weight": scaling * (b @ a)}
 
     def peft_arrays(self, factors: Arrays, residual: torch.Tensor | None, scaling: float) -> Arrays:
-        """A and B; with a residual, of the sum of both."""
+        """Return A and B of s B A; with a residual, of residual + s B A."""
         a, b = self.to_lora(factors)
         if residual is not None:
             a, b = _factored(residual, a, b, scaling)
@@ -150,7 +150,20 @@ class LowRank(Parameterisation):
 def _factored(
     residual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors of which s B A is residual + s b a, at the rank that this sum has to rounding."""
+    """Return A [k, n] and B [m, k] with s B A = residual + s b a, at the numerical rank k of this sum.
+
+    Parameters
+    ----------
+    residual : Tensor [m, n]
+    a : Tensor [r, n]
+    b : Tensor [m, r]
+    scaling : float
+        s.
+
+    Notes
+    -----
+    A full singular value decomposition in float64: O(m n min(m, n)) operations, and memory for several matrices [m, n].
+    """
     total = residual.double() + scaling * (b.double() @ a.double())
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     # Rounding in float32 puts singular values of this size into a sum of small factors.
