@@ -99,7 +99,8 @@ def environment(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "gpu": gpu,
-        "versions": {name: _version(name) for name in packages},
+        # Of torch the build too, such as 2.13.0+cpu: a package's own version may leave it out.
+        "versions": {name: _version(name) for name in packages} | {"torch": torch.__version__},
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
