@@ -241,10 +241,15 @@ def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[st
 
 
 def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
-    """Divide clients into those that can share a pass: of one learning rate, and what the method's half asks for."""
+    """Divide clients into those that can share a pass.
+
+    They have one learning rate, the same frozen arrays, and whatever else the method's half asks for.
+    """
     groups: dict[Hashable, list[int]] = {}
     for i, one in work.items():
-        groups.setdefault((one.half.group(one.settings), one.job.learning_rate), []).append(i)
+        # A record that messages share is decoded once, so equal arrays are the same objects.
+        frozen = tuple(map(id, one.frozen.values()))
+        groups.setdefault((one.half.group(one.settings), one.job.learning_rate, frozen), []).append(i)
     return list(groups.values())
 
 
