@@ -160,7 +160,7 @@ class Federation:
         self.parts = Parts(key)
         for half in self.halves:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
-            half.on_reply = self.progress.on_client
+            half.replied, half.on_reply = self.method.replied, self.progress.on_client
 
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
@@ -212,8 +212,6 @@ class Federation:
         self.totals.epsilon.update(saved.get("epsilon"))
         self.parts.load_state_dict(saved.get("parts"))
         self.method.replied.update({int(r): clients for r, clients in saved.get("replied", {}).items()})
-        if self.rounds is not self.method and isinstance(self.rounds, FederatedStrategy):
-            self.rounds.replied = self.method.replied
         if saved.get("chain"):
             self.parts.chains[RESIDUAL] = Chain.from_arrays(saved.get_arrays("chain") or {}, saved.get("chain"))
         for key, owner in self.stateful.items():
@@ -346,8 +344,7 @@ class Federation:
         saved["names"] = self.roster.names
         for key, owner in self.stateful.items():
             saved[key], tensors = _divided(owner.state_dict())
-            if tensors:
-                saved.set_arrays(key, tensors)
+            saved.set_arrays(key, tensors)  # none too, in place of those of an earlier round
         if RESIDUAL in self.parts.chains:
             arrays, saved["chain"] = self.parts.chains[RESIDUAL].to_arrays()
             saved.set_arrays("chain", arrays)
