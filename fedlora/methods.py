@@ -118,7 +118,12 @@ class Method:
 
     @classmethod
     def exchanges(cls, config: Config, server_round: int) -> Sequence[Exchange]:
-        """Say which exchanges a round has, one after the other; one by default, with the roles of the round."""
+        """Say which exchanges a round has, one after the other; one by default, with the roles of the round.
+
+        Each exchange starts from the global arrays that the one before made. If one of them gives no arrays, the round
+        does not count: the server goes back to the arrays and states of before the round. What clients did stays done:
+        the privacy that they spent, and the arrays that they keep for themselves (:attr:`~fedlora.roles.Role.home`).
+        """
         return (Exchange(cls.roles(config, server_round)),)
 
     @classmethod

@@ -6,7 +6,8 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +184,7 @@ class Federation:
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)
-        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
+        self._set_residual()
         # As they arrive: clients compare digests.
         self.parts.set(INITIAL, decode(encode(frozen, self.dtype)), 0)
         # In the model's order, which is that of the clients' replies; a file has another.
@@ -232,12 +233,16 @@ class Federation:
         self.roster.refresh()
         self._present()
         reports: list[RoundReport] = []
-        for exchange in range(1, len(method.exchanges(self.config, server_round)) + 1):
+        exchanges = len(method.exchanges(self.config, server_round))
+        undo = self._undo(server_round) if exchanges > 1 else None
+        for exchange in range(1, exchanges + 1):
             aggregated, mean = self._exchange(server_round, exchange)
             reports.append(self.rounds.report)
             if aggregated is None:
                 why = self.rounds.report.uncounted or "its strategy gave no arrays"
                 log.warning("round %d does not count: %s", server_round, why)
+                if undo is not None:
+                    undo()
                 break
             self._take(aggregated, server_round)
         refined = method.refine(self.adapted, self.data, server_round)
@@ -260,6 +265,22 @@ class Federation:
         outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
+
+    def _undo(self, server_round: int) -> Callable[[], None]:
+        """Return a function that takes back a round's exchanges: their arrays, and the server's states."""
+        arrays, whole = self.arrays, dict(self.parts.whole)
+        chains = {part: chain.copy() for part, chain in self.parts.chains.items()}
+        states = {key: deepcopy(owner.state_dict()) for key, owner in self.stateful.items()}
+
+        def undo() -> None:
+            self.arrays, self.parts.whole, self.parts.chains = arrays, whole, chains
+            self.adapted.set_shared(decode(arrays))
+            self._set_residual()
+            self.method.replied.pop(server_round, None)
+            for key, owner in self.stateful.items():
+                owner.load_state_dict(states[key])
+
+        return undo
 
     def _exchange(self, server_round: int, exchange: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Send the messages of one exchange and aggregate the replies; return the next arrays and the mean metrics."""
@@ -312,11 +333,15 @@ class Federation:
         )
         if added:
             self.parts.add(RESIDUAL, decode(ArrayRecord({name: record[name] for name in sorted(added)})), server_round)
-            self.adapted.set_residual(self.parts.chains[RESIDUAL].total)
+            self._set_residual()
             record = ArrayRecord({name: array for name, array in record.items() if name not in added})
         self.arrays = record
         self.adapted.set_shared(decode(record))
         self._keep_stale(server_round)
+
+    def _set_residual(self) -> None:
+        """Put the sum of all increments into the model."""
+        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
 
     def _keep_stale(self, made: int) -> None:
         """Set the current version of the arrays that change, and are sent to clients that lack them."""
