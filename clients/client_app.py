@@ -35,7 +35,7 @@ from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError,
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
-from fedlora.privacy.calibration import local_steps
+from fedlora.privacy.calibration import round_steps
 from fedlora.roles import FROZEN, Role, Roles, kind_of
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult
@@ -86,7 +86,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     # A resumed run has made its start already.
     made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
-    node.ledger.check_budget(federation, plan, local_steps(config, examples), start)
+    node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
     node.ledger.register(federation, run, label_names, sent_digest(context))
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
