@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,6 +90,28 @@ class FlowerOptimizer(ServerOptimizer):
         """Restore them."""
         self._steps = {name: int(steps) for name, steps in state["steps"].items()}
         self._moments = {k: {n: tensor.numpy().copy() for n, tensor in state[k].items()} for k in self.moments}
+
+
+class AdaptiveOptimizer(FlowerOptimizer):
+    """One of the adaptive optimisers of Reddi et al. (arXiv 2003.00295), which step along the clients' mean move.
+
+    Attributes
+    ----------
+    strategy : type
+        Flower's class, which also inherits :class:`OnMean`. It takes the keys of :attr:`uses`.
+    default_rate : float
+        ``server.learning_rate`` where the config gives none; Flower's own default.
+    """
+
+    moments = ("m_t", "v_t")
+    strategy: ClassVar[type[FedAvg]]
+    default_rate: ClassVar[float]
+
+    def make(self) -> Any:
+        """Pass on the keys of ``[server]``; Flower calls the learning rate eta."""
+        options = {key: getattr(self.server, key) for key in self.uses if key != "learning_rate"}
+        rate = self.server.learning_rate
+        return self.strategy(eta=self.default_rate if rate is None else rate, **options)
 
 
 def _numpy(arrays: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, np.ndarray]:
