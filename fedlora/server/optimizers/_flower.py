@@ -104,7 +104,7 @@ class AdaptiveOptimizer(FlowerOptimizer):
     """
 
     moments = ("m_t", "v_t")
-    strategy: ClassVar[type[FedAvg]]
+    strategy: ClassVar[type[Any]]
     default_rate: ClassVar[float]
 
     def make(self) -> Any:
