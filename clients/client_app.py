@@ -6,18 +6,17 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.clients.evaluation import evaluate_own
 from fedlora.clients.half import ClientHalf, client_half
-from fedlora.clients.held import receive
+from fedlora.clients.held import divide, receive
 from fedlora.clients.participant import (
     Participant,
     is_node,
@@ -36,7 +35,7 @@ from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import round_steps
-from fedlora.roles import FROZEN, Role, Roles, kind_of
+from fedlora.roles import Roles, roles_of
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
@@ -211,14 +210,9 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     frozen: Arrays = {}
     if client.starts:
         arrays = start = half.start(client)
-        of = _roles(start, roles, adapted)
     else:
-        came = parts | _decode_shared(record, run_codecs(client.config).down)
-        of = _roles(came, roles, adapted)
-        frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
-        start = {name: array for name, array in came.items() if of[name].trained}
-        if any(of[name].home for name in start):
-            start |= {name: array for name, array in client.own().items() if name in start and of[name].home}
+        came = _decode_shared(record, run_codecs(client.config).down)
+        frozen, start = divide(client, came, parts, roles, adapted)
         arrays = half.begin(start)
     job = ClientJob(
         client=client.client,
@@ -232,12 +226,6 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         exchange=client.number,
     )
     return _Work(client, settings, roles, half, frozen, start, job)
-
-
-def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[str, Role]:
-    """Return the role of each array in a round."""
-    head = frozenset(adapted.head_names)
-    return {name: roles.get(kind_of(name, head), FROZEN) for name in names}
 
 
 def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
@@ -297,7 +285,7 @@ def _reply(message: Message, work: _Work) -> Message:
 def _leaving(work: _Work, trained: Arrays) -> Arrays:
     """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
     # The client half may have given arrays other names.
-    roles = _roles(trained, work.roles, work.half.adapted)
+    roles = roles_of(trained, work.roles, work.half.adapted.head_names)
     own = {name: array for name, array in trained.items() if roles[name].home}
     if own:
         work.client.keep(own)

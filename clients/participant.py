@@ -241,11 +241,7 @@ class NodeClient(Participant):
 
     def keep(self, arrays: Arrays) -> None:
         """Write to the node's directory."""
-        path = self._own_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, path)
+        write_whole(self._own_path(), save(arrays))
 
     def _own_path(self) -> Path:
         name = hashlib.sha256(self.federation.encode()).hexdigest()
@@ -261,6 +257,14 @@ class NodeClient(Participant):
 def participant(message: Message, context: Context) -> Participant:
     """Return the client that a message is for."""
     return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of arrays so that readers see the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def evaluates(message: Message) -> bool:

@@ -103,6 +103,12 @@ def kind_of(name: str, head_names: Collection[str]) -> str:
     return HEAD if name in head_names else name.rpartition(".")[2]
 
 
+def roles_of(names: Iterable[str], roles: Roles, head_names: Iterable[str]) -> dict[str, Role]:
+    """Return the role of each array."""
+    head = frozenset(head_names)
+    return {name: roles.get(kind_of(name, head), FROZEN) for name in names}
+
+
 def trained_kinds(roles: Roles) -> tuple[str, ...]:
     """Kinds that clients train."""
     return tuple(kind for kind, role in roles.items() if role.trained)

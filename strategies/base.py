@@ -38,7 +38,7 @@ from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
-from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.replies import LONGEST_REASON, ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
@@ -56,8 +56,6 @@ UNAVAILABLE = (
     ErrorCode.MESSAGE_UNAVAILABLE,
 )
 """Codes of clients that are not there; all but the first the SuperLink answers in a node's place."""
-
-_LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
 
 
 @dataclass
@@ -650,7 +648,7 @@ class FederatedStrategy(Method, Strategy):
 
     def fail(self, client: int, code: int, error: str) -> None:
         """Count and log a client's failure."""
-        error = plain_text(error, _LONGEST_REASON)
+        error = plain_text(error, LONGEST_REASON)
         self.report.failed.append({"client": client, "code": int(code), "error": error})
         log.warning("client %d failed: %s", client, error)
 

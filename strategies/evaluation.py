@@ -17,8 +17,9 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import ClientErrorCode, plain_text
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.strategies.replies import MOST_EXAMPLES, ReplyError, first_replies, only_reply_errors
+from fedlora.strategies.replies import LONGEST_REASON, MOST_EXAMPLES, ReplyError, first_replies, only_reply_errors
 from fedlora.strategies.summary import fairness
+from fedlora.strategies.updates import Shapes
 from fedlora.tasks import Task
 from fedlora.training.evaluation import statistics
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlora")
 
-Shapes = Mapping[str, tuple[int, ...]]
 _LARGEST = 1e300 / MOST_EXAMPLES
-_LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
 
 
 @dataclass
@@ -172,7 +171,7 @@ def read_evaluations(found: ClientEvaluation, replies: Iterable[Message]) -> Met
         if reply is None:
             found.fail(client, 0, "no reply within the timeout")
         elif reply.has_error():
-            found.fail(client, reply.error.code, plain_text(reply.error.reason or "", _LONGEST_REASON))
+            found.fail(client, reply.error.code, plain_text(reply.error.reason or "", LONGEST_REASON))
         else:
             try:
                 found.add(client, reply)
