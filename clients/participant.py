@@ -1,4 +1,4 @@
-"""Whose examples a message is for: a simulated client's share of the run's data, or a real node's own file."""
+"""The client that a message is for: one with a share of a simulation's data, or a real node with its own file."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Participant(ABC):
 
     @abstractmethod
     def settle(self, steps: int) -> Ledger | None:
-        """Charge what was taken, unless it is; return the run's ledger (None without privacy)."""
+        """Charge steps that are not charged yet; return the run's ledger (None without privacy)."""
 
 
 class SimulatedClient(Participant):
@@ -222,7 +222,7 @@ class NodeClient(Participant):
         make_room(self.node.config, needed, (self.folder, *used))
 
     def _step(self) -> None:
-        """Charge a step, unless nobody waits for the round any more: what it would spend would be lost."""
+        """Charge a step; refuse it once the server's timeout has passed, since its result would be lost."""
         assert self._charge is not None
         if time.monotonic() > self._deadline:
             raise StaleError("the server's timeout is over; the steps that are left are not taken")

@@ -30,8 +30,8 @@ class Role:
     up : str
         What a reply holds of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
     home : bool
-        Whether every client keeps what it trained for itself, from round to round. Such arrays do not go up. The server
-        sends their start once.
+        Whether each client keeps its own trained copy from round to round. Such arrays do not go up. The server sends
+        their start once.
     made_by : str
         Who makes their start: the ``server``, or the ``client`` in the first round in which nothing comes down to it.
     increment : bool

@@ -33,7 +33,7 @@ _LARGEST = 1e300 / MOST_EXAMPLES
 
 @dataclass
 class ClientEvaluation:
-    """What the clients' evaluations gave, and who takes no part in them.
+    """The clients' evaluations of one round, and the clients that refuse to evaluate.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class ClientEvaluation:
             self.refused.add(client)
 
     def metrics(self, config: Config) -> dict[str, Any]:
-        """Return what rounds.jsonl says of it; nothing where nobody answered."""
+        """Return the metrics for rounds.jsonl; empty if no client answered."""
         if not self.rows:
             return {}
         covered = not mechanism_of(config).is_private
@@ -111,7 +111,7 @@ class ClientEvaluation:
 
 
 def evaluating_clients(strategy: FederatedStrategy, server_round: int) -> list[int]:
-    """Draw who evaluates after a round, from the run's seed and the round alone; nobody where the server does not."""
+    """Draw the clients that evaluate after a round, from the run's seed and the round alone; none if none is due."""
     config, clients = strategy.config, sorted(strategy.nodes.keys() - strategy.evaluation.refused)
     due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
     share = config.server.fraction_evaluate if due else 0.0
@@ -123,7 +123,7 @@ def evaluating_clients(strategy: FederatedStrategy, server_round: int) -> list[i
 def evaluation_messages(
     strategy: FederatedStrategy, server_round: int, arrays: ArrayRecord, config: ConfigRecord
 ) -> list[Message]:
-    """Make a message a client, with what it would be sent to train on next but for the parts that clients keep.
+    """Make one message per client, with the arrays that it would train on next, without the parts that clients keep.
 
     A client that would make its own start, as nothing comes down to it yet, has no model to evaluate.
     """

@@ -45,12 +45,12 @@ from fedlora.training.soundness import check_sound
 log = logging.getLogger("fedlora")
 
 RESIDUAL = "residual"
-"""The part of increments."""
+"""Name of the part that increments are added to."""
 
 
 @dataclass
 class Totals:
-    """What adds up over rounds and restarts."""
+    """Sums over rounds and restarts."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     epsilon: dict[str, list[float]] = field(default_factory=dict)  # client -> [epsilon, delta]
@@ -111,9 +111,9 @@ class Federation:
         self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
-        # By key of the checkpoint, what has a state of its own.
+        # Objects with a state, by their key in the checkpoint.
         self.stateful: dict[str, Any] = {"strategy": self.rounds}
-        # The method, and what takes its place in the rounds where that is of its own kind.
+        # The method, and the strategy that runs the rounds in its place, if that is a FederatedStrategy too.
         self.halves = [method]
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
@@ -141,7 +141,7 @@ class Federation:
         return self.finish()
 
     def gather(self) -> None:
-        """Find out who is there."""
+        """Discover the clients, and number them."""
         config, known = self.config, self.checkpoint.get("names", [])
         key = str(self.checkpoint.get("federation") or uuid.uuid4().hex)
         self.roster = Roster(self.grid, config, self.data.label_names, key, known, self.method.refuses)
@@ -319,7 +319,7 @@ class Federation:
         return {"clients": method.evaluation.metrics(self.config)}
 
     def _present(self) -> None:
-        """Tell everybody who may be asked in this round."""
+        """Pass on the clients that may be asked in this round."""
         present, clients = self.roster.present(), self.roster.clients()
         self.meter.clients = self.wire.clients = clients
         for half in self.halves:
@@ -399,7 +399,7 @@ class Federation:
 
 
 def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
-    """Put the server's words for what a node's error says into its place."""
+    """Replace the text of a node's error by the server's own words."""
     for reply in replies:
         if reply.has_error():
             node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
@@ -408,7 +408,7 @@ def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
 
 
 def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
-    """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
+    """Set round and time limit of messages; for real nodes, also the federation and their client number."""
     clients = roster.clients()
     for message in messages:
         settings = message.content.get("config")
@@ -425,7 +425,7 @@ def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, ex
 
 
 def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """Divide a state into JSON values and tensors, ``KEY/NAME`` for those of a dict."""
+    """Divide a state into JSON values, and tensors named by the key of their dict, a line break and their own name."""
     plain: dict[str, Any] = {}
     tensors: Arrays = {}
     for key, value in state.items():
@@ -437,6 +437,7 @@ def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
 
 
 def _joined(state: dict[str, Any], tensors: Arrays) -> dict[str, Any]:
+    """Undo :func:`_divided`."""
     found = dict(state)
     for full, tensor in tensors.items():
         key, _, name = full.partition("\n")

@@ -82,7 +82,7 @@ class Chain:
     Attributes
     ----------
     key : str
-        Names the chain: nobody outside of the run can guess it.
+        Names the chain; it cannot be guessed outside of the run.
     total : dict of str to Tensor [m, n]
         The current sum, by module path.
     base : dict of str to Tensor [m, n]
@@ -90,7 +90,7 @@ class Chain:
     versions : list of str
         Of the base, then after each increment.
     increments : list of (int, dict)
-        Each with the round that made it. Those that nobody would be sent, since the sum is smaller, are forgotten.
+        Each with the round that made it. The oldest are dropped while they all have more numbers than the sum.
     """
 
     key: str

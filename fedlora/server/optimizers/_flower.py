@@ -1,7 +1,7 @@
-"""Flower's server optimisers, driven on a mean.
+"""Flower's server optimisers, applied to a mean that is computed already.
 
-Flower's classes average the replies themselves, in ``FedAvg.aggregate_train``, and step on what that returns. Here a
-class stands in the place of that method and returns the mean as it is given.
+Flower's classes average the replies themselves, in ``FedAvg.aggregate_train``, and step on what that returns. Here
+:class:`OnMean` overrides that method to return the mean that it is given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Moments = dict[str, dict[str, np.ndarray]]
 
 
 class OnMean(FedAvg):
-    """To be inherited after one of Flower's optimisers: what it steps on is the record that it is given."""
+    """Inherit this after one of Flower's optimisers, and it steps on the record that it is given."""
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
         """Return the mean."""
