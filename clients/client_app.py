@@ -6,18 +6,17 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.clients.evaluation import evaluate_own
 from fedlora.clients.half import ClientHalf, client_half
-from fedlora.clients.held import receive
+from fedlora.clients.held import divide, receive
 from fedlora.clients.participant import (
     Participant,
     is_node,
@@ -35,8 +34,8 @@ from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError,
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
-from fedlora.privacy.calibration import local_steps
-from fedlora.roles import FROZEN, Role, Roles, kind_of
+from fedlora.privacy.calibration import round_steps
+from fedlora.roles import Roles, roles_of
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
@@ -86,7 +85,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     # A resumed run has made its start already.
     made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
-    node.ledger.check_budget(federation, plan, local_steps(config, examples), start)
+    node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
     node.ledger.register(federation, run, label_names, sent_digest(context))
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
@@ -211,14 +210,9 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     frozen: Arrays = {}
     if client.starts:
         arrays = start = half.start(client)
-        of = _roles(start, roles, adapted)
     else:
-        came = parts | _decode_shared(record, run_codecs(client.config).down)
-        of = _roles(came, roles, adapted)
-        frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
-        start = {name: array for name, array in came.items() if of[name].trained}
-        if any(of[name].home for name in start):
-            start |= {name: array for name, array in client.own().items() if name in start and of[name].home}
+        came = _decode_shared(record, run_codecs(client.config).down)
+        frozen, start = divide(client, came, parts, roles, adapted)
         arrays = half.begin(start)
     job = ClientJob(
         client=client.client,
@@ -234,17 +228,16 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     return _Work(client, settings, roles, half, frozen, start, job)
 
 
-def _roles(names: Iterable[str], roles: Roles, adapted: AdaptedModel) -> dict[str, Role]:
-    """Return the role of each array in a round."""
-    head = frozenset(adapted.head_names)
-    return {name: roles.get(kind_of(name, head), FROZEN) for name in names}
-
-
 def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
-    """Divide clients into those that can share a pass: of one learning rate, and what the method's half asks for."""
+    """Divide clients into those that can share a pass.
+
+    They have one learning rate, the same frozen arrays, and whatever else the method's half asks for.
+    """
     groups: dict[Hashable, list[int]] = {}
     for i, one in work.items():
-        groups.setdefault((one.half.group(one.settings), one.job.learning_rate), []).append(i)
+        # A record that messages share is decoded once, so equal arrays are the same objects.
+        frozen = tuple(map(id, one.frozen.values()))
+        groups.setdefault((one.half.group(one.settings), one.job.learning_rate, frozen), []).append(i)
     return list(groups.values())
 
 
@@ -292,7 +285,7 @@ def _reply(message: Message, work: _Work) -> Message:
 def _leaving(work: _Work, trained: Arrays) -> Arrays:
     """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
     # The client half may have given arrays other names.
-    roles = _roles(trained, work.roles, work.half.adapted)
+    roles = roles_of(trained, work.roles, work.half.adapted.head_names)
     own = {name: array for name, array in trained.items() if roles[name].home}
     if own:
         work.client.keep(own)

@@ -8,12 +8,11 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedlora.adapters import AdaptedModel
 from fedlora.clients.half import client_half
-from fedlora.clients.held import receive
+from fedlora.clients.held import divide, receive
 from fedlora.clients.participant import Participant, participant
 from fedlora.communication.codecs import run_codecs
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.roles import FROZEN, kind_of
 from fedlora.training.evaluation import statistics
 
 
@@ -54,14 +53,10 @@ def _model(client: Participant, message: Message) -> AdaptedModel:
     roles = get_method(client.config.method.name).roles(client.config, int(after) + 1)
     parts = receive(client, message, roles, adapted)
     half.prepare(settings)
-    came = parts | run_codecs(client.config).down.decode(record)
-    head = frozenset(adapted.head_names)
-    of = {name: roles.get(kind_of(name, head), FROZEN) for name in came}
-    trained = {name: array for name, array in came.items() if of[name].trained}
-    if any(of[name].home for name in trained):
-        trained |= {name: array for name, array in client.own().items() if name in trained and of[name].home}
-    adapted.set_shared({name: array for name, array in came.items() if name not in trained and name not in parts})
-    adapted.set_clients([half.begin(trained)])
+    came = run_codecs(client.config).down.decode(record)
+    frozen, start = divide(client, came, parts, roles, adapted)
+    adapted.set_shared(frozen)
+    adapted.set_clients([half.begin(start)])
     return adapted
 
 

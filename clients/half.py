@@ -1,4 +1,4 @@
-"""What one method's clients do of their own; a method whose clients do no more than train needs none of it."""
+"""The client half of a method. Methods whose clients only train use the common one."""
 
 from __future__ import annotations
 

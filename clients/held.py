@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,12 +16,12 @@ from fedlora.adapters import AdaptedModel
 from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
 from fedlora.assets import cache_dir
-from fedlora.clients.participant import Participant
+from fedlora.clients.participant import Participant, write_whole
 from fedlora.communication.broadcast import AFTER, HELD, KEY, record_key
 from fedlora.communication.parts import Chain
 from fedlora.communication.wire import decode, digest
 from fedlora.errors import NeedsInitialError
-from fedlora.roles import FROZEN, Roles
+from fedlora.roles import FROZEN, Roles, roles_of
 
 _CHAIN = "chain"
 
@@ -61,6 +60,34 @@ def receive(client: Participant, message: Message, roles: Roles, adapted: Adapte
     return found
 
 
+def divide(
+    client: Participant, came: Arrays, parts: Arrays, roles: Roles, adapted: AdaptedModel
+) -> tuple[Arrays, Arrays]:
+    """Divide the global arrays that a client has into the frozen ones and those that it trains.
+
+    Parameters
+    ----------
+    client : Participant
+    came : dict of str to Tensor
+        Of the message itself.
+    parts : dict of str to Tensor
+        Of the parts, which are in the model already.
+    roles : mapping of str to Role
+    adapted : AdaptedModel
+
+    Returns
+    -------
+    (dict of str to Tensor, dict of str to Tensor)
+        Frozen arrays that came; what training starts from, with the client's own where these stay with it.
+    """
+    of = roles_of(parts | came, roles, adapted.head_names)
+    frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
+    start = {name: array for name, array in (parts | came).items() if of[name].trained}
+    if any(of[name].home for name in start):
+        start |= {name: array for name, array in client.own().items() if name in start and of[name].home}
+    return frozen, start
+
+
 def _came(message: Message, part: str) -> Arrays | None:
     for key in (record_key(part, 0), record_key(part, 1)):
         record = message.content.get(key)
@@ -85,7 +112,7 @@ def _whole(client: Participant, part: str, version: str, came: Arrays | None, ad
         client.make_room(0, path)
     elif part_arrays(version) is None:
         client.make_room(sum(array.nbytes for array in arrays.values()))
-        _write(path, save(arrays))
+        write_whole(path, save(arrays))
         part_arrays.cache_clear()
     return arrays
 
@@ -125,7 +152,7 @@ def _chain(client: Participant, key: str, version: str, after: str, came: Arrays
             raise NeedsInitialError from None
         arrays, facts = chain.to_arrays()
         client.make_room(sum(array.nbytes for array in arrays.values()))
-        _write(path, save(arrays, {"chain": facts}))
+        write_whole(path, save(arrays, {"chain": facts}))
     else:
         client.make_room(0, path)
     _chains.clear()  # one run at a time: sums are as large as the layers that they are added to
@@ -141,13 +168,6 @@ def _read_chain(path: Path) -> Chain | None:
     except (OSError, SafetensorError):  # not there, or cut short
         return None
     return Chain.from_arrays(arrays, facts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def part_path(version: str, sort: str = "") -> Path:

@@ -1,4 +1,4 @@
-"""Whose examples a message is for: a simulated client's share of the run's data, or a real node's own file."""
+"""The client that a message is for: one with a share of a simulation's data, or a real node with its own file."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Participant(ABC):
 
     @abstractmethod
     def settle(self, steps: int) -> Ledger | None:
-        """Charge what was taken, unless it is; return the run's ledger (None without privacy)."""
+        """Charge steps that are not charged yet; return the run's ledger (None without privacy)."""
 
 
 class SimulatedClient(Participant):
@@ -224,7 +224,7 @@ class NodeClient(Participant):
         make_room(self.node.config, needed, (self.folder, self._own, *used))
 
     def _step(self) -> None:
-        """Charge a step, unless nobody waits for the round any more: what it would spend would be lost."""
+        """Charge a step; refuse it once the server's timeout has passed, since its result would be lost."""
         assert self._charge is not None
         if time.monotonic() > self._deadline:
             raise StaleError("the server's timeout is over; the steps that are left are not taken")
@@ -244,10 +244,7 @@ class NodeClient(Participant):
         """Write to the node's directory, within what the owner gives runs on the disk."""
         content = save(arrays)
         self.make_room(len(content))
-        self._own.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._own.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(content)
-        os.replace(temporary, self._own)
+        write_whole(self._own, content)
 
     def settle(self, steps: int) -> Ledger | None:
         """Check that the steps were charged, no more and no fewer."""
@@ -259,6 +256,14 @@ class NodeClient(Participant):
 def participant(message: Message, context: Context) -> Participant:
     """Return the client that a message is for."""
     return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of arrays so that readers see the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def evaluates(message: Message) -> bool:

@@ -118,12 +118,17 @@ class Method:
 
     @classmethod
     def exchanges(cls, config: Config, server_round: int) -> Sequence[Exchange]:
-        """Say which exchanges a round has, one after the other; one by default, with the roles of the round."""
+        """Say which exchanges a round has, one after the other; one by default, with the roles of the round.
+
+        Each exchange starts from the global arrays that the one before made. If one of them gives no arrays, the round
+        does not count: the server goes back to the arrays and states of before the round. What clients did stays done:
+        the privacy that they spent, and the arrays that they keep for themselves (:attr:`~fedlora.roles.Role.home`).
+        """
         return (Exchange(cls.roles(config, server_round)),)
 
     @classmethod
     def has_one_exchange(cls) -> bool:
-        """Whether every round has one exchange; then nobody has to count them."""
+        """Whether every round has one exchange, so that an exchange is known by its round alone."""
         # Of two bound class methods only the functions can be one.
         return inspect.getattr_static(cls, "exchanges") is inspect.getattr_static(Method, "exchanges")
 
@@ -168,9 +173,9 @@ class Method:
 
     @classmethod
     def opt_out(cls, folder: Path, owner: str) -> Any:
-        """Take what an owner gave out of a finished run, as if it had never been in it.
+        """Remove what an owner contributed from a finished run, as if it had never taken part.
 
-        Refused by default: in a mean everybody's part is in every number.
+        Refused by default: one client's part cannot be taken out of a mean.
 
         Parameters
         ----------
@@ -246,7 +251,7 @@ def get_method(name: str) -> type[Method]:
 
 
 def forget_methods() -> None:
-    """Look for methods anew: a package was installed since."""
+    """Forget the methods that were found, so that a package installed since is seen."""
     _find.cache_clear()
     get_method.cache_clear()
 

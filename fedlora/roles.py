@@ -30,8 +30,8 @@ class Role:
     up : str
         What a reply holds of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
     home : bool
-        Whether every client keeps what it trained for itself, from round to round. Such arrays do not go up. The server
-        sends their start once.
+        Whether each client keeps its own trained copy from round to round. Such arrays do not go up. The server sends
+        their start once.
     made_by : str
         Who makes their start: the ``server``, or the ``client`` in the first round in which nothing comes down to it.
     increment : bool
@@ -101,6 +101,12 @@ class Exchange:
 def kind_of(name: str, head_names: Collection[str]) -> str:
     """Return the kind of an array."""
     return HEAD if name in head_names else name.rpartition(".")[2]
+
+
+def roles_of(names: Iterable[str], roles: Roles, head_names: Iterable[str]) -> dict[str, Role]:
+    """Return the role of each array."""
+    head = frozenset(head_names)
+    return {name: roles.get(kind_of(name, head), FROZEN) for name in names}
 
 
 def trained_kinds(roles: Roles) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
-from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.replies import LONGEST_REASON, ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
@@ -55,14 +55,12 @@ UNAVAILABLE = (
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.MESSAGE_UNAVAILABLE,
 )
-"""Codes of clients that are not there; all but the first the SuperLink answers in a node's place."""
-
-_LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
+"""Error codes of absent clients. The SuperLink sends all of them but NO_REPLY."""
 
 
 @dataclass
 class RoundReport:
-    """What an exchange of a round gave, beside the arrays.
+    """The outcome of one exchange, without the arrays.
 
     Attributes
     ----------
@@ -90,7 +88,7 @@ class RoundReport:
 
     @property
     def only_absent(self) -> bool:
-        """Whether those that failed were not there."""
+        """Whether every failed client was absent."""
         return all(failure["code"] in UNAVAILABLE for failure in self.failed)
 
 
@@ -103,6 +101,7 @@ class Payload:
     initial : int
         Of the start, on a client's first contact; counted once.
     down, up : int
+        Of the round's message to the client, and of its reply.
     """
 
     initial: int
@@ -112,7 +111,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a payload formula is made of.
+    """The sizes that a payload formula depends on.
 
     Attributes
     ----------
@@ -193,12 +192,12 @@ class FederatedStrategy(Method, Strategy):
     names : list of str
         Names of the real nodes, by client number; empty in simulation.
     examples : dict of int to int
-        Each client's number of examples, by which it weighs, as it said before the first round. Of a client that nobody
-        asked the reply's own number counts.
+        Each client's number of examples, stated before the first round; it is the client's weight. A client without an
+        entry is weighed by the number in its reply.
     replied : dict of int to list of int
         By each round that counted, the clients whose replies entered it.
     waits : bool
-        Whether clients that are not there are waited for: a round of which all are away does not end the run.
+        Whether the run goes on after a round in which all clients were absent.
     exchange : int
         Which exchange of its round is under way, from 1; the loop sets it by :meth:`enter`.
     report : RoundReport
@@ -206,9 +205,9 @@ class FederatedStrategy(Method, Strategy):
     evaluation : ClientEvaluation
         What clients that evaluate gave in the last round.
     optimizer : ServerOptimizer
-        Steps along what clients trained and the round averaged; its state is in the checkpoint.
+        Goes from the global arrays to the clients' mean of those that they train. Its state is in the checkpoint.
     codecs : RunCodecs
-        What comes down and goes up in a round is encoded by them.
+        Encode the arrays that a round's messages and replies carry.
     """
 
     def __init__(self, config: Config) -> None:
@@ -280,9 +279,9 @@ class FederatedStrategy(Method, Strategy):
         return {name: array + self.arrays[name] if name in moves else array for name, array in mean.items()}
 
     def client_arrays(self, client: int) -> tuple[Hashable, Arrays] | None:
-        """Return what comes down to a client in every round, and a key that equal ones share.
+        """Return the arrays that are sent to a client in every round, and a key.
 
-        None stands for the global arrays.
+        Clients of one key have equal arrays, which are encoded once. None stands for the global arrays.
         """
         return None
 
@@ -314,7 +313,7 @@ class FederatedStrategy(Method, Strategy):
         return self.start_reads(self.config) != "private"
 
     def refuses(self, client: int, name: str) -> InputError | None:
-        """Say why a real node that comes, or came, as this client cannot take part; None where it can."""
+        """Return why a real node cannot take part as this client; None if it can."""
         return None
 
     def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
@@ -650,7 +649,7 @@ class FederatedStrategy(Method, Strategy):
 
     def fail(self, client: int, code: int, error: str) -> None:
         """Count and log a client's failure."""
-        error = plain_text(error, _LONGEST_REASON)
+        error = plain_text(error, LONGEST_REASON)
         self.report.failed.append({"client": client, "code": int(code), "error": error})
         log.warning("client %d failed: %s", client, error)
 

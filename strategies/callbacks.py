@@ -1,4 +1,4 @@
-"""What happens beside the rounds: each concern is a callback, called in the order of the federation's list."""
+"""Callbacks for everything beside training and aggregation, called in the order of the federation's list."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class Callback:
-    """Does nothing; subclasses override what concerns them."""
+    """Base class of callbacks. Every hook does nothing by default."""
 
     def on_start(self, federation: Federation) -> None:
         """Before the first round of this process."""

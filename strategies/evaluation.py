@@ -17,8 +17,9 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import ClientErrorCode, plain_text
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.strategies.replies import MOST_EXAMPLES, ReplyError, first_replies, only_reply_errors
+from fedlora.strategies.replies import LONGEST_REASON, MOST_EXAMPLES, ReplyError, first_replies, only_reply_errors
 from fedlora.strategies.summary import fairness
+from fedlora.strategies.updates import Shapes
 from fedlora.tasks import Task
 from fedlora.training.evaluation import statistics
 
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlora")
 
-Shapes = Mapping[str, tuple[int, ...]]
 _LARGEST = 1e300 / MOST_EXAMPLES
-_LONGEST_REASON = 20_000  # characters; a simulated client's is a traceback
 
 
 @dataclass
 class ClientEvaluation:
-    """What the clients' evaluations gave, and who takes no part in them.
+    """The clients' evaluations of one round, and the clients that refuse to evaluate.
 
     Attributes
     ----------
@@ -96,7 +95,7 @@ class ClientEvaluation:
             self.refused.add(client)
 
     def metrics(self, config: Config) -> dict[str, Any]:
-        """Return what rounds.jsonl says of it; nothing where nobody answered."""
+        """Return the metrics for rounds.jsonl; empty if no client answered."""
         if not self.rows:
             return {}
         covered = not mechanism_of(config).is_private
@@ -112,7 +111,7 @@ class ClientEvaluation:
 
 
 def evaluating_clients(strategy: FederatedStrategy, server_round: int) -> list[int]:
-    """Draw who evaluates after a round, from the run's seed and the round alone; nobody where the server does not."""
+    """Draw the clients that evaluate after a round, from the run's seed and the round alone; none if none is due."""
     config, clients = strategy.config, sorted(strategy.nodes.keys() - strategy.evaluation.refused)
     due = server_round % config.server.evaluate_every == 0 or server_round == config.run.rounds
     share = config.server.fraction_evaluate if due else 0.0
@@ -124,7 +123,7 @@ def evaluating_clients(strategy: FederatedStrategy, server_round: int) -> list[i
 def evaluation_messages(
     strategy: FederatedStrategy, server_round: int, arrays: ArrayRecord, config: ConfigRecord
 ) -> list[Message]:
-    """Make a message a client, with what it would be sent to train on next but for the parts that clients keep.
+    """Make one message per client, with the arrays that it would train on next, without the parts that clients keep.
 
     A client that would make its own start, as nothing comes down to it yet, has no model to evaluate.
     """
@@ -172,7 +171,7 @@ def read_evaluations(found: ClientEvaluation, replies: Iterable[Message]) -> Met
         if reply is None:
             found.fail(client, 0, "no reply within the timeout")
         elif reply.has_error():
-            found.fail(client, reply.error.code, plain_text(reply.error.reason or "", _LONGEST_REASON))
+            found.fail(client, reply.error.code, plain_text(reply.error.reason or "", LONGEST_REASON))
         else:
             try:
                 found.add(client, reply)

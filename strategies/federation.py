@@ -6,7 +6,8 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,12 +45,12 @@ from fedlora.training.soundness import check_sound
 log = logging.getLogger("fedlora")
 
 RESIDUAL = "residual"
-"""The part of increments."""
+"""Name of the part that increments are added to."""
 
 
 @dataclass
 class Totals:
-    """What adds up over rounds and restarts."""
+    """Sums over rounds and restarts."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     epsilon: dict[str, list[float]] = field(default_factory=dict)  # client -> [epsilon, delta]
@@ -110,9 +111,9 @@ class Federation:
         self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
-        # By key of the checkpoint, what has a state of its own.
+        # Objects with a state, by their key in the checkpoint.
         self.stateful: dict[str, Any] = {"strategy": self.rounds}
-        # The method, and what takes its place in the rounds where that is of its own kind.
+        # The method, and the strategy that runs the rounds in its place, if that is a FederatedStrategy too.
         self.halves = [method]
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
@@ -140,7 +141,7 @@ class Federation:
         return self.finish()
 
     def gather(self) -> None:
-        """Find out who is there."""
+        """Discover the clients, and number them."""
         config, known = self.config, self.checkpoint.get("names", [])
         key = str(self.checkpoint.get("federation") or uuid.uuid4().hex)
         self.roster = Roster(self.grid, config, self.data.label_names, key, known, self.method.refuses)
@@ -160,7 +161,7 @@ class Federation:
         self.parts = Parts(key)
         for half in self.halves:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
-            half.on_reply = self.progress.on_client
+            half.replied, half.on_reply = self.method.replied, self.progress.on_client
 
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
@@ -183,7 +184,7 @@ class Federation:
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)
-        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
+        self._set_residual()
         # As they arrive: clients compare digests.
         self.parts.set(INITIAL, decode(encode(frozen, self.dtype)), 0)
         # In the model's order, which is that of the clients' replies; a file has another.
@@ -212,8 +213,6 @@ class Federation:
         self.totals.epsilon.update(saved.get("epsilon"))
         self.parts.load_state_dict(saved.get("parts"))
         self.method.replied.update({int(r): clients for r, clients in saved.get("replied", {}).items()})
-        if self.rounds is not self.method and isinstance(self.rounds, FederatedStrategy):
-            self.rounds.replied = self.method.replied
         if saved.get("chain"):
             self.parts.chains[RESIDUAL] = Chain.from_arrays(saved.get_arrays("chain") or {}, saved.get("chain"))
         for key, owner in self.stateful.items():
@@ -234,12 +233,16 @@ class Federation:
         self.roster.refresh()
         self._present()
         reports: list[RoundReport] = []
-        for exchange in range(1, len(method.exchanges(self.config, server_round)) + 1):
+        exchanges = len(method.exchanges(self.config, server_round))
+        undo = self._undo(server_round) if exchanges > 1 else None
+        for exchange in range(1, exchanges + 1):
             aggregated, mean = self._exchange(server_round, exchange)
             reports.append(self.rounds.report)
             if aggregated is None:
                 why = self.rounds.report.uncounted or "its strategy gave no arrays"
                 log.warning("round %d does not count: %s", server_round, why)
+                if undo is not None:
+                    undo()
                 break
             self._take(aggregated, server_round)
         refined = method.refine(self.adapted, self.data, server_round)
@@ -262,6 +265,22 @@ class Federation:
         outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
+
+    def _undo(self, server_round: int) -> Callable[[], None]:
+        """Return a function that takes back a round's exchanges: their arrays, and the server's states."""
+        arrays, whole = self.arrays, dict(self.parts.whole)
+        chains = {part: chain.copy() for part, chain in self.parts.chains.items()}
+        states = {key: deepcopy(owner.state_dict()) for key, owner in self.stateful.items()}
+
+        def undo() -> None:
+            self.arrays, self.parts.whole, self.parts.chains = arrays, whole, chains
+            self.adapted.set_shared(decode(arrays))
+            self._set_residual()
+            self.method.replied.pop(server_round, None)
+            for key, owner in self.stateful.items():
+                owner.load_state_dict(states[key])
+
+        return undo
 
     def _exchange(self, server_round: int, exchange: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Send the messages of one exchange and aggregate the replies; return the next arrays and the mean metrics."""
@@ -300,7 +319,7 @@ class Federation:
         return {"clients": method.evaluation.metrics(self.config)}
 
     def _present(self) -> None:
-        """Tell everybody who may be asked in this round."""
+        """Pass on the clients that may be asked in this round."""
         present, clients = self.roster.present(), self.roster.clients()
         self.meter.clients = self.wire.clients = clients
         for half in self.halves:
@@ -314,11 +333,15 @@ class Federation:
         )
         if added:
             self.parts.add(RESIDUAL, decode(ArrayRecord({name: record[name] for name in sorted(added)})), server_round)
-            self.adapted.set_residual(self.parts.chains[RESIDUAL].total)
+            self._set_residual()
             record = ArrayRecord({name: array for name, array in record.items() if name not in added})
         self.arrays = record
         self.adapted.set_shared(decode(record))
         self._keep_stale(server_round)
+
+    def _set_residual(self) -> None:
+        """Put the sum of all increments into the model."""
+        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
 
     def _keep_stale(self, made: int) -> None:
         """Set the current version of the arrays that change, and are sent to clients that lack them."""
@@ -346,8 +369,7 @@ class Federation:
         saved["names"] = self.roster.names
         for key, owner in self.stateful.items():
             saved[key], tensors = _divided(owner.state_dict())
-            if tensors:
-                saved.set_arrays(key, tensors)
+            saved.set_arrays(key, tensors)  # none too, in place of those of an earlier round
         if RESIDUAL in self.parts.chains:
             arrays, saved["chain"] = self.parts.chains[RESIDUAL].to_arrays()
             saved.set_arrays("chain", arrays)
@@ -377,7 +399,7 @@ class Federation:
 
 
 def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
-    """Put the server's words for what a node's error says into its place."""
+    """Replace the text of a node's error by the server's own words."""
     for reply in replies:
         if reply.has_error():
             node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
@@ -386,7 +408,7 @@ def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
 
 
 def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
-    """Mark messages with their round; they end with it. Real nodes are told which client they are of which run."""
+    """Set round and time limit of messages; for real nodes, also the federation and their client number."""
     clients = roster.clients()
     for message in messages:
         settings = message.content.get("config")
@@ -403,7 +425,7 @@ def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, ex
 
 
 def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """Divide a state into JSON values and tensors, ``KEY/NAME`` for those of a dict."""
+    """Divide a state into JSON values, and tensors named by the key of their dict, a line break and their own name."""
     plain: dict[str, Any] = {}
     tensors: Arrays = {}
     for key, value in state.items():
@@ -415,6 +437,7 @@ def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
 
 
 def _joined(state: dict[str, Any], tensors: Arrays) -> dict[str, Any]:
+    """Undo :func:`_divided`."""
     found = dict(state)
     for full, tensor in tensors.items():
         key, _, name = full.partition("\n")

@@ -24,6 +24,9 @@ from fedlora.privacy.mechanisms import Mechanism
 MOST_EXAMPLES = 10**8
 """So many examples one client may say that it has; the mean takes clients by them."""
 
+LONGEST_REASON = 20_000
+"""Characters that are kept of a client's error; a simulated client's is a traceback."""
+
 _MOST_STEPS = 10**12
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -15,6 +15,7 @@ import torch
 from flwr.app import MetricRecord
 
 from fedlora.arrays import Arrays
+from fedlora.communication.codecs import named
 from fedlora.strategies.aggregation import Drift, WeightedMean
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -44,7 +45,7 @@ class Update:
     @property
     def arrays(self) -> Arrays:
         """The arrays by name; views of ``vector``."""
-        return split(self.vector, self.shapes)
+        return named(self.vector, self.shapes)
 
 
 class Updates:
@@ -82,7 +83,7 @@ class Updates:
         for update in self._stream:
             self._add(update)
         found = self._mean.result()
-        return None if found is None else split(found["all"], self._shapes)
+        return None if found is None else named(found["all"], self._shapes)
 
     def drift(self) -> float | None:
         """How far the clients moved apart, once all updates were taken; see :class:`~strategies.aggregation.Drift`."""
@@ -90,12 +91,6 @@ class Updates:
 
 
 def normalised(updates: list[Update]) -> list[float]:
-    """Return the clients' weights p_i, which sum to 1; alike where nobody has any weight."""
+    """Return the clients' weights p_i, which sum to 1; equal shares if all weights are 0."""
     total = math.fsum(update.weight for update in updates)
     return [update.weight / total if total else 1 / len(updates) for update in updates]
-
-
-def split(vector: torch.Tensor, shapes: Shapes) -> Arrays:
-    """Cut a vector into arrays of these shapes; they are views."""
-    parts = vector.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from fedlora.adapters import AdaptedModel
-from fedlora.arrays import Arrays
-from fedlora.config import Config, MethodSection
-from fedlora.data.tokens import FederatedData
-from fedlora.roles import HEAD, TRAINED, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.config import MethodSection
+from fedlora.strategies.fedit import FedIT
 
 
 class TemperedOptions(MethodSection):
@@ -23,30 +19,15 @@ class TemperedOptions(MethodSection):
     )
 
 
-class TemperedLoRA(FederatedStrategy):
-    """Both LoRA factors are averaged, by n_i^power instead of n_i, so that large clients count for less."""
+class TemperedLoRA(FedIT):
+    """FedIT, with clients weighed by n_i^power instead of n_i, so that large clients count for less."""
 
     name = "tempered-lora"
     title = "Tempered LoRA: large clients count for less"
     paper = "an example"
     color, marker = "sky", "star"
-    learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
     Options = TemperedOptions
     options: TemperedOptions
-
-    @classmethod
-    def roles(cls, config: Config, server_round: int) -> Roles:
-        """Both factors are trained."""
-        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
-
-    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """A drawn for every layer, B = 0."""
-        return drawn_factors(adapted, self.config.run.seed)
-
-    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
-        """r (m + n) a layer, both ways."""
-        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
-        return Payload(initial=0, down=numbers, up=numbers)
 
     def weight(self, client: int) -> float:
         """n_i^power."""

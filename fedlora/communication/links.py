@@ -78,7 +78,7 @@ class MessageRow(Protocol):
 
     @property
     def client(self) -> int:
-        """Who."""
+        """Client number."""
 
     @property
     def direction(self) -> str:
@@ -86,7 +86,7 @@ class MessageRow(Protocol):
 
     @property
     def message_bytes(self) -> int:
-        """How much."""
+        """Bytes of the whole message."""
 
 
 def network_profile(section: NetworkSection) -> LinkProfile | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Chain:
     Attributes
     ----------
     key : str
-        Names the chain: nobody outside of the run can guess it.
+        Names the chain; it cannot be guessed outside of the run.
     total : dict of str to Tensor [m, n]
         The current sum, by module path.
     base : dict of str to Tensor [m, n]
@@ -90,7 +90,7 @@ class Chain:
     versions : list of str
         Of the base, then after each increment.
     increments : list of (int, dict)
-        Each with the round that made it. Those that nobody would be sent, since the sum is smaller, are forgotten.
+        Each with the round that made it. The oldest are dropped while they all have more numbers than the sum.
     """
 
     key: str
@@ -122,6 +122,10 @@ class Chain:
         while len(self.increments) > 1 and sum(_numbers(arrays) for _, arrays in self.increments) > whole:
             self.base = residual_sum(self.base, self.increments.pop(0)[1])
             self.versions.pop(0)
+
+    def copy(self) -> Chain:
+        """Return a chain that stays as it is while this one grows; they share their tensors, which never change."""
+        return replace(self, versions=[*self.versions], increments=[*self.increments])
 
     def since(self, version: str) -> Piece:
         """Return what leads from a version to the current one: increments, or the sum where these are more numbers."""

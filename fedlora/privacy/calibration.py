@@ -74,13 +74,18 @@ def local_steps(config: Config, examples: int) -> int:
     return batches * (config.client.local_epochs or 1)
 
 
+def round_steps(config: Config, examples: int, server_round: int) -> int:
+    """Steps of one client in all exchanges of a round."""
+    exchanges = get_method(config.method.name).exchanges(config, server_round)
+    return sum(local_steps(exchange.training(config), examples) for exchange in exchanges)
+
+
 def run_steps(config: Config, examples: int) -> int:
     """Steps of one client in a whole run, in all exchanges of all rounds."""
-    method, rounds = get_method(config.method.name), config.run.rounds
-    if method.has_one_exchange():
+    rounds = config.run.rounds
+    if get_method(config.method.name).has_one_exchange():
         return rounds * local_steps(config, examples)
-    exchanges = (exchange for r in range(1, rounds + 1) for exchange in method.exchanges(config, r))
-    return sum(local_steps(exchange.training(config), examples) for exchange in exchanges)
+    return sum(round_steps(config, examples, server_round) for server_round in range(1, rounds + 1))
 
 
 def check_delta(privacy: PrivacySection, examples: int) -> None:

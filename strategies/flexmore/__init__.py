@@ -45,7 +45,7 @@ FULL_RATE = 0.4
 """A full expert's learning rate, as a share of an adapter's: they are best at 8e-4 and 2e-3 (experiments/studies)."""
 
 RESERVED = ("public", MIXTURE)
-"""What results call models, so that no owner may be called so."""
+"""Reserved names: reports use them for models."""
 
 
 class FlexMoRE(FederatedStrategy):

@@ -31,6 +31,7 @@ from fedlora.errors import (
     error_code,
 )
 from fedlora.experts import Mixture
+from fedlora.methods import get_method
 from fedlora.models import load_base
 from fedlora.node.local_node import LocalNode
 from fedlora.node.names import NODE_RECORD, labels_digest
@@ -38,6 +39,7 @@ from fedlora.node.node_ledger import Charge
 from fedlora.node.outward_errors import is_outward, outward_error
 from fedlora.privacy import plan_privacy
 from fedlora.privacy.calibration import spent_epsilon
+from fedlora.roles import Exchange
 from tests import architectures, tiny
 from tests.messages import train_message
 from tests.owner import LABELS, Server, listed, refused, reviews, write_csv, write_node
@@ -86,6 +88,28 @@ def test_a_node_describes_itself_by_name_and_counts(node_file: Path, server: Ser
     assert dict(reply.content[NODE_RECORD]) == {"name": "clinic", "labels": labels_digest(LABELS)}
     assert set(reply.content) == {"metrics", NODE_RECORD}
     assert steps(node_file) == 0
+
+
+def test_a_node_whose_budget_covers_a_part_of_a_round_says_so_before_the_first(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two exchanges a round, both have to fit."""
+    exchanges = classmethod(lambda cls, config, server_round: (Exchange(cls.roles(config, server_round)),) * 2)
+    monkeypatch.setattr(get_method("ffa-lora"), "exchanges", exchanges)
+    server = Server(tmp_path / "server", "ffa-lora")
+    plan = plan_privacy(server.config, 60)
+    policy = LocalNode.open(write_node(tmp_path / "clinic", cache)).config.policy
+    one, both = (
+        spent_epsilon(policy.accountant, policy.delta, ((plan.noise_multiplier, plan.sample_rate, 3 * count),))
+        for count in (1, 2)
+    )
+    for ceiling, fits in ((both * 1.01, True), ((one + both) / 2, False)):
+        node_file = write_node(tmp_path / f"up-to-{fits}", cache, policy={"max_epsilon": ceiling})
+        reply = app(server.describe(), server.context(node_file))
+        if fits:
+            assert metrics_of(reply) == {"num-examples": 60}
+        else:
+            refused(reply, ClientErrorCode.BUDGET)
 
 
 @pytest.mark.parametrize("method", ["fed-sb", "ffa-lora", "fedit"])

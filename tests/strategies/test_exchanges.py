@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedlora.communication.wire import encode
 from fedlora.errors import InputError, StaleError
 from fedlora.methods import forget_methods, get_method
 from fedlora.privacy.calibration import plan_privacy, spent_epsilon
+from fedlora.results.checkpoint import Checkpoint
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.training import cohort
 from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload, table
@@ -137,6 +139,28 @@ def test_a_resumed_run_has_the_same_bits(runs: SmallRuns) -> None:
     found, again = adapter(whole), adapter(resumed)
     assert all(torch.equal(array, again[name]) for name, array in found.items())
     assert table(whole, "communication.csv") == table(resumed, "communication.csv")
+
+
+def test_a_round_whose_second_exchange_gives_nothing_leaves_no_trace(
+    runs: SmallRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, moments, and who replied are those of before the round; what clients spent in it stays spent."""
+    method: Any = get_method("two-passes")
+    whole = method.aggregate_train
+
+    def lost(self: FederatedStrategy, server_round: int, replies: Any) -> Any:
+        record, mean = whole(self, server_round, replies)
+        return (None if (server_round, self.exchange) == (2, 2) else record), mean
+
+    monkeypatch.setattr(method, "aggregate_train", lost)
+    result = runs.run(**{**SECTIONS, "run": {"rounds": 3, "seed": 3}}, server={"optimizer": "fedadam"})
+    first, second, third = lines(result)
+    assert [line["counted"] for line in (first, second, third)] == [True, False, True]
+    assert first["metrics"] == second["metrics"] != third["metrics"]
+    with closing(Checkpoint(result.folder / "checkpoint" / "state.sqlite")) as checkpoint:
+        assert sorted(checkpoint.get("replied")) == ["1", "3"]
+        steps = checkpoint.get("optimizer")["steps"]
+    assert {(name.rpartition(".")[2], taken) for name, taken in steps.items()} == {("lora_A", 2), ("lora_B", 4)}
 
 
 def test_each_exchange_is_charged_by_itself(runs: SmallRuns) -> None:

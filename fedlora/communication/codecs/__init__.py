@@ -35,7 +35,7 @@ class Codec(ABC):
     lossy : bool
         Whether float32 numbers come back other than they were.
     unbiased : bool
-        Whether what comes back is right on average; a codec that is lossy and biased wants error feedback.
+        Whether a decoded number is right on average. A lossy codec that is biased needs error feedback.
     dtype : torch.dtype
         Of decoded numbers.
     """
@@ -55,7 +55,7 @@ class Codec(ABC):
 
     @abstractmethod
     def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
-        """Undo :meth:`pack`; ``data`` is somebody else's, but has the right length."""
+        """Undo :meth:`pack`; ``data`` is not trusted, but has the right length."""
 
     def encode(self, arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
         """Turn named tensors into a record that Flower can send."""
@@ -83,7 +83,7 @@ class Codec(ABC):
         return {n: aligned(a) for n, a in named(self.decode_vector(record, shapes), shapes).items()}
 
     def decode_vector(self, record: ArrayRecord, shapes: Mapping[str, Shape]) -> torch.Tensor:
-        """Turn a record that somebody else sent into one vector, if it holds just what was asked for.
+        """Turn a record that is not trusted into one vector, if it holds exactly what was asked for.
 
         Parameters
         ----------
@@ -182,7 +182,7 @@ class RunCodecs:
 
 
 def get_codec(name: str) -> Codec:
-    """Return the codec of a name; an InputError says what there is where there is none."""
+    """Return the codec of a name; an InputError lists the names if there is none."""
     found: Codec = CODECS.made(name)
     return found
 

@@ -15,8 +15,8 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 class Int8(Codec):
     """A row's numbers as multiples -127 to 127 of one float32 scale, the row's largest number / 127.
 
-    A row is the last dimension of an array; a vector is one row. The error of a number is at most half the scale, and
-    of one sign for the same number: moves far smaller than the scale are lost, unless updates travel instead of values.
+    A row is the last dimension of an array; a vector is one row. The error of a number is at most half the scale.
+    Rounding is deterministic: changes far smaller than the scale are lost, unless updates are sent instead of values.
     """
 
     name = "int8"

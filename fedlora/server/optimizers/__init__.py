@@ -1,4 +1,4 @@
-"""Server optimisers, one file each: where the global arrays go from where they are, given the mean of the clients'."""
+"""Server optimisers, one file each: they make the next global arrays of the current ones and the clients' mean."""
 
 from __future__ import annotations
 

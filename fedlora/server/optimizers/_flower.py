@@ -1,7 +1,7 @@
-"""Flower's server optimisers, driven on a mean.
+"""Flower's server optimisers, applied to a mean that is computed already.
 
-Flower's classes average the replies themselves, in ``FedAvg.aggregate_train``, and step on what that returns. Here a
-class stands in the place of that method and returns the mean as it is given.
+Flower's classes average the replies themselves, in ``FedAvg.aggregate_train``, and step on what that returns. Here
+:class:`OnMean` overrides that method to return the mean that it is given.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ Moments = dict[str, dict[str, np.ndarray]]
 
 
 class OnMean(FedAvg):
-    """To be inherited after one of Flower's optimisers: what it steps on is the record that it is given."""
+    """Inherit this after one of Flower's optimisers, and it steps on the record that it is given."""
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
         """Return the mean."""
@@ -90,6 +90,28 @@ class FlowerOptimizer(ServerOptimizer):
         """Restore them."""
         self._steps = {name: int(steps) for name, steps in state["steps"].items()}
         self._moments = {k: {n: tensor.numpy().copy() for n, tensor in state[k].items()} for k in self.moments}
+
+
+class AdaptiveOptimizer(FlowerOptimizer):
+    """One of the adaptive optimisers of Reddi et al. (arXiv 2003.00295), which step along the clients' mean move.
+
+    Attributes
+    ----------
+    strategy : type
+        Flower's class, which also inherits :class:`OnMean`. It takes the keys of :attr:`uses`.
+    default_rate : float
+        ``server.learning_rate`` where the config gives none; Flower's own default.
+    """
+
+    moments = ("m_t", "v_t")
+    strategy: ClassVar[type[Any]]
+    default_rate: ClassVar[float]
+
+    def make(self) -> Any:
+        """Pass on the keys of ``[server]``; Flower calls the learning rate eta."""
+        options = {key: getattr(self.server, key) for key in self.uses if key != "learning_rate"}
+        rate = self.server.learning_rate
+        return self.strategy(eta=self.default_rate if rate is None else rate, **options)
 
 
 def _numpy(arrays: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, np.ndarray]:

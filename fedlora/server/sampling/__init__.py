@@ -1,4 +1,4 @@
-"""Sampling of a round's clients, one way a file."""
+"""Sampling of a round's clients, one scheme per file."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ class ClientSampling(ABC):
 
 
 def get_sampling(name: str) -> ClientSampling:
-    """Return the sampling of a name; an InputError says what there is where there is none."""
+    """Return the sampling of a name; an InputError lists the names if there is none."""
     found: ClientSampling = CLIENT_SAMPLINGS.made(name)
     return found

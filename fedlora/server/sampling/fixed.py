@@ -10,7 +10,7 @@ from fedlora.server.sampling import ClientSampling
 
 
 class Fixed(ClientSampling):
-    """So many of the clients that are there, at least one, drawn without replacement."""
+    """A share ``fraction`` of the clients that are there, at least one, drawn without replacement."""
 
     name = "fixed"
 

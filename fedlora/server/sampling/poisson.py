@@ -1,4 +1,4 @@
-"""Every client by itself, with one probability: what client-level privacy accounts for."""
+"""Poisson sampling: each client is drawn independently, as client-level privacy accounting assumes."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class Poisson(ClientSampling):
         return [client for client in sorted(present) if draws[client] < fraction]
 
     def most(self, clients: int, fraction: float) -> int:
-        """All."""
+        """Return the number of all clients: each may be drawn."""
         return clients
