@@ -225,6 +225,14 @@ def test_a_share_of_the_clients_is_asked_by_seed(models: dict[bool, Path], tmp_p
     assert len({client for _, client in asked[0]}) > 1
 
 
+def test_clients_evaluate_whenever_the_server_does(models: dict[bool, Path], tmp_path: Path) -> None:
+    given = content("regression", models, tmp_path, server={"evaluate_every": 2}, run={"rounds": 3})
+    result = simulate(given, output=tmp_path / "run")
+    rounds = [json.loads(line)["metrics"] for line in (result.folder / "rounds.jsonl").open()]
+    assert ["loss" in metrics for metrics in rounds] == [False, True, True]
+    assert ["clients" in metrics for metrics in rounds] == [False, True, True]
+
+
 def test_a_resumed_run_ends_as_one_that_never_stopped(
     models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,8 +337,11 @@ def test_an_answer_is_a_number_for_every_statistic() -> None:
 def test_any_other_answer_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ReplyError):
         read_sums(answered(**{**GOOD, **change}), SHAPES)
-    with pytest.raises(ReplyError):
-        read_sums(Message(RecordDict(), reply_to=train_message(100)), SHAPES)
+    more = answered(**GOOD)
+    more.content["texts"] = MetricRecord({"length": 3})
+    for message in (more, Message(RecordDict(), reply_to=train_message(100))):
+        with pytest.raises(ReplyError, match="metrics and nothing else"):
+            read_sums(message, SHAPES)
 
 
 def test_a_wrong_answer_costs_its_client_its_place(

@@ -112,17 +112,25 @@ def test_arrays_of_other_rounds_stay_out_of_a_step(name: str) -> None:
     assert torch.equal(current[first], other[first])
 
 
-FLOWERS = {
-    "fedavgm": lambda: flower.FedAvgM(server_learning_rate=0.7, server_momentum=0.5, fraction_evaluate=0.0),
-    "fedadam": lambda: flower.FedAdam(eta=0.7, beta_1=0.8, beta_2=0.95, tau=0.01, fraction_evaluate=0.0),
-    "fedyogi": lambda: flower.FedYogi(eta=0.7, beta_1=0.8, beta_2=0.95, tau=0.01, fraction_evaluate=0.0),
+FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
+    "fedavgm": (flower.FedAvgM, {"server_learning_rate": 0.7, "server_momentum": 0.5}),
+    "fedadam": (flower.FedAdam, {"eta": 0.7, "beta_1": 0.8, "beta_2": 0.95, "tau": 0.01}),
+    "fedyogi": (flower.FedYogi, {"eta": 0.7, "beta_1": 0.8, "beta_2": 0.95, "tau": 0.01}),
+    "fedadagrad": (flower.FedAdagrad, {"eta": 0.7, "tau": 0.01}),
 }
+"""Flower's strategies by our names, and settings that are not their defaults."""
 
 
+@pytest.mark.parametrize("by_default", [False, True])
 @pytest.mark.parametrize("name", FLOWERS)
-def test_it_does_as_flowers_own_strategy_over_rounds(name: str) -> None:
-    mine = make(name, learning_rate=0.7, momentum=0.5, beta_1=0.8, beta_2=0.95, tau=0.01)
-    theirs, current = FLOWERS[name](), drawn(0)
+def test_it_does_as_flowers_own_strategy_over_rounds(name: str, by_default: bool) -> None:
+    kind, settings = FLOWERS[name]
+    if by_default:
+        # Flower's own FedAvgM has no momentum unless it is asked for.
+        mine, theirs = make(name), kind(**({"server_momentum": 0.9} if name == "fedavgm" else {}))
+    else:
+        mine, theirs = make(name, learning_rate=0.7, momentum=0.5, beta_1=0.8, beta_2=0.95, tau=0.01), kind(**settings)
+    current = drawn(0)
     for number in range(1, 5):
         arrays = ArrayRecord({key: Array(array.numpy()) for key, array in current.items()})
         theirs.configure_train(number, arrays, ConfigRecord(), FakeGrid(lambda message: None))

@@ -20,6 +20,7 @@ from fedlora.strategies.base import FederatedStrategy
 from fedlora.training import cohort
 from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload, table
 from tests.messages import FIRST_NODE, FakeGrid, records
+from tests.packages import lay_package
 
 METHOD = '''
 """The clients' gradients of B are summed, the server steps along them, and both factors are trained from there."""
@@ -99,11 +100,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
     folder = tmp_path_factory.mktemp("two-passes")
-    about = folder / "site" / "two_passes-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: two_passes\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[fedlora.methods]\ntwo-passes = two_passes:TwoPasses\n")
-    (folder / "site" / "two_passes.py").write_text(METHOD)
+    lay_package(folder / "site", "two_passes", {"fedlora.methods": {"two-passes": "two_passes:TwoPasses"}}, METHOD)
     (folder / "runs").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder / "site"))
