@@ -18,10 +18,10 @@ from fedlora import simulate
 from fedlora.clients import client_app, evaluation, resources
 from fedlora.config import load_config
 from fedlora.data.tokens import prepare_data
-from fedlora.errors import InputError
+from fedlora.errors import ClientErrorCode, InputError
 from fedlora.methods import methods
 from fedlora.strategies.base import FederatedStrategy, get_strategy
-from fedlora.strategies.evaluation import read_sums
+from fedlora.strategies.evaluation import evaluating_clients, read_sums
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.server_app import resolve
@@ -242,13 +242,29 @@ def test_clients_evaluate_whenever_the_server_does(models: dict[bool, Path], tmp
         data={"partition": {"clients": 8}},
         method={"name": "ffa-lora"},
         server={"evaluate_every": 2, "fraction_evaluate": 0.25, "fraction_train": 0.125},
-        run={"rounds": 3},
+        run={"rounds": 3, "seed": 3},  # with this seed an evaluation after round 1 would ask one more client
     )
     result = simulate(given, output=tmp_path / "run")
     rounds = [json.loads(line)["metrics"] for line in (result.folder / "rounds.jsonl").open()]
     assert ["loss" in metrics for metrics in rounds] == [False, True, True]
     assert ["clients" in metrics for metrics in rounds] == [False, True, True]
     assert sent_bytes(result.folder) == forecast_bytes(given)
+
+
+def test_who_evaluates_depends_on_the_clients_numbers_and_refusals_alone() -> None:
+    def asked(order: tuple[int, ...], share: float) -> list[list[int]]:
+        made = get_strategy("fedit")(load_config(BASE, {"data.client_test": 0.3, "server.fraction_evaluate": share}))
+        made.nodes = {client: 100 - client for client in order}
+        made.evaluation.fail(2, ClientErrorCode.POLICY, "its owner does not allow it")
+        made.evaluation.fail(3, ClientErrorCode.FAILED, "once")
+        return [evaluating_clients(made, server_round) for server_round in range(1, 6)]
+
+    forwards, backwards = (0, 1, 2, 3, 4), (4, 3, 2, 1, 0)
+    assert asked(backwards, 1.0) == asked(forwards, 1.0) == [[0, 1, 3, 4]] * 5
+    some = asked(forwards, 0.4)
+    assert asked(backwards, 0.4) == some
+    assert all(len(clients) == 2 for clients in some)
+    assert {client for clients in some for client in clients} == {0, 1, 3, 4}
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(
