@@ -20,7 +20,7 @@ from fedlora.registry import SERVER_OPTIMIZERS
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.server.optimizers import Arrays, ServerOptimizer, server_optimizer
 from tests.configs import override
-from tests.llama_runs import SmallRuns, adapter, lines
+from tests.llama_runs import LlamaRuns, adapter, lines
 from tests.messages import FakeGrid, train_message
 
 NAMES = SERVER_OPTIMIZERS.names()
@@ -189,12 +189,12 @@ def test_other_names_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
+    return LlamaRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: SmallRuns) -> None:
+def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: LlamaRuns) -> None:
     sections = {"method": {"name": "fedit", "rank": 2}, "server": {"optimizer": name, "learning_rate": 0.5}}
     whole, resumed = runs.run(**sections), runs.run(**sections, stop=2)
     assert equal(adapter(whole), adapter(resumed))
@@ -203,7 +203,7 @@ def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: Small
     assert equal(adapter(whole), adapter(plain)) == (name == "fedavg")
 
 
-def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: SmallRuns) -> None:
+def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: LlamaRuns) -> None:
     """Half of the step is half way from the start, where B is zero, to the mean."""
     method, once = {"name": "ffa-lora", "rank": 2}, {"rounds": 1, "seed": 3}
     mean = adapter(runs.run(run=once, method=method))
@@ -213,6 +213,6 @@ def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: SmallRuns) -> N
         torch.testing.assert_close(half[key], scale * array, rtol=1e-6, atol=0)
 
 
-def test_a_users_own_strategy_is_in_its_place(runs: SmallRuns) -> None:
+def test_a_users_own_strategy_is_in_its_place(runs: LlamaRuns) -> None:
     with pytest.raises(InputError, match=r"server\.optimizer = 'fedadam': has no use beside FedAvg"):
         runs.run(server={"optimizer": "fedadam"}, strategy=lambda: flower.FedAvg(fraction_evaluate=0.0))
