@@ -1,4 +1,8 @@
-"""Whole runs of a second: a tiny Llama, two clients in this process, and texts of a few words."""
+"""Whole runs of a second: a tiny Llama, four clients in this process, and texts of a few words.
+
+Each call runs anew, also a user's own strategy, so that a test may patch what a run uses. :mod:`tests.small_runs`
+watches the runs of a method, and runs equal ones once.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ OWNERS = 4
 """Clients, each with other examples than the next, and more of them."""
 
 
-class SmallRuns:
+class LlamaRuns:
     """A model and examples in a folder, and runs on them.
 
     Parameters
@@ -64,7 +68,7 @@ class SmallRuns:
     def run(
         self, *, stop: int = 0, strategy: Callable[[], Strategy] | None = None, **sections: dict[str, Any]
     ) -> RunResult:
-        """Run from start to end, if so asked by another strategy; with ``stop``, stop after that round and resume."""
+        """Run to the end, with the method's strategy by default; with ``stop``, stop after that round and resume."""
         self._count += 1
         content = self.config(**sections).model_dump(exclude_none=True)
         output, made = self.folder / f"run-{self._count}", strategy or type(None)

@@ -1,4 +1,4 @@
-"""Whole runs of any method in this process, on tiny models; and what they are watched for."""
+"""Whole runs of any method in this process, on tiny models, and what a test wants to know of them."""
 
 from __future__ import annotations
 

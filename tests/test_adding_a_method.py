@@ -13,6 +13,7 @@ import tomli_w
 
 from fedlora.methods import forget_methods, get_method, methods
 from tests.command import fedlora
+from tests.packages import lay_package
 from tests.small_runs import Watched, World, world
 
 TEXT = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -33,13 +34,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The guide's file in a package of its own."""
-    about = tmp_path / f"{MODULE}-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 1.0\n")
-    points = {"my-fedsvd": "MyFedSVD", "slow-fedsvd": "SlowFedSVD"}
-    lines = [f"{name} = {MODULE}:{kind}" for name, kind in points.items()]
-    (about / "entry_points.txt").write_text("\n".join(["[fedlora.methods]", *lines, ""]))
-    (tmp_path / f"{MODULE}.py").write_text(blocks(TEXT))
+    points = {"my-fedsvd": f"{MODULE}:MyFedSVD", "slow-fedsvd": f"{MODULE}:SlowFedSVD"}
+    lay_package(tmp_path, MODULE, {"fedlora.methods": points}, blocks(TEXT))
     monkeypatch.syspath_prepend(str(tmp_path))
     forget_methods()
     yield tmp_path

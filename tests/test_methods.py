@@ -16,6 +16,7 @@ from fedlora.config import Config, MethodSection, load_config, unused_keys
 from fedlora.errors import InputError
 from fedlora.methods import Method, broken_methods, forget_methods, get_method, methods
 from tests.configs import BASE
+from tests.packages import lay_package
 
 METHOD = """
 from pydantic import Field
@@ -57,13 +58,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None) -> Path
 
 
 def install(folder: Path, module: str, points: dict[str, str], code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lay a distribution with entry points on the path."""
-    about = folder / f"{module}-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in points.items()]
-    (about / "entry_points.txt").write_text("\n".join(["[fedlora.methods]", *lines, ""]))
-    (folder / f"{module}.py").write_text(code)
+    """Put a package with methods on the path."""
+    lay_package(folder, module, {"fedlora.methods": points}, code)
     monkeypatch.syspath_prepend(str(folder))
     forget_methods()
 

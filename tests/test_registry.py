@@ -10,6 +10,7 @@ from fedlora import registry
 from fedlora.errors import InputError
 from fedlora.privacy.accountants import Accountant
 from fedlora.registry import Registry
+from tests.packages import lay_package
 
 MODULE = """
 from fedlora.privacy.accountants import Accountant
@@ -27,13 +28,9 @@ class Unfinished(Accountant):
 """
 
 
-def install(folder: Path, package: str, points: str, module: str = MODULE) -> None:
-    """Lay out a package as pip does."""
-    (folder / f"{package}.py").write_text(module)
-    about = folder / f"{package}-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[fedlora.accountants]\n{points}\n")
+def install(folder: Path, package: str, name: str, value: str) -> None:
+    """Put a package with an accountant on the path."""
+    lay_package(folder, package, {"fedlora.accountants": {name: value}}, MODULE)
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ def test_names_are_files() -> None:
 
 
 def test_another_package_adds_one(site: Path) -> None:
-    install(site, "own_accounting", "mine = own_accounting:Mine")
+    install(site, "own_accounting", "mine", "own_accounting:Mine")
     found = accountants()
     assert "mine" in found.names()
     assert found.check("mine") == "mine"
@@ -64,20 +61,20 @@ def test_another_package_adds_one(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "name", "error", "said"),
+    ("name", "value", "error", "said"),
     [
-        ("rdp = broken:Mine", "rdp", InputError, "registered by fedlora and by broken"),
-        ("mine = broken:Absent", "mine", InputError, "does not load from broken"),
-        ("mine = no_such_module:Mine", "mine", InputError, "fix or uninstall"),
-        ("mine = broken:MODULE", "mine", InputError, "does not load"),
-        ("other = broken:Mine", "other", TypeError, "concrete Accountant with name = 'other'"),
-        ("unfinished = broken:Unfinished", "unfinished", TypeError, "concrete Accountant"),
+        ("rdp", "broken:Mine", InputError, "registered by fedlora and by broken"),
+        ("mine", "broken:Absent", InputError, "does not load from broken"),
+        ("mine", "no_such_module:Mine", InputError, "fix or uninstall"),
+        ("mine", "broken:MODULE", InputError, "does not load"),
+        ("other", "broken:Mine", TypeError, "concrete Accountant with name = 'other'"),
+        ("unfinished", "broken:Unfinished", TypeError, "concrete Accountant"),
     ],
 )
 def test_what_is_wrong_costs_that_name_alone(
-    site: Path, points: str, name: str, error: type[Exception], said: str
+    site: Path, name: str, value: str, error: type[Exception], said: str
 ) -> None:
-    install(site, "broken", points)
+    install(site, "broken", name, value)
     found = accountants()
     with pytest.raises(error, match=said):
         found.get(name)
@@ -86,7 +83,7 @@ def test_what_is_wrong_costs_that_name_alone(
 
 def test_two_packages_with_one_name(site: Path) -> None:
     for package in ("one", "two"):
-        install(site, f"{package}_accounting", f"mine = {package}_accounting:Mine")
+        install(site, f"{package}_accounting", "mine", f"{package}_accounting:Mine")
     with pytest.raises(InputError, match=r"one_accounting and by two_accounting|two_accounting and by one_accounting"):
         accountants().get("mine")
 

@@ -53,7 +53,7 @@ def node(
 def digest(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder, with its tokenizer.")],
 ) -> None:
-    """Print a folder's entry for [policy] models in a node.toml: its name, and the SHA-256 of its files."""
+    """Print a folder's entry for the models of a node.toml's policy: its name, and the SHA-256 of its files."""
     import tomli_w
 
     from fedlora.node.policy import folder_digest

@@ -59,8 +59,9 @@ _PAGE = """\
 
 `fedlora methods --markdown > docs/methods.md` writes this page from the methods' own files.
 
-*Exact* means that the server's model is the mean of the clients' models. *Rates* are the default learning rates with
-AdamW and with SGD. `fedlora config method` describes the keys.
+*Exact* means that aggregation adds no error: the server's model is the mean of the clients' models, or holds what each
+of them sent unchanged. *Rates* are the default learning rates with AdamW and with SGD. `fedlora config method`
+describes the keys.
 
 | `method.name` | what | exact | mixed ranks | example-level DP | rates | keys of its own | paper |
 |---|---|---|---|---|---|---|---|

@@ -39,7 +39,7 @@ class SimulationSection(Section):
 
 
 class NetworkSection(Section):
-    """``[network]``: simulated links that turn the measured bytes into seconds (:mod:`fedlora.communication.links`)."""
+    """``[network]``: simulated links that turn the measured bytes into seconds."""
 
     profile: Literal["none", "lte", "broadband", "datacenter"] = Field(
         default="none", description="Kind of links between clients and server."

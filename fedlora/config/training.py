@@ -188,7 +188,7 @@ class ServerSection(Section):
 
 
 class WireSection(Section):
-    """``[wire]``: how the arrays of a round travel (:mod:`fedlora.communication.codecs`)."""
+    """``[wire]``: how the arrays of a round travel."""
 
     codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
         default=None,

@@ -25,25 +25,20 @@ from fedlora.training import train_cohort
 from fedlora.training.dp import per_example_gradients
 from fedlora.training.soundness import dependence
 from tests import tiny
+from tests.packages import lay_package
 from tests.small_runs import KINDS, World, world
 
-POINTS = """
-[fedlora.methods]
-scaled-mean = tests.scaled_outputs:ScaledMean
-
-[fedlora.parameterisations]
-scaled-outputs = tests.scaled_outputs:ScaledOutputs
-"""
+POINTS = {
+    "fedlora.methods": {"scaled-mean": "tests.scaled_outputs:ScaledMean"},
+    "fedlora.parameterisations": {"scaled-outputs": "tests.scaled_outputs:ScaledOutputs"},
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lay out what pip leaves of another package."""
+    """Put a package that names the method and the parameterisation on the path."""
     site = tmp_path_factory.mktemp("site")
-    about = site / "scaled-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: scaled\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(POINTS)
+    lay_package(site, "scaled", POINTS)
 
     def forget() -> None:
         forget_methods()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_every_key_is_listed_with_its_default_and_meaning(monkeypatch: pytest.Mo
     words = " ".join(done.out.split())
     for section in (*Config.model_fields, "data.partition"):
         assert f"[{section}]" in words
+    assert not re.search(r":\w+:`", words), "a role of Sphinx is no text for a terminal"
     for name in methods():
         has_options = any(key.method == name for key in keys)
         assert (f"(method.name = {name})" in words) == has_options

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.methods import forget_methods
-from tests.llama_runs import SmallRuns, adapter, payload
+from tests.llama_runs import LlamaRuns, adapter, payload
 
 METHODS = """
 from fedlora.roles import TRAINED, Role
@@ -52,7 +52,7 @@ SECTIONS = {"run": {"rounds": 3, "seed": 3}, "client": {"local_steps": 2, "batch
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
     folder = tmp_path_factory.mktemp("one-client")
     about: Path = folder / "site" / "one_client-1.0.dist-info"
     about.mkdir(parents=True)
@@ -64,12 +64,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder / "site"))
         forget_methods()
-        yield SmallRuns(folder / "runs")
+        yield LlamaRuns(folder / "runs")
     forget_methods()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_clients_trained_together_are_clients_trained_alone(runs: SmallRuns, name: str) -> None:
+def test_clients_trained_together_are_clients_trained_alone(runs: LlamaRuns, name: str) -> None:
     method = {"name": name, "rank": 2}
     alone = runs.run(**SECTIONS, method=method, simulation={"workers": 0, "cohort_size": 1})
     together = runs.run(**SECTIONS, method=method, simulation={"workers": 0, "cohort_size": 4})
@@ -80,7 +80,7 @@ def test_clients_trained_together_are_clients_trained_alone(runs: SmallRuns, nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_has_the_same_bits(runs: SmallRuns, name: str) -> None:
+def test_a_resumed_run_has_the_same_bits(runs: LlamaRuns, name: str) -> None:
     method = {"name": name, "rank": 2}
     whole, resumed = adapter(runs.run(**SECTIONS, method=method)), adapter(runs.run(**SECTIONS, method=method, stop=1))
     assert all(torch.equal(array, resumed[key]) for key, array in whole.items())

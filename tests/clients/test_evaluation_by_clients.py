@@ -18,12 +18,14 @@ from fedlora import simulate
 from fedlora.clients import client_app, evaluation, resources
 from fedlora.config import load_config
 from fedlora.data.tokens import prepare_data
-from fedlora.errors import InputError
+from fedlora.errors import ClientErrorCode, InputError
 from fedlora.methods import methods
 from fedlora.strategies.base import FederatedStrategy, get_strategy
-from fedlora.strategies.evaluation import read_sums
+from fedlora.strategies.evaluation import evaluating_clients, read_sums
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.replies import ReplyError
+from fedlora.strategies.server_app import resolve
+from fedlora.study.forecast import forecast
 from fedlora.tasks import get_task, tasks
 from fedlora.training.evaluation import statistics
 from tests import tiny
@@ -130,6 +132,20 @@ def of_sequences() -> list[str]:
     return found
 
 
+def sent_bytes(run: Path) -> dict[str, int]:
+    """Sum a run's payload by direction, evaluation left out; it must be the formula's in every row."""
+    rows = list(csv.DictReader((run / "communication.csv").open()))
+    training = [r for r in rows if not r["direction"].startswith("evaluate")]
+    assert [r for r in training if r["payload_bytes"] != r["formula_bytes"]] == []
+    return {way: sum(int(r["payload_bytes"]) for r in rows if r["direction"] == way) for way in FORECAST}
+
+
+def forecast_bytes(given: dict[str, Any] | Path) -> dict[str, int]:
+    """Return what a run is forecast to send, by direction."""
+    found = forecast(resolve(load_config(given)))
+    return {way: getattr(found, name) for way, name in FORECAST.items()}
+
+
 @pytest.mark.parametrize("name", of_sequences())
 def test_every_method_evaluates_what_its_round_made(
     name: str, models: dict[bool, Path], tmp_path: Path, union: list[dict[str, float]]
@@ -156,16 +172,8 @@ def test_every_method_evaluates_what_its_round_made(
         assert line["examples"] == expected["examples"]
         if is_one_model:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    data = prepare_data(load_config(given))
     for result in (whole, part):
-        planner = strategy(load_config(result.folder / "config.toml"))
-        planner.nodes = dict.fromkeys(range(3), 0)
-        planned = planner.planned(planner.server_model(data, "meta"))
-        rows = list(csv.DictReader((result.folder / "communication.csv").open()))
-        training = [r for r in rows if not r["direction"].startswith("evaluate")]
-        assert [r for r in training if r["payload_bytes"] != r["formula_bytes"]] == []
-        payload = {way: sum(int(r["payload_bytes"]) for r in rows if r["direction"] == way) for way in FORECAST}
-        assert payload == {way: getattr(planned, name) for way, name in FORECAST.items()}
+        assert sent_bytes(result.folder) == forecast_bytes(result.folder / "config.toml")
     assert (whole.folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
         part.folder / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
@@ -223,6 +231,40 @@ def test_a_share_of_the_clients_is_asked_by_seed(models: dict[bool, Path], tmp_p
     assert asked[0] == asked[1]
     assert len(asked[0]) == 4
     assert len({client for _, client in asked[0]}) > 1
+
+
+def test_clients_evaluate_whenever_the_server_does(models: dict[bool, Path], tmp_path: Path) -> None:
+    """And the forecast knows when that is: arrays that are sent once go to whoever is asked first for anything."""
+    given = content(
+        "regression",
+        models,
+        tmp_path,
+        data={"partition": {"clients": 8}},
+        method={"name": "ffa-lora"},
+        server={"evaluate_every": 2, "fraction_evaluate": 0.25, "fraction_train": 0.125},
+        run={"rounds": 3, "seed": 3},  # with this seed an evaluation after round 1 would ask one more client
+    )
+    result = simulate(given, output=tmp_path / "run")
+    rounds = [json.loads(line)["metrics"] for line in (result.folder / "rounds.jsonl").open()]
+    assert ["loss" in metrics for metrics in rounds] == [False, True, True]
+    assert ["clients" in metrics for metrics in rounds] == [False, True, True]
+    assert sent_bytes(result.folder) == forecast_bytes(given)
+
+
+def test_who_evaluates_depends_on_the_clients_numbers_and_refusals_alone() -> None:
+    def asked(order: tuple[int, ...], share: float) -> list[list[int]]:
+        made = get_strategy("fedit")(load_config(BASE, {"data.client_test": 0.3, "server.fraction_evaluate": share}))
+        made.nodes = {client: 100 - client for client in order}
+        made.evaluation.fail(2, ClientErrorCode.POLICY, "its owner does not allow it")
+        made.evaluation.fail(3, ClientErrorCode.FAILED, "once")
+        return [evaluating_clients(made, server_round) for server_round in range(1, 6)]
+
+    forwards, backwards = (0, 1, 2, 3, 4), (4, 3, 2, 1, 0)
+    assert asked(backwards, 1.0) == asked(forwards, 1.0) == [[0, 1, 3, 4]] * 5
+    some = asked(forwards, 0.4)
+    assert asked(backwards, 0.4) == some
+    assert all(len(clients) == 2 for clients in some)
+    assert {client for clients in some for client in clients} == {0, 1, 3, 4}
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(
@@ -329,8 +371,11 @@ def test_an_answer_is_a_number_for_every_statistic() -> None:
 def test_any_other_answer_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ReplyError):
         read_sums(answered(**{**GOOD, **change}), SHAPES)
-    with pytest.raises(ReplyError):
-        read_sums(Message(RecordDict(), reply_to=train_message(100)), SHAPES)
+    more = answered(**GOOD)
+    more.content["texts"] = MetricRecord({"length": 3})
+    for message in (more, Message(RecordDict(), reply_to=train_message(100))):
+        with pytest.raises(ReplyError, match="metrics and nothing else"):
+            read_sums(message, SHAPES)
 
 
 def test_a_wrong_answer_costs_its_client_its_place(

@@ -12,7 +12,7 @@ from fedlora.errors import InputError
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.server.sampling import ClientSampling, get_sampling
 from tests.configs import override
-from tests.llama_runs import OWNERS, SmallRuns, lines, payload
+from tests.llama_runs import OWNERS, LlamaRuns, lines, payload
 
 fractions = st.floats(0.01, 1)
 clients = st.sets(st.integers(0, 200), max_size=40)
@@ -80,7 +80,7 @@ def test_a_run_asks_those_who_were_drawn_and_the_forecast_knows_them(
     sampling: ClientSampling, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Some of these rounds have no client at all under Poisson sampling: they do not count, and the run goes on."""
-    runs = SmallRuns(tmp_path_factory.mktemp(sampling.name))
+    runs = LlamaRuns(tmp_path_factory.mktemp(sampling.name))
     sections = {"run": {"rounds": 5, "seed": 3}, "server": {"sampling": sampling.name, "fraction_train": 0.3}}
     result, expected = runs.run(**sections, stop=2), runs.forecast(**sections)
     drawn = [sampling.sample(range(OWNERS), server_round, 3, 0.3) for server_round in range(1, 6)]

@@ -27,7 +27,7 @@ from fedlora.results.folder import RunResult
 from fedlora.study.forecast import Forecast
 from tests import tiny
 from tests.configs import override
-from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload
+from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload
 
 shapes = st.dictionaries(st.text("abc.", max_size=4), st.lists(st.integers(0, 5), max_size=3).map(tuple), max_size=5)
 scales = st.floats(-6, 4).map(lambda exponent: 10.0**exponent)
@@ -198,8 +198,8 @@ PRIVATE = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
+    return LlamaRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def check_bytes(result: RunResult, expected: Forecast) -> None:
 
 @pytest.mark.parametrize("method", ["ffa-lora", "flexmore"])
 def test_a_run_sends_what_the_formula_counts_and_resumes_to_the_same_bits(
-    codec: Codec, method: str, runs: SmallRuns, sent: dict[str, set[tuple[str, str]]]
+    codec: Codec, method: str, runs: LlamaRuns, sent: dict[str, set[tuple[str, str]]]
 ) -> None:
     sections = {"method": {"name": method, "rank": 2}, "wire": {"codec": codec.name}, "run": {"rounds": 2, "seed": 3}}
     whole = runs.run(**sections)
@@ -245,7 +245,7 @@ def test_a_run_sends_what_the_formula_counts_and_resumes_to_the_same_bits(
         torch.testing.assert_close(array, plain[name], rtol=0, atol=0.05 * float(plain[name].abs().max()))
 
 
-def test_each_way_has_its_own(runs: SmallRuns) -> None:
+def test_each_way_has_its_own(runs: LlamaRuns) -> None:
     one = {"run": {"rounds": 2, "seed": 3}, "method": {"name": "fedit", "rank": 2}}
     whole, up, down = (
         runs.run(**one, wire=wire) for wire in ({}, {"uplink_codec": "int8"}, {"downlink_codec": "float16"})
@@ -255,7 +255,7 @@ def test_each_way_has_its_own(runs: SmallRuns) -> None:
     assert (payload(down, "down"), payload(down, "up")) == (payload(whole, "down") // 2, payload(whole, "up"))
 
 
-def test_rounding_comes_after_the_noise(codec: Codec, runs: SmallRuns) -> None:
+def test_rounding_comes_after_the_noise(codec: Codec, runs: LlamaRuns) -> None:
     """A ledger is charged alike whatever the codec."""
     found, plain = (
         runs.run(privacy=PRIVATE, wire=wire, run={"rounds": 2, "seed": 3}) for wire in ({"codec": codec.name}, {})
@@ -264,7 +264,7 @@ def test_rounding_comes_after_the_noise(codec: Codec, runs: SmallRuns) -> None:
     check_bytes(found, runs.forecast(privacy=PRIVATE, wire={"codec": codec.name}, run={"rounds": 2, "seed": 3}))
 
 
-def test_a_users_own_strategy_knows_of_no_codec(codec: Codec, runs: SmallRuns) -> None:
+def test_a_users_own_strategy_knows_of_no_codec(codec: Codec, runs: LlamaRuns) -> None:
     """It averages float32 numbers, whatever travels."""
     one = {"run": {"rounds": 2, "seed": 3}, "wire": {"codec": codec.name}}
     own = runs.run(**one, strategy=lambda: flower.FedAvg(fraction_evaluate=0.0))
@@ -275,7 +275,7 @@ def test_a_users_own_strategy_knows_of_no_codec(codec: Codec, runs: SmallRuns) -
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_reply_in_another_codec_is_refused(own: bool, runs: SmallRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_in_another_codec_is_refused(own: bool, runs: LlamaRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs its client its place in the round, by the method itself and by a user's own strategy."""
     reply, codecs = client_app.run_codecs, {"int8": 0}
 

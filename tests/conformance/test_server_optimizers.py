@@ -20,7 +20,7 @@ from fedlora.registry import SERVER_OPTIMIZERS
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.server.optimizers import Arrays, ServerOptimizer, server_optimizer
 from tests.configs import override
-from tests.llama_runs import SmallRuns, adapter, lines
+from tests.llama_runs import LlamaRuns, adapter, lines
 from tests.messages import FakeGrid, train_message
 
 NAMES = SERVER_OPTIMIZERS.names()
@@ -112,17 +112,25 @@ def test_arrays_of_other_rounds_stay_out_of_a_step(name: str) -> None:
     assert torch.equal(current[first], other[first])
 
 
-FLOWERS = {
-    "fedavgm": lambda: flower.FedAvgM(server_learning_rate=0.7, server_momentum=0.5, fraction_evaluate=0.0),
-    "fedadam": lambda: flower.FedAdam(eta=0.7, beta_1=0.8, beta_2=0.95, tau=0.01, fraction_evaluate=0.0),
-    "fedyogi": lambda: flower.FedYogi(eta=0.7, beta_1=0.8, beta_2=0.95, tau=0.01, fraction_evaluate=0.0),
+FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
+    "fedavgm": (flower.FedAvgM, {"server_learning_rate": 0.7, "server_momentum": 0.5}),
+    "fedadam": (flower.FedAdam, {"eta": 0.7, "beta_1": 0.8, "beta_2": 0.95, "tau": 0.01}),
+    "fedyogi": (flower.FedYogi, {"eta": 0.7, "beta_1": 0.8, "beta_2": 0.95, "tau": 0.01}),
+    "fedadagrad": (flower.FedAdagrad, {"eta": 0.7, "tau": 0.01}),
 }
+"""Flower's strategies by our names, and settings that are not their defaults."""
 
 
+@pytest.mark.parametrize("by_default", [False, True])
 @pytest.mark.parametrize("name", FLOWERS)
-def test_it_does_as_flowers_own_strategy_over_rounds(name: str) -> None:
-    mine = make(name, learning_rate=0.7, momentum=0.5, beta_1=0.8, beta_2=0.95, tau=0.01)
-    theirs, current = FLOWERS[name](), drawn(0)
+def test_it_does_as_flowers_own_strategy_over_rounds(name: str, by_default: bool) -> None:
+    kind, settings = FLOWERS[name]
+    if by_default:
+        # Flower's own FedAvgM has no momentum unless it is asked for.
+        mine, theirs = make(name), kind(**({"server_momentum": 0.9} if name == "fedavgm" else {}))
+    else:
+        mine, theirs = make(name, learning_rate=0.7, momentum=0.5, beta_1=0.8, beta_2=0.95, tau=0.01), kind(**settings)
+    current = drawn(0)
     for number in range(1, 5):
         arrays = ArrayRecord({key: Array(array.numpy()) for key, array in current.items()})
         theirs.configure_train(number, arrays, ConfigRecord(), FakeGrid(lambda message: None))
@@ -181,12 +189,12 @@ def test_other_names_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
+    return LlamaRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: SmallRuns) -> None:
+def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: LlamaRuns) -> None:
     sections = {"method": {"name": "fedit", "rank": 2}, "server": {"optimizer": name, "learning_rate": 0.5}}
     whole, resumed = runs.run(**sections), runs.run(**sections, stop=2)
     assert equal(adapter(whole), adapter(resumed))
@@ -195,7 +203,7 @@ def test_it_steps_in_a_run_which_resumes_to_the_same_bits(name: str, runs: Small
     assert equal(adapter(whole), adapter(plain)) == (name == "fedavg")
 
 
-def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: SmallRuns) -> None:
+def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: LlamaRuns) -> None:
     """Half of the step is half way from the start, where B is zero, to the mean."""
     method, once = {"name": "ffa-lora", "rank": 2}, {"rounds": 1, "seed": 3}
     mean = adapter(runs.run(run=once, method=method))
@@ -205,6 +213,6 @@ def test_the_first_round_of_a_run_is_a_step_along_the_mean(runs: SmallRuns) -> N
         torch.testing.assert_close(half[key], scale * array, rtol=1e-6, atol=0)
 
 
-def test_a_users_own_strategy_is_in_its_place(runs: SmallRuns) -> None:
+def test_a_users_own_strategy_is_in_its_place(runs: LlamaRuns) -> None:
     with pytest.raises(InputError, match=r"server\.optimizer = 'fedadam': has no use beside FedAvg"):
         runs.run(server={"optimizer": "fedadam"}, strategy=lambda: flower.FedAvg(fraction_evaluate=0.0))

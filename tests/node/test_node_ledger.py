@@ -347,16 +347,17 @@ def test_a_damaged_ledger_is_what_it_was_or_one_line(tmp_path: Path) -> None:
     for number in range(3):
         take(ledger, str(number), 1, 2, plan(sigma=2.0))
     good, history = (whole / "ledger.sqlite").read_bytes(), ledger.history()
+    used = [place for place, byte in enumerate(good) if byte]  # a flip in an empty page changes nothing
     refused = 0
     for seed in range(120):
         rng = random.Random(seed)
         folder = tmp_path / str(seed)
         folder.mkdir()
-        place = rng.randrange(len(good))
+        place = rng.choice(used)
         flipped = good[:place] + bytes([good[place] ^ (1 << rng.randrange(8))]) + good[place + 1 :]
         (folder / "ledger.sqlite").write_bytes(flipped if seed % 4 else good[:place])
         try:
             assert NodeLedger(folder, POLICY).history() == history
         except InputError as error:
             refused += len(str(error).splitlines()) == 1
-    assert 10 < refused < 120
+    assert 60 < refused < 120

@@ -20,8 +20,9 @@ from fedlora.privacy.calibration import plan_privacy, spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.training import cohort
-from tests.llama_runs import OWNERS, SmallRuns, adapter, lines, payload, table
+from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload, table
 from tests.messages import FIRST_NODE, FakeGrid, records
+from tests.packages import lay_package
 
 METHOD = '''
 """The clients' gradients of B are summed, the server steps along them, and both factors are trained from there."""
@@ -99,22 +100,18 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
     folder = tmp_path_factory.mktemp("two-passes")
-    about = folder / "site" / "two_passes-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: two_passes\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[fedlora.methods]\ntwo-passes = two_passes:TwoPasses\n")
-    (folder / "site" / "two_passes.py").write_text(METHOD)
+    lay_package(folder / "site", "two_passes", {"fedlora.methods": {"two-passes": "two_passes:TwoPasses"}}, METHOD)
     (folder / "runs").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder / "site"))
         forget_methods()
-        yield SmallRuns(folder / "runs")
+        yield LlamaRuns(folder / "runs")
     forget_methods()
 
 
-def test_each_exchange_is_metered_and_forecast_by_itself(runs: SmallRuns) -> None:
+def test_each_exchange_is_metered_and_forecast_by_itself(runs: LlamaRuns) -> None:
     result, expected = runs.run(**SECTIONS), runs.forecast(**SECTIONS)
     assert all(line["counted"] and not line["failed"] for line in lines(result))
     rows = [row for row in table(result, "communication.csv") if row["round"] == "1" and row["client"] == "0"]
@@ -126,7 +123,7 @@ def test_each_exchange_is_metered_and_forecast_by_itself(runs: SmallRuns) -> Non
     assert expected.steps == ROUNDS * OWNERS * (1 + STEPS)
 
 
-def test_the_first_exchange_sums_gradients_and_the_second_starts_from_its_result(runs: SmallRuns) -> None:
+def test_the_first_exchange_sums_gradients_and_the_second_starts_from_its_result(runs: LlamaRuns) -> None:
     """The gap is to the gradient on all examples, pooled: clients weigh by their examples."""
     result = runs.run(**SECTIONS)
     assert result.summary["gap"] < 1e-6
@@ -134,7 +131,7 @@ def test_the_first_exchange_sums_gradients_and_the_second_starts_from_its_result
     assert any(not torch.equal(array, adapter(plain)[name]) for name, array in adapter(result).items())
 
 
-def test_a_resumed_run_has_the_same_bits(runs: SmallRuns) -> None:
+def test_a_resumed_run_has_the_same_bits(runs: LlamaRuns) -> None:
     whole, resumed = runs.run(**SECTIONS), runs.run(**SECTIONS, stop=1)
     found, again = adapter(whole), adapter(resumed)
     assert all(torch.equal(array, again[name]) for name, array in found.items())
@@ -142,7 +139,7 @@ def test_a_resumed_run_has_the_same_bits(runs: SmallRuns) -> None:
 
 
 def test_a_round_whose_second_exchange_gives_nothing_leaves_no_trace(
-    runs: SmallRuns, monkeypatch: pytest.MonkeyPatch
+    runs: LlamaRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model, moments, and who replied are those of before the round; what clients spent in it stays spent."""
     method: Any = get_method("two-passes")
@@ -163,7 +160,7 @@ def test_a_round_whose_second_exchange_gives_nothing_leaves_no_trace(
     assert {(name.rpartition(".")[2], taken) for name, taken in steps.items()} == {("lora_A", 2), ("lora_B", 4)}
 
 
-def test_each_exchange_is_charged_by_itself(runs: SmallRuns) -> None:
+def test_each_exchange_is_charged_by_itself(runs: LlamaRuns) -> None:
     """The noise is calibrated for the steps of both, and the target is used up by them."""
     privacy = {"mode": "example", "target_epsilon": 8.0, "target_delta": 1e-3}
     sections = {**SECTIONS, "privacy": privacy, "client": {"local_steps": STEPS, "batch_size": 4}}
@@ -178,7 +175,7 @@ def test_each_exchange_is_charged_by_itself(runs: SmallRuns) -> None:
     assert plan_privacy(config, 18).steps == ROUNDS * (1 + STEPS)
 
 
-def test_the_noise_of_one_exchange_is_not_that_of_the_other(runs: SmallRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noise_of_one_exchange_is_not_that_of_the_other(runs: LlamaRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise in both, whoever has both could subtract it."""
     drawn: list[bytes] = []
 
@@ -193,7 +190,7 @@ def test_the_noise_of_one_exchange_is_not_that_of_the_other(runs: SmallRuns, mon
     assert len(drawn) == len(set(drawn)) == 2 * ROUNDS * OWNERS
 
 
-def test_a_reply_to_another_exchange_of_the_round_does_not_count(runs: SmallRuns) -> None:
+def test_a_reply_to_another_exchange_of_the_round_does_not_count(runs: LlamaRuns) -> None:
     strategy = get_method("two-passes")(runs.config(**SECTIONS))
     assert isinstance(strategy, FederatedStrategy)
     arrays = {"x.lora_A": torch.zeros(2, 3), "x.lora_B": torch.zeros(4, 2)}
@@ -213,12 +210,12 @@ def test_a_reply_to_another_exchange_of_the_round_does_not_count(runs: SmallRuns
 
 
 @pytest.mark.parametrize("number", [0, 3, -1])
-def test_a_client_refuses_an_exchange_that_there_is_not(runs: SmallRuns, number: int) -> None:
+def test_a_client_refuses_an_exchange_that_there_is_not(runs: LlamaRuns, number: int) -> None:
     with pytest.raises(StaleError, match="no exchange"):
         _exchange(runs.config(**SECTIONS), asking(1, number))
 
 
-def test_a_nodes_ledger_counts_exchanges(runs: SmallRuns) -> None:
+def test_a_nodes_ledger_counts_exchanges(runs: LlamaRuns) -> None:
     """It takes each once, and none after a later one."""
     config = runs.config(**SECTIONS)
     assert [_turn(config, asking(r, e)) for r in (1, 2) for e in (1, 2)] == [1, 2, 3, 4]
@@ -234,6 +231,6 @@ def asking(server_round: int, exchange: int) -> Message:
     return Message(RecordDict({"arrays": encode({}), "config": settings}), FIRST_NODE, "train")
 
 
-def test_a_strategy_that_knows_no_exchanges_cannot_run_them(runs: SmallRuns) -> None:
+def test_a_strategy_that_knows_no_exchanges_cannot_run_them(runs: LlamaRuns) -> None:
     with pytest.raises(InputError, match="cannot run the rounds of two-passes"):
         runs.run(**SECTIONS, strategy=lambda: FedAvg(fraction_evaluate=0.0))

@@ -9,7 +9,7 @@ import torch
 
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.strategies.fedex_lora import FedExLoRA
-from tests.llama_runs import SmallRuns, adapter, payload, table
+from tests.llama_runs import LlamaRuns, adapter, payload, table
 
 SECTIONS: dict[str, dict[str, Any]] = {"run": {"rounds": 3, "seed": 3}, "method": {"name": "fedex-lora", "rank": 1}}
 
@@ -46,15 +46,15 @@ class Forgetful(FedExLoRA):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("state"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
+    return LlamaRuns(tmp_path_factory.mktemp("state"))
 
 
-def strategy(runs: SmallRuns, kind: type[FederatedStrategy]) -> Any:
+def strategy(runs: LlamaRuns, kind: type[FederatedStrategy]) -> Any:
     return lambda: kind(runs.config(**SECTIONS))
 
 
-def test_the_formula_knows_who_replied_to_a_strategy_that_is_no_subclass_of_the_method(runs: SmallRuns) -> None:
+def test_the_formula_knows_who_replied_to_a_strategy_that_is_no_subclass_of_the_method(runs: LlamaRuns) -> None:
     whole = runs.run(**SECTIONS, strategy=strategy(runs, SameRounds))
     assert payload(whole, "down") == payload(runs.run(**SECTIONS), "down")
     resumed = runs.run(**SECTIONS, strategy=strategy(runs, SameRounds), stop=2)
@@ -63,6 +63,6 @@ def test_the_formula_knows_who_replied_to_a_strategy_that_is_no_subclass_of_the_
 
 
 @pytest.mark.parametrize(("stop", "kept"), [(1, True), (2, False)])
-def test_tensors_that_a_strategy_dropped_do_not_come_back(runs: SmallRuns, stop: int, kept: bool) -> None:
+def test_tensors_that_a_strategy_dropped_do_not_come_back(runs: LlamaRuns, stop: int, kept: bool) -> None:
     runs.run(**SECTIONS, strategy=strategy(runs, Forgetful), stop=stop)
     assert Forgetful.restored is kept
