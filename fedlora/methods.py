@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 import re
 from collections import defaultdict
@@ -129,8 +128,7 @@ class Method:
     @classmethod
     def has_one_exchange(cls) -> bool:
         """Whether every round has one exchange, so that an exchange is known by its round alone."""
-        # Of two bound class methods only the functions can be one.
-        return inspect.getattr_static(cls, "exchanges") is inspect.getattr_static(Method, "exchanges")
+        return cls.exchanges.__func__ is Method.exchanges.__func__  # type: ignore[attr-defined]
 
     @classmethod
     def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:

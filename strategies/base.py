@@ -406,18 +406,22 @@ class FederatedStrategy(Method, Strategy):
 
         def formula(server_round: int, client: int, direction: str) -> int:
             contact = Contact(server_round, client, parts.since.get(client), self.replied, self.exchange)
-            return self.payload_bytes(sizes, contact)[direction]
+            return self._direction_bytes(self.payload(sizes, contact), client, direction)
 
         return formula
 
     def payload_bytes(self, sizes: Sizes, contact: Contact) -> dict[str, int]:
         """Return the formula in bytes, by direction: lossless but for what comes down, and goes up, in every round."""
-        numbers, codecs = self.payload(sizes, contact), self.codecs
-        return {
-            "initial": self._bytes(numbers.initial, {}, codecs.once),
-            "down": self._bytes(numbers.down, self.down_shapes(contact.client), codecs.down),
-            "up": self._bytes(numbers.up, self.client_shapes(contact.client), codecs.up),
-        }
+        numbers = self.payload(sizes, contact)
+        directions = ("initial", "down", "up")
+        return {direction: self._direction_bytes(numbers, contact.client, direction) for direction in directions}
+
+    def _direction_bytes(self, numbers: Payload, client: int, direction: str) -> int:
+        if direction == "down":
+            return self._bytes(numbers.down, self.down_shapes(client), self.codecs.down)
+        if direction == "up":
+            return self._bytes(numbers.up, self.client_shapes(client), self.codecs.up)
+        return self._bytes(numbers.initial, {}, self.codecs.once)
 
     def _bytes(self, numbers: int, shapes: Shapes, codec: Codec) -> int:
         """Return the bytes of so many numbers, if there are any; among them are arrays that the codec encodes."""
@@ -495,7 +499,9 @@ class FederatedStrategy(Method, Strategy):
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
         common = recode(common, self.codecs.once, self.codecs.down)
         self._sent = self.arrays if common is arrays else self.arrays | self.codecs.down.decode(common)
+        group = group_of(server_round, self.exchange)
         records: dict[Hashable, ArrayRecord] = {}
+        contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
         for client in self.report.clients:
             key, record = None, common
@@ -505,11 +511,13 @@ class FederatedStrategy(Method, Strategy):
                 if key not in records:
                     records[key] = self.codecs.down.encode(part)
                 record = records[key]
-            settings = ConfigRecord({**config, **self.client_settings(client, server_round)})
+            settings = self.client_settings(client, server_round)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
-            content, group = RecordDict({"arrays": record, "config": settings}), group_of(server_round, self.exchange)
-            messages.append(Message(content, self.nodes[client], MessageType.TRAIN, group_id=group))
+            same = (key, tuple(sorted(settings.items())))
+            if same not in contents:
+                contents[same] = RecordDict({"arrays": record, "config": ConfigRecord({**config, **settings})})
+            messages.append(Message(contents[same], self.nodes[client], MessageType.TRAIN, group_id=group))
         return messages
 
     def aggregate_train(

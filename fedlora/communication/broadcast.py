@@ -68,11 +68,14 @@ class Broadcast(GridDecorator):
         self.parts, self.clients, self.dtype = parts, clients, dtype
         self.wanted: Collection[str] = (INITIAL,)
         self._encoded: dict[tuple[str, str, str], ArrayRecord] = {}
+        self._held = ConfigRecord()
+        self._completed: dict[int, tuple[RecordDict, RecordDict]] = {}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send with what is missing, and pass the replies on as they come."""
         current = self.parts.versions(self.wanted)
         self._encoded = {key: record for key, record in self._encoded.items() if current.get(key[0]) == key[1]}
+        self._held, self._completed = ConfigRecord(self._about(current)), {}
         outgoing = [self._complete(message, current) for message in messages]
         by_node = {message.metadata.dst_node_id: message for message in outgoing}
         forgotten = []
@@ -99,17 +102,27 @@ class Broadcast(GridDecorator):
         if not current:
             self.parts.sent(client, self.wanted, server_round)
             return message
-        about: dict[str, Any] = {**current}
-        about |= {KEY + part: chain.key for part, chain in self.parts.chains.items() if part in current}
+        held = self._held
         records: dict[str, ArrayRecord] = {}
-        for part, piece in self.parts.missing(client, self.wanted).items():
-            if piece.after:
-                about[AFTER + part] = piece.after
+        missing = self.parts.missing(client, self.wanted)
+        if after := {AFTER + part: piece.after for part, piece in missing.items() if piece.after}:
+            held = ConfigRecord(self._about(current) | after)
+        for part, piece in missing.items():
             records[record_key(part, piece.made)] = self._record(part, current[part], piece)
         self.parts.sent(client, self.wanted, server_round)
         # The content may be one object shared by all of a round's messages, so it is not changed in place.
-        message.content = RecordDict({**message.content, HELD: ConfigRecord(about), **records})
+        before = message.content
+        if missing:
+            message.content = RecordDict({**before, HELD: held, **records})
+        else:
+            if id(before) not in self._completed:
+                self._completed[id(before)] = before, RecordDict({**before, HELD: held})
+            message.content = self._completed[id(before)][1]
         return message
+
+    def _about(self, current: Mapping[str, str]) -> dict[str, Any]:
+        """Return the versions of parts, with the keys of chains; most clients of a round need know no more."""
+        return {**current, **{KEY + part: c.key for part, c in self.parts.chains.items() if part in current}}
 
     def _record(self, part: str, version: str, piece: Piece) -> ArrayRecord:
         """Encode a piece once, however many clients lack it."""

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -195,7 +196,13 @@ def run_codecs(config: Config) -> RunCodecs:
     lossless = "float64" if config.model.dtype == "float64" else "float32"
     both = config.wire.codec or lossless
     down, up = config.wire.downlink_codec or both, config.wire.uplink_codec or both
-    return RunCodecs(get_codec(down), get_codec(up), get_codec(lossless))
+    return _codecs(down, up, lossless)
+
+
+@lru_cache(maxsize=8)
+def _codecs(down: str, up: str, once: str) -> RunCodecs:
+    """Look codecs up once, and not for every message."""
+    return RunCodecs(get_codec(down), get_codec(up), get_codec(once))
 
 
 def recode(record: ArrayRecord, source: Codec, target: Codec) -> ArrayRecord:
