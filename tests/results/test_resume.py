@@ -314,10 +314,10 @@ def test_other_data_or_another_model_is_one_line(runs: Runs, tmp_path: Path, cha
 def test_other_packages_are_told(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = runs.copy(tmp_path / "run")
     monkeypatch.setattr(
-        "fedlora.strategies.summary._version", lambda package: "0.1" if package == "torch" else version(package)
+        "fedlora.strategies.summary._version", lambda package: "0.1" if package == "opacus" else version(package)
     )
     (note,) = runs.go_on(folder)
-    assert note == f"torch was {version('torch')} when the run began and is 0.1 now; the last bits may differ"
+    assert note == f"opacus was {version('opacus')} when the run began and is 0.1 now; the last bits may differ"
     assert note in (folder / "run.log").read_text()
 
 
