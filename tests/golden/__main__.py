@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,8 @@ def interrupted_after_a_round(output: Path) -> Iterator[None]:
                 return _thread.interrupt_main()
 
     watcher = threading.Thread(target=watch)
+    # Shells let what runs in the background ignore Ctrl-C, and children inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher.start()
     try:
         yield
@@ -152,6 +155,7 @@ def interrupted_after_a_round(output: Path) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGINT, handler)
     raise RuntimeError("the run ended before it was interrupted")
 
 
