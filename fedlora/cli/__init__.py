@@ -158,13 +158,20 @@ def study(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, studies, or folders of runs.")],
     output: Annotated[Path | None, typer.Option(help="The report's folder; the first DIR by default.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COST=LIMIT", help="Tell the best score for a budget, such as bytes=1e6 or epsilon=3."),
+    ] = None,
+    target: Annotated[list[float] | None, typer.Option(help="Tell what reaching this score cost, such as 0.8.")] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
     from fedlora.reporting import write_report
+    from fedlora.reporting.budgets import Questions
 
     command = shlex.join(["fedlora", *sys.argv[1:]])
+    questions = Questions(_budgets(budget or []), target or [])
     with writes_to(output or folders[0]):
-        page, comparison = write_report(folders, output, command)
+        page, comparison = write_report(folders, output, command, questions)
     for run in comparison.unfinished:
         typer.echo(f"left out, not finished: {run.folder}")
     for duplicate in comparison.duplicates:
@@ -205,6 +212,18 @@ def assets(
         row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
         table.add_row(f"asset:{name}", *row)
     console.print(table)
+
+
+def _budgets(pairs: list[str]) -> dict[str, list[float]]:
+    """Read ``COST=LIMIT`` pairs."""
+    found: dict[str, list[float]] = {}
+    for pair in pairs:
+        name, _, limit = pair.partition("=")
+        try:
+            found.setdefault(name.strip(), []).append(float(limit))
+        except ValueError:
+            raise InputError("--budget", pair, "write COST=LIMIT, for example bytes=1e6") from None
+    return found
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
