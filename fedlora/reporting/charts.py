@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedlora.communication.links import PROFILES
+from fedlora.reporting.budgets import COSTS, MeanStep, front, has_validation, is_personalised, mean_steps
 from fedlora.reporting.comparison import (
     Comparison,
     Group,
@@ -52,6 +53,8 @@ class Series:
         Marker sizes, in points.
     flat : bool
         Draw markers as horizontal strokes, for values of a formula.
+    step : bool
+        Join the points by steps: a value holds until the next point.
     """
 
     method: str | None
@@ -69,6 +72,7 @@ class Series:
     strong: list[bool] | None = None
     sizes: list[float] | None = None
     flat: bool = False
+    step: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,9 @@ def charts(comparison: Comparison) -> list[Chart]:
         score_by_epsilon,
         score_by_bytes,
         pareto_front,
+        front_by_bytes,
+        front_by_epsilon,
+        front_by_seconds,
         score_by_round,
         score_by_network,
         bytes_by_round,
@@ -262,6 +269,68 @@ def pareto_front(comparison: Comparison) -> Chart:
         "Pale: another is. By the means alone: seeds may change places. " + _size_note(comparison)
     )
     return Chart("pareto", f"Pareto front of {comparison.score_title}, epsilon and bytes", caption, [panel])
+
+
+def front_by_bytes(comparison: Comparison) -> Chart:
+    """Best score so far against the bytes spent so far, a panel a level of privacy."""
+    return _fronts(comparison, "front-bytes", "bytes", "bytes")
+
+
+def front_by_epsilon(comparison: Comparison) -> Chart:
+    """Best score so far against the epsilon spent so far, of all private runs."""
+    return _fronts(comparison, "front-epsilon", "epsilon", "epsilon")
+
+
+def front_by_seconds(comparison: Comparison) -> Chart:
+    """Best score so far against the seconds spent so far, a panel a level of privacy."""
+    return _fronts(comparison, "front-seconds", "seconds", "time")
+
+
+def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
+    """Draw what each budget of a cost buys: the points that no other dominates, joined by steps."""
+    by_panel: dict[tuple[bool, str], dict[str, list[MeanStep]]] = defaultdict(lambda: defaultdict(list))
+    for level in comparison.privacy_levels:
+        for group in comparison.groups:
+            if group.privacy == level and (found := mean_steps(group, cost)):
+                by_panel[is_personalised(group), "" if cost == "epsilon" else level][group.method] += found
+    panels = []
+    for (personalised, level), by_method in sorted(by_panel.items(), key=lambda item: item[0][0]):
+        own = "clients' own models" if personalised else ""
+        title = " · ".join(part for part in (level if len(by_panel) > 1 else "", own) if part)
+        form = {"x_form": COSTS[cost].form, "x_log": cost != "epsilon"}
+        series = _front_series(comparison, by_method, cost)
+        panels.append(_score_panel(comparison, title, COSTS[cost].title, cost, series, **form))
+    validated = all(map(has_validation, comparison.runs))
+    by = "the validation examples" if validated else "its test score, which flatters every method alike"
+    caption = (
+        f"A method's steps: the best {comparison.score_title} for what was spent so far, over all its configurations. "
+        f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "
+        f"run is chosen by {by}."
+    )
+    return Chart(name, f"Best {comparison.score_title} for a budget of {words}", caption, panels)
+
+
+def _front_series(comparison: Comparison, by_method: dict[str, list[MeanStep]], cost: str) -> list[Series]:
+    maximize, form = comparison.task.maximize, comparison.task.form(comparison.score)
+
+    def on_front(found: list[MeanStep]) -> list[MeanStep]:
+        return [found[i] for i in front([(step.cost, step.score.mean) for step in found], maximize)]
+
+    def hover(step: MeanStep) -> str:
+        shown = format_value(step.cost, COSTS[cost].form)
+        return f"{step.group.name}\nround {step.round}, {cost} {shown}\n{with_interval(step.score, form)}"
+
+    def series(method: str | None, label: str, found: list[MeanStep]) -> Series:
+        x, y = [step.cost for step in found], [step.score.mean for step in found]
+        of = [step.group.name for step in found]
+        return Series(method, label, x, y, list(map(hover, found)), of, line=True, step=True)
+
+    best = on_front([step for found in by_method.values() for step in found])
+    drawn = [replace(series(None, "best of all", best), markers=False)] if len(by_method) > 1 else []
+    for method, found in by_method.items():
+        own = on_front(found)
+        drawn.append(replace(series(method, method, own), strong=[step in best for step in own]))
+    return drawn
 
 
 def score_by_round(comparison: Comparison) -> Chart:

@@ -300,12 +300,18 @@ def network_names(run: FinishedRun) -> list[str]:
 
 def network_seconds(run: FinishedRun, name: str) -> list[float]:
     """Simulated network seconds of each round under a link profile, with links drawn from the run's seed."""
+    return list(network_by_round(run, name).values())
+
+
+def network_by_round(run: FinishedRun, name: str) -> dict[int, float]:
+    """Return the same by the number of the round."""
     profile = network_profile(run.config.network) if name == "config" else PROFILES[name]
     assert profile is not None
     by_round: dict[int, list[Any]] = defaultdict(list)
     for row in run.messages:
         by_round[row.round].append(row)
-    return [round_network(rows, profile, link_seed(run.config))["seconds"] for _, rows in sorted(by_round.items())]
+    seed = link_seed(run.config)
+    return {number: round_network(rows, profile, seed)["seconds"] for number, rows in sorted(by_round.items())}
 
 
 def group_epsilon(group: Group) -> float:

@@ -75,7 +75,8 @@ def _draw_series(axes: Axes, series: Series) -> None:
     style = style_of(series.method or "")
     dash = DASHES[series.variant % len(DASHES)][0]
     if series.line:
-        axes.plot(series.x, series.y, color=style.colour, linestyle=dash, linewidth=1.4)
+        shape = "steps-post" if series.step else "default"
+        axes.plot(series.x, series.y, color=style.colour, linestyle=dash, linewidth=1.4, drawstyle=shape)
     known = [
         (x, y, low, high)
         for x, y, low, high in zip(series.x, series.y, series.low or [], series.high or [], strict=False)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
+from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
 from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities, quantity_form
 from fedlora.reporting.plotly_charts import plot
@@ -24,7 +25,13 @@ from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 _NAMES = ("model.name", "data.name")
 
 
-def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies: Sequence[StudyResults] = ()) -> str:
+def page(
+    comparison: Comparison,
+    charts: Sequence[Chart],
+    command: str,
+    studies: Sequence[StudyResults] = (),
+    answers: Sequence[Answers] = (),
+) -> str:
     """Return the content of report.html.
 
     Parameters
@@ -36,6 +43,8 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
         The command that wrote the report.
     studies : sequence of StudyResults
         Studies among the folders, for their tuning and failed runs.
+    answers : sequence of Answers
+        To budgets and targets.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
@@ -64,6 +73,9 @@ def page(comparison: Comparison, charts: Sequence[Chart], command: str, studies:
         profiles=PROFILES,
         machines=_machines(comparison.runs),
         studies=studies,
+        answers=answers,
+        score_cell=_score_cell,
+        cost_cell=_cost_cell,
         value=format_value,
         command=command,
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
@@ -239,6 +251,25 @@ def _cell(group: Group, quantity: str) -> Markup:
     if quantity in (group.task.primary, "client_min"):
         return mean_number(group, quantity)
     return number(group.name, f"{quantity}.mean", group.means[quantity].mean, quantity_form(group.task, quantity))
+
+
+def _score_cell(row: BudgetRow) -> Markup:
+    """Show the score that a budget buys."""
+    name = f"budget.{row.cost.name}.{row.budget:g}"
+    return _mean_cell(row.group, name, row.score, row.group.task.form(row.group.task.primary))
+
+
+def _cost_cell(row: TargetRow) -> Markup:
+    """Show what reaching a target cost."""
+    return _mean_cell(row.group, f"target.{row.target:g}.{row.cost.name}", row.mean, row.cost.form)
+
+
+def _mean_cell(group: Group, quantity: str, mean: Mean | None, form: str) -> Markup:
+    if mean is None:
+        return Markup("–")
+    shown = number(group.name, f"{quantity}.mean", mean.mean, form)
+    half = "" if mean.half is None else number(group.name, f"{quantity}.half", mean.half, form)
+    return Markup('{} <span class="half">± {}</span>').format(shown, half) if half else shown
 
 
 def _machines(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

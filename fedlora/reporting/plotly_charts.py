@@ -56,7 +56,12 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "y": _finite(series.y),
         "customdata": [html.escape(text, quote=False).replace("\n", "<br>") for text in series.hover],
         "hovertemplate": "%{customdata}<extra></extra>",
-        "line": {"color": style.colour, "dash": DASHES[series.variant % len(DASHES)][1], "width": 2},
+        "line": {
+            "color": style.colour,
+            "dash": DASHES[series.variant % len(DASHES)][1],
+            "width": 2,
+            **({"shape": "hv"} if series.step else {}),
+        },
         "marker": {
             "color": style.colour,
             "symbol": "line-ew-open" if series.flat else style.marker.plotly + ("-open" if series.variant % 2 else ""),

@@ -88,6 +88,7 @@ class Summary(_Content):
     communication: Communication
     seconds: dict[str, float]
     environment: Environment
+    personalised: bool = False
 
 
 class RoundLine(_Content):
@@ -96,6 +97,7 @@ class RoundLine(_Content):
     round: Count
     metrics: dict[str, Any]
     drift: float | None = None
+    seconds: dict[str, float] = {}
 
     def score(self, name: str) -> float | None:
         """Return a metric, where this round has it as a number."""
@@ -112,6 +114,13 @@ class MessageLine(_Content):
     payload_bytes: Count
     message_bytes: Count
     formula_bytes: Count
+
+
+class PrivacyLine(_Content):
+    """A line of privacy.csv: what a client had spent after a round that it took part in."""
+
+    round: Count
+    epsilon: Annotated[float, Field(ge=0), _no_bound] = math.inf
 
 
 class ClientLine(_Content):
@@ -146,7 +155,7 @@ class FinishedRun:
         Metrics of the final model: those of its task, and the loss.
     rounds : list of RoundLine
     messages : list of MessageLine
-    clients, partition : list
+    clients, partition, privacy : list
         Empty where the run did not write them.
     """
 
@@ -159,6 +168,7 @@ class FinishedRun:
     messages: list[MessageLine]
     clients: list[ClientLine]
     partition: list[PartitionLine]
+    privacy: list[PrivacyLine]
 
     @property
     def task(self) -> Task:
@@ -283,7 +293,7 @@ def _read(path: Path, name: str) -> FinishedRun:
     scores = _scores(path, summary.final, task)
     optional: dict[str, Any] = {
         field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []
-        for field, line in (("clients", _client_line(task)), ("partition", PartitionLine))
+        for field, line in (("clients", _client_line(task)), ("partition", PartitionLine), ("privacy", PrivacyLine))
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
     return FinishedRun(name, path, config, summary, scores, lines, messages, **optional)

@@ -65,12 +65,20 @@ class Tuning(_Content):
     groups: list[TunedGroup]
 
 
+class Asked(_Content):
+    """``[report]`` of the study: budgets and targets to answer for."""
+
+    budgets: dict[str, list[float]] = {}
+    targets: list[float] = []
+
+
 class StudyState(_Content):
     """study.json."""
 
     name: str
     points: list[Point]
     tuning: Tuning | None = None
+    report: Asked = Asked()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,12 @@ DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 
 
 def style_of(name: str) -> Style:
-    """Return the style that a method declares, else one derived from its name, the same in every report."""
+    """Return the style that a method declares, else one derived from its name, the same in every report.
+
+    What belongs to no method ("") is grey.
+    """
+    if not name:
+        return Style(COLOURS["grey"], MARKERS["circle"])
     number = zlib.crc32(name.encode())
     colour = list(COLOURS.values())[number % len(COLOURS)]
     marker = list(MARKERS.values())[number // 7 % len(MARKERS)]

@@ -88,6 +88,29 @@ class BudgetSection(Section):
     memory_per_run: Annotated[float, Field(gt=0)] = 3.0
 
 
+class ReportSection(Section):
+    """``[report]``: what the study's report answers; changing it runs nothing again.
+
+    Attributes
+    ----------
+    budgets : dict of str to list of float
+        Which quality is there for a budget? Limits by cost: bytes, uplink_bytes, downlink_bytes, epsilon, seconds,
+        rounds, or seconds_NAME of a link profile.
+    targets : list of float
+        What does a quality cost? Values of the task's primary metric; a share as 0.8.
+    """
+
+    budgets: dict[str, Annotated[list[float], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Limits by cost (bytes, uplink_bytes, downlink_bytes, epsilon, seconds, rounds, seconds_PROFILE) "
+        "for which the report tells the best score.",
+    )
+    targets: list[float] = Field(
+        default_factory=list,
+        description="Values of the task's primary metric for which the report tells what reaching them cost.",
+    )
+
+
 class StudyConfig(Section):
     """A study: a base config, what varies, how values are tuned, and how many runs execute in parallel.
 
@@ -110,6 +133,7 @@ class StudyConfig(Section):
     draw: DrawSection | None = None
     tuning: TuningSection | None = None
     budget: BudgetSection = BudgetSection()
+    report: ReportSection = ReportSection()
 
     def to_toml(self) -> str:
         """Return the study as TOML, with its base config in it; it runs again as it is."""
@@ -205,6 +229,10 @@ def _check(study: StudyConfig, overrides: set[str]) -> None:
     if study.draw:
         for key, distribution in study.draw.distributions.items():
             _check_distribution(f"draw.distributions.{key}", distribution)
+    if study.report != ReportSection():
+        from fedlora.reporting.budgets import check_questions  # takes seconds
+
+        check_questions(study.report.budgets, study.report.targets, "report")
     tuning = study.tuning
     if tuning is None:
         return

@@ -74,6 +74,7 @@ class _Execution:
             "seconds": earlier,
             "points": [_entry(run, self.forecasts[run.folder]) for run in self.plan.runs],
             "tuning": _tuning_entry(self.plan, self.forecasts),
+            "report": self.plan.study.report.model_dump(),
         }
         self._earlier = earlier
         candidates = [run for group in self.plan.groups for _, run in group.candidates]

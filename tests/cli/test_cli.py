@@ -198,6 +198,8 @@ def test_assets_are_listed() -> None:
     done = fedlora("assets")
     assert done.code == 0
     assert all(f"asset:{name}" in done.out for name in ASSETS)
+    # With the size of its download.
+    assert re.search(r"asset:mpnet-base +model +405 MB", done.out)
 
 
 def test_a_fetched_asset_is_answered_with_its_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

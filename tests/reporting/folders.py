@@ -56,6 +56,7 @@ def make_run(
                 "metrics": values if server_round != 1 else {},
                 "train_loss": 0.5,
                 "drift": None if server_round == 2 else float(rng.uniform(0.5, 4)),
+                "seconds": {"train": 1.0 + number % 3, "communicate": 0.5, "aggregate": 0.25, "evaluate": 9.0},
                 "clients": list(range(CLIENT_COUNT)),
                 "failed": [],
             }
@@ -88,7 +89,12 @@ def make_run(
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_csv(path / "communication.csv", COMMUNICATION, rows)
-    write_csv(path / "privacy.csv", PRIVACY, [])
+    charged = [
+        (server_round, client, 5, 0.1, 1.0, epsilon * (server_round / ROUNDS) ** 0.5 * (1 - 0.1 * client), 1e-5)
+        for server_round in range(1, ROUNDS + 1)
+        for client in range(CLIENT_COUNT)
+    ]
+    write_csv(path / "privacy.csv", PRIVACY, charged if private else [])
     scores = [
         (c, int(rng.integers(5, 50)), float(rng.uniform(0.2, 1)), *([] if text else [float(rng.uniform(0.2, 1))]))
         for c in range(CLIENT_COUNT)

@@ -20,6 +20,7 @@ METHODS = methods()
 FIGURES = (
     *("score-epsilon", "score-bytes", "pareto", "score-rounds", "score-network"),
     *("bytes-rounds", "drift", "fairness", "partition"),
+    *("front-bytes", "front-epsilon", "front-seconds"),
 )
 
 

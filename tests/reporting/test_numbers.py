@@ -39,6 +39,7 @@ class Facts:
         self.messages = table(folder / "communication.csv")
         self.clients = table(folder / "clients.csv")
         self.partition = table(folder / "partition.csv")
+        self.charged = table(folder / "privacy.csv")
         self.seed = self.config["run"]["seed"]
         privacy = self.config["privacy"]
         self.level = "no privacy" if privacy["mode"] == "none" else f"ε {privacy['target_epsilon']:g}"
@@ -67,6 +68,19 @@ class Facts:
         for profile in ("lte", "broadband", "datacenter", *own):
             values[f"seconds_{profile}"] = self.network(profile)
         return {name: float(value) for name, value in values.items()}
+
+    def spent(self, cost: str, number: int) -> float:
+        """What was spent after a round."""
+        if cost == "bytes":
+            return float(sum(int(row["message_bytes"]) for row in self.messages if int(row["round"]) <= number))
+        if cost == "epsilon":
+            return max(float(row["epsilon"]) for row in self.charged if int(row["round"]) <= number)
+        of = [line["seconds"] for line in self.rounds[:number]]
+        return sum(s["train"] + s["communicate"] + s["aggregate"] for s in of)
+
+    def best(self, number: int) -> float:
+        """The best accuracy up to a round; round 1 has none."""
+        return max(line["metrics"]["accuracy"] for line in self.rounds[1:number])
 
     def network(self, profile: str) -> float:
         down, up, latency, sigma, sigma_latency = LINKS[profile]
@@ -284,6 +298,14 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
             lines = [run.rounds[x_round(x)] for run in groups[of]]
             values = [line["drift"] if chart == "drift" else line["metrics"]["accuracy"] for line in lines]
             expected = at_role(values, role)
+        elif chart.startswith("front-"):
+            # Which round it is, its cost tells.
+            runs = groups[of]
+            at = {n: float(np.mean([run.spent(quantities["x"], n) for run in runs])) for n in (2, 3)}
+            (number,) = (n for n, value in at.items() if value == pytest.approx(x, rel=1e-9))
+            expected = float(np.mean([run.best(number) for run in runs]))
+            assert trace["line"]["shape"] == "hv"
+            assert trace["meta"]["method"] in (None, runs[0].config["method"]["name"])
         elif chart == "fairness":
             curves = [np.quantile([float(row["accuracy"]) for row in run.clients], x) for run in groups[of]]
             expected = at_role(curves, role)
@@ -303,7 +325,7 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
         count[chart] += 1
     assert set(count) == {
         *("score-epsilon", "score-bytes", "pareto", "score-network", "score-rounds", "drift"),
-        *("fairness", "bytes-rounds", "partition"),
+        *("fairness", "bytes-rounds", "partition", "front-bytes", "front-epsilon", "front-seconds"),
     }
     assert count["score-epsilon"] == count["pareto"] == len(groups)
     assert count["score-bytes"] == 4 * len(groups)
