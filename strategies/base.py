@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import linear_shape
-from fedlora.adapters.parameterisations.lora import initial_factors
+from fedlora.adapters.parameterisations.lora import drawn_factors as drawn_factors
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
 from fedlora.communication.broadcast import group_of
@@ -698,14 +698,3 @@ def get_strategy(name: str) -> type[FederatedStrategy]:
     if not issubclass(method, FederatedStrategy):
         raise InputError("method.name", name, "is no strategy; let its class derive from FederatedStrategy")
     return method
-
-
-def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
-    """Draw the usual LoRA start for every layer: A of its own, B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    arrays: Arrays = {}
-    for path, adapter in adapted.adapters.items():
-        shape = linear_shape(adapter.base)
-        rank = adapted.parameter(f"{path}.lora_A").shape[1]
-        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, rank, generator).items()}
-    return arrays
