@@ -14,7 +14,8 @@ class FreshHalf(ClientHalf):
     """Draws A as the server says, with B = 0, beside what came."""
 
     def prepare(self, settings: Mapping[str, Any]) -> None:
-        """Take the seed of the round's draw."""
+        """Take the client's rank, and the seed of the round's draw."""
+        super().prepare(settings)
         self._seed = int(settings["draw"])
 
     def begin(self, arrays: Arrays) -> Arrays:

@@ -14,12 +14,13 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, TRAINED, Roles
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, normalised, update_norm
 
 
-class FlexLoRA(FederatedStrategy):
+class FlexLoRA(RankedStrategy):
     """FlexLoRA: the mean of the updates, truncated to the rank by SVD (Bai et al., arXiv 2402.11505).
 
     The server factors G = sum p_i s B_i A_i = U S V^T and sends B = U_r S_r / s and A = V_r^T: the best approximation
@@ -29,7 +30,8 @@ class FlexLoRA(FederatedStrategy):
     -----
     No m x n matrix is made: with [s p_1 B_1 ... s p_c B_c] = Q R and [A_1; ...; A_c]^T = Q' R', the SVD is that of
     R R'^T, of at most the sum of the ranks. Where G has fewer directions than the rank, B is 0 there, and A's rows are
-    completed from those before, so that they can learn again.
+    completed from those before, so that they can learn again. A client of a smaller rank is sent the leading rows and
+    columns: the best approximation at its rank.
     """
 
     name = "flexlora"

@@ -13,13 +13,14 @@ from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, INCREMENT, TRAINED, Role, Roles
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.updates import Updates, normalised
 
 _OWN = Role(trained=True, down="never", up="value")
 
 
-class FLoRA(FederatedStrategy):
+class FLoRA(RankedStrategy):
     """FLoRA: factors are stacked, merged, and drawn anew in every round (Wang et al., arXiv 2409.05976).
 
     With B = [s p_1 B_1 ... s p_c B_c] and A = [A_1; ...; A_c], B A is sum p_i s B_i A_i: the weights enter one factor
@@ -30,7 +31,8 @@ class FLoRA(FederatedStrategy):
     -----
     The new A does not travel: clients draw it from a seed that the message says, as the server does. The stack is sent
     where it is smaller than the matrix itself, else the matrix; so is a client that missed rounds sent the stacks since
-    its own, or their sum. Under DP-SGD the noise in B_i and A_i is multiplied, as in plain LoRA.
+    its own, or their sum. Clients may have ranks of their own: their stack is exact as well. Under DP-SGD the noise in
+    B_i and A_i is multiplied, as in plain LoRA.
     """
 
     name = "flora"
@@ -92,6 +94,7 @@ class FLoRA(FederatedStrategy):
         """r (m + n) a layer up; down the stacks since the client's last round, (sum of ranks) (m + n) a round."""
         up = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
         since = 0 if contact.since is None else contact.since
-        ranks = [len(clients) * sizes.rank for r, clients in contact.replied.items() if since <= r < contact.round]
+        rounds = [clients for r, clients in contact.replied.items() if since <= r < contact.round]
+        ranks = [sum(map(self.rank_of, clients)) for clients in rounds]
         grown = sum(min(rank * (m + n), m * n) for rank in ranks for m, n in sizes.layers)
         return Payload(initial=0, down=sizes.head + min(grown, sum(m * n for m, n in sizes.layers)), up=up)

@@ -6,17 +6,18 @@ import math
 from typing import ClassVar
 
 from fedlora.adapters import AdaptedModel
-from fedlora.arrays import Arrays
+from fedlora.arrays import Arrays, leading, padded
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, TRAINED, Roles
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, normalised, update_norm
 
 
-class HetLoRA(FederatedStrategy):
+class HetLoRA(RankedStrategy):
     """HetLoRA: both factors averaged, weighted by the norm of B_i A_i (Cho et al., arXiv 2401.06432).
 
     A client's weight is its number of examples times the norm of its B_i A_i over all layers together, so that with
@@ -24,6 +25,9 @@ class HetLoRA(FederatedStrategy):
 
     Notes
     -----
+    A client of a smaller rank gets the leading rows of A and columns of B, and its factors are padded with zeros; so
+    rows that small clients do not hold are averaged with zeros. Rows that no client of a round holds stay as they are.
+
     The paper weighs by the norm alone, for clients of about as many examples. Its pruning of a client's rank during
     training is not part of this method: a client's rank is what the config says.
     """
@@ -54,9 +58,16 @@ class HetLoRA(FederatedStrategy):
         for update, p, norm in zip(clients, shares, norms, strict=True):
             head = {name: array for name, array in update.arrays.items() if self.kind(name) == HEAD}
             heads.append((head, update.weight))
-            factors.append(({n: a for n, a in update.arrays.items() if n not in head}, p * norm))
+            whole = {n: padded(a, self.arrays[n].shape) for n, a in update.arrays.items() if n not in head}
+            factors.append((whole, p * norm))
         head_mean, mean = weighted_mean(heads), weighted_mean(factors)
-        return None if head_mean is None or mean is None else mean | head_mean
+        if head_mean is None or mean is None:
+            return None
+        held = max((update for update, (_, weight) in zip(clients, factors, strict=True) if weight), key=_size)
+        for name, array in mean.items():
+            mean[name] = self.arrays[name].clone()
+            leading(mean[name], held.shapes[name])[...] = leading(array, held.shapes[name])
+        return mean | head_mean
 
     def check_update(self, update: Update) -> None:
         """Refuse factors that are finite, but whose product is not."""
@@ -67,3 +78,7 @@ class HetLoRA(FederatedStrategy):
         """r (m + n) a layer, both ways."""
         numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
         return Payload(initial=0, down=numbers, up=numbers)
+
+
+def _size(update: Update) -> int:
+    return update.vector.numel()
