@@ -200,13 +200,13 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     adapted = half.adapted
     settings: Any = message.content["config"]
     roles = client.exchange.roles
+    half.prepare(settings)  # what comes may be of a rank of the client's own
     parts = receive(client, message, roles, adapted)
     if client.plan is not None:
         # Before the ledger is charged, or an example is read.
         check_sound(adapted, client.config, client_data(client.config).train.pad_token_id)
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
-    half.prepare(settings)
     frozen: Arrays = {}
     if client.starts:
         arrays = start = half.start(client)

@@ -51,8 +51,8 @@ def _model(client: Participant, message: Message) -> AdaptedModel:
     assert isinstance(record, ArrayRecord)
     after: Any = settings["server-round"]
     roles = get_method(client.config.method.name).roles(client.config, int(after) + 1)
-    parts = receive(client, message, roles, adapted)
     half.prepare(settings)
+    parts = receive(client, message, roles, adapted)
     came = run_codecs(client.config).down.decode(record)
     frozen, start = divide(client, came, parts, roles, adapted)
     adapted.set_shared(frozen)

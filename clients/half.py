@@ -13,6 +13,7 @@ from fedlora.clients.participant import Participant
 from fedlora.clients.resources import client_model
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
+from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.training import ClientJob, ClientResult, train_cohort
 
@@ -40,11 +41,22 @@ class ClientHalf:
         self.adapted, self.config = adapted, config
 
     def group(self, settings: Mapping[str, Any]) -> Hashable:
-        """Return what clients of one pass have in common, beside the learning rate."""
-        return None
+        """Return what clients of one pass have in common, beside the learning rate: their rank."""
+        return settings.get("rank")
 
     def prepare(self, settings: Mapping[str, Any]) -> None:
-        """Make the model ready for a message with these settings."""
+        """Make the model ready for a message with these settings: of the rank that it says, where it says one.
+
+        Raises
+        ------
+        InputError
+            If the rank is above ``method.rank``: an owner lends no room for more than the run was described with.
+        """
+        if "rank" in settings:
+            rank, most = int(settings["rank"]), self.config.method.rank
+            if not 1 <= rank <= most:
+                raise InputError("method.ranks", rank, f"is no rank from 1 to method.rank = {most}; give another")
+            self.adapted.set_rank(rank)
 
     def start(self, client: Participant) -> Arrays:
         """Make the start of the arrays whose role says that the client makes it."""

@@ -47,7 +47,8 @@ class WeightedMean:
             if array.dtype != self._dtypes[name]:
                 raise ValueError(f"{name} is of {array.dtype}, expected {self._dtypes[name]}")
         sums = list(self._sums.values())
-        torch._foreach_add_(sums, [arrays[name].double() for name in self._sums], alpha=weight)
+        if sums:  # a language model has no head
+            torch._foreach_add_(sums, [arrays[name].double() for name in self._sums], alpha=weight)
         self.total_weight += weight
 
     def result(self) -> Arrays | None:

@@ -20,9 +20,9 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import linear_shape
-from fedlora.adapters.parameterisations.lora import initial_factors
+from fedlora.adapters.parameterisations.lora import drawn_factors as drawn_factors
 from fedlora.adapters.peft_format import export_peft
-from fedlora.arrays import Arrays
+from fedlora.arrays import Arrays, leading
 from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.parts import Parts
@@ -231,6 +231,7 @@ class FederatedStrategy(Method, Strategy):
         self._shapes: Shapes = {}
         self._sent_shapes: Shapes = {}
         self._sent: Arrays = {}
+        self._sent_blocks: dict[Hashable, Arrays] = {}
         self._waited = 0.0
 
     @property
@@ -278,21 +279,54 @@ class FederatedStrategy(Method, Strategy):
         moves = {name for name in mean if self.role(name).up == "update"}
         return {name: array + self.arrays[name] if name in moves else array for name, array in mean.items()}
 
-    def client_arrays(self, client: int) -> tuple[Hashable, Arrays] | None:
-        """Return the arrays that are sent to a client in every round, and a key.
+    def client_blocks(self, client: int) -> tuple[Hashable, Shapes] | None:
+        """Return the shapes of those arrays of which a client holds the leading block alone, and a key.
 
-        Clients of one key have equal arrays, which are encoded once. None stands for the global arrays.
+        Clients of one key have equal shapes. None, the default, stands for a client that holds all there is.
         """
         return None
 
+    def client_sizes(self, sizes: Sizes, client: int) -> Sizes:
+        """Return the sizes that a client's payload formula is made of: the global ones by default."""
+        return sizes
+
+    def client_arrays(self, client: int) -> tuple[Hashable, Arrays] | None:
+        """Return the arrays that are sent to a client in every round, and a key.
+
+        Clients of one key have equal arrays, which are encoded once. None stands for the global arrays. By default
+        these are the client's blocks of the global arrays.
+        """
+        blocks = self.client_blocks(client)
+        if blocks is None or not any(name in blocks[1] and self.role(name).down == "round" for name in self.arrays):
+            return None
+        return blocks[0], self._blocks({n: a for n, a in self.arrays.items() if self.role(n).down == "round"}, client)
+
+    def _blocks(self, arrays: Arrays, client: int) -> Arrays:
+        """Return what a client holds of global arrays."""
+        blocks = self.client_blocks(client)
+        shapes = {} if blocks is None else blocks[1]
+        return {name: leading(array, shapes[name]) if name in shapes else array for name, array in arrays.items()}
+
+    def sent_to(self, client: int) -> Arrays:
+        """Return the global arrays as a client of the exchange has them, as its codec gave them."""
+        blocks = self.client_blocks(client)
+        if blocks is None:
+            return self._sent
+        return self._blocks(self._sent, client) | self._sent_blocks.get(blocks[0], {})
+
     def client_shapes(self, client: int) -> Shapes:
         """Return names and shapes of what a client must send, in the order in which the server reads them."""
-        return self._sent_shapes
+        blocks = self.client_blocks(client)
+        if blocks is None:
+            return self._sent_shapes
+        return {name: blocks[1].get(name, shape) for name, shape in self._sent_shapes.items()}
 
     def down_shapes(self, client: int) -> Shapes:
         """Return names and shapes of what comes down to a client in every round."""
-        own = self.client_shapes(client)
-        shapes = self._shapes if own is self._sent_shapes else own
+        own, blocks = self.client_shapes(client), self.client_blocks(client)
+        shapes = self._shapes if blocks is not None or own is self._sent_shapes else own
+        if blocks is not None:
+            shapes = {name: blocks[1].get(name, shape) for name, shape in shapes.items()}
         return {name: shape for name, shape in shapes.items() if self.role(name).down == "round"}
 
     def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
@@ -406,13 +440,14 @@ class FederatedStrategy(Method, Strategy):
 
         def formula(server_round: int, client: int, direction: str) -> int:
             contact = Contact(server_round, client, parts.since.get(client), self.replied, self.exchange)
-            return self._direction_bytes(self.payload(sizes, contact), client, direction)
+            numbers = self.payload(self.client_sizes(sizes, client), contact)
+            return self._direction_bytes(numbers, client, direction)
 
         return formula
 
     def payload_bytes(self, sizes: Sizes, contact: Contact) -> dict[str, int]:
         """Return the formula in bytes, by direction: lossless but for what comes down, and goes up, in every round."""
-        numbers = self.payload(sizes, contact)
+        numbers = self.payload(self.client_sizes(sizes, contact.client), contact)
         directions = ("initial", "down", "up")
         return {direction: self._direction_bytes(numbers, contact.client, direction) for direction in directions}
 
@@ -501,6 +536,7 @@ class FederatedStrategy(Method, Strategy):
         self._sent = self.arrays if common is arrays else self.arrays | self.codecs.down.decode(common)
         group = group_of(server_round, self.exchange)
         records: dict[Hashable, ArrayRecord] = {}
+        self._sent_blocks = {}
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
         for client in self.report.clients:
@@ -510,6 +546,8 @@ class FederatedStrategy(Method, Strategy):
                 key, part = own
                 if key not in records:
                     records[key] = self.codecs.down.encode(part)
+                    rounded = self.codecs.down is not self.codecs.once
+                    self._sent_blocks[key] = self.codecs.down.decode(records[key]) if rounded else part
                 record = records[key]
             settings = self.client_settings(client, server_round)
             if self.exchange > 1:
@@ -679,6 +717,7 @@ class FederatedStrategy(Method, Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask ``server.fraction_evaluate`` of the clients, on test examples of their own; nobody by default."""
+        self.arrays = decode(arrays)  # a client's own arrays are made of them
         return evaluation_messages(self, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -698,14 +737,3 @@ def get_strategy(name: str) -> type[FederatedStrategy]:
     if not issubclass(method, FederatedStrategy):
         raise InputError("method.name", name, "is no strategy; let its class derive from FederatedStrategy")
     return method
-
-
-def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
-    """Draw the usual LoRA start for every layer: A of its own, B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    arrays: Arrays = {}
-    for path, adapter in adapted.adapters.items():
-        shape = linear_shape(adapter.base)
-        rank = adapted.parameter(f"{path}.lora_A").shape[1]
-        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, rank, generator).items()}
-    return arrays

@@ -125,10 +125,12 @@ def evaluation_messages(
 ) -> list[Message]:
     """Make one message per client, with the arrays that it would train on next, without the parts that clients keep.
 
-    A client that would make its own start, as nothing comes down to it yet, has no model to evaluate.
+    A client that would make its own start, as nothing comes down to it yet, has no model to evaluate. What never goes
+    down to be trained is made by the client here too.
     """
     codecs, parts = strategy.codecs, stale_kinds(strategy, server_round)
-    common = ArrayRecord({name: array for name, array in arrays.items() if strategy.kind(name) not in parts})
+    kept = {n for n in arrays if strategy.kind(n) in parts or strategy.role(n).down == "never"}
+    common = ArrayRecord({name: array for name, array in arrays.items() if name not in kept})
     common = recode(common, codecs.once, codecs.down)
     records: dict[Hashable, ArrayRecord] = {}
     messages = []

@@ -13,11 +13,13 @@ from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import dense_weight
 from fedlora.adapters.parameterisations import sb
 from fedlora.arrays import Arrays
-from fedlora.config import NODES, Config, LearningRate, MethodSection, Positive
+from fedlora.config import NODES, Config, LearningRate, Positive
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
+from fedlora.ranks import RankedOptions
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
+from fedlora.strategies.base import Contact, Payload, Sizes
+from fedlora.strategies.ranked import RankedStrategy
 
 _READ_BY_START: dict[str, Literal["nothing", "public", "private"]] = {
     "svd": "nothing",
@@ -27,7 +29,7 @@ _READ_BY_START: dict[str, Literal["nothing", "public", "private"]] = {
 """By ``method.init``."""
 
 
-class FedSBOptions(MethodSection):
+class FedSBOptions(RankedOptions):
     """``[method]`` of a run of Fed-SB."""
 
     init: Literal["svd", "public", "pooled"] = Field(
@@ -42,10 +44,11 @@ class FedSBOptions(MethodSection):
     )
 
 
-class FedSB(FederatedStrategy):
+class FedSB(RankedStrategy):
     """Fed-SB: dW = s B R A, B and A frozen and orthonormal, only R [r, r] travels (Singhal et al., arXiv 2502.15436).
 
-    dW is linear in R, so that the mean of the Rs is exactly the mean of the updates.
+    dW is linear in R, so that the mean of the Rs is exactly the mean of the updates. A client of a smaller rank trains
+    the leading block of R between the first columns of B and rows of A, which is exact too.
 
     Notes
     -----
@@ -71,7 +74,8 @@ class FedSB(FederatedStrategy):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuse a start that reads examples which are not there, or private ones without leave."""
+        """Refuse a start that reads examples which are not there, or private ones without leave; check the ranks."""
+        super().check(config)
         options = config.method
         assert isinstance(options, FedSBOptions)
         if options.init == "pooled" and config.data.name == NODES:

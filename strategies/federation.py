@@ -159,6 +159,7 @@ class Federation:
         self.checkpoint["federation"], self.checkpoint["names"] = key, self.roster.names
         self.checkpoint.commit()
         self.parts = Parts(key)
+        self.parts.blocks = self.method.client_blocks
         for half in self.halves:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
             half.replied, half.on_reply = self.method.replied, self.progress.on_client

@@ -11,17 +11,18 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, TRAINED, Role, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.updates import Updates
 
 
-class FedSVD(FederatedStrategy):
+class FedSVD(RankedStrategy):
     """FedSVD: clients train B beside a frozen A; the server refactors Bbar A by SVD (Lee et al., arXiv 2505.12805).
 
     dW = s B A is linear in B, so that the mean of the Bs is exactly the mean of the updates, and under DP-SGD noise
     enters it linearly. After every round A becomes the leading right singular vectors of the mean: its rows stay
     orthonormal, and turn towards the directions that matter. That reads only what clients released, so that epsilon
-    stays what it is.
+    stays what it is. A client of a smaller rank gets the leading directions of A, and trains the first columns of B.
 
     Notes
     -----

@@ -9,14 +9,16 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
 
 
-class FFALoRA(FederatedStrategy):
+class FFALoRA(RankedStrategy):
     """FFA-LoRA: dW = s B A0 with A0 drawn once, equal on all clients and never trained (Sun et al., arXiv 2403.12313).
 
     dW is linear in B, so that the mean of the Bs is exactly the mean of the updates; and under DP-SGD the noise enters
-    dW linearly, as xi A0, without the product of two noises that plain LoRA has.
+    dW linearly, as xi A0, without the product of two noises that plain LoRA has. A client of a smaller rank trains the
+    first columns of B beside the first rows of A0, which is exact too.
     """
 
     name = "ffa-lora"

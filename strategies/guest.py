@@ -19,6 +19,7 @@ from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.flower import with_metadata
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.ranks import RankedOptions
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
 
@@ -54,7 +55,8 @@ class Guest:
         first = method.roles(config, 1)
         plain = all(role.up != "update" and not role.increment and not role.home for role in first.values())
         alike = all(method.roles(config, r) == first for r in range(2, min(config.run.rounds, 4) + 1))
-        if not (plain and alike and method.has_one_exchange()):
+        whole = not isinstance(config.method, RankedOptions) or not config.method.mixed
+        if not (plain and alike and whole and method.has_one_exchange()):
             remedy = f"cannot run the rounds of {method.name}, which are no plain averaging; choose another method"
             raise InputError("strategy", type(strategy).__name__, remedy)
         if (optimizer := config.server.optimizer) != "fedavg":

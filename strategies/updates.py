@@ -90,6 +90,25 @@ class Updates:
         return None if self._drift is None else self._drift.result(self._mean.result())
 
 
+def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
+    """Return the Frobenius norm of B A, of B [m, r] and A [r, n].
+
+    No m x n matrix is made: with B = Q R and A^T = Q' R', it is that of R R'^T.
+    """
+    left, right = (torch.linalg.qr(factor.double(), mode="r")[1] for factor in (b, a.T))
+    return float((left @ right.T).norm())
+
+
+def update_norm(update: Update) -> float:
+    """Return the Frobenius norm of a client's B A over all layers together; it may not be finite where these are."""
+    norms = []
+    for name, b in update.arrays.items():
+        path, _, kind = name.rpartition(".")
+        if kind == "lora_B":
+            norms.append(product_norm(b, update.arrays[f"{path}.lora_A"]))
+    return math.hypot(*norms)
+
+
 def normalised(updates: list[Update]) -> list[float]:
     """Return the clients' weights p_i, which sum to 1; equal shares if all weights are 0."""
     total = math.fsum(update.weight for update in updates)

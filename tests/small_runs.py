@@ -22,7 +22,7 @@ from transformers import BertModel
 import fedlora
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.model import linear_shape
-from fedlora.arrays import Arrays
+from fedlora.arrays import Arrays, padded
 from fedlora.clients import held, resources
 from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.config import Config, load_config
@@ -294,6 +294,8 @@ def watching(method: type[FederatedStrategy], found: Watched, uncounted: Sequenc
             if not self.adapted.adapters:
                 return None
             total = sum(update.weight for update in seen)
+            if any(self.client_blocks(update.client) for update in seen):
+                return self._moved_model(seen, total)
             mean: Arrays = {}
             for update in seen:
                 moved = {name for name in update.arrays if self.role(name).up == "update"}
@@ -304,6 +306,22 @@ def watching(method: type[FederatedStrategy], found: Watched, uncounted: Sequenc
                     mean[name] = mean[name] + part if name in mean else part
             self.adapted.set_shared(self.arrays)
             return mean
+
+        def _moved_model(self, seen: list[Update], total: float) -> Arrays:
+            """Return the model, moved by the weighted mean of the clients' moves; a block has zeros around it."""
+
+            def model(arrays: Arrays) -> Arrays:
+                whole = {n: padded(a, self.arrays[n].shape) for n, a in arrays.items()}
+                self.adapted.set_shared(self.arrays | whole)
+                return weights(self.adapted)
+
+            found = model(self.arrays)
+            for update in seen:
+                before, after = model(self.sent_to(update.client)), model(update.arrays)
+                share = update.weight / total
+                found = {name: array + share * (after[name] - before[name]) for name, array in found.items()}
+            self.adapted.set_shared(self.arrays)
+            return found
 
         def refine(self, adapted: AdaptedModel, data: FederatedData, server_round: int) -> Arrays | None:
             if self.expected is not None and len(found.sampled) not in uncounted:

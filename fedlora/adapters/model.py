@@ -25,10 +25,13 @@ from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
 from fedlora.models import dense_weight as dense_weight
 from fedlora.models import linear_shape as linear_shape
 from fedlora.registry import PARAMETERISATIONS
-from fedlora.roles import kind_of
+from fedlora.roles import HEAD, kind_of
 
 if TYPE_CHECKING:
     from fedlora.adapters.parameterisations import Parameterisation
+
+_ANY_RANK = (HEAD, "residual")
+"""Parts of a model that are the same at every rank of its factors."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans every new shape for 10 ms, and a Poisson-sampled cohort has a new shape at every step."""
@@ -80,6 +83,7 @@ class AdaptedModel:
         self.versions: dict[str, str] = {}
         self.notes: list[str] = list(getattr(model, "notes", ()))
         self.independent: dict[tuple[int, int], str | None] = {}
+        self._other_ranks: dict[tuple[tuple[int, ...], ...], tuple[Arrays, dict[str, str]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -205,6 +209,36 @@ class AdaptedModel:
             added = residuals.get(path)
             dtype = adapter_dtype(adapter.base)
             adapter.residual = None if added is None else added.detach().to(adapter.weight.device, dtype)
+
+    def shapes_at(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all factors at a rank; those of a smaller rank are leading blocks of a larger one's."""
+        parameterisation: Parameterisation = PARAMETERISATIONS.made(self.kind)
+        found: dict[str, tuple[int, ...]] = {}
+        for path, adapter in self.adapters.items():
+            of_layer = parameterisation.shapes(*linear_shape(adapter.base), rank)
+            found |= {f"{path}.{factor}": tuple(of_layer[factor]) for factor in adapter.factors}
+        return found
+
+    def set_rank(self, rank: int) -> None:
+        """Let the factors be of a rank, with the values and versions that were last set at it; zero at first.
+
+        All that trains, is clipped or gets noise is then of that rank. The branch's scale stays that of the config.
+        """
+        shapes = self.shapes_at(rank)
+        here = {name: self.parameter(name).detach() for name in shapes}
+        now, then = (tuple(shape) for shape in ([tuple(p.shape[1:]) for p in here.values()], shapes.values()))
+        if now == then:
+            return
+        own = {part: version for part, version in self.versions.items() if part not in _ANY_RANK}
+        # One client's arrays, not those of a whole cohort.
+        self._other_ranks[now] = {name: p if len(p) == 1 else p[:1].clone() for name, p in here.items()}, own
+        arrays, versions = self._other_ranks.pop(then, ({}, {}))
+        for name, shape in shapes.items():
+            layer, attribute = self._layers[name]
+            value = arrays[name] if name in arrays else here[name].new_zeros(1, *shape)
+            setattr(layer, attribute, nn.Parameter(value, requires_grad=False))
+        self.versions = {part: v for part, v in self.versions.items() if part in _ANY_RANK} | versions
+        self.trained = ()
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,15 +68,15 @@ class Broadcast(GridDecorator):
         self.parts, self.clients, self.dtype = parts, clients, dtype
         self.wanted: Collection[str] = (INITIAL,)
         self._encoded: dict[tuple[str, str, str], ArrayRecord] = {}
-        self._held = ConfigRecord()
+        self._current: dict[Hashable, tuple[dict[str, str], ConfigRecord]] = {}
         self._completed: dict[int, tuple[RecordDict, RecordDict]] = {}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send with what is missing, and pass the replies on as they come."""
-        current = self.parts.versions(self.wanted)
-        self._encoded = {key: record for key, record in self._encoded.items() if current.get(key[0]) == key[1]}
-        self._held, self._completed = ConfigRecord(self._about(current)), {}
-        outgoing = [self._complete(message, current) for message in messages]
+        self._current, self._completed = {}, {}
+        outgoing = [self._complete(message) for message in messages]
+        live = {pair for current, _ in self._current.values() for pair in current.items()}
+        self._encoded = {key: record for key, record in self._encoded.items() if key[:2] in live}
         by_node = {message.metadata.dst_node_id: message for message in outgoing}
         forgotten = []
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
@@ -89,20 +89,29 @@ class Broadcast(GridDecorator):
         if forgotten:
             for node in forgotten:
                 self.parts.forget(self._client(node))
-            again = [_copy(self._complete(by_node[node], current)) for node in forgotten]
+            again = [_copy(self._complete(by_node[node])) for node in forgotten]
             yield from self.grid.send_and_receive(again, timeout=timeout)
 
     def _client(self, node: int) -> int:
         return self.clients.get(node, -1 - node)  # one that nobody knows is itself alone
 
-    def _complete(self, message: Message, current: Mapping[str, str]) -> Message:
+    def _versions(self, client: int) -> tuple[dict[str, str], ConfigRecord]:
+        """Return what a client has to hold in this round, and the record that says so; most clients share both."""
+        own = self.parts.blocks(client)
+        key = None if own is None else own[0]
+        if key not in self._current:
+            versions = self.parts.versions(self.wanted, client)
+            self._current[key] = versions, ConfigRecord(self._about(versions))
+        return self._current[key]
+
+    def _complete(self, message: Message) -> Message:
         client, server_round = self._client(message.metadata.dst_node_id), round_of(message)
         # An evaluation is of what the round made, which training messages hold from the next round on.
         server_round += message.metadata.message_type == MessageType.EVALUATE
+        current, held = self._versions(client)
         if not current:
             self.parts.sent(client, self.wanted, server_round)
             return message
-        held = self._held
         records: dict[str, ArrayRecord] = {}
         missing = self.parts.missing(client, self.wanted)
         if after := {AFTER + part: piece.after for part, piece in missing.items() if piece.after}:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fedlora.arrays import Arrays
+from fedlora.arrays import Arrays, leading
 from fedlora.communication.wire import digest
 
 INITIAL = "initial"
@@ -211,6 +211,9 @@ class Parts:
         By client, the round in which it was sent something last.
     since : dict of int to int or None
         The same, before its current message.
+    blocks : callable (client) -> (hashable, mapping of str to shape) or None
+        The shapes of those arrays of which a client holds the leading block alone, and a key that clients of the same
+        shapes share; None for a client that holds all there is. A part of blocks has a version of its own.
     """
 
     def __init__(self, key: str) -> None:
@@ -220,6 +223,8 @@ class Parts:
         self.held: dict[int, dict[str, str]] = {}
         self.last: dict[int, int] = {}
         self.since: dict[int, int | None] = {}
+        self.blocks: Callable[[int], tuple[Hashable, Mapping[str, tuple[int, ...]]] | None] = lambda client: None
+        self._cut: dict[tuple[str, Hashable], tuple[str, Piece]] = {}
 
     def set(self, part: str, arrays: Arrays, made: int) -> None:
         """Set a whole part's current version; arrays that are those of the version before change nothing."""
@@ -227,6 +232,8 @@ class Parts:
             return
         version = digest(arrays)
         if part not in self.whole or self.whole[part][0] != version:
+            before = self.whole[part][0] if part in self.whole else ""
+            self._cut = {key: cut for key, cut in self._cut.items() if key[0] != before}
             self.whole[part] = version, Piece(dict(arrays), "", made)
 
     def add(self, part: str, increment: Arrays, made: int) -> None:
@@ -234,12 +241,12 @@ class Parts:
         self.chains.setdefault(part, Chain(hashlib.sha256(f"{self.key} {part}".encode()).hexdigest()))
         self.chains[part].add(made, increment)
 
-    def versions(self, wanted: Iterable[str]) -> dict[str, str]:
-        """Return the current versions of parts; those that have no arrays are left out."""
+    def versions(self, wanted: Iterable[str], client: int | None = None) -> dict[str, str]:
+        """Return the current versions of parts, as a client holds them; those that have no arrays are left out."""
         found = {}
         for part in wanted:
             if part in self.whole:
-                found[part] = self.whole[part][0]
+                found[part] = self._held_whole(part, client)[0]
             elif part in self.chains:
                 found[part] = self.chains[part].version
         return found
@@ -248,15 +255,27 @@ class Parts:
         """Return what a client lacks of these parts."""
         held = self.held.get(client, {})
         found = {}
-        for part, version in self.versions(wanted).items():
+        for part, version in self.versions(wanted, client).items():
             if held.get(part) != version:
                 chain = self.chains.get(part)
-                found[part] = self.whole[part][1] if chain is None else chain.since(held.get(part, ""))
+                found[part] = self._held_whole(part, client)[1] if chain is None else chain.since(held.get(part, ""))
         return found
+
+    def _held_whole(self, part: str, client: int | None) -> tuple[str, Piece]:
+        """Return version and arrays of a whole part, as a client holds it."""
+        version, piece = self.whole[part]
+        own = None if client is None else self.blocks(client)
+        if own is None or not any(name in own[1] for name in piece.arrays):
+            return version, piece
+        key, shapes = own
+        if (version, key) not in self._cut:
+            arrays = {n: leading(a, shapes[n]).contiguous() if n in shapes else a for n, a in piece.arrays.items()}
+            self._cut[version, key] = digest(arrays), replace(piece, arrays=arrays)
+        return self._cut[version, key]
 
     def sent(self, client: int, wanted: Iterable[str], server_round: int) -> None:
         """Note that a client has the current versions."""
-        self.held.setdefault(client, {}).update(self.versions(wanted))
+        self.held.setdefault(client, {}).update(self.versions(wanted, client))
         self.since[client] = self.last.get(client)
         self.last[client] = server_round
 

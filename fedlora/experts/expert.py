@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from fedlora.arrays import Arrays
-
-Rank = int | Literal["full"]
-FULL: Literal["full"] = "full"
-"""The rank of an expert that is a whole matrix for every projection."""
+from fedlora.ranks import FULL as FULL
+from fedlora.ranks import Rank as Rank
 
 Update = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """dW of one projection: (B [m, r], A [r, n]) for dW = B A, or dW [m, n] itself."""

@@ -6,23 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedlora.config import Config, Fraction, LearningRate, MethodSection, Positive
+from fedlora.config import Config, LearningRate, Positive
+from fedlora.ranks import RankedOptions
 
-Rank = Positive | Literal["full"]
 
-
-class ExpertOptions(MethodSection):
+class ExpertOptions(RankedOptions):
     """``[method]`` of a run with experts."""
 
-    ranks: list[Rank] | dict[str, Rank] | None = Field(
+    ranks: list[Positive | Literal["full"]] | dict[str, Positive | Literal["full"]] | None = Field(
         default=None,
         description="Rank, or \"full\", of each client's expert: a list in the clients' order, or a table by their "
         "names or numbers; method.rank for all by default.",
-    )
-    device_profile: dict[str, Fraction] | None = Field(
-        default=None,
-        description='Shares of the clients that have each rank, drawn by run.seed, such as {"4" = 0.5, "full" = 0.5}, '
-        "instead of ranks.",
     )
     extraction: Literal["direct", "svd"] = Field(
         default="direct",

@@ -19,7 +19,7 @@ from torch import nn
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.communication.wire import decode
-from fedlora.config import NODES, Config
+from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
@@ -29,9 +29,9 @@ from fedlora.experts.folder import EXPERTS, MIXTURE, folder_name, save_expert
 from fedlora.experts.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.options import ExpertOptions, expert_options
-from fedlora.experts.ranks import client_ranks, has_rank, listed_ranks
 from fedlora.experts.router import tune_router
 from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.ranks import check_ranks, client_ranks, has_rank, listed_ranks
 from fedlora.roles import FROZEN, Role, Roles
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
 from fedlora.strategies.flexmore.opting_out import opt_out
@@ -114,7 +114,7 @@ class FlexMoRE(FederatedStrategy):
         if config.model.task != "causal-lm":
             remedy = f"{cls.name} makes a mixture of language models; use causal-lm"
             raise InputError("model.task", config.model.task, remedy)
-        _check_ranks(options, config)
+        check_ranks(config)
         reads_public = {
             "router_init": options.router_init == "public",
             "router_tuning_steps": options.router_tuning_steps > 0,
@@ -129,7 +129,7 @@ class FlexMoRE(FederatedStrategy):
         """Experts lie in the feed-forward blocks, and have ranks of their own where these are given."""
         options = expert_options(config)
         yield "target_modules exclude_modules", f"{cls.name} adapts the feed-forward blocks"
-        if options.ranks is not None or options.device_profile is not None:
+        if options.mixed:
             yield "rank", "every client has a rank of its own"
         if options.router_init == "public":
             yield "router_documents", "router rows start from public text"
@@ -449,27 +449,6 @@ def client_owners(data: FederatedData) -> list[str]:
         if all(len(found) == 1 for found in domains):
             return [data.domain_names[int(found[0])] for found in domains]
     return [name if name.strip("0123456789") else f"client-{name}" for name in data.client_names]
-
-
-def _check_ranks(options: ExpertOptions, config: Config) -> None:
-    """Refuse ranks that are given twice, or fewer or more than the clients, and shares that do not sum to 1."""
-    ranks, profile = options.ranks, options.device_profile
-    if ranks is not None and profile is not None:
-        raise InputError("method.ranks", ranks, "give ranks or device_profile, not both")
-    if ranks is not None and not ranks:
-        raise InputError("method.ranks", ranks, "is empty; give a rank for every client")
-    clients = config.data.partition.clients if config.data.partition.kind != "natural" else None
-    if isinstance(ranks, list) and clients is not None:
-        # More nodes may come than the run waits for.
-        most = math.inf if config.data.name == NODES else clients
-        if not clients <= len(ranks) <= most:
-            raise InputError("method.ranks", ranks, f"needs one rank for each of the {clients} clients")
-    for rank in profile or ():
-        if rank != FULL and not (rank.isdecimal() and int(rank) > 0):
-            remedy = 'has a key that is no rank; write ranks and shares, such as {"4" = 0.5, "full" = 0.5}'
-            raise InputError("method.device_profile", rank, remedy)
-    if profile is not None and abs(sum(profile.values()) - 1) > 1e-6:
-        raise InputError("method.device_profile", profile, "its shares must sum to 1")
 
 
 def _named(path: str, update: Any) -> Arrays:

@@ -1,4 +1,4 @@
-"""FlexMoRE and FFA-LoRA on real nodes, on a real language model: the run folder is the simulation's."""
+"""FlexMoRE and FFA-LoRA, both of mixed ranks, on real nodes and a real language model, as in simulation."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ OWNERS = {"east": "comp", "north": "rec", "west": "sci"}
 """The newsgroups' domain of each node."""
 
 RANKS: dict[str, int | str] = {"east": 4, "north": "full", "west": 2}
+NESTED = {"east": 1, "north": 4, "west": 2}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,9 @@ def test_flexmore(federation: Federation, posts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("owners")
 def test_ffa_lora(federation: Federation, posts: Path, tmp_path: Path) -> None:
-    here, there = on_both(federation, posts, tmp_path, {"name": "ffa-lora", "rank": 4})
+    here, there = on_both(federation, posts, tmp_path, {"name": "ffa-lora", "rank": 4, "ranks": NESTED})
+    found = column(there, "client", "direction", "payload_bytes")
+    assert len({size for _, direction, size in found if direction == "up"}) == len(NESTED)
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (here, there))
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-6

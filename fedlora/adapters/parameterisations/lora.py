@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedlora.adapters.parameterisations import LowRank
 from fedlora.arrays import Arrays
+from fedlora.models import linear_shape
+
+if TYPE_CHECKING:
+    from fedlora.adapters import AdaptedModel
 
 
 class LoRA(LowRank):
@@ -44,3 +49,14 @@ def initial_factors(
     bound = 1 / math.sqrt(in_features)
     a = (torch.rand(rank, in_features, generator=generator, dtype=torch.float32) * 2 - 1) * bound
     return {"lora_A": a, "lora_B": torch.zeros(out_features, rank)}
+
+
+def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
+    """Draw the usual LoRA start for every layer: A of its own, B = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    arrays: Arrays = {}
+    for path, adapter in adapted.adapters.items():
+        shape = linear_shape(adapter.base)
+        rank = adapted.parameter(f"{path}.lora_A").shape[1]
+        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, rank, generator).items()}
+    return arrays

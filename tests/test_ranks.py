@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.errors import InputError
 from fedlora.experts import FULL
-from fedlora.experts.ranks import client_ranks, has_rank
+from fedlora.ranks import client_ranks, has_rank
 from tests import tiny
 
 NAMES = ["comp", "rec", "sci"]

@@ -1,0 +1,100 @@
+"""FlexLoRA: the mean of the updates, factored anew by SVD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from fedlora.adapters import AdaptedModel
+from fedlora.arrays import Arrays
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.roles import HEAD, TRAINED, Roles
+from fedlora.strategies.aggregation import weighted_mean
+from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.ranked import RankedStrategy
+from fedlora.strategies.replies import ReplyError
+from fedlora.strategies.updates import Update, Updates, normalised, update_norm
+
+
+class FlexLoRA(RankedStrategy):
+    """FlexLoRA: the mean of the updates, truncated to the rank by SVD (Bai et al., arXiv 2402.11505).
+
+    The server factors G = sum p_i s B_i A_i = U S V^T and sends B = U_r S_r / s and A = V_r^T: the best approximation
+    of the exact mean at rank r. What is lost is the tail of the singular values.
+
+    Notes
+    -----
+    No m x n matrix is made: with [s p_1 B_1 ... s p_c B_c] = Q R and [A_1; ...; A_c]^T = Q' R', the SVD is that of
+    R R'^T, of at most the sum of the ranks. Where G has fewer directions than the rank, B is 0 there, and A's rows are
+    completed from those before, so that they can learn again. A client of a smaller rank is sent the leading rows and
+    columns: the best approximation at its rank.
+    """
+
+    name = "flexlora"
+    title = "FlexLoRA: the mean of the updates, truncated by SVD"
+    paper = "arXiv 2402.11505"
+    persistent = False
+    color, marker = "sky", "star"
+    learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
+
+    @classmethod
+    def roles(cls, config: Config, server_round: int) -> Roles:
+        """Both factors are trained."""
+        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
+
+    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """A drawn for every layer, B = 0."""
+        return drawn_factors(adapted, self.config.run.seed)
+
+    def aggregate(self, updates: Updates) -> Arrays | None:
+        """Return the mean of the heads, and the factors of the mean of the updates; it needs all clients' factors."""
+        clients = list(updates)
+        heads = (({n: a for n, a in u.arrays.items() if self.kind(n) == HEAD}, u.weight) for u in clients)
+        mean = weighted_mean(heads)
+        if mean is None:
+            return None
+        shares, factors = normalised(clients), [update.arrays for update in clients]
+        for name in [name for name in self.arrays if self.kind(name) == "lora_B"]:
+            other = name.removesuffix("lora_B") + "lora_A"
+            pairs = [(p, arrays[name], arrays[other]) for p, arrays in zip(shares, factors, strict=True)]
+            # One s for all clients: it is the same in G and in what is sent.
+            mean[name], mean[other] = truncated(pairs, self.arrays[other])
+        return mean
+
+    def check_update(self, update: Update) -> None:
+        """Refuse factors that are finite, but whose product is not."""
+        if not math.isfinite(update_norm(update)):
+            raise ReplyError("its update is not finite")
+
+    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
+        """r (m + n) a layer, both ways."""
+        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
+        return Payload(initial=0, down=numbers, up=numbers)
+
+
+def truncated(
+    pairs: Sequence[tuple[float, torch.Tensor, torch.Tensor]], before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U_r S_r [m, r] and V_r^T [r, n] of G = sum p_i B_i A_i.
+
+    Parameters
+    ----------
+    pairs : sequence of (float, Tensor [m, r_i], Tensor [r_i, n])
+        p_i, B_i and A_i of every client.
+    before : Tensor [r, n]
+        The A of before, whose rank the result has. Its rows complete V_r^T where all ranks together are fewer.
+    """
+    rank = len(before)
+    left = torch.cat([p * b.double() for p, b, _ in pairs], 1)
+    right = torch.cat([a.double() for _, _, a in pairs])
+    if len(right) < rank:
+        left = torch.cat([left, left.new_zeros(len(left), rank)], 1)
+        right = torch.cat([right, before.double()])
+    (q, r), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r @ r_right.T, full_matrices=False)
+    b, a = (q @ u)[:, :rank] * s[:rank], vh[:rank] @ q_right.T
+    return b.to(before.dtype), a.to(before.dtype)
