@@ -149,17 +149,19 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The report's folder; the first DIR by default.")] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
-    from fedlora.reporting import write_report
+    from fedlora.reporting import write_reports
 
     command = shlex.join(["fedlora", *sys.argv[1:]])
     with writes_to(output or folders[0]):
-        page, comparison = write_report(folders, output, command)
-    for run in comparison.unfinished:
-        typer.echo(f"left out, not finished: {run.folder}")
-    for duplicate in comparison.duplicates:
-        typer.echo(f"left out, the same run again: {duplicate.folder}")
-    typer.echo(f"{len(comparison.runs)} runs, {len(comparison.groups)} configurations")
-    typer.echo(page)
+        reports = write_reports(folders, output, command)
+    for page, comparison in reports:
+        for run in comparison.unfinished:
+            typer.echo(f"left out, not finished: {run.folder}")
+        for duplicate in comparison.duplicates:
+            typer.echo(f"left out, the same run again: {duplicate.folder}")
+        own = " of clients' own models" if comparison.personalised else ""
+        typer.echo(f"{len(comparison.runs)} runs{own}, {len(comparison.groups)} configurations")
+        typer.echo(page)
 
 
 @app.command()
@@ -167,11 +169,12 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
     output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
+    client: Annotated[int | None, typer.Option(help="Whose model, where clients have models of their own.")] = None,
 ) -> None:
     """Export a run's model as a folder that transformers (with --merged) or PEFT loads."""
     from fedlora.results.load import export_run
 
-    typer.echo(export_run(folder, output, merged=merged))
+    typer.echo(export_run(folder, output, merged=merged, client=client))
 
 
 @app.command()
