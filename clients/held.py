@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, Message
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
@@ -78,13 +79,17 @@ def divide(
     Returns
     -------
     (dict of str to Tensor, dict of str to Tensor)
-        Frozen arrays that came; what training starts from, with the client's own where these stay with it.
+        Frozen arrays that came; what training starts from, with the client's own where these stay with it. Such arrays
+        start at 0 where the server makes no start of them.
     """
     of = roles_of(parts | came, roles, adapted.head_names)
     frozen = {name: array for name, array in came.items() if not of[name].trained and name not in parts}
     start = {name: array for name, array in (parts | came).items() if of[name].trained}
-    if any(of[name].home for name in start):
-        start |= {name: array for name, array in client.own().items() if name in start and of[name].home}
+    home = adapted.names(kind for kind, role in roles.items() if role.home)
+    if home:
+        parameters = {name: adapted.parameter(name) for name in home if name not in start}
+        start |= {name: torch.zeros(p.shape[1:], dtype=p.dtype) for name, p in parameters.items()}
+        start |= {name: array for name, array in client.own().items() if name in home}
     return frozen, start
 
 

@@ -30,10 +30,8 @@ from fedlora.node.room import OWN, make_room
 from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.roles import OWN as STATE
 from fedlora.roles import Exchange
-
-_OWN = "own"
-"""Key of a simulated client's own arrays in its Flower state."""
 
 
 class Participant(ABC):
@@ -138,12 +136,12 @@ class SimulatedClient(Participant):
 
     def own(self) -> Arrays:
         """Read the client's Flower state."""
-        record = self.context.state.get(_OWN)
+        record = self.context.state.get(STATE)
         return decode(record) if isinstance(record, ArrayRecord) else {}
 
     def keep(self, arrays: Arrays) -> None:
         """Write to the client's Flower state."""
-        self.context.state[_OWN] = encode(arrays, next(iter(arrays.values())).dtype)
+        self.context.state[STATE] = encode(arrays, next(iter(arrays.values())).dtype)
 
     def settle(self, steps: int) -> Ledger | None:
         """Charge what was released."""

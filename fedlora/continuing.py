@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fedlora.assets import build_once, cache_dir
 from fedlora.config import ANY_METHOD, Config, MethodSection, ModelSection, input_error, read_toml
 from fedlora.errors import InputError
-from fedlora.methods import ADAPTER, Method, get_method
+from fedlora.methods import ADAPTER, CLIENTS, Method, get_method
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
 from fedlora.tasks import tasks
 
@@ -62,6 +62,11 @@ def run_source(name: str, folder: Path) -> Path | None:
         if (folder / "config.toml").is_file():
             raise InputError(_FIELD, name, "is the folder of a run that is not finished; finish it with --resume")
         return None
+    if (adapter / CLIENTS).is_dir():
+        remedy = (
+            f"is of a run whose clients have models of their own; give one of them: a folder in {ADAPTER}/{CLIENTS}"
+        )
+        raise InputError(_FIELD, name, remedy)
     config = adapter_config(name, adapter)
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(adapter.iterdir()) if f.is_file()]
     facts = [str(adapter.resolve()), stats, config.model.model_dump(), _identity(config.model.name)]

@@ -40,6 +40,8 @@ GROUP = "fedlora.methods"
 """The entry points of methods in other packages."""
 ADAPTER = "adapter"
 """The PEFT folder that most methods leave in a run folder."""
+CLIENTS = "clients"
+"""In it, a PEFT folder for each client that has a model of its own, by the client's number."""
 
 
 class _MixedRanks:
@@ -129,6 +131,16 @@ class Method:
     def has_one_exchange(cls) -> bool:
         """Whether every round has one exchange, so that an exchange is known by its round alone."""
         return cls.exchanges.__func__ is Method.exchanges.__func__  # type: ignore[attr-defined]
+
+    @classmethod
+    def personalised(cls, config: Config) -> bool:
+        """Whether each client has a model of its own, since some of its arrays stay at home; no model is global then.
+
+        Such models are scored by their clients, and their scores are never compared with a global model's.
+        """
+        rounds = range(1, config.run.rounds + 1)
+        exchanges = (exchange for r in rounds for exchange in cls.exchanges(config, r))
+        return any(role.home for exchange in exchanges for role in exchange.roles.values())
 
     @classmethod
     def adapt(cls, model: nn.Module, config: Config) -> AdaptedModel:
@@ -299,6 +311,11 @@ def check_method(config: Config) -> None:
     if not method.persistent and SERVER_OPTIMIZERS.get(optimizer).stateful:
         remedy = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round; use fedavg"
         raise InputError("server.optimizer", optimizer, remedy)
+    if config.data.validation is not None and method.personalised(config):
+        remedy = (
+            f"is scored on the server, but models of {method.name} are its clients' own; leave it out, and tune no key"
+        )
+        raise InputError("data.validation", config.data.validation, remedy)
     method.check(config)
 
 

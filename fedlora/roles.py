@@ -15,6 +15,9 @@ from fedlora.config import Config
 HEAD = "head"
 """The kind of all arrays of the trained head."""
 
+OWN = "own"
+"""Key of the arrays that stay with a client, in its Flower state."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -31,7 +34,8 @@ class Role:
         What a reply holds of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
     home : bool
         Whether each client keeps its own trained copy from round to round. Such arrays do not go up. The server sends
-        their start once.
+        the start of those that it makes once; the others start at 0. The run's models are then its clients': see
+        :meth:`fedlora.methods.Method.personalised`.
     made_by : str
         Who makes their start: the ``server``, or the ``client`` in the first round in which nothing comes down to it.
     increment : bool

@@ -367,12 +367,13 @@ class FederatedStrategy(Method, Strategy):
 
         A forecast measures a step of local training with them.
         """
-        arrays = self.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
+        names = self.trained_names(adapted)
+        arrays = adapted.arrays(names) | self.start_arrays(adapted, data) | adapted.arrays(adapted.head_names)
         adapted.set_shared(arrays)
-        return {name: arrays[name] for name in self.trained_names(adapted)}
+        return {name: arrays[name] for name in names}
 
     def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
-        """Write the result into the run folder: ``adapter/``."""
+        """Write the result into the run folder: ``adapter/``. Clients' own models are added where they can be read."""
         export_peft(adapted, self.config, folder / "adapter", data.label_names)
 
     def facts(self, adapted: AdaptedModel) -> dict[str, Any]:

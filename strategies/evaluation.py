@@ -94,6 +94,10 @@ class ClientEvaluation:
         if code == ClientErrorCode.POLICY:
             self.refused.add(client)
 
+    def scores(self) -> dict[str, Any]:
+        """Return the metrics of the clients' examples together; empty if no client answered."""
+        return self.task.metrics(self.sums) if self.rows else {}
+
     def metrics(self, config: Config) -> dict[str, Any]:
         """Return the metrics for rounds.jsonl; empty if no client answered."""
         if not self.rows:

@@ -37,6 +37,7 @@ from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Pl
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.personal import export_own
 from fedlora.strategies.summary import environment, fairness, privacy_rows, round_line, round_seconds, summarise
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
@@ -46,6 +47,12 @@ log = logging.getLogger("fedlora")
 
 RESIDUAL = "residual"
 """Name of the part that increments are added to."""
+
+UNSCORED = (
+    "clients keep models of their own, which nobody scores: set server.fraction_evaluate, and data.client_test in a "
+    "simulation, to have them scored"
+)
+"""Note of a run of personalised models that no client evaluates."""
 
 
 @dataclass
@@ -170,7 +177,9 @@ class Federation:
         self.adapted: AdaptedModel = method.server_model(self.data)
         check_model(self.folder, config, self.adapted)
         note_environment(self.folder, environment(config))
-        for note in (*self.data.notes, *self.adapted.notes):
+        personalised = method.personalised(config)
+        unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
+        for note in (*self.data.notes, *self.adapted.notes, *unscored):
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)
@@ -195,7 +204,7 @@ class Federation:
         self.totals.seconds["load"] += time.perf_counter() - self.clock
         if not self.done:
             began = time.perf_counter()
-            self.checkpoint["start"] = method.evaluate(self.adapted, self.data, 0)
+            self.checkpoint["start"] = {} if personalised else method.evaluate(self.adapted, self.data, 0)
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 
     def _begin(self) -> tuple[Arrays, Arrays]:
@@ -251,7 +260,7 @@ class Federation:
             self._take(encode(refined, self.dtype), server_round)
         began = time.perf_counter()
         due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
-        metrics = method.evaluate(self.adapted, self.data, server_round) | self._ask(server_round) if due else {}
+        metrics = self._evaluate(server_round) if due else {}
         seconds = round_seconds(reports, time.perf_counter() - began)
         for name, value in seconds.items():
             self.totals.seconds[name] += value
@@ -302,6 +311,14 @@ class Federation:
     def _roles(self, server_round: int) -> Roles:
         """Return the roles of the exchange under way."""
         return self.method.exchanges(self.config, server_round)[self.method.exchange - 1].roles
+
+    def _evaluate(self, server_round: int) -> dict[str, Any]:
+        """Return the metrics of what a round made, on the server and by clients; of personalised models by clients."""
+        if not self.method.personalised(self.config):
+            return self.method.evaluate(self.adapted, self.data, server_round) | self._ask(server_round)
+        asked = self._ask(server_round)
+        scores = self.method.evaluation.scores()
+        return scores | asked if scores else {}
 
     def _ask(self, server_round: int) -> dict[str, Any]:
         """Have clients evaluate on test examples of their own, if so configured; return ``clients``, the metrics."""
@@ -380,11 +397,14 @@ class Federation:
         """Export the result and write the summary."""
         config, folder = self.config, self.folder
         self.method.export(self.adapted, self.data, folder.path)
+        personalised = self.method.personalised(config)
+        if personalised:
+            export_own(self.adapted, config, folder.path, self.data.label_names, getattr(self.grid, "states", {}))
         for callback in self.callbacks:
             callback.on_end(self)
         spread = folder.rounds()[-1]["metrics"].get("clients", {}).get("fairness")
-        if config.server.fraction_evaluate:
-            pass  # clients did it themselves
+        if config.server.fraction_evaluate or personalised:
+            pass  # clients did it themselves, or none was to
         elif config.server.evaluate_clients and self.simulated:
             began = time.perf_counter()
             size = config.server.batch_size

@@ -50,6 +50,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "seed": config.run.seed,
         "rounds": config.run.rounds,
         "clients": len(federation.roster.nodes),
+        "personalised": method.personalised(config),
         "start": folder.checkpoint.get("start"),
         "final": final,
         "best": best_round(lines, get_task(config.model.task)),

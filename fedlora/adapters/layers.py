@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -85,8 +85,8 @@ class FactoredLinear(AdapterLayer):
     Parameters
     ----------
     base : torch.nn.Linear or transformers Conv1D
-    factors : mapping of str to (int, int)
-        Name to shape (rows, columns), in the order in which the input meets them.
+    factors : mapping of str to (int, int) or StackedLayer
+        By name the shape (rows, columns) of a matrix, or another layer, in the order in which the input meets them.
     scaling : float
         s = alpha / rank.
     layout : RowLayout
@@ -97,17 +97,20 @@ class FactoredLinear(AdapterLayer):
     def __init__(
         self,
         base: nn.Module,
-        factors: Mapping[str, tuple[int, int]],
+        factors: Mapping[str, Sequence[int] | StackedLayer],
         scaling: float,
         layout: RowLayout,
         dropout: float = 0.0,
     ) -> None:
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         dtype, device = adapter_dtype(base), weight.device
-        stacked = {
-            name: StackedLinear(columns, rows, layout, dtype=dtype, device=device)
-            for name, (rows, columns) in factors.items()
-        }
+        stacked: dict[str, StackedLayer] = {}
+        for name, factor in factors.items():
+            if isinstance(factor, StackedLayer):
+                stacked[name] = factor
+            else:
+                rows, columns = factor
+                stacked[name] = StackedLinear(columns, rows, layout, dtype=dtype, device=device)
         super().__init__(base, stacked, layout)
         self.scaling = scaling
         self.dropout = ClientDropout(dropout, layout)

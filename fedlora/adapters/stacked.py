@@ -233,6 +233,26 @@ class _StackedProduct(torch.autograd.Function):
         return gradient_x, gradient_weight, None
 
 
+def stacked_product(x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Return y_n = x_n W_{c(n)}^T for every row n, with c(n) the row's client.
+
+    Parameters
+    ----------
+    x : Tensor [N, ..., n]
+    weight : Tensor [K, m, n]
+        One for each client, or one [1, m, n] that all share, which then has no gradient.
+    layout : RowLayout
+
+    Returns
+    -------
+    Tensor [N, ..., m]
+    """
+    if not weight.requires_grad and len(weight) == 1:
+        return functional.linear(x, weight[0])
+    product: torch.Tensor = _StackedProduct.apply(x, weight, layout)
+    return product
+
+
 class StackedLayer(nn.Module):
     """A layer whose parameters carry a leading client axis: what the library asks of what it trains.
 
@@ -313,11 +333,7 @@ class StackedLinear(StackedLayer):
             If x has other rows than the layout says, where it matters whose a row is.
         """
         self.layout.check_rows(len(x), self.name)
-        weight = self.weight.to(x.dtype)
-        if not self.weight.requires_grad and len(weight) == 1:
-            y = functional.linear(x, weight[0])
-        else:
-            y = _StackedProduct.apply(x, weight, self.layout)
+        y = stacked_product(x, self.weight.to(x.dtype), self.layout)
         if self.bias is None:
             return y
         return y + self.layout.by_row(self.bias.to(x.dtype), x)

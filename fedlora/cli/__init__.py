@@ -165,19 +165,21 @@ def report(
     target: Annotated[list[float] | None, typer.Option(help="Tell what reaching this score cost, such as 0.8.")] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
-    from fedlora.reporting import write_report
+    from fedlora.reporting import write_reports
     from fedlora.reporting.budgets import Questions
 
     command = shlex.join(["fedlora", *sys.argv[1:]])
     questions = Questions(_budgets(budget or []), target or [])
     with writes_to(output or folders[0]):
-        page, comparison = write_report(folders, output, command, questions)
-    for run in comparison.unfinished:
-        typer.echo(f"left out, not finished: {run.folder}")
-    for duplicate in comparison.duplicates:
-        typer.echo(f"left out, the same run again: {duplicate.folder}")
-    typer.echo(f"{len(comparison.runs)} runs, {len(comparison.groups)} configurations")
-    typer.echo(page)
+        reports = write_reports(folders, output, command, questions)
+    for page, comparison in reports:
+        for run in comparison.unfinished:
+            typer.echo(f"left out, not finished: {run.folder}")
+        for duplicate in comparison.duplicates:
+            typer.echo(f"left out, the same run again: {duplicate.folder}")
+        own = " of clients' own models" if comparison.personalised else ""
+        typer.echo(f"{len(comparison.runs)} runs{own}, {len(comparison.groups)} configurations")
+        typer.echo(page)
 
 
 @app.command()
@@ -185,11 +187,12 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
     output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
+    client: Annotated[int | None, typer.Option(help="Whose model, where clients have models of their own.")] = None,
 ) -> None:
     """Export a run's model as a folder that transformers (with --merged) or PEFT loads."""
     from fedlora.results.load import export_run
 
-    typer.echo(export_run(folder, output, merged=merged))
+    typer.echo(export_run(folder, output, merged=merged, client=client))
 
 
 @app.command()

@@ -76,6 +76,8 @@ class RunDisplay:
         if not self._started:
             self._print("finished already; nothing was left to do")
         facts, rows = result.summary, score_rows(result.summary["final"], self.task)
+        if facts.get("personalised"):
+            rows.append(("scored", "each client's own model, on its own test examples" if rows else "nothing"))
         if facts["epsilon"]:
             e = facts["epsilon"]
             covers = "" if e["covers_init"] else "; the start is not covered"

@@ -93,7 +93,8 @@ class StudyDisplay:
         facts = []
         if run.folder.startswith("runs/"):  # tuning never reads test examples
             task = get_task(run.config.model.task)
-            facts.append(f"{task.primary} {task.show(task.primary, final.get(task.primary))}")
+            whose = " of clients' own models" if summary.get("personalised") else ""
+            facts.append(f"{task.primary}{whose} {task.show(task.primary, final.get(task.primary))}")
         if summary["epsilon"]:
             facts.append(f"epsilon {format_epsilon(summary['epsilon']['max'])}")
         sent = sum(traffic[f"{way}_bytes"] for way in ("initial", "downlink", "uplink"))

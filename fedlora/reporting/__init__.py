@@ -1,5 +1,5 @@
 """Compare runs: read run folders; write tables, figures and an HTML page."""
 
-from fedlora.reporting.report import write_report
+from fedlora.reporting.report import write_report, write_reports
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_reports"]

@@ -150,6 +150,11 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     @property
+    def personalised(self) -> bool:
+        """Whether scores are those of the clients' own models, each on its own test examples."""
+        return self.runs[0].summary.personalised
+
+    @property
     def score(self) -> str:
         """Return the metric that ranks groups."""
         return self.task.primary
@@ -196,12 +201,16 @@ def compare(found: Found) -> Comparison:
     Raises
     ------
     InputError
-        If they are of different tasks.
+        If they are of different tasks, or some have a global model and some models of their clients' own.
     """
     tasks = {run.config.model.task: run for run in found.runs}
     if len(tasks) > 1:
         shown = " and ".join(f"{run.name} ({task})" for task, run in tasks.items())
         raise InputError("DIR", shown, "runs of different tasks cannot be compared; report on each task alone")
+    if len({run.summary.personalised for run in found.runs}) > 1:
+        shown = " and ".join(run.name for run in found.runs)
+        remedy = "scores of clients' own models and of global models cannot be compared; report on each alone"
+        raise InputError("DIR", shown, remedy)
     flat = {id(run): flatten(run.config) for run in found.runs}
     varied = _varied([flat[id(run)] for run in found.runs])
     axes = _independent([flat[id(run)] for run in found.runs], varied)

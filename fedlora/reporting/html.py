@@ -151,6 +151,9 @@ def _listed(parts: Sequence[Markup | str]) -> Markup:
 def caveat(comparison: Comparison) -> Markup:
     """Write the caveats: where intervals overlap, and what always naming the largest class scores."""
     parts: list[Markup] = []
+    if comparison.personalised:
+        text = "Scores are personalised: each client's own model on its own test examples. "
+        parts.append(Markup("{}A global model's scores do not compare with them.").format(text))
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:
@@ -228,7 +231,7 @@ def _variants(comparison: Comparison) -> list[dict[str, Any]]:
 def _columns(comparison: Comparison) -> list[tuple[str, str]]:
     """Quantities of the table of groups, with their titles."""
     wanted = [
-        (comparison.score, f"test {comparison.score_title}"),
+        (comparison.score, f"{'own ' if comparison.personalised else ''}test {comparison.score_title}"),
         ("epsilon_max", "epsilon"),
         ("total_bytes", "sent"),
         ("uplink_bytes", "up"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from fedlora.reporting.comparison import Comparison, compare
 from fedlora.reporting.figures import draw_all
 from fedlora.reporting.html import page
 from fedlora.reporting.report_files import write_files
-from fedlora.reporting.runs import read_runs
+from fedlora.reporting.runs import Found, read_runs
 from fedlora.reporting.study_results import read_studies
 from fedlora.reporting.tables import groups_shown, groups_table, runs_table, table_files
 
@@ -22,7 +23,17 @@ def write_report(
     command: str = "",
     questions: Questions | None = None,
 ) -> tuple[Path, Comparison]:
-    """Compare runs: tables, figures and a page.
+    """Compare runs: tables, figures and a page; return the first of :func:`write_reports`."""
+    return write_reports(folders, output, command, questions)[0]
+
+
+def write_reports(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    command: str = "",
+    questions: Questions | None = None,
+) -> list[tuple[Path, Comparison]]:
+    """Compare runs: tables, figures and a page. Runs whose clients have models of their own have a report of their own.
 
     Parameters
     ----------
@@ -31,7 +42,8 @@ def write_report(
     output : str or Path, optional
         Where to; the first folder by default. It gets ``report.html`` and the folder ``report`` with the tables
         (``runs``, ``groups``, and ``budgets`` and ``targets`` where asked for; CSV, Parquet and Markdown) and
-        ``figures`` (PNG and SVG).
+        ``figures`` (PNG and SVG). Beside runs of global models, those of clients' own models are in
+        ``personalised.html`` and ``report/personalised``.
     command : str
         Shown on the page.
     questions : Questions, optional
@@ -39,32 +51,45 @@ def write_report(
 
     Returns
     -------
-    (Path, Comparison)
-        report.html, and what it says.
+    list of (Path, Comparison)
+        Each page, and what it says.
 
     Raises
     ------
     InputError
         If a folder holds no finished run, a run is damaged, tasks differ, or a file of the user's is in the way.
     """
-    found = read_runs(folders)
-    comparison = compare(found)
-    made = charts(comparison)
+    target = Path(output) if output is not None else Path(folders[0])
     studies = read_studies(folders)
     questions = questions or Questions()
     for study in studies:
         questions |= Questions(study.state.report.budgets, study.state.report.targets)
-    answers = answer_questions(comparison, questions)
-    files = {"report.html": page(comparison, made, command, studies, answers).encode()}
-    tables = table_files("runs", runs_table(comparison))
-    tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
-    for answer in answers:
-        if answer.budgets:
-            tables |= table_files(f"budgets{answer.suffix}", budgets_table(answer.budgets))
-        if answer.targets:
-            tables |= table_files(f"targets{answer.suffix}", targets_table(answer.targets))
-    files |= {f"report/{file}": content for file, content in tables.items()}
-    files |= {f"report/figures/{file}": content for file, content in draw_all(made).items()}
-    target = Path(output) if output is not None else Path(folders[0])
+    files: dict[str, bytes] = {}
+    written = []
+    for name, found in _parts(read_runs(folders)).items():
+        comparison = compare(found)
+        below = "report" if name == "report" else f"report/{name}"
+        made = charts(comparison)
+        answers = answer_questions(comparison, questions)
+        files[f"{name}.html"] = page(comparison, made, command, studies, answers).encode()
+        tables = table_files("runs", runs_table(comparison))
+        tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
+        for answer in answers:
+            if answer.budgets:
+                tables |= table_files(f"budgets{answer.suffix}", budgets_table(answer.budgets))
+            if answer.targets:
+                tables |= table_files(f"targets{answer.suffix}", targets_table(answer.targets))
+        files |= {f"{below}/{file}": content for file, content in tables.items()}
+        files |= {f"{below}/figures/{file}": content for file, content in draw_all(made).items()}
+        written.append((target / f"{name}.html", comparison))
     write_files(target, files)
-    return target / "report.html", comparison
+    return written
+
+
+def _parts(found: Found) -> dict[str, Found]:
+    """Divide runs into those of a global model and those of clients' own models, by the name of their page."""
+    own = [run for run in found.runs if run.summary.personalised]
+    if not own or len(own) == len(found.runs):
+        return {"report": found}
+    common = [run for run in found.runs if not run.summary.personalised]
+    return {"report": dataclasses.replace(found, runs=common), "personalised": Found(own, [])}

@@ -83,12 +83,12 @@ class Summary(_Content):
     rounds: Count
     clients: Count
     final: dict[str, Any]
+    personalised: bool = False
     trainable_parameters: Count
     epsilon: Epsilon | None
     communication: Communication
     seconds: dict[str, float]
     environment: Environment
-    personalised: bool = False
 
 
 class RoundLine(_Content):
@@ -290,6 +290,9 @@ def _read(path: Path, name: str) -> FinishedRun:
     if summary.method != config.method.name or summary.seed != config.run.seed:
         raise _damaged(path, "summary.json", "its method or seed is not that of config.toml")
     task = get_task(config.model.task)
+    if summary.personalised and not summary.final:
+        remedy = "has models of its clients' own, which nobody scored; run it again with server.fraction_evaluate, or "
+        raise InputError("DIR", str(path), f"{remedy}leave it out of the report")
     scores = _scores(path, summary.final, task)
     optional: dict[str, Any] = {
         field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []

@@ -15,20 +15,22 @@ from fedlora.alignment import align_loaded
 from fedlora.config import ANY_METHOD, Config, read_toml
 from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
-from fedlora.methods import ADAPTER
+from fedlora.methods import ADAPTER, CLIENTS, Method
 from fedlora.models import load_tokenizer, quiet
 from fedlora.results.outputs import check_sums
 from fedlora.storage import is_full, writes_to
 from fedlora.tasks import get_task
 
 
-def load(folder: str | Path) -> tuple[Any, Any]:
+def load(folder: str | Path, client: int | None = None) -> tuple[Any, Any]:
     """Return the model that a run made, with its adapter merged in, and the tokenizer.
 
     Parameters
     ----------
     folder : str or Path
         A run folder.
+    client : int, optional
+        Whose model, in a run whose clients have models of their own.
 
     Returns
     -------
@@ -38,7 +40,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If the folder holds no finished run, or its files cannot be read.
+        If the folder holds no finished run, its files cannot be read, or it holds no model of that client.
 
     Examples
     --------
@@ -46,7 +48,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     >>> logits = model(**tokenizer("A joy to watch.", return_tensors="pt")).logits  # doctest: +SKIP
     """
     try:
-        return _load(Path(folder))
+        return _load(Path(folder), client)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -54,15 +56,31 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         raise InputError("FOLDER", str(folder), f"cannot be read ({reason}); run again into another") from None
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: Path, client: int | None) -> tuple[Any, Any]:
     part = run_method(path).outputs[0]
     whole = (path / part / "config.json").is_file()
     if not whole and not (path / part / ADAPTER_FILE).is_file():
         raise InputError("FOLDER", str(path), f"holds no finished run (it has no {part}/); give a run folder")
     check_sums(path, part)
     config = _config(path)
-    model = _whole(config, path / part) if whole else merged(config, path / part)
+    made = _of_client(path / part, config, client)
+    model = _whole(config, made) if whole else merged(config, made)
     return model, load_tokenizer(config)
+
+
+def _of_client(made: Path, config: Config, client: int | None) -> Path:
+    """Return the folder of a client's own model, in a run that has such models; else that of the run's one model."""
+    method = run_method(made.parent)
+    own = method is not Method and method.personalised(config)
+    if own and client is not None and (made / CLIENTS / str(client) / ADAPTER_FILE).is_file():
+        return made / CLIENTS / str(client)
+    if not own and client is None:
+        return made
+    if not own:
+        raise InputError("client", client, "has no model of its own: the run has one model; leave client out")
+    there = sorted(int(path.name) for path in (made / CLIENTS).glob("*") if path.name.isdecimal())
+    shown = f"choose one of {', '.join(map(str, there))}" if there else "their owners' nodes have them"
+    raise InputError("client", client, f"is needed: each of the run's clients has a model of its own; {shown}")
 
 
 def _whole(config: Config, folder: Path) -> Any:
@@ -84,7 +102,9 @@ def _config(folder: Path) -> Config:
     )
 
 
-def export_run(folder: str | Path, output: str | Path | None = None, *, merged: bool = False) -> Path:
+def export_run(
+    folder: str | Path, output: str | Path | None = None, *, merged: bool = False, client: int | None = None
+) -> Path:
     """Write a run's model for others to load.
 
     Parameters
@@ -96,6 +116,8 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     merged : bool
         Write a whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A run
         without an adapter always gives a whole model.
+    client : int, optional
+        Whose model, in a run whose clients have models of their own.
 
     Raises
     ------
@@ -106,7 +128,7 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
     if os.path.lexists(target):
         raise InputError("--output", str(target), "exists already; choose another folder")
     with torch.no_grad():
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, client)
     try:
         target.mkdir(parents=True)
     except OSError as error:
@@ -114,11 +136,13 @@ def export_run(folder: str | Path, output: str | Path | None = None, *, merged: 
             "--output", str(target), f"cannot be written ({error.strerror}); choose another folder"
         ) from None
     try:
-        if merged or not (Path(folder) / ADAPTER / ADAPTER_FILE).is_file():
+        adapter = Path(folder) / ADAPTER
+        adapter = adapter if client is None else adapter / CLIENTS / str(client)
+        if merged or not (adapter / ADAPTER_FILE).is_file():
             with quiet():
                 model.save_pretrained(target)
         else:
-            shutil.copytree(Path(folder) / ADAPTER, target, dirs_exist_ok=True)
+            shutil.copytree(adapter, target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target, ignore_errors=True)  # a partial model would block the next attempt

@@ -214,6 +214,9 @@ def _kind(run: Watched) -> str:
 def test_the_server_has_the_mean_of_its_clients(here: World, name: str) -> None:
     """To rounding where the method says that it is exact; else the error is there in every round."""
     run = here.run(content(here, name, **WIDE))
+    if METHODS[name].personalised(run.config):
+        assert not METHODS[name].exact, "its clients' models have no mean that the server could have"
+        return
     assert len(run.errors) == ROUNDS
     if METHODS[name].exact:
         assert max(run.errors) <= 1e-12
@@ -302,6 +305,9 @@ def test_what_others_load_computes_the_same(half: Watched | None) -> None:
     if half is None:
         return
     tolerance = 3e-5
+    if METHODS[half.config.method.name].personalised(half.config):
+        check_own_models(half, tolerance)
+        return
     model, _ = fedlora.load(half.folder)
     mask = half.batch["attention_mask"]
     real = mask.bool() if half.logits.dim() == 3 else torch.ones(len(mask), dtype=torch.bool)
@@ -309,19 +315,39 @@ def test_what_others_load_computes_the_same(half: Watched | None) -> None:
     adapter = half.folder / "adapter"
     if not (adapter / "adapter_config.json").exists():
         return
-    # By stock PEFT on the stock model; nothing may be missing or left over.
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if half.logits.dim() == 3:
-        stock: Any = AutoModelForCausalLM.from_pretrained(base)
-    else:
-        stock = AutoModelForSequenceClassification.from_pretrained(base, num_labels=half.logits.shape[-1])
-    before = _logits(stock, half)[real]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        adapted = PeftModel.from_pretrained(stock, str(adapter)).eval()
-    assert (before - half.logits[real]).abs().max() > 1e-4, "nothing was learned that a test could tell"
+    before, adapted = _by_peft(half, adapter)
+    assert (before - half.logits)[real].abs().max() > 1e-4, "nothing was learned that a test could tell"
     tiny.assert_close(_logits(adapted, half)[real], half.logits[real], tolerance)
     tiny.assert_close(_logits(adapted.merge_and_unload(), half)[real], half.logits[real], tolerance)
+
+
+def check_own_models(run: Watched, tolerance: float) -> None:
+    """Clients that trained left a model each, and no two are alike; what is shared loads too."""
+    with pytest.raises(InputError, match="each of the run's clients has a model of its own"):
+        fedlora.load(run.folder)
+    adapter, found = run.folder / "adapter", []
+    _by_peft(run, adapter)
+    for client in sorted({client for clients in run.sampled for client in clients}):
+        model, _ = fedlora.load(run.folder, client)
+        before, adapted = _by_peft(run, adapter / "clients" / str(client))
+        got = _logits(model, run)
+        assert (before - got).abs().max() > 1e-4, "nothing was learned that a test could tell"
+        tiny.assert_close(_logits(adapted, run), got, tolerance)
+        assert not any(torch.allclose(got, other, rtol=0, atol=1e-6) for other in found)
+        found.append(got)
+
+
+def _by_peft(run: Watched, adapter: Path) -> tuple[torch.Tensor, Any]:
+    """Load an adapter by stock PEFT on the stock model, whose logits come first; nothing may be missing or be left."""
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if run.logits.dim() == 3:
+        stock: Any = AutoModelForCausalLM.from_pretrained(base)
+    else:
+        stock = AutoModelForSequenceClassification.from_pretrained(base, num_labels=run.logits.shape[-1])
+    before = _logits(stock, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return before, PeftModel.from_pretrained(stock, str(adapter)).eval()
 
 
 def _logits(model: Any, run: Watched) -> torch.Tensor:

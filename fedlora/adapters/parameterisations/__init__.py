@@ -104,10 +104,6 @@ class LowRank(Parameterisation):
     """A product of matrices of low rank, which can be written as a LoRA: dW = s F_k ... F_1 = s B A."""
 
     @abstractmethod
-    def shapes(self, out_features: int, in_features: int, rank: int) -> Mapping[str, tuple[int, int]]:
-        """Return the matrices' shapes (rows, columns)."""
-
-    @abstractmethod
     def to_lora(self, factors: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A [r, n] and B [m, r]."""
 
