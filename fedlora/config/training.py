@@ -95,6 +95,11 @@ class ClientSection(Section):
     local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         default=None, description="Number of passes over its examples that a client takes in a round; 1 by default."
     )
+    proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0,
+        description="FedProx: mu of mu/2 |w - w_start|^2, which local training adds to the loss; w_start is where the "
+        "client began the round. Under DP it is added after the noise.",
+    )
 
     def check(self, config: Config) -> None:
         """Refuse two lengths of local training."""
@@ -110,6 +115,8 @@ class ClientSection(Section):
             yield "momentum", "adamw has its own moments"
         if 0 < self.weight_decay < 1e-12:
             yield "weight_decay", "it is so small that no number changes by it"
+        if self.local_steps == 1:
+            yield "proximal_mu", "the only step of a round begins where the term is 0"
 
 
 class ServerSection(Section):

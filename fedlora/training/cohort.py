@@ -25,6 +25,7 @@ from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
+from fedlora.training.local_terms import add_local_terms
 from fedlora.training.soundness import check_sound, dependence
 
 log = logging.getLogger("fedlora")
@@ -144,6 +145,7 @@ def train_cohort(
     parameters = adapted.parameters()
     start = [p.detach().clone() for p in parameters]
     optimizer = _optimizer(client, parameters, jobs[0].learning_rate)
+    add_local_terms(optimizer, start, client.proximal_mu)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
