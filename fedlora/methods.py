@@ -295,11 +295,19 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
-    optimizer = config.server.optimizer
-    if not method.persistent and SERVER_OPTIMIZERS.get(optimizer).stateful:
-        remedy = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round; use fedavg"
-        raise InputError("server.optimizer", optimizer, remedy)
+    if not method.persistent:
+        for field_name, value, remedy in _looking_back(config):
+            why = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round"
+            raise InputError(field_name, value, f"{why}; {remedy}")
     method.check(config)
+
+
+def _looking_back(config: Config) -> Iterator[tuple[str, Any, str]]:
+    """Yield key, value and remedy of what a config keeps from round to round by an array's coordinates."""
+    if SERVER_OPTIMIZERS.get(config.server.optimizer).stateful:
+        yield "server.optimizer", config.server.optimizer, "use fedavg"
+    if config.client.keep_optimizer_state:
+        yield "client.keep_optimizer_state", True, "leave it out"
 
 
 def unused_options(config: Config) -> Iterator[tuple[str, str]]:

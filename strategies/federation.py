@@ -37,7 +37,15 @@ from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Pl
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
-from fedlora.strategies.summary import environment, fairness, privacy_rows, round_line, round_seconds, summarise
+from fedlora.strategies.summary import (
+    environment,
+    fairness,
+    memory_notes,
+    privacy_rows,
+    round_line,
+    round_seconds,
+    summarise,
+)
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
@@ -169,7 +177,8 @@ class Federation:
         self.adapted: AdaptedModel = method.server_model(self.data)
         check_model(self.folder, config, self.adapted)
         note_environment(self.folder, environment(config))
-        for note in (*self.data.notes, *self.adapted.notes):
+        kept = memory_notes(config, method.trained_numbers(self.adapted), self.dtype.itemsize)
+        for note in (*self.data.notes, *self.adapted.notes, *kept):
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)

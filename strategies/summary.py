@@ -20,6 +20,7 @@ from fedlora.communication.links import link_seed
 from fedlora.config import Config
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.tasks import Task, get_task
+from fedlora.training.optimizer_state import state_size
 
 if TYPE_CHECKING:
     from fedlora.strategies.base import RoundReport
@@ -61,6 +62,24 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "environment": environment(config),
         **method.facts(federation.adapted),
     }
+
+
+def memory_notes(config: Config, numbers: int, itemsize: int) -> list[str]:
+    """Say how many bytes each client keeps between rounds beside what its method leaves with it.
+
+    Parameters
+    ----------
+    config : Config
+    numbers : int
+        That a client trains.
+    itemsize : int
+        Bytes of one.
+    """
+    notes = []
+    size = state_size(config.client) if config.client.keep_optimizer_state else 0
+    if size:
+        notes.append(f"each client keeps {size * numbers * itemsize:,} bytes between rounds: its optimiser's moments")
+    return notes
 
 
 def evaluated(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -101,6 +101,12 @@ class ClientSection(Section):
         "client began the round. Under DP it is added after the noise.",
     )
 
+    keep_optimizer_state: bool = Field(
+        default=False,
+        description="Let each client keep its optimiser's moments from round to round, instead of beginning anew: one "
+        "number for each that it trains with sgd's momentum, two with adamw. Nothing of it is sent.",
+    )
+
     def check(self, config: Config) -> None:
         """Refuse two lengths of local training."""
         if self.local_steps is not None and self.local_epochs is not None:
@@ -117,6 +123,8 @@ class ClientSection(Section):
             yield "weight_decay", "it is so small that no number changes by it"
         if self.local_steps == 1:
             yield "proximal_mu", "the only step of a round begins where the term is 0"
+        if self.optimizer == "sgd" and not self.momentum:
+            yield "keep_optimizer_state", "sgd without momentum remembers nothing"
 
 
 class ServerSection(Section):
