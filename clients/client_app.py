@@ -30,6 +30,7 @@ from fedlora.clients.participant import (
 )
 from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
+from fedlora.corrections import VARIATES
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config
@@ -229,7 +230,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         on_step=client.on_step,
         exchange=client.number,
     )
-    memory = Memory(client)
+    memory = Memory(client, message, adapted.head_names)
     return _Work(client, settings, roles, half, frozen, start, memory.recall(job), memory)
 
 
@@ -283,10 +284,11 @@ def _reply(message: Message, work: _Work) -> Message:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
     arrays = _leaving(work, work.half.finish(result.arrays))
-    work.memory.keep(result)
     content = RecordDict({"arrays": run_codecs(client.config).up.encode(arrays), "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record
+    if change := work.memory.keep(work.job, result):
+        content[VARIATES] = run_codecs(client.config).once.encode(change)
     return Message(content, reply_to=message)
 
 

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, ValidationError
 
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
-from fedlora.registry import SERVER_OPTIMIZERS
+from fedlora.registry import CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 from fedlora.roles import Exchange, Roles
 
 if TYPE_CHECKING:
@@ -299,7 +299,26 @@ def check_method(config: Config) -> None:
         for field_name, value, remedy in _looking_back(config):
             why = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round"
             raise InputError(field_name, value, f"{why}; {remedy}")
+    _check_correction(method, config)
     method.check(config)
+
+
+def _check_correction(method: type[Method], config: Config) -> None:
+    """Refuse a correction of local training where there is no mean of variates, or it would tell what is protected."""
+    name = config.client.correction
+    kind = CORRECTIONS.get(name)
+    if not kind.active:
+        return
+    kind.check(config)
+    roles = [role for exchange in method.exchanges(config, 1) for role in exchange.roles.values()]
+    if any(role.made_by == "client" for role in roles):
+        remedy = f"draws clients to their mean, but those of {method.name} start from arrays of their own; use none"
+        raise InputError("client.correction", name, remedy)
+    if getattr(config.method, "ranks", None) is not None:
+        raise InputError("client.correction", name, "needs arrays of one shape; leave method.ranks out, or use none")
+    if MECHANISMS.get(config.privacy.mode).noise_by == "server":
+        remedy = f"sends variates, to which privacy.mode = {config.privacy.mode} adds no noise; use none"
+        raise InputError("client.correction", name, remedy)
 
 
 def _looking_back(config: Config) -> Iterator[tuple[str, Any, str]]:
@@ -308,6 +327,8 @@ def _looking_back(config: Config) -> Iterator[tuple[str, Any, str]]:
         yield "server.optimizer", config.server.optimizer, "use fedavg"
     if config.client.keep_optimizer_state:
         yield "client.keep_optimizer_state", True, "leave it out"
+    if CORRECTIONS.get(config.client.correction).active:
+        yield "client.correction", config.client.correction, "use none"
 
 
 def unused_options(config: Config) -> Iterator[tuple[str, str]]:

@@ -125,6 +125,7 @@ class Federation:
         self.halves = [method]
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
+            self.stateful["variates"] = self.rounds.variates
             self.halves += [] if self.rounds is method else [self.rounds]
         self.totals = Totals()
         self.dtype = wire_dtype(config.model.dtype)
@@ -177,8 +178,7 @@ class Federation:
         self.adapted: AdaptedModel = method.server_model(self.data)
         check_model(self.folder, config, self.adapted)
         note_environment(self.folder, environment(config))
-        kept = memory_notes(config, method.trained_numbers(self.adapted), self.dtype.itemsize)
-        for note in (*self.data.notes, *self.adapted.notes, *kept):
+        for note in (*self.data.notes, *self.adapted.notes):
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)
@@ -190,6 +190,8 @@ class Federation:
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         for half in self.halves:
             half.know(self.adapted)
+        for note in memory_notes(config, method.trained_numbers(self.adapted), self.dtype.itemsize):
+            log.info(note)
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)

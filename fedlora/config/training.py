@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from fedlora.config.section import NODES, Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
-from fedlora.registry import CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
+from fedlora.registry import CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -105,6 +105,12 @@ class ClientSection(Section):
         default=False,
         description="Let each client keep its optimiser's moments from round to round, instead of beginning anew: one "
         "number for each that it trains with sgd's momentum, two with adamw. Nothing of it is sent.",
+    )
+
+    correction: Annotated[str, AfterValidator(CORRECTIONS.check)] = Field(
+        default="none",
+        description="What is added to each local gradient against the drift of clients: none, or scaffold's control "
+        "variates. They travel beside the arrays that are trained and sent, as many numbers each way, never rounded.",
     )
 
     def check(self, config: Config) -> None:

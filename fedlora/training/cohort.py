@@ -57,6 +57,8 @@ class ClientJob:
         Number of the exchange in its round, from 1.
     state : dict of str to Tensor
         What its optimiser remembers of earlier rounds (:mod:`fedlora.training.optimizer_state`).
+    shift : dict of str to Tensor
+        What is added to each of its gradients, after clipping and noise (:mod:`fedlora.corrections`).
     """
 
     client: int
@@ -69,6 +71,7 @@ class ClientJob:
     on_step: Callable[[], None] | None = None
     exchange: int = 1
     state: Arrays = field(default_factory=dict)
+    shift: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class ClientResult:
         Mean over the examples that it trained on, in nats; nan where there was none.
     state : dict of str to Tensor
         What its optimiser remembers, if the config says that it is kept.
+    learning_rate : float
+        Of its steps.
     """
 
     arrays: Arrays
@@ -93,6 +98,7 @@ class ClientResult:
     examples: int
     loss: float
     state: Arrays = field(default_factory=dict)
+    learning_rate: float = 0.0
 
 
 def learning_rate(client: ClientSection, base: float, server_round: int, rounds: int) -> float:
@@ -183,8 +189,8 @@ def train_cohort(
             _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.has_gradient, rows))
             states = take_states(optimizer, named, done) if client.keep_optimizer_state else [{}] * len(done)
             for k, arrays, state in zip(done, adapted.trained_arrays(done), states, strict=True):
-                mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
-                results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean, state)
+                mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
+                results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate)
     return [result for result in results if result is not None]
 
 
@@ -330,7 +336,11 @@ def _optimizer(
     else:
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     put_states(optimizer, named, [job.state for job in jobs])
-    add_local_terms(optimizer, start, client.proximal_mu)
+    shifts = [
+        torch.stack([job.shift[name] for job in jobs]).to(p.device, p.dtype) if name in jobs[0].shift else None
+        for name, p in named.items()
+    ]
+    add_local_terms(optimizer, start, client.proximal_mu, shifts)
     return optimizer
 
 

@@ -1,4 +1,4 @@
-"""Terms of a client's local objective that depend on no example, such as FedProx's."""
+"""Terms of a client's local objective that depend on no example: FedProx's, and linear ones of a correction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 
-def add_local_terms(optimizer: torch.optim.Optimizer, start: Sequence[torch.Tensor], mu: float) -> None:
+def add_local_terms(
+    optimizer: torch.optim.Optimizer,
+    start: Sequence[torch.Tensor],
+    mu: float,
+    shifts: Sequence[torch.Tensor | None] = (),
+) -> None:
     """Let every step of an optimiser add the gradients of the terms to those of the loss.
 
     They are added right before the step: after a batch's gradient was clipped, and under DP after the noise. A term
@@ -23,14 +28,21 @@ def add_local_terms(optimizer: torch.optim.Optimizer, start: Sequence[torch.Tens
     mu : float
         Of the proximal term mu/2 |w - w_start|^2 (FedProx, arXiv 1812.06127); 0 for none. Arrays that stay with a
         client start from its own.
+    shifts : sequence of Tensor [K, ...] or None
+        What is added to each client's gradients, parameter by parameter; None, or an empty sequence, for nothing.
     """
-    if not mu:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shifts = shifts or [None] * len(parameters)
+    if not mu and all(shift is None for shift in shifts):
         return
 
     def add(*_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, before in zip(parameters, start, strict=True):
-            if p.grad is not None:
+        for p, before, shift in zip(parameters, start, shifts, strict=True):
+            if p.grad is None:
+                continue
+            if mu:
                 p.grad.add_(p.detach() - before, alpha=mu)
+            if shift is not None:
+                p.grad.add_(shift)
 
     optimizer.register_step_pre_hook(add)

@@ -121,9 +121,7 @@ def test_each_array_counts_its_own_steps(runs: LlamaRuns) -> None:
 def test_it_needs_coordinates_that_persist(method: str) -> None:
     task = {"task": "causal-lm"} if method == "flexmore" else {}
     given = override("client", KEPT) | {"method": {"name": method}, "model": {"name": "x", **task}}
-    with pytest.raises(
-        InputError, match=rf"client\.keep_optimizer_state = True: looks back .* {method} "
-    ):
+    with pytest.raises(InputError, match=rf"client\.keep_optimizer_state = True: looks back .* {method} "):
         load_config(given)
 
 

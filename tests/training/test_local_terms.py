@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from fedlora.training import cohort, train_cohort
 from fedlora.training.local_terms import add_local_terms
 from tests import tiny
 from tests.configs import override
-from tests.llama_runs import LlamaRuns, adapter, table
 
 SIZES = [5, 3, 4]
 
@@ -116,18 +114,6 @@ def test_a_cohort_is_its_clients_alone(optimizer: str, private: bool) -> None:
         assert tiny.difference(arrays, alone) < 1e-10
     without = trained(0.0, plans, **options)
     assert all(tiny.difference(a, b) > 1e-5 for a, b in zip(together, without, strict=True))
-
-
-def test_epsilon_is_that_of_a_run_without_it(tmp_path: Path) -> None:
-    runs = LlamaRuns(tmp_path)
-    privacy = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
-    options = {"optimizer": "sgd", "local_steps": 2}
-    plain, proximal = (
-        runs.run(run={"rounds": 1}, privacy=privacy, client={**options, "proximal_mu": mu}) for mu in (0.0, 5.0)
-    )
-    assert table(plain, "privacy.csv") == table(proximal, "privacy.csv")
-    assert table(plain, "communication.csv") == table(proximal, "communication.csv")
-    assert any(not torch.equal(array, adapter(proximal)[name]) for name, array in adapter(plain).items())
 
 
 def test_a_single_step_has_no_use_for_it() -> None:
