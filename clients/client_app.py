@@ -17,6 +17,7 @@ from fedlora.arrays import Arrays
 from fedlora.clients.evaluation import evaluate_own
 from fedlora.clients.half import ClientHalf, client_half
 from fedlora.clients.held import divide, receive
+from fedlora.clients.memory import Memory
 from fedlora.clients.participant import (
     Participant,
     is_node,
@@ -29,6 +30,7 @@ from fedlora.clients.participant import (
 )
 from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
+from fedlora.corrections import VARIATES
 from fedlora.data.sources import count_own
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config
@@ -39,6 +41,7 @@ from fedlora.roles import Roles, roles_of
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
+from fedlora.training.optimizer_state import steps_taken
 from fedlora.training.soundness import check_sound
 
 log = logging.getLogger("fedlora")
@@ -177,6 +180,7 @@ class _Work:
     start : dict of str to Tensor
         Those that are trained, as they came.
     job : ClientJob
+    memory : Memory
     result : ClientResult
     seconds : float
     """
@@ -188,6 +192,7 @@ class _Work:
     frozen: Arrays
     start: Arrays
     job: ClientJob
+    memory: Memory
     result: ClientResult | None = None
     seconds: float = 0.0
 
@@ -225,19 +230,22 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         on_step=client.on_step,
         exchange=client.number,
     )
-    return _Work(client, settings, roles, half, frozen, start, job)
+    memory = Memory(client, message, adapted.head_names)
+    return _Work(client, settings, roles, half, frozen, start, memory.recall(job), memory)
 
 
 def _groups(work: Mapping[int, _Work]) -> list[list[int]]:
     """Divide clients into those that can share a pass.
 
-    They have one learning rate, the same frozen arrays, and whatever else the method's half asks for.
+    They have one learning rate, the same frozen arrays, optimisers that took equally many steps, and whatever else the
+    method's half asks for.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, one in work.items():
         # A record that messages share is decoded once, so equal arrays are the same objects.
         frozen = tuple(map(id, one.frozen.values()))
-        groups.setdefault((one.half.group(one.settings), one.job.learning_rate, frozen), []).append(i)
+        key = (one.half.group(one.settings), one.job.learning_rate, steps_taken(one.job.state), frozen)
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
@@ -279,6 +287,8 @@ def _reply(message: Message, work: _Work) -> Message:
     content = RecordDict({"arrays": run_codecs(client.config).up.encode(arrays), "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record
+    if change := work.memory.keep(work.job, result):
+        content[VARIATES] = run_codecs(client.config).once.encode(change)
     return Message(content, reply_to=message)
 
 

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, ValidationError
 
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
-from fedlora.registry import SERVER_OPTIMIZERS
+from fedlora.registry import CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 from fedlora.roles import Exchange, Roles
 
 if TYPE_CHECKING:
@@ -307,16 +307,45 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
-    optimizer = config.server.optimizer
-    if not method.persistent and SERVER_OPTIMIZERS.get(optimizer).stateful:
-        remedy = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round; use fedavg"
-        raise InputError("server.optimizer", optimizer, remedy)
+    if not method.persistent:
+        for field_name, value, remedy in _looking_back(config):
+            why = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round"
+            raise InputError(field_name, value, f"{why}; {remedy}")
+    _check_correction(method, config)
     if config.data.validation is not None and method.personalised(config):
         remedy = (
             f"is scored on the server, but models of {method.name} are its clients' own; leave it out, and tune no key"
         )
         raise InputError("data.validation", config.data.validation, remedy)
     method.check(config)
+
+
+def _check_correction(method: type[Method], config: Config) -> None:
+    """Refuse a correction of local training where there is no mean of variates, or it would tell what is protected."""
+    name = config.client.correction
+    kind = CORRECTIONS.get(name)
+    if not kind.active:
+        return
+    kind.check(config)
+    roles = [role for exchange in method.exchanges(config, 1) for role in exchange.roles.values()]
+    if any(role.made_by == "client" for role in roles):
+        remedy = f"draws clients to their mean, but those of {method.name} start from arrays of their own; use none"
+        raise InputError("client.correction", name, remedy)
+    if getattr(config.method, "ranks", None) is not None:
+        raise InputError("client.correction", name, "needs arrays of one shape; leave method.ranks out, or use none")
+    if MECHANISMS.get(config.privacy.mode).noise_by == "server":
+        remedy = f"sends variates, to which privacy.mode = {config.privacy.mode} adds no noise; use none"
+        raise InputError("client.correction", name, remedy)
+
+
+def _looking_back(config: Config) -> Iterator[tuple[str, Any, str]]:
+    """Yield key, value and remedy of what a config keeps from round to round by an array's coordinates."""
+    if SERVER_OPTIMIZERS.get(config.server.optimizer).stateful:
+        yield "server.optimizer", config.server.optimizer, "use fedavg"
+    if config.client.keep_optimizer_state:
+        yield "client.keep_optimizer_state", True, "leave it out"
+    if CORRECTIONS.get(config.client.correction).active:
+        yield "client.correction", config.client.correction, "use none"
 
 
 def unused_options(config: Config) -> Iterator[tuple[str, str]]:

@@ -139,6 +139,7 @@ CODECS = Registry("fedlora.communication.codecs:Codec", "fedlora.codecs", "wire.
 SERVER_OPTIMIZERS = Registry(
     "fedlora.server.optimizers:ServerOptimizer", "fedlora.server_optimizers", "server.optimizer"
 )
+CORRECTIONS = Registry("fedlora.corrections:Correction", "fedlora.corrections", "client.correction")
 CLIENT_SAMPLINGS = Registry("fedlora.server.sampling:ClientSampling", "fedlora.client_samplings", "server.sampling")
 PARAMETERISATIONS = Registry(
     "fedlora.adapters.parameterisations:Parameterisation", "fedlora.parameterisations", "parameterisation"

@@ -15,8 +15,8 @@ from fedlora.config import Config
 HEAD = "head"
 """The kind of all arrays of the trained head."""
 
-OWN = "own"
-"""Key of the arrays that stay with a client, in its Flower state."""
+HOME = "own"
+"""The sort of a client's own arrays whose role says that they stay with it, in its Flower state."""
 
 
 @dataclass(frozen=True)

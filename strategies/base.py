@@ -28,6 +28,7 @@ from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
+from fedlora.corrections import VARIATES
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
@@ -40,6 +41,7 @@ from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import LONGEST_REASON, ReplyError, first_replies, is_finite, read_update
 from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
@@ -208,6 +210,8 @@ class FederatedStrategy(Method, Strategy):
         Goes from the global arrays to the clients' mean of those that they train. Its state is in the checkpoint.
     codecs : RunCodecs
         Encode the arrays that a round's messages and replies carry.
+    variates : Variates
+        Of the clients' correction (``client.correction``); with an inactive one nothing is kept or sent.
     """
 
     def __init__(self, config: Config) -> None:
@@ -224,6 +228,7 @@ class FederatedStrategy(Method, Strategy):
         self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
         self.codecs = run_codecs(config)
+        self.variates = Variates(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -454,9 +459,11 @@ class FederatedStrategy(Method, Strategy):
 
     def _direction_bytes(self, numbers: Payload, client: int, direction: str) -> int:
         if direction == "down":
-            return self._bytes(numbers.down, self.down_shapes(client), self.codecs.down)
+            beside = self.variates.payload_bytes(self._sent_shapes)
+            return self._bytes(numbers.down, self.down_shapes(client), self.codecs.down) + beside
         if direction == "up":
-            return self._bytes(numbers.up, self.client_shapes(client), self.codecs.up)
+            beside = self.variates.payload_bytes(self._sent_shapes)
+            return self._bytes(numbers.up, self.client_shapes(client), self.codecs.up) + beside
         return self._bytes(numbers.initial, {}, self.codecs.once)
 
     def _bytes(self, numbers: int, shapes: Shapes, codec: Codec) -> int:
@@ -535,6 +542,7 @@ class FederatedStrategy(Method, Strategy):
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
         common = recode(common, self.codecs.once, self.codecs.down)
         self._sent = self.arrays if common is arrays else self.arrays | self.codecs.down.decode(common)
+        beside = self.variates.record(self._sent_shapes, self._whole_weight())
         group = group_of(server_round, self.exchange)
         records: dict[Hashable, ArrayRecord] = {}
         self._sent_blocks = {}
@@ -544,18 +552,21 @@ class FederatedStrategy(Method, Strategy):
             key, record = None, common
             own = self.client_arrays(client)
             if own is not None:
+                if beside:
+                    raise self._uncorrected()
                 key, part = own
                 if key not in records:
                     records[key] = self.codecs.down.encode(part)
                     rounded = self.codecs.down is not self.codecs.once
                     self._sent_blocks[key] = self.codecs.down.decode(records[key]) if rounded else part
                 record = records[key]
-            settings = self.client_settings(client, server_round)
+            settings = self.client_settings(client, server_round) | self.variates.settings(client)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
             same = (key, tuple(sorted(settings.items())))
             if same not in contents:
-                contents[same] = RecordDict({"arrays": record, "config": ConfigRecord({**config, **settings})})
+                said = ConfigRecord({**config, **settings})
+                contents[same] = RecordDict({"arrays": record, "config": said, **beside})
             messages.append(Message(contents[same], self.nodes[client], MessageType.TRAIN, group_id=group))
         return messages
 
@@ -578,6 +589,7 @@ class FederatedStrategy(Method, Strategy):
         if result is not None:
             self.report.drift = updates.drift()
             self.replied[server_round] = list(self.report.metrics)
+            self.variates.count(group_of(server_round, self.exchange), self._sent_shapes)
             record = self._next(result)
         self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
@@ -609,7 +621,11 @@ class FederatedStrategy(Method, Strategy):
             try:
                 shapes = self.client_shapes(client)
                 self.check_reply(client, message)
-                vector, metrics = read_update(message, shapes, self.codecs.up, mechanism=mechanism_of(self.config))
+                beside = (VARIATES,) if self.variates.active else ()
+                vector, metrics = read_update(
+                    message, shapes, self.codecs.up, mechanism=mechanism_of(self.config), beside=beside
+                )
+                change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
                 update = Update(client, self.weight(client), vector.to(self._dtype), shapes, metrics)
                 self.check_update(update)
@@ -617,6 +633,7 @@ class FederatedStrategy(Method, Strategy):
                 self.report.metrics.pop(client, None)
                 self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
             else:
+                self.variates.add(client, update.weight, change)
                 yield update
             waiting = time.perf_counter()
         self._waited += time.perf_counter() - waiting
@@ -647,8 +664,16 @@ class FederatedStrategy(Method, Strategy):
 
     def weight(self, client: int) -> float:
         """Return a client's weight before normalisation: its number of examples."""
-        examples = self.examples.get(client, self.report.metrics[client]["num-examples"])
-        return float(examples)  # type: ignore[arg-type]
+        examples: Any = self.examples.get(client)
+        return float(self.report.metrics[client]["num-examples"] if examples is None else examples)  # type: ignore[arg-type]
+
+    def _whole_weight(self) -> float:
+        """Return the weight of all clients of the run together; 1 where none is known before they reply."""
+        return math.fsum(self.weight(client) for client in self.examples) or 1.0
+
+    def _uncorrected(self) -> InputError:
+        remedy = f"needs arrays of one shape, but clients of {self.name} have their own here; use none"
+        return InputError("client.correction", self.config.client.correction, remedy)
 
     def enough_replies(self) -> bool:
         """Whether the round counts; else its report says why not."""

@@ -38,7 +38,15 @@ from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.guest import Guest
 from fedlora.strategies.nodes import AddressedGrid, Roster
 from fedlora.strategies.personal import export_own
-from fedlora.strategies.summary import environment, fairness, privacy_rows, round_line, round_seconds, summarise
+from fedlora.strategies.summary import (
+    environment,
+    fairness,
+    memory_notes,
+    privacy_rows,
+    round_line,
+    round_seconds,
+    summarise,
+)
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
@@ -124,6 +132,7 @@ class Federation:
         self.halves = [method]
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
+            self.stateful["variates"] = self.rounds.variates
             self.halves += [] if self.rounds is method else [self.rounds]
         self.totals = Totals()
         self.dtype = wire_dtype(config.model.dtype)
@@ -191,6 +200,8 @@ class Federation:
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         for half in self.halves:
             half.know(self.adapted)
+        for note in memory_notes(config, method.trained_numbers(self.adapted), self.dtype.itemsize):
+            log.info(note)
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)

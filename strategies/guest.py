@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.arrays import Arrays
 from fedlora.communication.codecs import Codec, recode, run_codecs
 from fedlora.communication.wire import decode, encode, wire_dtype
+from fedlora.corrections import correction
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.flower import with_metadata
 from fedlora.privacy.mechanisms import mechanism_of
@@ -39,7 +40,8 @@ class Guest:
     ------
     InputError
         If the method's rounds are not all alike: a strategy that knows nothing of it would average the wrong arrays. Or
-        if a server optimiser is named: the strategy is in its place.
+        if a server optimiser is named: the strategy is in its place. Or if clients have a correction, of which the
+        strategy knows nothing.
 
     Notes
     -----
@@ -59,6 +61,9 @@ class Guest:
         if not (plain and alike and whole and method.has_one_exchange()):
             remedy = f"cannot run the rounds of {method.name}, which are no plain averaging; choose another method"
             raise InputError("strategy", type(strategy).__name__, remedy)
+        if correction(config).active:
+            remedy = f"needs a server that keeps its variates, which {type(strategy).__name__} does not; use none"
+            raise InputError("client.correction", config.client.correction, remedy)
         if (optimizer := config.server.optimizer) != "fedavg":
             remedy = f"has no use beside {type(strategy).__name__}, which takes the server's steps itself; leave it out"
             raise InputError("server.optimizer", optimizer, remedy)

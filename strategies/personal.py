@@ -12,7 +12,7 @@ from fedlora.adapters.peft_format import export_peft
 from fedlora.communication.wire import decode
 from fedlora.config import Config
 from fedlora.methods import ADAPTER, CLIENTS
-from fedlora.roles import OWN
+from fedlora.roles import HOME
 
 
 def export_own(
@@ -36,7 +36,7 @@ def export_own(
         Flower states of clients, by their number, as far as this process may read them: none of real nodes.
     """
     for client, state in sorted(states.items()):
-        record = state.get(OWN)
+        record = state.get(HOME)
         if isinstance(record, ArrayRecord):
             own = decode(record)
             start = adapted.arrays(own)

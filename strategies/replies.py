@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -107,7 +107,12 @@ def read_description(message: Message, *, real: bool) -> Description:
 
 @only_reply_errors
 def read_update(
-    message: Message, shapes: Mapping[str, tuple[int, ...]], codec: Codec, *, mechanism: Mechanism
+    message: Message,
+    shapes: Mapping[str, tuple[int, ...]],
+    codec: Codec,
+    *,
+    mechanism: Mechanism,
+    beside: Collection[str] = (),
 ) -> tuple[torch.Tensor, MetricRecord]:
     """Read what a client trained.
 
@@ -121,6 +126,8 @@ def read_update(
         Of the uplink, and of no other reply.
     mechanism : Mechanism
         Says what a reply must tell of what its client spent.
+    beside : collection of str
+        Keys of other records of arrays that were asked for; :func:`read_beside` reads them.
 
     Returns
     -------
@@ -133,15 +140,19 @@ def read_update(
         If something lacks, arrays have other names or shapes or are encoded otherwise, a number is not finite, or a
         metric is nonsense.
     """
-    record, read = read_reply(message, mechanism=mechanism)
+    record, read = read_reply(message, mechanism=mechanism, beside=beside)
     vector = codec.decode_vector(record, shapes)
     check_numbers(vector, shapes)
     return vector, read
 
 
 @only_reply_errors
-def read_reply(message: Message, *, mechanism: Mechanism) -> tuple[ArrayRecord, MetricRecord]:
+def read_reply(
+    message: Message, *, mechanism: Mechanism, beside: Collection[str] = ()
+) -> tuple[ArrayRecord, MetricRecord]:
     """Return the arrays of a reply as they came, and the metrics that :func:`read_metrics` lets through.
+
+    Records of arrays under the keys ``beside`` are left to :func:`read_beside`.
 
     Raises
     ------
@@ -149,11 +160,28 @@ def read_reply(message: Message, *, mechanism: Mechanism) -> tuple[ArrayRecord, 
         If it has not metrics and one record of arrays, or a metric is nonsense.
     """
     # Not content.array_records: its reference cycle keeps the arrays until the next garbage collection.
-    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    records = [r for key, r in message.content.items() if isinstance(r, ArrayRecord) and key not in beside]
     metrics = message.content.get("metrics")
     if not isinstance(metrics, MetricRecord) or len(records) != 1:
         raise ReplyError("it needs metrics and one record of arrays")
     return records[0], read_metrics(metrics, mechanism=mechanism)
+
+
+@only_reply_errors
+def read_beside(message: Message, key: str, shapes: Mapping[str, tuple[int, ...]], codec: Codec) -> torch.Tensor:
+    """Read arrays that a reply holds beside what its client trained, as one vector in the order of ``shapes``.
+
+    Raises
+    ------
+    ReplyError
+        If they lack, have other names or shapes or are encoded otherwise, or a number is not finite.
+    """
+    record = message.content.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise ReplyError(f"it has no arrays under {key}")
+    vector = codec.decode_vector(record, shapes)
+    check_numbers(vector, shapes)
+    return vector
 
 
 def check_numbers(vector: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -18,8 +18,10 @@ from flwr.app import MetricRecord
 
 from fedlora.communication.links import link_seed
 from fedlora.config import Config
+from fedlora.corrections import correction
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.tasks import Task, get_task
+from fedlora.training.optimizer_state import state_size
 
 if TYPE_CHECKING:
     from fedlora.strategies.base import RoundReport
@@ -62,6 +64,28 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "environment": environment(config),
         **method.facts(federation.adapted),
     }
+
+
+def memory_notes(config: Config, numbers: int, itemsize: int) -> list[str]:
+    """Say how many bytes each client keeps between rounds beside what its method leaves with it.
+
+    Parameters
+    ----------
+    config : Config
+    numbers : int
+        That a client trains.
+    itemsize : int
+        Bytes of one.
+    """
+    notes = []
+    size = state_size(config.client) if config.client.keep_optimizer_state else 0
+    if size:
+        notes.append(f"each client keeps {size * numbers * itemsize:,} bytes between rounds: its optimiser's moments")
+    if correction(config).active:
+        # Its own, and the one that it makes of it; a round of several exchanges may go back to a third.
+        size = 2 * numbers * itemsize
+        notes.append(f"each client keeps up to {size:,} bytes between rounds: variates of {config.client.correction}")
+    return notes
 
 
 def evaluated(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from fedlora.config.section import NODES, Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
-from fedlora.registry import CLIENT_SAMPLINGS, CODECS, MECHANISMS, SERVER_OPTIMIZERS
+from fedlora.registry import CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -95,6 +95,23 @@ class ClientSection(Section):
     local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         default=None, description="Number of passes over its examples that a client takes in a round; 1 by default."
     )
+    proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0,
+        description="FedProx: mu of mu/2 |w - w_start|^2, which local training adds to the loss; w_start is where the "
+        "client began the round. Under DP it is added after the noise.",
+    )
+
+    keep_optimizer_state: bool = Field(
+        default=False,
+        description="Let each client keep its optimiser's moments from round to round, instead of beginning anew: one "
+        "number for each that it trains with sgd's momentum, two with adamw. Nothing of it is sent.",
+    )
+
+    correction: Annotated[str, AfterValidator(CORRECTIONS.check)] = Field(
+        default="none",
+        description="What is added to each local gradient against the drift of clients: none, or scaffold's control "
+        "variates. They travel beside the arrays that are trained and sent, as many numbers each way, never rounded.",
+    )
 
     def check(self, config: Config) -> None:
         """Refuse two lengths of local training."""
@@ -110,6 +127,10 @@ class ClientSection(Section):
             yield "momentum", "adamw has its own moments"
         if 0 < self.weight_decay < 1e-12:
             yield "weight_decay", "it is so small that no number changes by it"
+        if self.local_steps == 1:
+            yield "proximal_mu", "the only step of a round begins where the term is 0"
+        if self.optimizer == "sgd" and not self.momentum:
+            yield "keep_optimizer_state", "sgd without momentum remembers nothing"
 
 
 class ServerSection(Section):

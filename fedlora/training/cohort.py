@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,8 @@ from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
+from fedlora.training.local_terms import add_local_terms
+from fedlora.training.optimizer_state import put_states, take_states
 from fedlora.training.soundness import check_sound, dependence
 
 log = logging.getLogger("fedlora")
@@ -53,6 +55,10 @@ class ClientJob:
         Called before each step reads an example; a real node charges its ledger there.
     exchange : int
         Number of the exchange in its round, from 1.
+    state : dict of str to Tensor
+        What its optimiser remembers of earlier rounds (:mod:`fedlora.training.optimizer_state`).
+    shift : dict of str to Tensor
+        What is added to each of its gradients, after clipping and noise (:mod:`fedlora.corrections`).
     """
 
     client: int
@@ -64,6 +70,8 @@ class ClientJob:
     secret: bool = False
     on_step: Callable[[], None] | None = None
     exchange: int = 1
+    state: Arrays = field(default_factory=dict)
+    shift: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,18 @@ class ClientResult:
         n, all examples that the client holds.
     loss : float
         Mean over the examples that it trained on, in nats; nan where there was none.
+    state : dict of str to Tensor
+        What its optimiser remembers, if the config says that it is kept.
+    learning_rate : float
+        Of its steps.
     """
 
     arrays: Arrays
     steps: int
     examples: int
     loss: float
+    state: Arrays = field(default_factory=dict)
+    learning_rate: float = 0.0
 
 
 def learning_rate(client: ClientSection, base: float, server_round: int, rounds: int) -> float:
@@ -111,7 +125,8 @@ def train_cohort(
     table : TokenTable
         Holds the rows of all jobs.
     jobs : sequence of ClientJob
-        All private with one clipping norm, or none; all of one learning rate, from arrays of the same names and shapes.
+        All private with one clipping norm, or none; all of one learning rate, from arrays of the same names and shapes,
+        and of optimisers that took equally many steps.
     config : Config
 
     Returns
@@ -143,7 +158,8 @@ def train_cohort(
     adapted.model.train()
     parameters = adapted.parameters()
     start = [p.detach().clone() for p in parameters]
-    optimizer = _optimizer(client, parameters, jobs[0].learning_rate)
+    named = dict(zip(adapted.trained, parameters, strict=True))
+    optimizer = _optimizer(client, named, start, jobs)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
@@ -171,9 +187,10 @@ def train_cohort(
                 continue
             losses = stepper.loss_sums.cpu().numpy()
             _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.has_gradient, rows))
-            for k, arrays in zip(done, adapted.trained_arrays(done), strict=True):
-                mean = float(losses[k] / seen[k]) if seen[k] else float("nan")
-                results[k] = ClientResult(arrays, steps[k], len(jobs[k].rows), mean)
+            states = take_states(optimizer, named, done) if client.keep_optimizer_state else [{}] * len(done)
+            for k, arrays, state in zip(done, adapted.trained_arrays(done), states, strict=True):
+                mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
+                results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate)
     return [result for result in results if result is not None]
 
 
@@ -308,10 +325,23 @@ def _batches(job: ClientJob, generators: _Generators, client: ClientSection, ste
     return shuffled_batches(job.rows, client.batch_size, steps, generators.sampling)
 
 
-def _optimizer(client: ClientSection, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+def _optimizer(
+    client: ClientSection, named: dict[str, torch.nn.Parameter], start: list[torch.Tensor], jobs: Sequence[ClientJob]
+) -> torch.optim.Optimizer:
+    """Return the clients' optimiser, with what it remembers of them, and with the terms that depend on no example."""
+    parameters, rate, decay = list(named.values()), jobs[0].learning_rate, client.weight_decay
+    optimizer: torch.optim.Optimizer
     if client.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=client.momentum, weight_decay=client.weight_decay)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=client.weight_decay)
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=client.momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    put_states(optimizer, named, [job.state for job in jobs])
+    shifts = [
+        torch.stack([job.shift[name] for job in jobs]).to(p.device, p.dtype) if name in jobs[0].shift else None
+        for name, p in named.items()
+    ]
+    add_local_terms(optimizer, start, client.proximal_mu, shifts)
+    return optimizer
 
 
 def _physical(rows: list[np.ndarray], size: int | None) -> Iterator[list[np.ndarray]]:
