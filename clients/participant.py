@@ -32,8 +32,8 @@ from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import Exchange
 
-_OWN = "own"
-"""Key of a simulated client's own arrays in its Flower state."""
+HOME = "own"
+"""The sort of a client's own arrays whose role says that they stay with it (:attr:`fedlora.roles.Role.home`)."""
 
 
 class Participant(ABC):
@@ -98,12 +98,20 @@ class Participant(ABC):
         """Charge the start that the client is about to make from its examples, if it is private."""
 
     @abstractmethod
-    def own(self) -> Arrays:
-        """Return the arrays that stay with the client, as its last round of this run left them; none at first."""
+    def own(self, sort: str = HOME) -> Arrays:
+        """Return what the client keeps of a sort, as its last round of this run left it; none at first."""
 
     @abstractmethod
-    def keep(self, arrays: Arrays) -> None:
-        """Keep arrays for the client's next round of this run."""
+    def keep(self, arrays: Arrays, sort: str = HOME) -> None:
+        """Keep arrays for the client's next round of this run, in place of all others of their sort.
+
+        Parameters
+        ----------
+        arrays : dict of str to Tensor
+            Of one dtype.
+        sort : str
+            A word of small letters: what the arrays are kept for.
+        """
 
     @abstractmethod
     def settle(self, steps: int) -> Ledger | None:
@@ -136,14 +144,14 @@ class SimulatedClient(Participant):
     def charge_start(self) -> None:
         """Do nothing: it is charged once it leaves, with the steps."""
 
-    def own(self) -> Arrays:
+    def own(self, sort: str = HOME) -> Arrays:
         """Read the client's Flower state."""
-        record = self.context.state.get(_OWN)
+        record = self.context.state.get(sort)
         return decode(record) if isinstance(record, ArrayRecord) else {}
 
-    def keep(self, arrays: Arrays) -> None:
+    def keep(self, arrays: Arrays, sort: str = HOME) -> None:
         """Write to the client's Flower state."""
-        self.context.state[_OWN] = encode(arrays, next(iter(arrays.values())).dtype)
+        self.context.state[sort] = encode(arrays, next(iter(arrays.values())).dtype)
 
     def settle(self, steps: int) -> Ledger | None:
         """Charge what was released."""
@@ -178,11 +186,9 @@ class NodeClient(Participant):
         self.config = self.node.own_config(sent_config(context), label_names)
         self.number, self.exchange = _exchange(self.config, message)
         self.client = int(about["client"])
-        name = hashlib.sha256(self.federation.encode()).hexdigest()
-        self._own = self.node.config.directory / OWN / f"{name}.safetensors"
-        make_room(self.node.config, used=(self._own,))
+        make_room(self.node.config, used=self._kept())
         data = client_data(self.config)
-        make_room(self.node.config, used=(data.folder, self._own))
+        make_room(self.node.config, used=(data.folder, *self._kept()))
         self.folder, self.rows = data.folder, data.partition[0]
         self.plan = self.node.admit(self.config, len(self.rows))
         self.starts = _starts(self.exchange, message)
@@ -221,7 +227,7 @@ class NodeClient(Participant):
 
     def make_room(self, needed: int, *used: Path) -> None:
         """Keep what runs leave on the disk within what the owner allows."""
-        make_room(self.node.config, needed, (self.folder, self._own, *used))
+        make_room(self.node.config, needed, (self.folder, *self._kept(), *used))
 
     def _step(self) -> None:
         """Charge a step; refuse it once the server's timeout has passed, since its result would be lost."""
@@ -236,15 +242,26 @@ class NodeClient(Participant):
         for sigma, rate, _ in self.plan.start if self.plan is not None else ():
             self._charge.take(sigma, rate)
 
-    def own(self) -> Arrays:
+    def own(self, sort: str = HOME) -> Arrays:
         """Read the node's directory: Flower's node state ends with a restart."""
-        return {n: aligned(a) for n, a in load(self._own.read_bytes()).items()} if self._own.exists() else {}
+        path = self._own(sort)
+        return {n: aligned(a) for n, a in load(path.read_bytes()).items()} if path.exists() else {}
 
-    def keep(self, arrays: Arrays) -> None:
+    def keep(self, arrays: Arrays, sort: str = HOME) -> None:
         """Write to the node's directory, within what the owner gives runs on the disk."""
         content = save(arrays)
         self.make_room(len(content))
-        write_whole(self._own, content)
+        write_whole(self._own(sort), content)
+
+    def _own(self, sort: str) -> Path:
+        """Return the file of a sort of this run's arrays."""
+        name = hashlib.sha256(self.federation.encode()).hexdigest()
+        return self.node.config.directory / OWN / f"{name}{'' if sort == HOME else f'.{sort}'}.safetensors"
+
+    def _kept(self) -> tuple[Path, ...]:
+        """Return all files of this run's arrays."""
+        home = self._own(HOME)
+        return tuple(home.parent.glob(f"{home.stem}.*"))
 
     def settle(self, steps: int) -> Ledger | None:
         """Check that the steps were charged, no more and no fewer."""

@@ -24,7 +24,7 @@ from fedlora.adapters.parameterisations.lora import initial_factors
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays
 from fedlora.communication.broadcast import group_of
-from fedlora.communication.codecs import Codec, recode, run_codecs
+from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
@@ -38,7 +38,14 @@ from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
-from fedlora.strategies.replies import LONGEST_REASON, ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.replies import (
+    LONGEST_REASON,
+    ReplyError,
+    check_numbers,
+    first_replies,
+    is_finite,
+    read_update,
+)
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
@@ -231,6 +238,7 @@ class FederatedStrategy(Method, Strategy):
         self._shapes: Shapes = {}
         self._sent_shapes: Shapes = {}
         self._sent: Arrays = {}
+        self._own: dict[int, ArrayRecord] = {}
         self._waited = 0.0
 
     @property
@@ -503,6 +511,7 @@ class FederatedStrategy(Method, Strategy):
         records: dict[Hashable, ArrayRecord] = {}
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
+        self._own = {}
         for client in self.report.clients:
             key, record = None, common
             own = self.client_arrays(client)
@@ -510,7 +519,7 @@ class FederatedStrategy(Method, Strategy):
                 key, part = own
                 if key not in records:
                     records[key] = self.codecs.down.encode(part)
-                record = records[key]
+                record = self._own[client] = records[key]
             settings = self.client_settings(client, server_round)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
@@ -572,7 +581,8 @@ class FederatedStrategy(Method, Strategy):
                 self.check_reply(client, message)
                 vector, metrics = read_update(message, shapes, self.codecs.up, mechanism=mechanism_of(self.config))
                 self.report.metrics[client] = metrics
-                update = Update(client, self.weight(client), vector.to(self._dtype), shapes, metrics)
+                vector = self._values(client, vector.to(self._dtype), shapes)
+                update = Update(client, self.weight(client), vector, shapes, metrics)
                 self.check_update(update)
             except ReplyError as error:
                 self.report.metrics.pop(client, None)
@@ -581,6 +591,23 @@ class FederatedStrategy(Method, Strategy):
                 yield update
             waiting = time.perf_counter()
         self._waited += time.perf_counter() - waiting
+
+    def _values(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        """Turn what a client sent into what the method's table says, where the wire takes updates alone.
+
+        Raises
+        ------
+        ReplyError
+            If a sum is not finite.
+        """
+        if not self.codecs.updates:
+            return vector
+        own = self._own.get(client)
+        start = self._sent if own is None else self._sent | self.codecs.down.decode(own)
+        values = {n: a + start[n] if self.role(n).up == "value" else a for n, a in named(vector, shapes).items()}
+        found = torch.cat([torch.empty(0, dtype=self._dtype), *(array.reshape(-1) for array in values.values())])
+        check_numbers(found, shapes)
+        return found
 
     def check_update(self, update: Update) -> None:
         """Refuse an update for what its numbers make.

@@ -16,7 +16,7 @@ RESERVE = 200 * 10**6
 """Bytes that the cache leaves free, since ledger and logs may be on the same disk."""
 
 OWN = "own"
-"""Folder, in the node's directory, of the arrays that stay on the node: a file for each federation."""
+"""Folder, in the node's directory, of the arrays that stay on the node: a file for each federation and sort."""
 
 _OF_RUNS = ("tokens", "initial")
 _DAY = 86400.0
