@@ -8,9 +8,10 @@ import time
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import strategy as flower
 from hypothesis import given, settings
@@ -20,10 +21,12 @@ from fedlora.clients import client_app
 from fedlora.communication import meter
 from fedlora.communication.codecs import Codec, RunCodecs, get_codec, named, run_codecs
 from fedlora.communication.wire import encode, payload_bytes
-from fedlora.config import Config, load_config
+from fedlora.config import Config, WireSection, load_config
 from fedlora.errors import InputError
+from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.registry import CODECS
 from fedlora.results.folder import RunResult
+from fedlora.strategies.replies import ReplyError, read_update
 from fedlora.study.forecast import Forecast
 from tests import tiny
 from tests.configs import override
@@ -168,6 +171,65 @@ def test_many_small_arrays_take_no_longer_than_a_few_conversions(codec: Codec) -
     began = time.process_time()
     codec.decode_vector(codec.encode(sent), asked)
     assert time.process_time() - began < 0.5
+
+
+def record_of(codec: Codec, shape: tuple[int, ...], data: bytes) -> ArrayRecord:
+    whole = codec.encode({"x": torch.ones(shape)})["x"]
+    return ArrayRecord({"x": Array(whole.dtype, shape, whole.stype, data)})
+
+
+@given(st.lists(st.integers(0, 299), min_size=3, max_size=3), st.integers(0, 2))
+def test_places_outside_of_an_array_or_twice_are_refused(places: list[int], wide: int) -> None:
+    """Whatever a client sends as places, the server takes increasing ones inside of the array alone."""
+    shape = ((60,), (20, 15), (300, 250))[wide]
+    codec = get_codec("topk", WireSection(topk_fraction=3 / math.prod(shape)))
+    values = np.array([1.0, -2.0, 3.0], np.float32)
+    data = np.array(places).astype(("<u1", "<u2", "<u4")[wide]).tobytes() + values.tobytes()
+    assert len(data) == codec.payload_bytes(shape)
+    stored = [place % 256 for place in places] if wide == 0 else places
+    record, asked = record_of(codec, shape, data), {"x": shape}
+    if stored[0] < stored[1] < stored[2] < math.prod(shape):
+        found = codec.decode_vector(record, asked)
+        assert found[stored].tolist() == values.tolist()
+        assert (found != 0).sum() == 3
+    else:
+        with pytest.raises(ValueError, match="do not increase, or leave an array"):
+            codec.decode_vector(record, asked)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -math.inf, math.inf, math.nan])
+def test_a_scale_that_is_no_size_costs_its_client_the_round(scale: float) -> None:
+    codec = get_codec("onebit")
+    record = record_of(codec, (3, 5), np.array(scale, "<f4").tobytes() + b"\xf0\x0f")
+    message = Message(RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 3})}), 1, "train")
+    with pytest.raises(ReplyError, match=r"scale of an array is -|x is not finite"):
+        read_update(message, {"x": (3, 5)}, codec, mechanism=mechanism_of(load_config(override("run.seed", 0))))
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.05, 0.3, 1.0])
+def test_topk_sends_the_largest(fraction: float) -> None:
+    @given(arrays())
+    @settings(max_examples=20)
+    def check(sent: dict[str, torch.Tensor]) -> None:
+        codec = get_codec("topk", WireSection(topk_fraction=fraction))
+        record = codec.encode(sent)
+        assert payload_bytes(record) == sum(codec.payload_bytes(tuple(array.shape)) for array in sent.values())
+        for name, array in codec.decode(record).items():
+            count = max(1, round(fraction * array.numel()))
+            kept = array.flatten().abs().sort(descending=True).values[:count]
+            assert torch.equal(kept, sent[name].flatten().abs().sort(descending=True).values[:count])
+            assert (array.count_nonzero() <= count) or not array.numel()
+
+    check()
+
+
+def test_onebit_takes_less_than_a_twentieth_for_real_adapters() -> None:
+    """MiniLM's: 12 layers of 384 x 384 at rank 8, and a head of two classes; the scales are counted."""
+    head, layers = [(2, 384), (2,)], 12
+    for factor in ((8, 8), (384, 8), (16, 16)):
+        shapes = [*head, *[factor] * layers]
+        found, full = (sum(map(get_codec(name).payload_bytes, shapes)) for name in ("onebit", "float32"))
+        assert 20 * found < full
 
 
 @cache
