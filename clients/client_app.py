@@ -278,11 +278,9 @@ def _reply(message: Message, work: _Work) -> Message:
             del metrics["loss"]
     codecs = run_codecs(client.config)
     arrays = _leaving(work, work.half.finish(result.arrays), codecs.updates)
-    if codecs.feedback:
-        record = encode_with_errors(client, arrays, codecs.up, work.settings)
-    else:
-        record = codecs.up.encode(arrays)
-    content = RecordDict({"arrays": record, "metrics": metrics})
+    up = codecs.up
+    sent = encode_with_errors(client, arrays, up, work.settings) if codecs.feedback else up.encode(arrays)
+    content = RecordDict({"arrays": sent, "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record
     return Message(content, reply_to=message)

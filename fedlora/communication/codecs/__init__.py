@@ -234,9 +234,14 @@ def run_codecs(config: Config) -> RunCodecs:
     By default nothing is rounded: float32, in which half-precision models are trained too, or float64 of a float64 one.
     """
     lossless, wire = "float64" if config.model.dtype == "float64" else "float32", config.wire
-    down, up = (name or wire.codec or lossless for name in (wire.downlink_codec, wire.uplink_codec))
-    codecs = (get_codec(name, wire) for name in (down, up, lossless))
-    return RunCodecs(*codecs, updates=wire.sends_updates, feedback=wire.keeps_errors)
+    both = wire.codec or lossless
+    return RunCodecs(
+        down=get_codec(wire.downlink_codec or both, wire),
+        up=get_codec(wire.uplink_codec or both, wire),
+        once=get_codec(lossless, wire),
+        updates=wire.sends_updates,
+        feedback=wire.keeps_errors,
+    )
 
 
 def recode(record: ArrayRecord, source: Codec, target: Codec) -> ArrayRecord:
