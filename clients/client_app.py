@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 
 from fedlora.arrays import Arrays
 from fedlora.clients.evaluation import evaluate_own
+from fedlora.clients.feedback import encode_with_errors
 from fedlora.clients.half import ClientHalf, client_half
 from fedlora.clients.held import divide, receive
 from fedlora.clients.memory import Memory
@@ -283,8 +284,11 @@ def _reply(message: Message, work: _Work) -> Message:
         if work.job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    arrays = _leaving(work, work.half.finish(result.arrays))
-    content = RecordDict({"arrays": run_codecs(client.config).up.encode(arrays), "metrics": metrics})
+    codecs = run_codecs(client.config)
+    arrays = _leaving(work, work.half.finish(result.arrays), codecs.updates)
+    up = codecs.up
+    sent = encode_with_errors(client, arrays, up, work.settings) if codecs.feedback else up.encode(arrays)
+    content = RecordDict({"arrays": sent, "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record
     if change := work.memory.keep(work.job, result):
@@ -292,15 +296,23 @@ def _reply(message: Message, work: _Work) -> Message:
     return Message(content, reply_to=message)
 
 
-def _leaving(work: _Work, trained: Arrays) -> Arrays:
-    """Divide what was trained by its role: what stays with the client is kept, the rest is returned."""
+def _leaving(work: _Work, trained: Arrays, updates: bool) -> Arrays:
+    """Divide what was trained by its role: what stays with the client is kept, the rest is returned.
+
+    Parameters
+    ----------
+    work : _Work
+    trained : dict of str to Tensor
+    updates : bool
+        Whether the wire takes updates alone, whatever the roles say.
+    """
     # The client half may have given arrays other names.
     roles = roles_of(trained, work.roles, work.half.adapted.head_names)
     own = {name: array for name, array in trained.items() if roles[name].home}
     if own:
         work.client.keep(own)
     return {
-        name: array - work.start[name] if roles[name].up == "update" else array
+        name: array - work.start[name] if updates or roles[name].up == "update" else array
         for name, array in trained.items()
         if roles[name].up != "never"
     }

@@ -31,7 +31,8 @@ class Role:
         ``round``: every client of the round gets them. ``stale``: a client that lacks their current version gets it,
         and keeps it. ``never``: they stay on the server, or with the client.
     up : str
-        What a reply holds of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
+        What the server gets of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
+        Where the wire takes updates alone, as coarse codecs do, the server adds what it sent to those of values.
     home : bool
         Whether each client keeps its own trained copy from round to round. Such arrays do not go up. The server sends
         the start of those that it makes once; the others start at 0. The run's models are then its clients': see

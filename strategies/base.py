@@ -24,7 +24,7 @@ from fedlora.adapters.parameterisations.lora import drawn_factors as drawn_facto
 from fedlora.adapters.peft_format import export_peft
 from fedlora.arrays import Arrays, leading
 from fedlora.communication.broadcast import group_of
-from fedlora.communication.codecs import Codec, recode, run_codecs
+from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.parts import Parts
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
@@ -39,7 +39,14 @@ from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
-from fedlora.strategies.replies import LONGEST_REASON, ReplyError, first_replies, is_finite, read_update
+from fedlora.strategies.replies import (
+    LONGEST_REASON,
+    ReplyError,
+    check_numbers,
+    first_replies,
+    is_finite,
+    read_update,
+)
 from fedlora.strategies.updates import Shapes, Update, Updates
 from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
@@ -236,7 +243,7 @@ class FederatedStrategy(Method, Strategy):
         self._shapes: Shapes = {}
         self._sent_shapes: Shapes = {}
         self._sent: Arrays = {}
-        self._sent_blocks: dict[Hashable, Arrays] = {}
+        self._sent_own: dict[int, Arrays] = {}
         self._waited = 0.0
 
     @property
@@ -314,10 +321,7 @@ class FederatedStrategy(Method, Strategy):
 
     def sent_to(self, client: int) -> Arrays:
         """Return the global arrays as a client of the exchange has them, as its codec gave them."""
-        blocks = self.client_blocks(client)
-        if blocks is None:
-            return self._sent
-        return self._blocks(self._sent, client) | self._sent_blocks.get(blocks[0], {})
+        return self._blocks(self._sent, client) | self._sent_own.get(client, {})
 
     def client_shapes(self, client: int) -> Shapes:
         """Return names and shapes of what a client must send, in the order in which the server reads them."""
@@ -545,9 +549,10 @@ class FederatedStrategy(Method, Strategy):
         beside = self.variates.record(self._sent_shapes, self._whole_weight())
         group = group_of(server_round, self.exchange)
         records: dict[Hashable, ArrayRecord] = {}
-        self._sent_blocks = {}
+        sent: dict[Hashable, Arrays] = {}
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
+        self._sent_own = {}
         for client in self.report.clients:
             key, record = None, common
             own = self.client_arrays(client)
@@ -558,8 +563,8 @@ class FederatedStrategy(Method, Strategy):
                 if key not in records:
                     records[key] = self.codecs.down.encode(part)
                     rounded = self.codecs.down is not self.codecs.once
-                    self._sent_blocks[key] = self.codecs.down.decode(records[key]) if rounded else part
-                record = records[key]
+                    sent[key] = self.codecs.down.decode(records[key]) if rounded else part
+                record, self._sent_own[client] = records[key], sent[key]
             settings = self.client_settings(client, server_round) | self.variates.settings(client)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
@@ -627,7 +632,8 @@ class FederatedStrategy(Method, Strategy):
                 )
                 change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
-                update = Update(client, self.weight(client), vector.to(self._dtype), shapes, metrics)
+                vector = self._values(client, vector.to(self._dtype), shapes)
+                update = Update(client, self.weight(client), vector, shapes, metrics)
                 self.check_update(update)
             except ReplyError as error:
                 self.report.metrics.pop(client, None)
@@ -637,6 +643,22 @@ class FederatedStrategy(Method, Strategy):
                 yield update
             waiting = time.perf_counter()
         self._waited += time.perf_counter() - waiting
+
+    def _values(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        """Turn what a client sent into what the method's table says, where the wire takes updates alone.
+
+        Raises
+        ------
+        ReplyError
+            If a sum is not finite.
+        """
+        if not self.codecs.updates:
+            return vector
+        start = self.sent_to(client)
+        values = {n: a + start[n] if self.role(n).up == "value" else a for n, a in named(vector, shapes).items()}
+        found = torch.cat([torch.empty(0, dtype=self._dtype), *(array.reshape(-1) for array in values.values())])
+        check_numbers(found, shapes)
+        return found
 
     def check_update(self, update: Update) -> None:
         """Refuse an update for what its numbers make.

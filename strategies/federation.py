@@ -21,7 +21,7 @@ from fedlora.arrays import Arrays
 from fedlora.communication.broadcast import Broadcast, group_of
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.parts import INITIAL, Chain, Parts
-from fedlora.communication.wire import decode, encode, wire_dtype
+from fedlora.communication.wire import COUNTED, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
@@ -188,7 +188,7 @@ class Federation:
         note_environment(self.folder, environment(config))
         personalised = method.personalised(config)
         unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
-        for note in (*self.data.notes, *self.adapted.notes, *unscored):
+        for note in (*self.data.notes, *self.adapted.notes, *method.codecs.notes, *unscored):
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)
@@ -313,11 +313,27 @@ class Federation:
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
         messages, timeout = _in_round(messages, server_round, self.roster, exchange), self.config.server.timeout
+        if self.method.codecs.feedback:
+            messages = self._counted(messages)
         replies = self.wire.send_and_receive(messages, timeout=timeout)
         found = self.rounds.aggregate_train(server_round, _told(replies, self.roster))
         self.rounds.report.seconds = time.perf_counter() - began
         self.roster.after_round(self.rounds.report)
         return found
+
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Tell each client the last round that its reply entered: only then is what its codec left out of it due."""
+        clients, replied = self.roster.clients(), self.method.replied
+        last = {client: server_round for server_round in sorted(replied) for client in replied[server_round]}
+        told: dict[tuple[int, int], tuple[RecordDict, RecordDict]] = {}
+        for message in messages:
+            before, counted = message.content, last.get(clients.get(message.metadata.dst_node_id, -1), 0)
+            key = id(before), counted  # contents that messages share stay shared
+            if key not in told:
+                settings = ConfigRecord({**before.config_records["config"], COUNTED: counted})
+                told[key] = before, RecordDict({**before, "config": settings})
+            message.content = told[key][1]
+            yield message
 
     def _roles(self, server_round: int) -> Roles:
         """Return the roles of the exchange under way."""

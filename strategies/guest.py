@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.arrays import Arrays
-from fedlora.communication.codecs import Codec, recode, run_codecs
+from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.corrections import correction
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
@@ -54,6 +54,7 @@ class Guest:
         self.report = RoundReport()
         config = method.config
         self.codecs = run_codecs(config)
+        self._sent: dict[int, RecordDict] = {}
         first = method.roles(config, 1)
         plain = all(role.up != "update" and not role.increment and not role.home for role in first.values())
         alike = all(method.roles(config, r) == first for r in range(2, min(config.run.rounds, 4) + 1))
@@ -74,16 +75,19 @@ class Guest:
         """Let the strategy address the clients; it is told the method's learning rate, and of no codec."""
         config = ConfigRecord({**config, "learning-rate": self.method.learning_rate(server_round)})
         messages = self.strategy.configure_train(server_round, arrays, config, grid)
-        return messages if self.codecs.down is self.codecs.once else self._encoded(messages)
+        lossless = self.codecs.down is self.codecs.once and not self.codecs.updates
+        return messages if lossless else self._encoded(messages)
 
     def _encoded(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Encode what the strategy addressed; contents that messages share stay shared."""
         known: dict[int, tuple[RecordDict, RecordDict]] = {}
+        self._sent = {}
         for message in messages:
             content = message.content
             if id(content) not in known:
                 known[id(content)] = content, _recoded(content, self.codecs.once, self.codecs.down)
             message.content = known[id(content)][1]
+            self._sent[message.metadata.dst_node_id] = message.content
             yield message
 
     def aggregate_train(
@@ -133,10 +137,34 @@ class Guest:
             return reply
         content: RecordDict | Error
         try:
-            content = _recoded(reply.content, self.codecs.up, self.codecs.once)
+            if self.codecs.updates:
+                content = self._values(reply)
+            else:
+                content = _recoded(reply.content, self.codecs.up, self.codecs.once)
         except ValueError as error:
             content = Error(ClientErrorCode.REPLY, f"the reply is refused: {plain_text(str(error))}")
         return with_metadata(content, reply.metadata)
+
+    def _values(self, reply: Message) -> RecordDict:
+        """Add what a client was sent to the updates that it answers with.
+
+        Raises
+        ------
+        ValueError
+        """
+        sent = self._sent.get(reply.metadata.src_node_id, RecordDict())
+        start: Arrays = {}
+        for record in sent.values():
+            start |= self.codecs.down.decode(record) if isinstance(record, ArrayRecord) else {}
+        content = RecordDict(dict(reply.content))
+        for key, record in reply.content.items():
+            if isinstance(record, ArrayRecord):
+                # Shapes are those that were sent: a client's own could ask for any amount of memory.
+                shapes = {name: tuple(array.shape) for name, array in start.items() if name in record}
+                updates = named(self.codecs.up.decode_vector(record, shapes), shapes)
+                values = {name: start[name] + array for name, array in updates.items()}
+                content[key] = self.codecs.once.encode({name: values[name] for name in record})
+        return content
 
     def summary(self) -> None:
         """Let the strategy say what it is."""

@@ -17,6 +17,9 @@ from numpy.lib import format as npy
 from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
 
+COUNTED = "counted"
+"""Key of a message's settings, where clients keep errors: the last round that a reply of its client entered; or 0."""
+
 _NPY = "numpy.ndarray"
 """Flower's name for arrays that are .npy files."""
 

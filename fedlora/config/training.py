@@ -222,3 +222,43 @@ class WireSection(Section):
     uplink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
         default=None, description="How arrays on the way to the server are encoded, instead of codec."
     )
+    error_feedback: bool | None = Field(
+        default=None,
+        description="Let each client keep what the uplink's codec leaves out, and add it to its next update; by "
+        "default where the codec needs it: onebit and topk. Arrays then go up as updates.",
+    )
+    topk_fraction: Fraction = Field(
+        default=0.05, description="Share of an array's numbers that topk sends: the largest, at least one."
+    )
+
+    def check(self, config: Config) -> None:
+        """Refuse a codec of updates for the way down, on which values travel."""
+        for key in ("downlink_codec", "codec"):
+            name = getattr(self, key)
+            if name is not None and CODECS.get(name).updates_only and (key != "codec" or self.downlink_codec is None):
+                remedy = "encodes updates, but values go down to clients; set wire.uplink_codec"
+                raise InputError(f"wire.{key}", name, remedy)
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """Each codec reads some of the keys; where nothing is lost, nothing is fed back."""
+        given = {name for name in (self.codec, self.downlink_codec, self.uplink_codec) if name is not None}
+        if "topk_fraction" in self.model_fields_set and not any("topk_fraction" in CODECS.get(n).uses for n in given):
+            yield "topk_fraction", "no codec is topk"
+        if self.error_feedback and not self.keeps_errors:
+            yield "error_feedback", "nothing is rounded on the way to the server"
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether clients keep what the uplink's codec loses of their updates."""
+        name = self.uplink_codec or self.codec
+        codec = None if name is None else CODECS.get(name)
+        if codec is None or not codec.lossy:
+            return False
+        needs: bool = codec.updates_only and not codec.unbiased
+        return needs if self.error_feedback is None else self.error_feedback
+
+    @property
+    def sends_updates(self) -> bool:
+        """Whether arrays go up as updates, whatever the method's table says."""
+        name = self.uplink_codec or self.codec
+        return self.keeps_errors or (name is not None and bool(CODECS.get(name).updates_only))

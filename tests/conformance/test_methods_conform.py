@@ -175,6 +175,47 @@ def test_formula_and_forecast_hold_for_a_codec(here: World, name: str) -> None:
     check_forecast(run)
 
 
+def sending_updates(here: World, name: str, /, **sections: Any) -> dict[str, Any] | None:
+    """Return a config with a codec of updates; None where the server does not hold what clients start from.
+
+    Where the method's coordinates change, it is without error feedback.
+    """
+    given = content(here, name, **HALF, **sections)
+    try:
+        load_config(given)
+    except InputError as error:
+        if "a start that the server does not hold" in error.remedy:
+            return None
+        assert not METHODS[name].persistent
+        given["wire"]["error_feedback"] = False
+    return given
+
+
+def test_updates_that_are_sent_whole_give_the_methods_own_result(here: World, name: str) -> None:
+    """Whatever its table says goes up: the server adds what it sent before the method sees a reply."""
+    given = sending_updates(here, name, wire={"uplink_codec": "topk", "topk_fraction": 1.0})
+    if given is not None:
+        close(here.run(given), here.run(content(here, name, **HALF)), 1e-5)
+
+
+def test_errors_are_fed_back_across_a_stop_and_a_round_that_does_not_count(here: World, name: str) -> None:
+    """To the same bits; and bytes are the formula's."""
+    given = sending_updates(here, name, wire={"uplink_codec": "onebit"})
+    if given is None:
+        return
+    whole = here.run(given, uncounted=(2,))
+    for row in whole.rows("communication.csv"):
+        assert row["payload_bytes"] == row["formula_bytes"], row
+    same(here.run(given, uncounted=(2,), stops=(1, 2)), whole)
+
+
+def test_a_cohort_feeds_back_what_its_clients_alone_do(here: World, name: str) -> None:
+    given = sending_updates(here, name, wire={"uplink_codec": "onebit"}, **WIDE)
+    if given is not None:
+        alone, together = here.run(given), here.run(given | {"simulation": {"workers": 0, "cohort_size": 2}})
+        close(together, alone, 1e-6)  # what travels is in float32
+
+
 # Rounds.
 
 

@@ -131,8 +131,9 @@ def test_the_first_exchange_sums_gradients_and_the_second_starts_from_its_result
     assert any(not torch.equal(array, adapter(plain)[name]) for name, array in adapter(result).items())
 
 
-def test_a_resumed_run_has_the_same_bits(runs: LlamaRuns) -> None:
-    whole, resumed = runs.run(**SECTIONS), runs.run(**SECTIONS, stop=1)
+@pytest.mark.parametrize("wire", [{}, {"uplink_codec": "onebit"}])
+def test_a_resumed_run_has_the_same_bits(runs: LlamaRuns, wire: dict[str, str]) -> None:
+    whole, resumed = runs.run(**SECTIONS, wire=wire), runs.run(**SECTIONS, wire=wire, stop=1)
     found, again = adapter(whole), adapter(resumed)
     assert all(torch.equal(array, again[name]) for name, array in found.items())
     assert table(whole, "communication.csv") == table(resumed, "communication.csv")

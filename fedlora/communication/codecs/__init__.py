@@ -6,8 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from flwr.app import ArrayRecord
 from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
 from fedlora.communication import wire
-from fedlora.config import Config
+from fedlora.config import Config, WireSection
 from fedlora.registry import CODECS
 
 Shape = tuple[int, ...]
@@ -29,6 +28,11 @@ class Codec(ABC):
     (:meth:`payload_bytes`). What was decoded and is encoded again must give the same bytes, since a resumed run sends
     what it has decoded. Numbers that are not finite must not become finite.
 
+    Parameters
+    ----------
+    wire : WireSection, optional
+        The keys that :attr:`uses` names; their defaults by default.
+
     Attributes
     ----------
     name : str
@@ -36,7 +40,13 @@ class Codec(ABC):
     lossy : bool
         Whether float32 numbers come back other than they were.
     unbiased : bool
-        Whether a decoded number is right on average. A lossy codec that is biased needs error feedback.
+        Whether a decoded number is right on average. A biased one of updates needs error feedback.
+    updates_only : bool
+        Whether it keeps too little of an array for values. It encodes updates (value after minus value before),
+        whatever a method's table says, and nothing on the way down. What it loses must be shorter than what it encodes
+        (in the Euclidean norm), so that an error memory stays bounded.
+    uses : tuple of str
+        Keys of ``[wire]`` that it reads.
     dtype : torch.dtype
         Of decoded numbers.
     """
@@ -44,7 +54,12 @@ class Codec(ABC):
     name: ClassVar[str]
     lossy: ClassVar[bool]
     unbiased: ClassVar[bool]
+    updates_only: ClassVar[bool] = False
+    uses: ClassVar[tuple[str, ...]] = ()
     dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, wire: WireSection | None = None) -> None:
+        self.options = wire or WireSection()
 
     @abstractmethod
     def payload_bytes(self, shape: Shape) -> int:
@@ -175,17 +190,42 @@ class RunCodecs:
         Of the arrays of a round, to and from clients.
     once : Codec
         Of frozen arrays: lossless, since server and clients must hold the same bits and factors stay orthonormal.
+    updates : bool
+        Whether arrays come up as updates where the method's table says value. The server adds what was sent to them,
+        so that the method gets values.
+    feedback : bool
+        Whether clients keep what the codec loses of their updates, and add it to their next ones.
     """
 
     down: Codec
     up: Codec
     once: Codec
+    updates: bool = False
+    feedback: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of them."""
+        if not self.updates or self.feedback or self.up.unbiased:
+            return []
+        return [f"wire.error_feedback is false: what {self.up.name} leaves out of an update is lost"]
 
 
-def get_codec(name: str) -> Codec:
-    """Return the codec of a name; an InputError lists the names if there is none."""
-    found: Codec = CODECS.made(name)
-    return found
+def get_codec(name: str, wire: WireSection | None = None) -> Codec:
+    """Return the codec of a name, with the keys of ``[wire]`` that it uses.
+
+    It is the same object for equal keys. An InputError lists the names if there is none of that name.
+    """
+    kind: type[Codec] = CODECS.get(name)
+    wire = wire or _DEFAULT
+    key = kind, tuple(getattr(wire, used) for used in kind.uses)
+    if key not in _made:
+        _made[key] = kind(wire)
+    return _made[key]
+
+
+_DEFAULT = WireSection()
+_made: dict[tuple[type[Codec], tuple[Any, ...]], Codec] = {}
 
 
 def run_codecs(config: Config) -> RunCodecs:
@@ -193,16 +233,15 @@ def run_codecs(config: Config) -> RunCodecs:
 
     By default nothing is rounded: float32, in which half-precision models are trained too, or float64 of a float64 one.
     """
-    lossless = "float64" if config.model.dtype == "float64" else "float32"
-    both = config.wire.codec or lossless
-    down, up = config.wire.downlink_codec or both, config.wire.uplink_codec or both
-    return _codecs(down, up, lossless)
-
-
-@lru_cache(maxsize=8)
-def _codecs(down: str, up: str, once: str) -> RunCodecs:
-    """Look codecs up once, and not for every message."""
-    return RunCodecs(get_codec(down), get_codec(up), get_codec(once))
+    lossless, wire = "float64" if config.model.dtype == "float64" else "float32", config.wire
+    both = wire.codec or lossless
+    return RunCodecs(
+        down=get_codec(wire.downlink_codec or both, wire),
+        up=get_codec(wire.uplink_codec or both, wire),
+        once=get_codec(lossless, wire),
+        updates=wire.sends_updates,
+        feedback=wire.keeps_errors,
+    )
 
 
 def recode(record: ArrayRecord, source: Codec, target: Codec) -> ArrayRecord:
