@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.layers import AdapterLayer, adapter_dtype
 from fedlora.adapters.model import AdaptedModel, chosen_paths, never_cache, stacked_head
-from fedlora.adapters.peft_format import saved_whole, task_type, write_about
 from fedlora.adapters.own_rows import OwnRows
+from fedlora.adapters.peft_format import saved_whole, task_type, write_about
 from fedlora.adapters.stacked import RowLayout, StackedLayer, StackedLinear
 from fedlora.arrays import Arrays
 from fedlora.config import Config, unknown_key
@@ -49,8 +49,8 @@ VMAP, ROWS = "vmap", "one row at a time"
 """How per-example gradients are taken: all rows of a client by one vectorised pass, or a pass for each row."""
 
 _OURS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-_IMPORTS = ("megatron_config", "megatron_core")  # PEFT would import the module that a server's config names
 FINGERPRINT = f"peft.fingerprint.{DRAWN_KIND}"
+_LARGEST = 2**24
 _DEFAULT = ".default"  # PEFT's name for the one adapter
 
 
@@ -82,7 +82,7 @@ def own_keys(peft_type: str) -> dict[str, Any]:
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     found = {}
     for name, field in _fields(types[peft_type]).items():
-        if name not in common and name not in (*_OURS, *_IMPORTS):
+        if name not in common and name not in _OURS:
             made = field.default_factory
             found[name] = field.default if made is dataclasses.MISSING else made()
     return found
@@ -100,7 +100,9 @@ def rank_key(peft_type: str) -> str | None:
     return "r" if own_keys(peft_type).get("r") else None
 
 
-def peft_config(peft_type: str, given: Mapping[str, Any], config: Config, **settings: Any) -> PeftConfig:
+def peft_config(
+    peft_type: str, given: Mapping[str, Any], config: Config, seed: int | None = None, **settings: Any
+) -> PeftConfig:
     """Make PEFT's config from ``[method]``.
 
     Parameters
@@ -111,6 +113,8 @@ def peft_config(peft_type: str, given: Mapping[str, Any], config: Config, **sett
     config : Config
         ``method.rank`` is the type's r, and ``method.alpha`` its alpha; without it, alpha / r is that of the type's
         own defaults. Seeds are the run's.
+    seed : int, optional
+        Takes the place of all seeds, those that were given too.
     **settings
         What is no business of the user's: target_modules and others.
 
@@ -122,15 +126,16 @@ def peft_config(peft_type: str, given: Mapping[str, Any], config: Config, **sett
     keys = own_keys(peft_type)
     for key, value in given.items():
         field = f"{KEYS}.{key}"
-        if key in (*_OURS, *_IMPORTS):
+        if key in _OURS:
             raise InputError(field, value, "is not for a run to say; modules are chosen by method.target_modules")
         if key not in keys:
             raise unknown_key(field, key, value, keys)
         if not _fits(value, keys[key]):
             raise InputError(field, value, f"has another type than PEFT's default {keys[key]!r}")
-    values: dict[str, Any] = {
-        key: config.run.seed for key in keys if key.endswith(("seed", "prng_key")) and not isinstance(keys[key], str)
-    }
+    seeds = [key for key in keys if key.endswith(("seed", "prng_key"))]
+    values: dict[str, Any] = dict.fromkeys(seeds, config.run.seed)
+    if seed is not None:
+        settings |= dict.fromkeys(seeds, seed)
     rank, alpha = rank_key(peft_type), alpha_key(peft_type)
     if rank is not None:
         values[rank] = config.method.rank
@@ -153,7 +158,8 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, str):
         return isinstance(value, str)
-    return True
+    # A table in the place of one of PEFT's objects could name a module to import, or a file to read.
+    return isinstance(default, dict) or not isinstance(value, dict)
 
 
 def _refusal(peft_type: str, given: Mapping[str, Any], error: Exception) -> InputError:
@@ -417,13 +423,12 @@ def probe(model: nn.Module, paths: Sequence[str], make: Callable[..., PeftConfig
     constants = _constants(made[0][1], made[1][1])
     generator = torch.Generator().manual_seed(0)
     exact, way = True, VMAP
-    moved: Arrays = {}
-    for path, tuner in made[0][1].items():
+    for tuner in made[0][1].values():
         x = torch.randn(3, 4, linear_shape(tuner.get_base_layer())[1], generator=generator, dtype=torch.float64)
         linear, fits = _measure(copy.deepcopy(tuner).double(), x, generator, refuse)
         exact, way = exact and linear, way if fits else ROWS
-        for name, parameter in tuner.named_parameters():
-            if parameter.requires_grad and id(parameter) not in moved:
+        for parameter in tuner.parameters():
+            if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     # The third was drawn anew by the same config: loaded with what PEFT saves of the first, it must compute the same.
     with _quiet():
@@ -553,8 +558,8 @@ def _inject(
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if outside:
         raise refuse(f"it would train {outside[0]} beside the layers that were chosen")
-    kept = {id(p) for p in before}
-    beside = [n for n, a in (*peft_model.named_parameters(), *peft_model.named_buffers()) if id(a) not in kept | own]
+    known = own | {id(p) for p in before}
+    beside = [n for n, a in (*peft_model.named_parameters(), *peft_model.named_buffers()) if id(a) not in known]
     if beside:
         raise refuse(f"it keeps {beside[0]} beside its layers, so that nobody can tell whether clients have the same")
     if any(array._backward_hooks for layer in layers.values() for _, array in _arrays(layer)):
@@ -570,7 +575,7 @@ class PeftAdaptedModel(AdaptedModel):
     Attributes
     ----------
     probed : Probe
-    peft_type : str
+        What was measured of the type.
     """
 
     def __init__(
@@ -685,8 +690,29 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
             _weigh_nothing(base)
     _, tuners = _inject(model, make(target_modules=paths), paths, refuse, config.run.seed)
     held: dict[str, HeldArray] = {}
-    adapters: dict[str, PeftLayer] = {}
+    adapters = _layers_of(tuners, bases, held, probed, layout, refuse)
+    for path, layer in adapters.items():
+        model.set_submodule(path, layer)
+    adapted = PeftAdaptedModel(model, layout, adapters, stacked_head(model, head, layout), held, probed)
+    adapted.notes += notes
+    if config.privacy.mode != "none" and probed.way == ROWS:
+        adapted.notes.append(
+            f"per-example gradients of {peft_type} are taken {ROWS}: it does not run under torch's vmap"
+        )
+    return adapted
+
+
+def _layers_of(
+    tuners: Mapping[str, Any],
+    bases: Mapping[str, nn.Module],
+    held: dict[str, HeldArray],
+    probed: Probe,
+    layout: RowLayout,
+    refuse: _Refuse,
+) -> dict[str, PeftLayer]:
+    """Return what takes the layers' places, and add their arrays to ``held``, by name; shared ones once."""
     shared: dict[int, HeldArray] = {}
+    adapters = {}
     for path, tuner in tuners.items():
         mine: dict[str, HeldArray] = {}
         fresh: list[HeldArray] = []
@@ -695,22 +721,22 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
                 continue
             if id(array) not in shared:
                 kind = TRAINED_KIND if array.requires_grad else DRAWN_KIND
-                value = array.detach()
+                value = array.detach().to(bases[path].weight.device)  # type: ignore[arg-type]
                 if value.is_floating_point():
                     value = value.to(adapter_dtype(bases[path]))
+                elif value.numel() and int(value.abs().max()) > _LARGEST:
+                    raise refuse(
+                        f"{name} holds whole numbers above {_LARGEST:,}, which float32 on the wire would round"
+                    )
                 shared[id(array)] = held[f"{path}.{name.replace(_DEFAULT, '', 1)}.{kind}"] = HeldArray(value, layout)
                 fresh.append(shared[id(array)])
             mine[name] = shared[id(array)]
         tuner.requires_grad_(False)
         adapters[path] = PeftLayer(bases[path], tuner, mine, probed.way, layout)
-        for i, array_layer in enumerate(fresh):
-            adapters[path].add_module(f"held_{i}", array_layer)
         adapters[path].name = path
-    for path, layer in adapters.items():
-        model.set_submodule(path, layer)
-    adapted = PeftAdaptedModel(model, layout, adapters, stacked_head(model, head, layout), held, probed)
-    adapted.notes += notes
-    return adapted
+        for i, one in enumerate(fresh):
+            adapters[path].add_module(f"held_{i}", one)
+    return adapters
 
 
 def _weigh_nothing(base: nn.Module) -> None:
