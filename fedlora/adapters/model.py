@@ -289,13 +289,27 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     layout = RowLayout()
     never_cache(model)
     head = head_of(model)
-    inside_head = f"{head[0]}." if head else None
-    paths, notes = _chosen(model, config, head[0] if head else None)
+    paths, notes = chosen_paths(model, config, head[0] if head else None)
     adapters: dict[str, AdapterLayer] = {}
     for path in paths:
         adapters[path] = parameterisation.layer(path, model.get_submodule(path), config, layout)
     for path, adapter in adapters.items():
         model.set_submodule(path, adapter)
+    adapted = AdaptedModel(model, layout, kind, adapters, stacked_head(model, head, layout))
+    adapted.notes += notes
+    return adapted
+
+
+def stacked_head(model: nn.Module, head: tuple[str, nn.Module] | None, layout: RowLayout) -> dict[str, StackedLinear]:
+    """Give the head's linear layers a client axis, in place, once the adapters are in the model; return them by path.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    head : (str, torch.nn.Module) or None
+        Its path, and itself: :func:`fedlora.models.head_of`.
+    layout : RowLayout
+    """
     if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
         # In evaluation torch's own layer would compute with its layers' weights, past the adapters.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -303,16 +317,28 @@ def adapt(model: nn.Module, config: Config, kind: str) -> AdaptedModel:
     if head:
         linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)]
         for path, linear in linears:
-            if path == head[0] or path.startswith(str(inside_head)):
+            if path == head[0] or path.startswith(f"{head[0]}."):
                 layers[path] = _stacked_copy(linear, layout)
                 model.set_submodule(path, layers[path])
-    adapted = AdaptedModel(model, layout, kind, adapters, layers)
-    adapted.notes += notes
-    return adapted
+    return layers
 
 
-def _chosen(model: nn.Module, config: Config, head: str | None) -> tuple[list[str], list[str]]:
-    """Return the paths of the modules to adapt, and what to say about those that are not."""
+def chosen_paths(model: nn.Module, config: Config, head: str | None) -> tuple[list[str], list[str]]:
+    """Return the paths of the modules to adapt, and what to say about those that are not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    config : Config
+        ``method.target_modules`` and ``exclude_modules``.
+    head : str or None
+        Path of the head.
+
+    Raises
+    ------
+    InputError
+        If no module matches, or an adapter would do nothing in one that was named.
+    """
     targets, excluded = config.method.target_modules, config.method.exclude_modules
     field = "method.target_modules"
     paths = target_paths(model, targets, head, excluded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,9 +62,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
         tensors |= {f"base_model.model.{stock}.{name}": array for name, array in layers[stock].items()}
     for path, weights in whole.items():
         tensors |= {f"base_model.model.{path}.{name}": weight for name, weight in weights.items()}
-    (folder / TASK_FILE).write_text(json.dumps(config.model.task) + "\n", encoding="utf-8")
-    if label_names is not None:
-        (folder / LABELS_FILE).write_text(json.dumps(label_names) + "\n", encoding="utf-8")
+    write_about(config, folder, label_names)
     head = adapted.arrays(adapted.head_names)
     if mean_pooled:
         save_file(head, folder / HEAD_FILE)
@@ -72,7 +71,7 @@ def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "target_modules": _targets(adapted, [path for path in adapted.adapters if path not in whole], prefix),
-        "task_type": _task_type(config),
+        "task_type": task_type(config),
         "modules_to_save": [*_heads(adapted), *sorted(whole)] if head and not mean_pooled else None,
         "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for adapter in adapted.adapters.values()),
         "base_model_name_or_path": pretrained_source(config),
@@ -111,21 +110,32 @@ def _heads(adapted: AdaptedModel) -> list[str]:
     return sorted({name.split(".")[0] for name in adapted.head_names})
 
 
-def _whole(adapted: AdaptedModel) -> dict[str, dict[str, torch.Tensor]]:
-    """Copy the weights of the layers that are saved whole, by path; an adapter in one of them is not added yet.
+def saved_whole(model: nn.Module, heads: Sequence[str], adapters: Sequence[str]) -> set[str]:
+    """Return the paths of layers that PEFT saves whole, beside the head.
 
     These are the layers that were drawn, and those whose names end like the head's (DistilBERT's ``pre_classifier``):
     PEFT takes them for the head.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    heads : sequence of str
+        First parts of the head's paths.
+    adapters : sequence of str
+        Paths of adapters, whose own parts are no layers of the model.
     """
-    drawn: list[str] = getattr(adapted.model, "drawn", [])
-    paths = {name.rpartition(".")[0] for name in drawn}
-    heads = tuple(_heads(adapted))
-    inside = tuple(f"{path}." for path in adapted.adapters)
-    paths |= {
+    paths = {name.rpartition(".")[0] for name in getattr(model, "drawn", [])}
+    inside = tuple(f"{path}." for path in adapters)
+    return paths | {
         path
-        for path, _ in adapted.model.named_modules()
-        if heads and path.endswith(heads) and path not in heads and not path.startswith(inside)
+        for path, _ in model.named_modules()
+        if heads and path.endswith(tuple(heads)) and path not in heads and not path.startswith(inside)
     }
+
+
+def _whole(adapted: AdaptedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Copy the weights of the layers that are saved whole, by path; an adapter in one of them is not added yet."""
+    paths = saved_whole(adapted.model, _heads(adapted), list(adapted.adapters))
     found = {}
     for path in paths:
         layer = adapted.adapters[path].base if path in adapted.adapters else adapted.model.get_submodule(path)
@@ -141,5 +151,13 @@ def _targets(adapted: AdaptedModel, paths: list[str], prefix: str) -> list[str]:
     return [path.removeprefix(prefix) for path in paths] if others else names
 
 
-def _task_type(config: Config) -> TaskType:
+def write_about(config: Config, folder: Path, label_names: list[str] | None) -> None:
+    """Write beside an adapter what PEFT's files do not say: the task, and the classes' names."""
+    (folder / TASK_FILE).write_text(json.dumps(config.model.task) + "\n", encoding="utf-8")
+    if label_names is not None:
+        (folder / LABELS_FILE).write_text(json.dumps(label_names) + "\n", encoding="utf-8")
+
+
+def task_type(config: Config) -> TaskType:
+    """Return PEFT's task type for a run."""
     return TaskType.FEATURE_EXTRACTION if pools_mean(config) else TaskType[get_task(config.model.task).peft_type]
