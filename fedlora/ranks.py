@@ -79,8 +79,12 @@ def check_nested_ranks(config: Config) -> None:
     InputError
     """
     options = ranked_options(config)
-    for key, given in (("ranks", listed_ranks(config)), ("device_profile", options.device_profile or ())):
-        for rank in given:
+    given: dict[str, list[int | str]] = {
+        "ranks": [*listed_ranks(config)],
+        "device_profile": [*(options.device_profile or ())],
+    }
+    for key, ranks in given.items():
+        for rank in ranks:
             if rank == FULL:
                 remedy = f"has no use here: clients of {options.name} train factors; give a number"
                 raise InputError(f"method.{key}", rank, remedy)

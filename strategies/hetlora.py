@@ -54,7 +54,8 @@ class HetLoRA(RankedStrategy):
         norms = [update_norm(update) for update in clients]
         if not any(p * norm for p, norm in zip(shares, norms, strict=True)):
             norms = [1.0] * len(clients)  # no client has moved B
-        heads, factors = [], []
+        heads: list[tuple[Arrays, float]] = []
+        factors: list[tuple[Arrays, float]] = []
         for update, p, norm in zip(clients, shares, norms, strict=True):
             head = {name: array for name, array in update.arrays.items() if self.kind(name) == HEAD}
             heads.append((head, update.weight))

@@ -226,7 +226,7 @@ class AdaptedModel:
         """
         shapes = self.shapes_at(rank)
         here = {name: self.parameter(name).detach() for name in shapes}
-        now, then = (tuple(shape) for shape in ([tuple(p.shape[1:]) for p in here.values()], shapes.values()))
+        now, then = tuple(tuple(p.shape[1:]) for p in here.values()), tuple(shapes.values())
         if now == then:
             return
         own = {part: version for part, version in self.versions.items() if part not in _ANY_RANK}

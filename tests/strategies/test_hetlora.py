@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedlora.arrays import Arrays
+from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, product_norm
 from tests.small_runs import WEIGHTS, DrawnRounds
 
@@ -58,6 +59,17 @@ def test_clients_that_did_not_move_are_averaged_by_their_examples() -> None:
     for name in rounds.adapted.names(["lora_A"]):
         mean = sum(w * a[name] for w, a in zip(WEIGHTS, sent, strict=True)) / sum(WEIGHTS)
         torch.testing.assert_close(made[name], mean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "flexlora"])
+def test_factors_whose_product_is_not_finite_are_refused(name: str) -> None:
+    """Their norm could not be a weight, and their SVD would end the run."""
+    rounds = DrawnRounds(name)
+    shapes = rounds.strategy.client_shapes(0)
+    ones = torch.ones(sum(torch.Size(shape).numel() for shape in shapes.values()), dtype=torch.float64)
+    rounds.strategy.check_update(Update(0, 1.0, 1e100 * ones, shapes))
+    with pytest.raises(ReplyError, match="not finite"):
+        rounds.strategy.check_update(Update(0, 1.0, 1e200 * ones, shapes))
 
 
 def test_norms_from_factors() -> None:
