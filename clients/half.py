@@ -15,7 +15,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.training import ClientJob, ClientResult, train_cohort
+from fedlora.training import ClientJob, ClientResult, StepRule, train_cohort
 
 
 def client_half(config: Config) -> ClientHalf:
@@ -35,7 +35,14 @@ class ClientHalf:
     adapted : AdaptedModel
         The model of this process, shared by the clients that it trains.
     config : Config
+
+    Attributes
+    ----------
+    rule : StepRule
+        Which arrays a local step trains, and what becomes of their gradients.
     """
+
+    rule = StepRule()
 
     def __init__(self, adapted: AdaptedModel, config: Config) -> None:
         self.adapted, self.config = adapted, config
@@ -68,7 +75,7 @@ class ClientHalf:
 
     def train(self, table: TokenTable, jobs: Sequence[ClientJob], config: Config) -> list[ClientResult]:
         """Do what an exchange asks of the clients of one pass: local training, by the config of the exchange."""
-        return train_cohort(self.adapted, table, jobs, config)
+        return train_cohort(self.adapted, table, jobs, config, self.rule)
 
     def finish(self, arrays: Arrays) -> Arrays:
         """Turn arrays that were trained into those that leave."""

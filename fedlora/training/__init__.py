@@ -2,5 +2,6 @@
 
 from fedlora.training.cohort import ClientJob, ClientResult, train_cohort
 from fedlora.training.evaluation import evaluate, evaluate_clients
+from fedlora.training.rule import StepRule
 
-__all__ = ["ClientJob", "ClientResult", "evaluate", "evaluate_clients", "train_cohort"]
+__all__ = ["ClientJob", "ClientResult", "StepRule", "evaluate", "evaluate_clients", "train_cohort"]

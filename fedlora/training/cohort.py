@@ -23,10 +23,12 @@ from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
+from fedlora.roles import kind_of
 from fedlora.training.batches import poisson_batches, shuffled_batches
 from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
 from fedlora.training.local_terms import add_local_terms
 from fedlora.training.optimizer_state import put_states, take_states
+from fedlora.training.rule import StepRule
 from fedlora.training.soundness import check_sound, dependence
 
 log = logging.getLogger("fedlora")
@@ -114,7 +116,7 @@ def learning_rate(client: ClientSection, base: float, server_round: int, rounds:
 
 
 def train_cohort(
-    adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config
+    adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config, rule: StepRule | None = None
 ) -> list[ClientResult]:
     """Train the clients of a cohort, in one pass; one at a time if the model's examples depend on each other.
 
@@ -128,6 +130,8 @@ def train_cohort(
         All private with one clipping norm, or none; all of one learning rate, from arrays of the same names and shapes,
         and of optimisers that took equally many steps.
     config : Config
+    rule : StepRule, optional
+        Says what each step trains.
 
     Returns
     -------
@@ -151,7 +155,7 @@ def train_cohort(
         check_sound(adapted, config, table.pad_token_id)
     elif len(jobs) > 1 and (reason := dependence(adapted, config, table.pad_token_id)) is not None:
         log.warning("clients are trained one at a time, not in cohorts: %s", reason)
-        return [result for job in jobs for result in train_cohort(adapted, table, [job], config)]
+        return [result for job in jobs for result in train_cohort(adapted, table, [job], config, rule)]
     steps = [local_steps(config, len(job.rows)) for job in jobs]
     last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])
@@ -164,23 +168,23 @@ def train_cohort(
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
     seen = np.zeros(len(jobs), np.int64)
-    active = np.zeros(len(jobs), np.int64)
+    active = np.zeros((len(parameters), len(jobs)), np.int64)
     with ExitStack() as stack:
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         if private:
             choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
-        stepper = _Stepper(adapted, table, client, optimizer, [job.plan for job in jobs], generators)
+        stepper = _Stepper(adapted, table, client, optimizer, [job.plan for job in jobs], generators, rule)
         for step in range(max(steps)):
             for job, n in zip(jobs, steps, strict=True):
                 if job.on_step is not None and step < n:
                     job.on_step()
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
             sizes = np.array([len(r) for r in rows])
-            stepper.step(rows)
+            trained = stepper.step(rows, step)
             seen += sizes
-            active += sizes > 0
+            active += np.outer(trained, sizes > 0)
             # A client that is done is read now: later steps of the others move its stacked rows, not its result.
             done = np.flatnonzero(last == step + 1).tolist()
             if not done:
@@ -211,7 +215,10 @@ class _Stepper:
         optimizer: torch.optim.Optimizer,
         plans: Sequence[PrivacyPlan | None],
         generators: Sequence[_Generators],
+        rule: StepRule | None = None,
     ) -> None:
+        self._rule = rule or StepRule()
+        self._kinds = [kind_of(name, adapted.head_names) for name in adapted.trained]
         self.adapted, self.table, self.client, self.optimizer = adapted, table, client, optimizer
         self.loss_sums = torch.zeros(len(plans), dtype=torch.float64, device=adapted.device)
         self._dp: StackedDPOptimizer | None = None
@@ -225,10 +232,21 @@ class _Stepper:
                 expected_batch_sizes=[plan.expected_batch_size for plan in private],
                 generators=[g.noise for g in generators],
                 layout=adapted.layout,
+                after_noise=self._change_gradients,
             )
 
-    def step(self, rows: list[np.ndarray]) -> None:
-        """Take one step on every client's batch, which is split where it exceeds ``client.physical_batch_size``."""
+    def step(self, rows: list[np.ndarray], number: int) -> list[bool]:
+        """Take one step on every client's batch, which is split where it exceeds ``client.physical_batch_size``.
+
+        Returns
+        -------
+        list of bool
+            Which of the trained arrays the step trained.
+        """
+        trains = [self._rule.trains(kind, number) for kind in self._kinds]
+        idle = [p for p, trained in zip(self.adapted.parameters(), trains, strict=True) if not trained]
+        if self._dp is not None:
+            self._dp.idle = idle
         sizes = np.array([len(r) for r in rows])
         for chunk in _physical(rows, self.client.physical_batch_size):
             loss = _losses(self.adapted, self.table, chunk)
@@ -238,11 +256,21 @@ class _Stepper:
                 means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
                 (loss * torch.from_numpy(means).to(loss)).sum().backward()
             self.loss_sums += self.adapted.layout.sum_rows(loss.detach())
-        if self._dp is None and self.client.max_grad_norm is not None:
-            _clip_by_client(self.adapted.parameters(), self.client.max_grad_norm)
+        if self._dp is None:
+            for p in idle:
+                p.grad = None
+            if self.client.max_grad_norm is not None:
+                _clip_by_client(self.adapted.parameters(), self.client.max_grad_norm)
+            self._change_gradients()
         taken = self.optimizer if self._dp is None else self._dp
         taken.step()
         taken.zero_grad(set_to_none=True)
+        return trains
+
+    def _change_gradients(self) -> None:
+        for kind, p in zip(self._kinds, self.adapted.parameters(), strict=True):
+            if p.grad is not None:
+                p.grad = self._rule.gradient(kind, p.grad)
 
     def has_gradient(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         """Return, for each trained array, which clients [K] have a nonzero gradient in it on a batch.
@@ -377,7 +405,7 @@ def _check_moved(
     clients: np.ndarray,
     has_gradient: Callable[[], list[np.ndarray]],
 ) -> None:
-    """Raise a GuardError if an array [K, ...] of a client in the mask [K] did not change although it has a gradient.
+    """Raise a GuardError if an array [K, ...] of a client in its mask [K] did not change although it has a gradient.
 
     Without a gradient nothing has to change: LoRA's A has none while B is 0 and not trained.
     """

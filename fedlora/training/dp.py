@@ -129,6 +129,13 @@ class StackedDPOptimizer(DPOptimizer):
         Where each client's noise comes from; None for the operating system's entropy (:mod:`fedlora.entropy`).
     layout : RowLayout
         Which rows are whose.
+    after_noise : callable, optional
+        Called in every step once the gradients are noised and scaled.
+
+    Attributes
+    ----------
+    idle : list of Parameter
+        Those that the step under way leaves out: of an example's norm, of what is noised, and of what moves.
 
     Notes
     -----
@@ -145,6 +152,7 @@ class StackedDPOptimizer(DPOptimizer):
         expected_batch_sizes: Sequence[float],
         generators: Sequence[torch.Generator | None],
         layout: RowLayout,
+        after_noise: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -156,12 +164,14 @@ class StackedDPOptimizer(DPOptimizer):
         self.noise_multipliers = list(noise_multipliers)
         self.expected_batch_sizes = list(expected_batch_sizes)
         self.generators = list(generators)
-        self.layout = layout
+        self.layout, self.after_noise = layout, after_noise
+        self.idle: list[torch.nn.Parameter] = []
         self._noise = torch.empty(0)
 
     def clip_and_accumulate(self) -> None:
         """Clip every row over all parameters and add it to its client's sum; a batch without rows adds nothing."""
-        params = [p for p in self.params if getattr(p, "grad_sample", None) is not None]
+        idle = set(map(id, self.idle))
+        params = [p for p in self.params if getattr(p, "grad_sample", None) is not None and id(p) not in idle]
         if not params:
             return
         norms = torch.stack([_norms(p.grad_sample) for p in params]).norm(dim=0)
@@ -182,8 +192,13 @@ class StackedDPOptimizer(DPOptimizer):
         sizes = [p[0].numel() for p in params]
         if not len(self._noise):
             self._noise = self._draw_noise(sum(sizes))
+        # Noise is drawn for all parameters, whatever a step trains: what is left over is thrown away.
         noise, self._noise = self._noise[0], self._noise[1:]
+        idle = set(map(id, self.idle))
         for p, part in zip(params, noise.split(sizes, 1), strict=True):
+            if id(p) in idle:
+                p.grad = None
+                continue
             part = part.reshape(p.shape)
             p.grad = part.clone() if p.summed_grad is None else p.summed_grad + part
 
@@ -205,6 +220,8 @@ class StackedDPOptimizer(DPOptimizer):
         first = self.params[0]
         divisors = torch.tensor(self.expected_batch_sizes, dtype=first.dtype).to(first.device, non_blocking=True)
         for p in self.params:
+            if p.grad is None:
+                continue
             p.grad /= divisors.reshape(-1, *(1,) * (p.dim() - 1))
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -215,5 +232,6 @@ class StackedDPOptimizer(DPOptimizer):
             return False
         self.add_noise()
         self.scale_grad()
+        self.after_noise()
         self._is_last_step_skipped = False
         return True
