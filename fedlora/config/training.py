@@ -241,9 +241,10 @@ class WireSection(Section):
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each codec reads some of the keys; where nothing is lost, nothing is fed back."""
-        given = {name for name in (self.codec, self.downlink_codec, self.uplink_codec) if name is not None}
-        if "topk_fraction" in self.model_fields_set and not any("topk_fraction" in CODECS.get(n).uses for n in given):
-            yield "topk_fraction", "no codec is topk"
+        given = [name for name in (self.codec, self.downlink_codec, self.uplink_codec) if name is not None]
+        for key in self.model_fields_set & {"topk_fraction"}:  # codecs are looked up only for keys that were set
+            if not any(key in CODECS.get(name).uses for name in given):
+                yield key, f"no codec of the run reads it: {', '.join(given) or 'nothing is rounded'}"
         if self.error_feedback and not self.keeps_errors:
             yield "error_feedback", "nothing is rounded on the way to the server"
 

@@ -15,7 +15,7 @@ from fedlora.arrays import Arrays
 from fedlora.clients.client_app import app, forget_data
 from fedlora.clients.feedback import ERRORS, ErrorMemory, encode_with_errors
 from fedlora.clients.participant import participant
-from fedlora.communication.codecs import Codec, get_codec
+from fedlora.communication.codecs import Codec, get_codec, run_codecs
 from fedlora.communication.wire import COUNTED, payload_bytes
 from fedlora.config import WireSection, load_config, unused_keys
 from fedlora.errors import InputError
@@ -155,6 +155,14 @@ def test_it_is_on_where_the_codec_needs_it(name: str, said: bool | None, updates
     assert (config.wire.sends_updates, config.wire.keeps_errors) == (updates, feedback)
     unused = [note for note in unused_keys(config) if note.startswith("wire.")]
     assert bool(unused) == (name == "float32")
+    assert bool(run_codecs(config).notes) == (updates and not feedback)
+
+
+def test_a_key_of_another_codec_has_no_use() -> None:
+    for name, notes in (("topk", 0), ("onebit", 1)):
+        content = override("wire.uplink_codec", name)
+        content["wire"]["topk_fraction"] = 0.1
+        assert sum(note.startswith("wire.topk_fraction ") for note in unused_keys(load_config(content))) == notes
 
 
 def test_a_memory_in_coordinates_that_change_is_refused() -> None:
