@@ -143,6 +143,10 @@ def peft_config(
         share = keys[alpha] / keys[rank]
         wanted = config.method.alpha if config.method.alpha is not None else share * (given.get(rank) or values[rank])
         values[alpha] = int(wanted) if wanted == int(wanted) else wanted
+    for key in (key for key in keys if key.endswith("_modules")):
+        # Some of the layers that were chosen, by name. PEFT's own choice for a model would not be theirs.
+        names = [given[key]] if isinstance(given.get(key), str) else list(given.get(key) or ())
+        settings[key] = [p for p in settings["target_modules"] if any(f".{p}".endswith(f".{name}") for name in names)]
     try:
         with _quiet():
             return peft_types()[peft_type](**{**values, **given, **settings})
@@ -678,10 +682,7 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
     fan = {"fan_in_fan_out": True} if transposed and "fan_in_fan_out" in own_keys(peft_type) else {}
 
     def make(seed: int | None = None, **settings: Any) -> PeftConfig:
-        run = (
-            config if seed is None else config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        )
-        return peft_config(peft_type, given, run, **fan, **settings)
+        return peft_config(peft_type, given, config, seed, **fan, **settings)
 
     probed = probe(model, paths, make, refuse)
     bases = {path: model.get_submodule(path) for path in paths}
