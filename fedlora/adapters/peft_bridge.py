@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import io
 import random
@@ -77,7 +78,9 @@ def own_keys(peft_type: str) -> dict[str, Any]:
     """
     types = peft_types()
     if peft_type not in types:
-        hint = f"is no type of PEFT's that adapts layers; choose one of {', '.join(types)}"
+        close = difflib.get_close_matches(peft_type.upper(), types, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(types)}"
+        hint = f"is no type of PEFT's that adapts chosen layers; {hint}"
         raise InputError(TYPE, peft_type, hint)
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     found = {}

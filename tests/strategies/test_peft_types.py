@@ -109,8 +109,8 @@ def test_keys_of_a_type_count(peft_type: str, given: dict[str, Any], exact: bool
 @pytest.mark.parametrize(
     ("method", "field", "says"),
     [
-        ({"peft_type": "VERAA"}, "method.peft_type", "VERA"),
-        ({"peft_type": "PROMPT_TUNING"}, "method.peft_type", "adapts layers"),
+        ({"peft_type": "veraa"}, "method.peft_type", "did you mean VERA?"),
+        ({"peft_type": "PROMPT_TUNING"}, "method.peft_type", "adapts chosen layers"),
         ({"peft": {"d_inital": 0.2}}, "method.peft.d_inital", "d_initial"),
         ({"peft": {"d_initial": "much"}}, "method.peft.d_initial", "0.1"),
         ({"peft": {"target_modules": "q"}}, "method.peft.target_modules", "method.target_modules"),
