@@ -565,7 +565,7 @@ def _inject(
     before = [*model.parameters(), *model.buffers()]
     try:
         with _seeded(seed):
-            peft_model: Any = get_peft_model(model, made)  # type: ignore[arg-type]
+            peft_model: Any = get_peft_model(model, made)
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise refuse(f"PEFT cannot put it into these layers ({said})") from None
@@ -700,7 +700,7 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
     probed = probe(model, paths, make, refuse)
     bases = {path: model.get_submodule(path) for path in paths}
     for base in bases.values():
-        if base.weight.is_meta:  # type: ignore[union-attr]
+        if base.weight.is_meta:
             _weigh_nothing(base)
     _, tuners = _inject(model, make(target_modules=paths), paths, refuse, config.run.seed)
     held: dict[str, HeldArray] = {}

@@ -184,7 +184,7 @@ def test_examples_and_clients_stay_apart(peft_type: str, kind: str) -> None:
         adapted.layout.set_rows([len(r) for r in rows])
         batch = examples.batch(np.concatenate(rows), adapted.device)
         examples.task.loss(adapted.logits(batch), batch["labels"]).sum().backward()
-        samples = {name: adapted.parameter(name).grad_sample for name in adapted.trained}
+        samples = {name: getattr(adapted.parameter(name), "grad_sample") for name in adapted.trained}  # noqa: B009
     for client, mine in enumerate(rows):
         adapted.set_clients([starts[client]])
         for row in mine:
@@ -269,7 +269,8 @@ def content(here: World, peft_type: str, kind: str = "bert", **sections: Any) ->
 )
 def test_ten_clients_train_it_and_stock_peft_loads_it(here: World, peft_type: str, private: bool) -> None:
     mode = {"mode": "example", "noise_multiplier": 0.5, "max_grad_norm": 0.5, "target_delta": 1e-2}
-    run = here.run(content(here, peft_type, **({"privacy": mode} if private else {})))
+    sections: dict[str, Any] = {"privacy": mode} if private else {}
+    run = here.run(content(here, peft_type, **sections))
     facts = run.summary["peft"]
     rows = run.rows("communication.csv")
     head = run.summary["trainable_parameters"] - facts["trained_numbers"]
