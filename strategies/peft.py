@@ -81,8 +81,9 @@ class Peft(FederatedStrategy):
     gradients come from a second pass of each adapted layer, by functorch, or row by row where a type does not run under
     it; both are slower than the layers of the other methods.
 
-    The default rates are those at which VeRA moves on an encoder of 22 M parameters. Types differ by a factor of ten
-    each way: scales as FourierFT's 150 want less, products of small factors more. Tune the rate for each type.
+    The default rates are for the default type, and reasoned rather than tuned: AdamW moves each number by about its
+    rate in a step, and VeRA's vectors are of the size 0.1, so that 1e-2 is a tenth of them. Types differ by a factor of
+    ten or more each way: large scales, such as RandLoRA's, want less. Tune the rate for each type.
     """
 
     name = "peft"

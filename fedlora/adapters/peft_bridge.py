@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import io
 import random
@@ -77,7 +78,9 @@ def own_keys(peft_type: str) -> dict[str, Any]:
     """
     types = peft_types()
     if peft_type not in types:
-        hint = f"is no type of PEFT's that adapts layers; choose one of {', '.join(types)}"
+        close = difflib.get_close_matches(peft_type.upper(), types, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(types)}"
+        hint = f"is no type of PEFT's that adapts chosen layers; {hint}"
         raise InputError(TYPE, peft_type, hint)
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     found = {}
@@ -143,6 +146,10 @@ def peft_config(
         share = keys[alpha] / keys[rank]
         wanted = config.method.alpha if config.method.alpha is not None else share * (given.get(rank) or values[rank])
         values[alpha] = int(wanted) if wanted == int(wanted) else wanted
+    for key in (key for key in keys if key.endswith("_modules")):
+        # Some of the layers that were chosen, by name. PEFT's own choice for a model would not be theirs.
+        names = [given[key]] if isinstance(given.get(key), str) else list(given.get(key) or ())
+        settings[key] = [p for p in settings["target_modules"] if any(f".{p}".endswith(f".{name}") for name in names)]
     try:
         with _quiet():
             return peft_types()[peft_type](**{**values, **given, **settings})
@@ -378,16 +385,19 @@ class Probe:
         How per-example gradients are taken: VMAP, or ROWS where the layer does not run under it.
     constants : frozenset of str
         Names, in a layer, of arrays that depend on its shape alone: no server has to send them.
+    step : float
+        By which part of their size trained arrays may move, so that an output moves by a tenth at most.
     """
 
     exact: bool
     way: str
     constants: frozenset[str]
+    step: float
 
 
 _TOLERANCE = 1e-5
 """Relative. Layers run in float64, but some types take a Fourier transform in float32."""
-_SCALES = (0.1, 1.0, 10.0, 100.0)
+_STEPS = tuple(2.0**-k for k in range(-8, 15))
 
 
 def probe(model: nn.Module, paths: Sequence[str], make: Callable[..., PeftConfig], refuse: _Refuse) -> Probe:
@@ -422,14 +432,14 @@ def probe(model: nn.Module, paths: Sequence[str], make: Callable[..., PeftConfig
             raise refuse("it changes the frozen weights when it is made, and the adapter alone would not say so")
     constants = _constants(made[0][1], made[1][1])
     generator = torch.Generator().manual_seed(0)
-    exact, way = True, VMAP
+    exact, way, step = True, VMAP, _STEPS[0]
     for tuner in made[0][1].values():
         x = torch.randn(3, 4, linear_shape(tuner.get_base_layer())[1], generator=generator, dtype=torch.float64)
-        linear, fits = _measure(copy.deepcopy(tuner).double(), x, generator, refuse)
-        exact, way = exact and linear, way if fits else ROWS
-        for parameter in tuner.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        linear, fits, of_layer = _measure(copy.deepcopy(tuner).double(), x, 0, refuse)
+        exact, way, step = exact and linear, way if fits else ROWS, min(step, of_layer)
+        trained = {name: parameter for name, parameter in tuner.named_parameters() if parameter.requires_grad}
+        for name, value in moved_by_chance({n: p.detach() for n, p in trained.items()}, of_layer, 2).items():
+            trained[name].data = value
     # The third was drawn anew by the same config: loaded with what PEFT saves of the first, it must compute the same.
     with _quiet():
         set_peft_model_state_dict(made[2][0], get_peft_model_state_dict(made[0][0]))
@@ -438,7 +448,7 @@ def probe(model: nn.Module, paths: Sequence[str], make: Callable[..., PeftConfig
         with torch.no_grad():
             if _apart(made[2][1][path](x), tuner(x)) > 1e-4:
                 raise refuse("what PEFT saves of it does not give it back, since it draws something else each time")
-    return Probe(exact, way, constants)
+    return Probe(exact, way, constants, step)
 
 
 _Refuse = Callable[[str], InputError]
@@ -484,43 +494,54 @@ def _constants(one: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> 
     return frozenset(name for name, same in equal.items() if same)
 
 
-def _measure(tuner: nn.Module, x: torch.Tensor, generator: torch.Generator, refuse: _Refuse) -> tuple[bool, bool]:
-    """Return whether one layer is linear in what is trained, and whether it runs under vmap."""
+def _measure(tuner: nn.Module, x: torch.Tensor, seed: int, refuse: _Refuse) -> tuple[bool, bool, float]:
+    """Return whether a layer is linear in what is trained, whether it runs under vmap, and its :attr:`Probe.step`."""
     arrays = {name: array.detach() for name, array in _arrays(tuner)}
-    trained = [name for name, parameter in _arrays(tuner) if parameter.requires_grad]
+    trained = {name: array.detach() for name, array in _arrays(tuner) if array.requires_grad}
     tuner.train()
 
     def run(x: torch.Tensor, given: Arrays) -> torch.Tensor:
         y: torch.Tensor = functional_call(tuner, given, (x,))
         return y
 
-    noise = [{n: torch.randn(arrays[n].shape, generator=generator, dtype=x.dtype) for n in trained} for _ in range(2)]
-
-    def drawn(which: int, scale: float) -> Arrays:
-        return arrays | {name: arrays[name] + scale * noise[which][name] for name in trained}
+    def moved(seed: int, step: float) -> Arrays:
+        return arrays | moved_by_chance(trained, step, seed)
 
     try:
         with _quiet(), torch.no_grad():
             start = run(x, arrays)
+            # A direction that starts at zero has no small steps.
+            step = next((s for s in _STEPS if _apart(run(x, moved(seed, s)), start) <= 0.1), 0.1)
+            linear = True
             # So far from the start that rounding is far below what moves, and any curve far above it.
-            scale = next((s for s in _SCALES if (run(x, drawn(0, s)) - start).norm() > 0.3 * start.norm()), _SCALES[-1])
-            one, other = drawn(0, scale), drawn(1, scale)
-            y, again, there = run(x, one), run(x, one), run(x, other)
-            half = arrays | {name: (one[name] + other[name]) / 2 for name in trained}
-            linear = _apart(run(x, half) - start, (y + there) / 2 - start) <= _TOLERANCE
+            for scale in (1.0, 8 * step):
+                one, other = moved(seed, scale), moved(seed + 1, scale)
+                y, again, there = run(x, one), run(x, one), run(x, other)
+                half = arrays | {name: (one[name] + other[name]) / 2 for name in trained}
+                linear &= _apart(run(x, half) - start, (y + there) / 2 - start) <= _TOLERANCE
     except Exception as error:
         raise refuse(f"its layer does not run alone ({type(error).__name__}: {' '.join(str(error).split())})") from None
     if not torch.equal(y, again):
         raise refuse("it draws at random in training, so that no two runs would be the same; set its dropout to 0")
-    g = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
     try:
         with _quiet():
-            found, of_x = vectorised(run, one, trained, x, g)
-            expected, of_rows = row_by_row(run, one, trained, x, g)
+            found, of_x = vectorised(run, one, list(trained), x, g)
+            expected, of_rows = row_by_row(run, one, list(trained), x, g)
     except Exception:
-        return linear, False
+        return linear, False, step
     fits = all(_apart(found[name], expected[name]) <= _TOLERANCE for name in trained)
-    return linear, fits and _apart(of_x, of_rows) <= _TOLERANCE
+    return linear, fits and _apart(of_x, of_rows) <= _TOLERANCE, step
+
+
+def moved_by_chance(arrays: Arrays, step: float, seed: int) -> Arrays:
+    """Move arrays from where they are, each by ``step`` of its own size; those that are zero by ``step``."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, array in arrays.items():
+        size = float(array.square().mean().sqrt()) or 1.0
+        found[name] = array + step * size * torch.randn(array.shape, generator=generator).to(array.dtype)
+    return found
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -544,7 +565,7 @@ def _inject(
     before = [*model.parameters(), *model.buffers()]
     try:
         with _seeded(seed):
-            peft_model: Any = get_peft_model(model, made)  # type: ignore[arg-type]
+            peft_model: Any = get_peft_model(model, made)
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise refuse(f"PEFT cannot put it into these layers ({said})") from None
@@ -605,14 +626,10 @@ class PeftAdaptedModel(AdaptedModel):
     def drawn(self, seed: int) -> Arrays:
         """Draw what is trained, about its start; what is frozen stays."""
         generator = torch.Generator().manual_seed(seed)
-        arrays: Arrays = {}
-        for name in (*self.names([TRAINED_KIND]), *self.head_names):
-            start = self.parameter(name)[0].detach().cpu()
-            noise = torch.randn(start.shape, generator=generator)
-            if name in self.head_names:
-                arrays[name] = noise / (start.shape[-1] ** 0.5 if start.dim() > 1 else 1.0)
-            else:
-                arrays[name] = start + 0.1 * noise
+        arrays = moved_by_chance(self.arrays(self.names([TRAINED_KIND])), self.probed.step, seed)
+        for name in self.head_names:
+            shape = self.parameter(name).shape[1:]
+            arrays[name] = torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
         return arrays
 
 
@@ -678,15 +695,12 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
     fan = {"fan_in_fan_out": True} if transposed and "fan_in_fan_out" in own_keys(peft_type) else {}
 
     def make(seed: int | None = None, **settings: Any) -> PeftConfig:
-        run = (
-            config if seed is None else config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        )
-        return peft_config(peft_type, given, run, **fan, **settings)
+        return peft_config(peft_type, given, config, seed, **fan, **settings)
 
     probed = probe(model, paths, make, refuse)
     bases = {path: model.get_submodule(path) for path in paths}
     for base in bases.values():
-        if base.weight.is_meta:  # type: ignore[union-attr]
+        if base.weight.is_meta:
             _weigh_nothing(base)
     _, tuners = _inject(model, make(target_modules=paths), paths, refuse, config.run.seed)
     held: dict[str, HeldArray] = {}
