@@ -179,7 +179,7 @@ class _Work:
     frozen : dict of str to Tensor
         Global arrays that came with the message and are not trained.
     start : dict of str to Tensor
-        Those that are trained, as they came.
+        Those that are trained, as they came or as the method's half made them.
     job : ClientJob
     memory : Memory
     result : ClientResult
@@ -220,6 +220,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         came = _decode_shared(record, run_codecs(client.config).down)
         frozen, start = divide(client, came, parts, roles, adapted)
         arrays = half.begin(start)
+        start = arrays | start  # what the half adds is where its arrays start from
     job = ClientJob(
         client=client.client,
         server_round=int(settings["server-round"]),

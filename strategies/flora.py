@@ -67,6 +67,11 @@ class FLoRA(RankedStrategy):
         """The seed of the round's draw: a round that did not count is made again from the same one."""
         return super().client_settings(client, server_round) | {"draw": self.seed(len(self.replied))}
 
+    def sent_to(self, client: int) -> Arrays:
+        """What came down, and the client's own draw."""
+        draw = drawn_factors(self._adapted, self.seed(len(self.replied)), self.rank_of(client))
+        return super().sent_to(client) | draw
+
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the mean of the heads, the stack as the residual's increment, and the next draw."""
         clients = list(updates)

@@ -149,8 +149,7 @@ def train_cohort(
     """
     client = config.client
     private = jobs[0].plan is not None
-    if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
-        raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
+    _check_alike(jobs)
     if private:
         check_sound(adapted, config, table.pad_token_id)
     elif len(jobs) > 1 and (reason := dependence(adapted, config, table.pad_token_id)) is not None:
@@ -196,6 +195,11 @@ def train_cohort(
                 mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
                 results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate)
     return [result for result in results if result is not None]
+
+
+def _check_alike(jobs: Sequence[ClientJob]) -> None:
+    if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
+        raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
 
 
 class _Stepper:

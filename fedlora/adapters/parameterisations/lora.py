@@ -51,12 +51,20 @@ def initial_factors(
     return {"lora_A": a, "lora_B": torch.zeros(out_features, rank)}
 
 
-def drawn_factors(adapted: AdaptedModel, seed: int) -> Arrays:
-    """Draw the usual LoRA start for every layer: A of its own, B = 0."""
+def drawn_factors(adapted: AdaptedModel, seed: int, rank: int | None = None) -> Arrays:
+    """Draw the usual LoRA start for every layer: A of its own, B = 0.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+    seed : int
+    rank : int, optional
+        That of the model's layers by default.
+    """
     generator = torch.Generator().manual_seed(seed)
     arrays: Arrays = {}
     for path, adapter in adapted.adapters.items():
         shape = linear_shape(adapter.base)
-        rank = adapted.parameter(f"{path}.lora_A").shape[1]
-        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, rank, generator).items()}
+        own = rank or adapted.parameter(f"{path}.lora_A").shape[1]
+        arrays |= {f"{path}.{factor}": value for factor, value in initial_factors(*shape, own, generator).items()}
     return arrays
