@@ -290,11 +290,6 @@ class TargetRow:
         return "; ".join(f"{run.config.run.seed}: {c}" for run, c in zip(self.group.runs, shown, strict=True))
 
 
-def is_personalised(group: Group) -> bool:
-    """Whether each client of a group's runs has a model of its own: such scores stand in tables of their own."""
-    return group.runs[0].summary.personalised
-
-
 def budget_rows(groups: Sequence[Group], questions: Questions) -> list[BudgetRow]:
     """Answer every budget for every group, the best first."""
     rows = []
@@ -340,32 +335,21 @@ def _tells(run: FinishedRun, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for global models, or for models that are each client's own, which are never in one table.
+    """The answers for the runs of a comparison.
 
     Attributes
     ----------
-    suffix : str
-        Of the names of its tables.
-    title : str
-    budgets : list of BudgetRow
-    targets : list of TargetRow
+    budgets : sequence of BudgetRow
+    targets : sequence of TargetRow
     """
 
-    suffix: str
-    title: str
-    budgets: list[BudgetRow]
-    targets: list[TargetRow]
+    budgets: Sequence[BudgetRow] = ()
+    targets: Sequence[TargetRow] = ()
 
 
-def answer_questions(comparison: Comparison, questions: Questions) -> list[Answers]:
-    """Answer budgets and targets; empty where none are asked for."""
-    found = []
-    for own, suffix, title in ((False, "", ""), (True, "-personalised", "Clients' own models")):
-        groups = [group for group in comparison.groups if is_personalised(group) == own]
-        answers = Answers(suffix, title, budget_rows(groups, questions), target_rows(groups, questions))
-        if answers.budgets or answers.targets:
-            found.append(answers)
-    return found
+def answer_questions(comparison: Comparison, questions: Questions) -> Answers:
+    """Answer budgets and targets; without rows where none are asked for."""
+    return Answers(budget_rows(comparison.groups, questions), target_rows(comparison.groups, questions))
 
 
 def budgets_table(rows: Sequence[BudgetRow]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlora.communication.links import PROFILES
-from fedlora.reporting.budgets import COSTS, MeanStep, front, has_validation, is_personalised, mean_steps
+from fedlora.reporting.budgets import COSTS, MeanStep, front, has_validation, mean_steps
 from fedlora.reporting.comparison import (
     Comparison,
     Group,
@@ -288,15 +288,14 @@ def front_by_seconds(comparison: Comparison) -> Chart:
 
 def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
     """Draw what each budget of a cost buys: the points that no other dominates, joined by steps."""
-    by_panel: dict[tuple[bool, str], dict[str, list[MeanStep]]] = defaultdict(lambda: defaultdict(list))
+    by_panel: dict[str, dict[str, list[MeanStep]]] = defaultdict(lambda: defaultdict(list))
     for level in comparison.privacy_levels:
         for group in comparison.groups:
             if group.privacy == level and (found := mean_steps(group, cost)):
-                by_panel[is_personalised(group), "" if cost == "epsilon" else level][group.method] += found
+                by_panel["" if cost == "epsilon" else level][group.method] += found
     panels = []
-    for (personalised, level), by_method in sorted(by_panel.items(), key=lambda item: item[0][0]):
-        own = "clients' own models" if personalised else ""
-        title = " · ".join(part for part in (level if len(by_panel) > 1 else "", own) if part)
+    for level, by_method in by_panel.items():
+        title = level if len(by_panel) > 1 else ""
         form = {"x_form": COSTS[cost].form, "x_log": cost != "epsilon"}
         series = _front_series(comparison, by_method, cost)
         panels.append(_score_panel(comparison, title, COSTS[cost].title, cost, series, **form))

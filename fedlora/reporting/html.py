@@ -30,7 +30,7 @@ def page(
     charts: Sequence[Chart],
     command: str,
     studies: Sequence[StudyResults] = (),
-    answers: Sequence[Answers] = (),
+    answers: Answers | None = None,
 ) -> str:
     """Return the content of report.html.
 
@@ -43,7 +43,7 @@ def page(
         The command that wrote the report.
     studies : sequence of StudyResults
         Studies among the folders, for their tuning and failed runs.
-    answers : sequence of Answers
+    answers : Answers, optional
         To budgets and targets.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -73,7 +73,7 @@ def page(
         profiles=PROFILES,
         machines=_machines(comparison.runs),
         studies=studies,
-        answers=answers,
+        answers=answers or Answers(),
         score_cell=_score_cell,
         cost_cell=_cost_cell,
         value=format_value,

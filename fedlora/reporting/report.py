@@ -74,11 +74,10 @@ def write_reports(
         files[f"{name}.html"] = page(comparison, made, command, studies, answers).encode()
         tables = table_files("runs", runs_table(comparison))
         tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
-        for answer in answers:
-            if answer.budgets:
-                tables |= table_files(f"budgets{answer.suffix}", budgets_table(answer.budgets))
-            if answer.targets:
-                tables |= table_files(f"targets{answer.suffix}", targets_table(answer.targets))
+        if answers.budgets:
+            tables |= table_files("budgets", budgets_table(answers.budgets))
+        if answers.targets:
+            tables |= table_files("targets", targets_table(answers.targets))
         files |= {f"{below}/{file}": content for file, content in tables.items()}
         files |= {f"{below}/figures/{file}": content for file, content in draw_all(made).items()}
         written.append((target / f"{name}.html", comparison))
