@@ -64,7 +64,7 @@ def test_it_is_the_method_of_the_repository(here: World, written: Path) -> None:
     mine, ours = (here.run(here.content(name, "llama")) for name in ("my-fedsvd", "fedsvd"))
     assert seen(mine) == seen(ours)
     assert max(mine.errors) < 1e-6
-    for fact in ("exact", "persistent", "paper", "learning_rates", "dp"):
+    for fact in ("exact", "persistent", "paper", "learning_rates", "dp"):  # the guide's takes one rank for all
         assert getattr(get_method("my-fedsvd"), fact) == getattr(get_method("fedsvd"), fact)
 
 
