@@ -213,6 +213,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     assert isinstance(record, ArrayRecord)
     half.prepare(settings)
     frozen: Arrays = {}
+    came: Arrays = {}
     if client.starts:
         arrays = start = half.start(client)
     else:
@@ -230,7 +231,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         on_step=client.on_step,
         exchange=client.number,
     )
-    memory = Memory(client, message, adapted.head_names)
+    memory = Memory(client, message, parts | came, adapted.head_names)
     return _Work(client, settings, roles, half, frozen, start, memory.recall(job), memory)
 
 
