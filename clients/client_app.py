@@ -214,6 +214,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
     frozen: Arrays = {}
+    came: Arrays = {}
     if client.starts:
         arrays = start = half.start(client)
     else:
@@ -232,7 +233,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         on_step=client.on_step,
         exchange=client.number,
     )
-    memory = Memory(client, message, adapted.head_names)
+    memory = Memory(client, message, parts | came, adapted.head_names)
     return _Work(client, settings, roles, half, frozen, start, memory.recall(job), memory)
 
 

@@ -16,14 +16,18 @@ from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import run_codecs
 from fedlora.corrections import VARIATES, correction
 from fedlora.errors import InputError, StaleError
+from fedlora.methods import get_method
 from fedlora.roles import roles_of
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.optimizer_state import array_of, is_count, state_size
+from fedlora.transport import bases, carried
 
 log = logging.getLogger("fedlora")
 
 OPTIMIZER, CORRECTION = "optimizer", "correction"
 """Sorts of what is kept."""
+_BASIS = "basis"
+"""Before the name of an array that the coordinates of others are relative to."""
 VERSIONS = 3
 """Variates that are kept at most: those of before the round, of its last exchange that counted, and of its current."""
 
@@ -37,6 +41,8 @@ class Memory:
         Keeps it.
     message : Message
         Of the exchange.
+    there : dict of str to Tensor
+        Global arrays that the client has in this exchange.
     head_names : collection of str
         Names of the head's arrays.
 
@@ -48,13 +54,18 @@ class Memory:
     Variates must agree with the server's mean of them, so they have versions, named by the exchange that made them. A
     message names the one that the server counts, and the client goes on from that. It keeps the one that it makes
     beside it; within a round also that of before the round, to which a round of several exchanges may go back.
+
+    Where a method's coordinates turn, what they are relative to is kept too, and what is recalled is carried into the
+    coordinates of this exchange (:mod:`fedlora.transport`).
     """
 
-    def __init__(self, client: Participant, message: Message, head_names: Collection[str]) -> None:
+    def __init__(self, client: Participant, message: Message, there: Arrays, head_names: Collection[str]) -> None:
         self._client, self._message, self._head = client, message, head_names
+        self._method = get_method(client.config.method.name)
+        self._bases = bases(self._method, there, head_names)
         self._keeps = client.config.client.keep_optimizer_state
         self._correction = correction(client.config)
-        self._state: Arrays = client.own(OPTIMIZER) if self._keeps else {}
+        self._state = self._recalled(OPTIMIZER) if self._keeps else {}
         self._mean: Arrays = {}
         self._own: Arrays = {}
         self._kept: Arrays = {}
@@ -74,7 +85,8 @@ class Memory:
             numbers += VERSIONS
             self._recall_variates(job)
         if numbers:
-            self._client.make_room(numbers * sum(array.nbytes for array in job.arrays.values()))
+            trained, relative = (sum(a.nbytes for a in arrays.values()) for arrays in (job.arrays, self._bases))
+            self._client.make_room(numbers * trained + relative)
         own = {name: self._own[name] for name in self._mean}
         state = {name: array for name, array in self._state.items() if self._fits(name, array, job.arrays)}
         return replace(job, state=state, shift=self._correction.shift(own, self._mean))
@@ -82,7 +94,7 @@ class Memory:
     def keep(self, job: ClientJob, result: ClientResult) -> Arrays:
         """Keep what the training left to be remembered; return the change of the variate, which is sent."""
         if result.state:
-            self._client.keep(self._state | result.state, OPTIMIZER)
+            self._keep(self._state | result.state, OPTIMIZER)
         if not self._mean:
             return {}
         own, new = {name: self._own[name] for name in self._mean}, {}
@@ -92,8 +104,25 @@ class Memory:
         new = own | {name: array.to(own[name].dtype) for name, array in new.items()}
         version = group_of(job.server_round, job.exchange)
         made = {f"{version}:{name}": array for name, array in (self._own | new).items()}
-        self._client.keep(self._kept | made, CORRECTION)
+        self._keep(self._kept | made, CORRECTION)
         return {name: new[name] - own[name] for name in self._mean}
+
+    def _keep(self, arrays: Arrays, sort: str) -> None:
+        """Keep arrays named ``LABEL:NAME``, with what their coordinates are relative to."""
+        self._client.keep(arrays | {f"{_BASIS}:{name}": array for name, array in self._bases.items()}, sort)
+
+    def _recalled(self, sort: str) -> Arrays:
+        """Return what was kept of a sort, in the coordinates of this exchange."""
+        kept = self._client.own(sort)
+        before = {array_of(full): array for full, array in kept.items() if full.partition(":")[0] == _BASIS}
+        found = {}
+        for full, array in kept.items():
+            label, _, name = full.partition(":")
+            if label != _BASIS:
+                turns = bool(before) and not is_count(full)
+                one = {name: array}
+                found[full] = carried(self._method, one, before, self._bases, self._head)[name] if turns else array
+        return found
 
     def _fits(self, name: str, array: torch.Tensor, trained: Arrays) -> bool:
         """Whether a state's array belongs to one that is trained now, and has its shape."""
@@ -115,7 +144,7 @@ class Memory:
             remedy = f"needs clients of {self._client.config.method.name} to send what they train; use none"
             raise InputError("client.correction", self._correction.name, remedy)
         counted = str(settings.get(VARIATES, ""))
-        there = self._client.own(CORRECTION)
+        there = self._recalled(CORRECTION)
         self._own = {full.partition(":")[2]: a for full, a in there.items() if full.partition(":")[0] == counted}
         again = _round(counted) == job.server_round
         self._kept = {

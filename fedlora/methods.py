@@ -27,12 +27,13 @@ from pydantic import ConfigDict, ValidationError
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
 from fedlora.registry import CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
-from fedlora.roles import Exchange, Roles
+from fedlora.roles import Exchange, Roles, trained_kinds
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fedlora.adapters import AdaptedModel
+    from fedlora.transport import Transport
 
 BUILT_IN = "fedlora.strategies"
 """The package with the methods of this repository."""
@@ -73,7 +74,7 @@ class Method:
         Default learning rate by optimiser.
     persistent : bool
         Whether an array's coordinates mean the same from round to round, so that a server optimiser's moments, or an
-        error memory, may be kept.
+        error memory, may be kept. Where it does not, :meth:`transport` may carry what is linear.
     client : str
         Where its client half is, as ``MODULE:CLASS``; "" for the common one.
     outputs : tuple of str
@@ -126,6 +127,15 @@ class Method:
         the privacy that they spent, and the arrays that they keep for themselves (:attr:`~fedlora.roles.Role.home`).
         """
         return (Exchange(cls.roles(config, server_round)),)
+
+    @classmethod
+    def transport(cls, kind: str) -> Transport | None:
+        """Say how arrays of a kind are carried into the coordinates of a later round (:mod:`fedlora.transport`).
+
+        It is asked only of a method that is not :attr:`persistent`. None, the default, says that they cannot be: what
+        looks back at earlier rounds is refused, unless all kinds that clients train can be carried.
+        """
+        return None
 
     @classmethod
     def has_one_exchange(cls) -> bool:
@@ -308,8 +318,13 @@ def check_method(config: Config) -> None:
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
     if not method.persistent:
-        for field_name, value, remedy in _looking_back(config):
+        carries = _carries(method, config)
+        for field_name, value, linear, remedy in _looking_back(config):
+            if carries and linear:
+                continue
             why = f"looks back at earlier rounds, but {method.name} changes its coordinates in every round"
+            if carries:
+                why += ", into which no second moment can be carried"
             raise InputError(field_name, value, f"{why}; {remedy}")
     _check_correction(method, config)
     if config.data.validation is not None and method.personalised(config):
@@ -352,14 +367,21 @@ def _check_correction(method: type[Method], config: Config) -> None:
         raise InputError("client.correction", name, remedy)
 
 
-def _looking_back(config: Config) -> Iterator[tuple[str, Any, str]]:
-    """Yield key, value and remedy of what a config keeps from round to round by an array's coordinates."""
-    if SERVER_OPTIMIZERS.get(config.server.optimizer).stateful:
-        yield "server.optimizer", config.server.optimizer, "use fedavg"
+def _looking_back(config: Config) -> Iterator[tuple[str, Any, bool, str]]:
+    """Yield what a config keeps from round to round by an array's coordinates: key, value, whether linear, remedy."""
+    optimizer = SERVER_OPTIMIZERS.get(config.server.optimizer)
+    if optimizer.stateful:
+        yield "server.optimizer", config.server.optimizer, optimizer.linear, "use fedavg"
     if config.client.keep_optimizer_state:
-        yield "client.keep_optimizer_state", True, "leave it out"
+        yield "client.keep_optimizer_state", True, config.client.optimizer == "sgd", "leave it out"
     if CORRECTIONS.get(config.client.correction).active:
-        yield "client.correction", config.client.correction, "use none"
+        yield "client.correction", config.client.correction, True, "use none"
+
+
+def _carries(method: type[Method], config: Config) -> bool:
+    """Whether all kinds that clients train can be carried into the coordinates of later rounds."""
+    exchanges = [exchange for server_round in (1, 2) for exchange in method.exchanges(config, server_round)]
+    return all(method.transport(kind) is not None for exchange in exchanges for kind in trained_kinds(exchange.roles))
 
 
 def unused_options(config: Config) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,9 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +54,7 @@ from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
 from fedlora.training.cohort import learning_rate
+from fedlora.transport import carried
 
 log = logging.getLogger("fedlora")
 
@@ -595,6 +598,7 @@ class FederatedStrategy(Method, Strategy):
             self.report.drift = updates.drift()
             self.replied[server_round] = list(self.report.metrics)
             self.variates.count(group_of(server_round, self.exchange), self._sent_shapes)
+            self.variates.turn(self._carry(result))
             record = self._next(result)
         self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
@@ -603,11 +607,22 @@ class FederatedStrategy(Method, Strategy):
         """Let the server optimiser step to an aggregate; None where a number is not finite."""
         if is_finite(result.values()):
             mean = {name: array for name, array in result.items() if name in self.arrays and self.role(name).trained}
-            result = result | self.optimizer.step(self.arrays, mean)
+            current, before = self.arrays, deepcopy(self.optimizer.state_dict())
+            if self.optimizer.stateful and not self.persistent:
+                # The mean may be written in other coordinates than what came before it.
+                carry = self._carry(result)
+                current = carry(current)
+                self.optimizer.turn(carry)
+            result = result | self.optimizer.step(current, mean)
             if is_finite(result[name] for name in mean):
                 return result
+            self.optimizer.load_state_dict(before)
         self.report.uncounted = "the aggregate is not finite"
         return None
+
+    def _carry(self, result: Arrays) -> Callable[[Arrays], Arrays]:
+        """Return what carries moves from the coordinates of the global arrays into those of what comes after them."""
+        return partial(carried, type(self), before=self.arrays, after=self.arrays | result, head=self._kinds)
 
     def _start(self) -> torch.Tensor | None:
         """What all clients start from as one vector; None where shapes, or what goes up, differ by client."""

@@ -50,6 +50,7 @@ from fedlora.strategies.summary import (
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.soundness import check_sound
+from fedlora.transport import bases
 
 log = logging.getLogger("fedlora")
 
@@ -200,7 +201,9 @@ class Federation:
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         for half in self.halves:
             half.know(self.adapted)
-        for note in memory_notes(config, method.trained_numbers(self.adapted), self.dtype.itemsize):
+        relative = bases(type(method), self.adapted.arrays(), self.adapted.head_names)
+        numbers = method.trained_numbers(self.adapted), sum(array.numel() for array in relative.values())
+        for note in memory_notes(config, *numbers, self.dtype.itemsize):
             log.info(note)
         self.done = int(self.checkpoint.get("round", 0))
         frozen, changing = self._restore() if self.done else self._begin()

@@ -14,6 +14,7 @@ from fedlora.roles import HEAD, TRAINED, Role, Roles
 from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.updates import Updates
+from fedlora.transport import PERSISTS, Transport, along_rows
 
 
 class FedSVD(RankedStrategy):
@@ -28,6 +29,10 @@ class FedSVD(RankedStrategy):
     -----
     No m x n matrix is made. With Bbar = Q R and the SVD R = U S V^T of r x r, Bbar A = (Q U) S (V^T A), and V^T A has
     orthonormal rows as A has; where Bbar lost rank, V completes them from A's row space.
+
+    So A turns within the row space that was drawn, by the orthogonal A_t A_(t+1)^T. What is linear in moves of B, such
+    as a momentum or a control variate, is carried over by it and loses nothing. A second moment is not linear: the
+    squares of turned numbers depend on products that were never kept. Adaptive optimisers with a memory are refused.
     """
 
     name = "fedsvd"
@@ -42,6 +47,11 @@ class FedSVD(RankedStrategy):
     def roles(cls, config: Config, server_round: int) -> Roles:
         """B is trained; A is sent in every round, since the server changes it."""
         return {"lora_A": Role(down="round"), "lora_B": TRAINED, HEAD: TRAINED}
+
+    @classmethod
+    def transport(cls, kind: str) -> Transport | None:
+        """B's columns are coordinates along the rows of A; the head's stay what they are."""
+        return {"lora_B": Transport("lora_A", along_rows), HEAD: PERSISTS}.get(kind)
 
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """A drawn for every layer, with its rows made orthonormal; B = 0."""

@@ -66,7 +66,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
     }
 
 
-def memory_notes(config: Config, numbers: int, itemsize: int) -> list[str]:
+def memory_notes(config: Config, numbers: int, bases: int, itemsize: int) -> list[str]:
     """Say how many bytes each client keeps between rounds beside what its method leaves with it.
 
     Parameters
@@ -74,16 +74,19 @@ def memory_notes(config: Config, numbers: int, itemsize: int) -> list[str]:
     config : Config
     numbers : int
         That a client trains.
+    bases : int
+        Numbers of the arrays that the coordinates of these are relative to, which are kept with each.
     itemsize : int
         Bytes of one.
     """
     notes = []
     size = state_size(config.client) if config.client.keep_optimizer_state else 0
     if size:
-        notes.append(f"each client keeps {size * numbers * itemsize:,} bytes between rounds: its optimiser's moments")
+        size = (size * numbers + bases) * itemsize
+        notes.append(f"each client keeps {size:,} bytes between rounds: its optimiser's moments")
     if correction(config).active:
         # Its own, and the one that it makes of it; a round of several exchanges may go back to a third.
-        size = 2 * numbers * itemsize
+        size = (2 * numbers + bases) * itemsize
         notes.append(f"each client keeps up to {size:,} bytes between rounds: variates of {config.client.correction}")
     return notes
 

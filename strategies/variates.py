@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Variates:
             for name, change in named(self._change, shapes).items():
                 self.sums[name] = self._sum(name, shapes[name]) + change
             self.versions |= dict.fromkeys(self._answered, group)
+
+    def turn(self, carry: Callable[[Arrays], Arrays]) -> None:
+        """Write the sums in other coordinates."""
+        self.sums = carry(self.sums)
 
     def _sum(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self.sums[name] if name in self.sums else torch.zeros(shape, dtype=torch.float64)

@@ -28,6 +28,9 @@ VARIATES = "correction"
 class Correction(ABC):
     """Corrects the gradients of a client's local training. Stateless: its variates are kept for it.
 
+    :meth:`shift` and :meth:`after` are sums of whole arrays with fixed factors, so that they mean the same in turned
+    coordinates.
+
     Attributes
     ----------
     name : str

@@ -148,6 +148,28 @@ def test_it_does_as_flowers_own_strategy_over_rounds(name: str, by_default: bool
             np.testing.assert_array_equal(current[key].numpy(), array.numpy().astype(np.float32))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if SERVER_OPTIMIZERS.get(name).linear])
+def test_a_linear_one_steps_the_same_in_turned_coordinates(name: str) -> None:
+    turns = torch.linalg.qr(drawn(9, torch.float64)["layer.lora_A"].T @ drawn(9, torch.float64)["layer.lora_A"])[0]
+
+    def carry(arrays: Arrays) -> Arrays:
+        return {key: array @ turns if key == "layer.lora_A" else array for key, array in arrays.items()}
+
+    still, turned = make(name), make(name)
+    current = drawn(0, torch.float64)
+    for number in range(1, 4):
+        mean = drawn(number, torch.float64)
+        if number == 3:
+            turned.turn(carry)
+            expected = carry(still.step(current, mean))
+            found = turned.step(carry(current), carry(mean))
+            for key, array in expected.items():
+                torch.testing.assert_close(found[key], array, rtol=0, atol=1e-12)
+            return
+        turned.step(current, mean)
+        current = still.step(current, mean)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_moments_need_coordinates_that_persist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = override("server.optimizer", name)

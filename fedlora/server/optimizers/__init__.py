@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,11 +30,15 @@ class ServerOptimizer(ABC):
     stateful : bool
         Whether it looks back, at moments or at the arrays before the round. Their coordinates must then mean the same
         from round to round.
+    linear : bool
+        Whether all that it looks back at are sums of moves, so that a linear map carries it into other coordinates. A
+        second moment is none: the squares of turned moves depend on products that were never kept.
     """
 
     name: ClassVar[str]
     uses: ClassVar[tuple[str, ...]] = ()
     stateful: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
     def __init__(self, server: ServerSection) -> None:
         self.server = server
@@ -57,6 +61,16 @@ class ServerOptimizer(ABC):
         dict of str to Tensor
             The arrays of ``mean``, in its order, of their shapes and dtypes.
         """
+
+    def turn(self, carry: Callable[[Arrays], Arrays]) -> None:
+        """Write what it looks back at in other coordinates; asked only of a :attr:`linear` one, before a step.
+
+        Parameters
+        ----------
+        carry : callable (dict of str to Tensor) -> dict of str to Tensor
+            Carries moves, by the names of their arrays, into the coordinates that the step is taken in.
+        """
+        raise NotImplementedError(f"{self.name} cannot be carried into other coordinates")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on with the same bits: JSON values, and dicts of tensors."""

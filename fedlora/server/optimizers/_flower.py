@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -80,6 +80,12 @@ class FlowerOptimizer(ServerOptimizer):
             kept = self._moments[moment]
             if names[0] in kept:
                 setattr(strategy, moment, {name: kept[name] for name in names})
+
+    def turn(self, carry: Callable[[Arrays], Arrays]) -> None:
+        """Carry the moments."""
+        for moment, kept in self._moments.items():
+            turned = carry({name: torch.from_numpy(np.array(array)) for name, array in kept.items()})
+            self._moments[moment] = {name: tensor.numpy() for name, tensor in turned.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments as tensors, and the numbers of steps."""

@@ -21,6 +21,7 @@ class FedAvgM(FlowerOptimizer):
     name = "fedavgm"
     uses = ("learning_rate", "momentum")
     moments = ("momentum_vector",)
+    linear = True
 
     def make(self) -> Any:
         """Take steps of 1 by default."""
