@@ -59,6 +59,8 @@ class Method:
     ----------
     name, title, paper : str
         ``method.name``, what it is in a line, and where it comes from.
+    sends : str
+        What travels in a round, in numbers for an adapted layer of m outputs and n inputs at rank r.
     exact : bool
         Whether the mean of what is sent is the mean of the updates.
     mixed_ranks : bool
@@ -89,6 +91,7 @@ class Method:
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    sends: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     mixed_ranks = _MixedRanks()
     dp: ClassVar[bool] = True

@@ -60,6 +60,7 @@ class FedSB(RankedStrategy):
     name = "fed-sb"
     title = "Fed-SB: square matrices averaged"
     paper = "arXiv 2502.15436"
+    sends = "R: r² each way"
     exact = True
     color, marker = "blue", "circle"
     Options = FedSBOptions

@@ -32,6 +32,7 @@ class FedExLoRA(FederatedStrategy):
     name = "fedex-lora"
     title = "FedEx-LoRA: both factors averaged, and a residual"
     paper = "arXiv 2410.09432"
+    sends = "A and B: r (m + n) each way; down also a residual of at most m n"
     exact = True
     color, marker = "green", "plus"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}

@@ -22,6 +22,7 @@ class FedIT(FederatedStrategy):
     name = "fedit"
     title = "FedIT: both factors averaged"
     paper = "arXiv 2305.05644"
+    sends = "A and B: r (m + n) each way"
     color, marker = "green", "diamond"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 

@@ -31,6 +31,7 @@ class FedSALoRA(FederatedStrategy):
     name = "fedsa-lora"
     title = "FedSA-LoRA: A averaged, B and the head personal"
     paper = "arXiv 2410.01463"
+    sends = "A: r n each way; B and the head stay with the client"
     color, marker = "purple", "left"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 

@@ -38,6 +38,7 @@ class FedSVD(RankedStrategy):
     name = "fedsvd"
     title = "FedSVD: B averaged, A refactored by SVD"
     paper = "arXiv 2505.12805"
+    sends = "up B: r m; down A and B: r (m + n)"
     exact = True
     color, marker = "sky", "right"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.5}

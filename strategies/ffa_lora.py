@@ -24,6 +24,7 @@ class FFALoRA(RankedStrategy):
     name = "ffa-lora"
     title = "FFA-LoRA: A frozen, B averaged"
     paper = "arXiv 2403.12313"
+    sends = "B: r m each way"
     exact = True
     color, marker = "vermilion", "square"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 4e-2, "sgd": 1.0}

@@ -37,6 +37,7 @@ class FlexLoRA(RankedStrategy):
     name = "flexlora"
     title = "FlexLoRA: the mean of the updates, truncated by SVD"
     paper = "arXiv 2402.11505"
+    sends = "A and B of the client's rank: r (m + n) each way"
     persistent = False
     color, marker = "sky", "star"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}

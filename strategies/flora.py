@@ -38,6 +38,7 @@ class FLoRA(RankedStrategy):
     name = "flora"
     title = "FLoRA: factors stacked and merged"
     paper = "arXiv 2409.05976"
+    sends = "up A and B: r (m + n); down the stack of all clients: at most m n"
     exact = True
     persistent = False
     color, marker = "orange", "star"

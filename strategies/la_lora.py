@@ -46,6 +46,7 @@ class LALoRA(FederatedStrategy):
     name = "la-lora"
     title = "LA-LoRA: the factors trained in turns by local step"
     paper = "arXiv 2602.19926"
+    sends = "A and B: r (m + n) each way"
     color, marker = "orange", "left"
     Options = LALoRAOptions
     options: LALoRAOptions

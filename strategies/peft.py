@@ -89,6 +89,7 @@ class Peft(FederatedStrategy):
     name = "peft"
     title = "Any adapter of PEFT's, averaged"
     paper = "PEFT 0.21"
+    sends = "what the adapter trains, each way"
     color, marker = "grey", "star"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 1e-2, "sgd": 0.5}
     Options = PeftOptions

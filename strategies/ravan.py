@@ -46,6 +46,7 @@ class Ravan(FederatedStrategy):
     name = "ravan"
     title = "RAVAN: several square matrices a layer averaged"
     paper = "arXiv 2506.05568"
+    sends = "square matrices of the heads: heads × r² each way"
     exact = True
     color, marker = "blue", "star"
     Options = RavanOptions

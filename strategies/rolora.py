@@ -30,6 +30,7 @@ class RoLoRA(FederatedStrategy):
     name = "rolora"
     title = "RoLoRA: the factors trained in turns"
     paper = "arXiv 2409.02346"
+    sends = "B in odd rounds, A in even ones: r m or r n each way"
     exact = True
     color, marker = "orange", "down"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,13 +60,22 @@ _PAGE = """\
 
 `fedlora methods --markdown > docs/methods.md` writes this page from the methods' own files.
 
+m and n are a layer's outputs and inputs, r is the rank. The trained head is sent beside what the table says.
 *Exact* means that aggregation adds no error: the server's model is the mean of the clients' models, or holds what each
-of them sent unchanged. *Rates* are the default learning rates with AdamW and with SGD. `fedlora config method`
-describes the keys.
+of them sent unchanged.
 
-| `method.name` | what | exact | mixed ranks | example-level DP | rates | keys of its own | paper |
-|---|---|---|---|---|---|---|---|
-"""
+{table}
+
+*Rates* are the default learning rates with AdamW and with SGD. `fedlora config method` describes the keys.
+
+| `method.name` | rates | keys of its own |
+|---|---|---|
+{options}"""
+
+METHODS_HEAD = """\
+| `method.name` | what | sent, a layer and round | exact | mixed ranks | example-level DP | paper |
+|---|---|---|---|---|---|---|"""
+"""Of the table of methods, which README shows too."""
 
 
 def _own_keys(method: type[Method]) -> list[str]:
@@ -73,14 +83,28 @@ def _own_keys(method: type[Method]) -> list[str]:
     return [key for key in method.Options.model_fields if key not in MethodSection.model_fields]
 
 
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _row(method: type[Method]) -> str:
-    """Return a method's row of the page."""
-    own = [f"`{key}`" for key in _own_keys(method)]
-    rates = [f"{method.learning_rates[name]:g}" for name in ("adamw", "sgd") if name in method.learning_rates]
+    """Return a method's row of the table of methods."""
     paper = method.paper.removeprefix("arXiv ")
     link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper != method.paper else method.paper
     facts = ["yes" if fact else "no" for fact in (method.exact, method.mixed_ranks, method.dp)]
-    return "| " + " | ".join([f"`{method.name}`", method.title, *facts, ", ".join(rates), ", ".join(own), link]) + " |"
+    return _cells(f"`{method.name}`", method.title, method.sends, *facts, link)
+
+
+def _options_row(method: type[Method]) -> str:
+    """Return a method's row of the table of rates and keys."""
+    rates = [f"{method.learning_rates[name]:g}" for name in ("adamw", "sgd") if name in method.learning_rates]
+    return _cells(f"`{method.name}`", ", ".join(rates), ", ".join(f"`{key}`" for key in _own_keys(method)))
+
+
+def _page(methods: Iterable[type[Method]]) -> str:
+    found = list(methods)
+    table = "\n".join([METHODS_HEAD, *map(_row, found)])
+    return _PAGE.format(table=table, options="\n".join(map(_options_row, found)))
 
 
 def methods(
@@ -106,7 +130,7 @@ def methods(
         ]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     elif as_markdown:
-        typer.echo(_PAGE + "\n".join(_row(method) for method in find_methods().values()))
+        typer.echo(_page(find_methods().values()))
     else:
         table = Table("method", "what", "paper", box=None, pad_edge=False)
         for name, method in find_methods().items():

@@ -75,6 +75,7 @@ class FlexMoRE(FederatedStrategy):
     name = "flexmore"
     title = "FlexMoRE: experts of mixed ranks in one mixture"
     paper = "arXiv 2602.08818"
+    sends = "an expert of the owner's rank: r (m + n) or m n each way"
     exact = True
     persistent = False
     color, marker = "purple", "up"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.cli.reference import METHODS_HEAD
 from fedlora.config import Config, all_keys
 from fedlora.methods import methods
 from tests.command import fedlora
@@ -79,10 +80,19 @@ def test_methods_are_told_as_json() -> None:
     assert "init" in told["fed-sb"]["options"]
 
 
-def test_the_page_of_methods_says_what_their_files_say() -> None:
-    written = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+def test_pages_on_methods_say_what_their_files_say() -> None:
+    """docs/methods.md, and the table in README; other packages' methods may be installed beside."""
+    root = Path(__file__).resolve().parents[2]
     done = fedlora("methods", "--markdown")
     assert done.code == 0, done.err
-    rows = [line for line in written if line.startswith("| `")]
-    assert len(rows) >= 7
-    assert set(written) <= set(done.out.splitlines()), "write it again: fedlora methods --markdown > docs/methods.md"
+    told = set(done.out.splitlines())
+    page = (root / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    assert set(page) <= told, "write it again: fedlora methods --markdown > docs/methods.md"
+    begin = page.index(METHODS_HEAD.splitlines()[0])
+    first, second = page[begin : page.index("", begin)], page[page.index("", begin) :]
+    table = [line for line in first if line.startswith("| `")]
+    assert len(table) == len([line for line in second if line.startswith("| `")]) >= 14
+    assert all(row.split(" | ")[2] for row in table), "a method does not say what it sends"
+    readme = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    begin = readme.index(first[0])
+    assert readme[begin : readme.index("", begin)] == first, "copy the table of docs/methods.md"
