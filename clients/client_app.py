@@ -288,8 +288,10 @@ def _reply(message: Message, work: _Work) -> Message:
             del metrics["loss"]
     codecs = run_codecs(client.config)
     arrays = _leaving(work, work.half.finish(result.arrays), codecs.updates)
-    up = codecs.up
-    sent = encode_with_errors(client, arrays, up, work.settings) if codecs.feedback else up.encode(arrays)
+    if codecs.feedback:
+        sent = encode_with_errors(client, arrays, codecs.up, work.settings, work.memory.coordinates)
+    else:
+        sent = codecs.up.encode(arrays)
     content = RecordDict({"arrays": sent, "metrics": metrics})
     for key, record in work.half.records().items():
         content[key] = record

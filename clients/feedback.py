@@ -11,12 +11,16 @@ from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant
 from fedlora.communication.codecs import Codec
 from fedlora.communication.wire import COUNTED
+from fedlora.transport import Coordinates
 
 ERRORS = "errors"
 """The sort of a client's own arrays that this file keeps."""
+_BASIS = "basis"
 
 
-def encode_with_errors(client: Participant, updates: Arrays, codec: Codec, settings: Mapping[str, Any]) -> ArrayRecord:
+def encode_with_errors(
+    client: Participant, updates: Arrays, codec: Codec, settings: Mapping[str, Any], coordinates: Coordinates
+) -> ArrayRecord:
     """Encode a client's updates and what was left out of earlier ones; keep what is left out now.
 
     With u the updates and e the memory, C(u + e) is sent and e becomes u + e - C(u + e) (Seide et al., INTERSPEECH
@@ -30,11 +34,14 @@ def encode_with_errors(client: Participant, updates: Arrays, codec: Codec, setti
     codec : Codec
     settings : mapping
         Of the message. :data:`COUNTED` is the last round of which a reply of this client entered the global arrays.
+    coordinates : Coordinates
+        Of the exchange: what was left out in others is carried into these.
     """
     # Under DP an update is what DP-SGD released, noise included, and the memory is made of such updates alone. So what
     # is sent is post-processing of it, and epsilon stays what it is.
     server_round = int(settings["server-round"])
     memory = ErrorMemory.of(client.own(ERRORS))
+    memory.carry(coordinates)
     memory.enter(server_round, client.number, None if COUNTED not in settings else int(settings[COUNTED]))
     errors = memory.errors
     total = {name: array + errors[name] if name in errors else array for name, array in updates.items()}
@@ -58,11 +65,14 @@ class ErrorMemory:
         The client's last round; 0 before its first.
     states : dict of int to dict of str to Tensor
         By exchange, from 1, the arrays that were sent in it; under 0, all arrays before the round.
+    bases : dict of str to Tensor
+        What the coordinates of all of them are relative to, where a method's coordinates turn.
     """
 
     def __init__(self) -> None:
         self.server_round = 0
         self.states: dict[int, Arrays] = {}
+        self.bases: Arrays = {}
 
     @property
     def errors(self) -> Arrays:
@@ -80,20 +90,24 @@ class ErrorMemory:
         lost = counted is not None and counted != self.server_round
         self.server_round, self.states = server_round, {0: self.states.get(0, {}) if lost else self.errors}
 
+    def carry(self, coordinates: Coordinates) -> None:
+        """Write all of it in the coordinates of another exchange."""
+        self.states = {exchange: coordinates.here(arrays, self.bases) for exchange, arrays in self.states.items()}
+        self.bases = coordinates.bases
+
     def to_arrays(self) -> Arrays:
         """Return named arrays from which :meth:`of` makes the memory again."""
-        return {
-            f"{self.server_round}/{exchange}/{name}": array
-            for exchange, arrays in self.states.items()
-            for name, array in arrays.items()
-        }
+        kept = [(str(exchange), arrays) for exchange, arrays in self.states.items()]
+        if any(arrays for _, arrays in kept):
+            kept.append((_BASIS, self.bases))
+        return {f"{self.server_round}/{part}/{name}": array for part, arrays in kept for name, array in arrays.items()}
 
     @classmethod
     def of(cls, arrays: Arrays) -> ErrorMemory:
         """Make a memory of what :meth:`to_arrays` returned."""
         memory = cls()
         for full, array in arrays.items():
-            server_round, exchange, name = full.split("/", 2)
+            server_round, part, name = full.split("/", 2)
             memory.server_round = int(server_round)
-            memory.states.setdefault(int(exchange), {})[name] = array
+            (memory.bases if part == _BASIS else memory.states.setdefault(int(part), {}))[name] = array
         return memory

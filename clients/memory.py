@@ -20,7 +20,7 @@ from fedlora.methods import get_method
 from fedlora.roles import roles_of
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.optimizer_state import array_of, is_count, state_size
-from fedlora.transport import bases, carried
+from fedlora.transport import Coordinates
 
 log = logging.getLogger("fedlora")
 
@@ -61,8 +61,7 @@ class Memory:
 
     def __init__(self, client: Participant, message: Message, there: Arrays, head_names: Collection[str]) -> None:
         self._client, self._message, self._head = client, message, head_names
-        self._method = get_method(client.config.method.name)
-        self._bases = bases(self._method, there, head_names)
+        self.coordinates = Coordinates(get_method(client.config.method.name), there, head_names)
         self._keeps = client.config.client.keep_optimizer_state
         self._correction = correction(client.config)
         self._state = self._recalled(OPTIMIZER) if self._keeps else {}
@@ -85,7 +84,9 @@ class Memory:
             numbers += VERSIONS
             self._recall_variates(job)
         if numbers:
-            trained, relative = (sum(a.nbytes for a in arrays.values()) for arrays in (job.arrays, self._bases))
+            trained, relative = (
+                sum(a.nbytes for a in arrays.values()) for arrays in (job.arrays, self.coordinates.bases)
+            )
             self._client.make_room(numbers * trained + relative)
         own = {name: self._own[name] for name in self._mean}
         state = {name: array for name, array in self._state.items() if self._fits(name, array, job.arrays)}
@@ -109,7 +110,7 @@ class Memory:
 
     def _keep(self, arrays: Arrays, sort: str) -> None:
         """Keep arrays named ``LABEL:NAME``, with what their coordinates are relative to."""
-        self._client.keep(arrays | {f"{_BASIS}:{name}": array for name, array in self._bases.items()}, sort)
+        self._client.keep(arrays | {f"{_BASIS}:{name}": array for name, array in self.coordinates.bases.items()}, sort)
 
     def _recalled(self, sort: str) -> Arrays:
         """Return what was kept of a sort, in the coordinates of this exchange."""
@@ -119,9 +120,7 @@ class Memory:
         for full, array in kept.items():
             label, _, name = full.partition(":")
             if label != _BASIS:
-                turns = bool(before) and not is_count(full)
-                one = {name: array}
-                found[full] = carried(self._method, one, before, self._bases, self._head)[name] if turns else array
+                found[full] = array if is_count(full) else self.coordinates.here({name: array}, before)[name]
         return found
 
     def _fits(self, name: str, array: torch.Tensor, trained: Arrays) -> bool:

@@ -341,15 +341,12 @@ def check_method(config: Config) -> None:
 
 
 def _check_updates(method: type[Method], config: Config) -> None:
-    """Refuse updates of what the server does not hold, and a memory of errors whose coordinates change."""
+    """Refuse updates of what the server does not hold."""
     codec = config.wire.uplink_codec or config.wire.codec
     roles = [role for exchange in method.exchanges(config, 1) for role in exchange.roles.values()]
     if any(role.made_by == "client" and role.up == "value" for role in roles):
         remedy = f"sends updates, but clients of {method.name} make a start that the server does not hold"
         raise InputError("wire.uplink_codec", codec, f"{remedy}; choose a codec of values, without error feedback")
-    if config.wire.keeps_errors and not method.persistent:
-        remedy = f"comes with a memory of its errors, but {method.name} changes its coordinates in every round"
-        raise InputError("wire.uplink_codec", codec, f"{remedy}; set wire.error_feedback = false")
 
 
 def _check_correction(method: type[Method], config: Config) -> None:
@@ -379,6 +376,8 @@ def _looking_back(config: Config) -> Iterator[tuple[str, Any, bool, str]]:
         yield "client.keep_optimizer_state", True, config.client.optimizer == "sgd", "leave it out"
     if CORRECTIONS.get(config.client.correction).active:
         yield "client.correction", config.client.correction, True, "use none"
+    if config.wire.keeps_errors:
+        yield "wire.error_feedback", True, True, "set it to false"
 
 
 def _carries(method: type[Method], config: Config) -> bool:

@@ -91,3 +91,29 @@ def carried(
         if not torch.equal(old, new):
             found[name] = way.carry(array.double(), old.double(), new.double()).to(array.dtype)
     return found
+
+
+class Coordinates:
+    """The coordinates of a method's arrays in one exchange.
+
+    Parameters
+    ----------
+    method : type of Method
+    arrays : mapping of str to Tensor
+        Global arrays of the exchange.
+    head : collection of str
+        Names of the head's arrays.
+
+    Attributes
+    ----------
+    bases : dict of str to Tensor
+        What they are relative to; empty where coordinates persist.
+    """
+
+    def __init__(self, method: type[Method], arrays: Mapping[str, torch.Tensor], head: Collection[str]) -> None:
+        self._method, self._head = method, head
+        self.bases = bases(method, arrays, head)
+
+    def here(self, arrays: Arrays, before: Mapping[str, torch.Tensor]) -> Arrays:
+        """Write arrays, or moves of theirs, in these coordinates; ``before`` holds the bases of their own."""
+        return carried(self._method, arrays, before, self.bases, self._head) if before else dict(arrays)

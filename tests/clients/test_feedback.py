@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from fedlora.communication.codecs import Codec, get_codec, run_codecs
 from fedlora.communication.wire import COUNTED, payload_bytes
 from fedlora.config import WireSection, load_config, unused_keys
 from fedlora.errors import InputError
+from fedlora.methods import get_method
+from fedlora.transport import Coordinates
 from tests.configs import override
 from tests.owner import Server, write_node
 
@@ -37,12 +41,22 @@ class Keeper:
     def keep(self, arrays: Arrays, sort: str) -> None:
         self.kept[sort] = arrays
 
-    def send(self, updates: Arrays, codec: Codec, server_round: int, counted: int | None, exchange: int = 1) -> Arrays:
+    def send(
+        self,
+        updates: Arrays,
+        codec: Codec,
+        server_round: int,
+        counted: int | None,
+        exchange: int = 1,
+        method: str = "ffa-lora",
+        there: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Arrays:
         """Return what the server decodes."""
         self.number = exchange
         said = {"server-round": server_round} | ({} if counted is None else {COUNTED: counted})
         client: Any = self
-        return codec.decode(encode_with_errors(client, updates, codec, said))
+        coordinates = Coordinates(get_method(method), there, ["head"])
+        return codec.decode(encode_with_errors(client, updates, codec, said, coordinates))
 
     @property
     def errors(self) -> Arrays:
@@ -93,6 +107,25 @@ def test_what_was_sent_and_what_is_left_are_all_updates_of_the_rounds_that_count
             torch.testing.assert_close(before.get(n, torch.zeros_like(array)), array, rtol=0, atol=1e-12)
 
     check()
+
+
+def test_what_is_left_turns_with_the_coordinates() -> None:
+    """FedSVD's A turns in its row space: in dW = B A nothing of an update is lost."""
+    codec, client, generator = coarse("onebit"), Keeper(), torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    a, due = torch.linalg.qr(draw(7, 3))[0].T, torch.zeros(5, 7, dtype=torch.float64)
+    for server_round in (1, 2, 4):
+        update = {"x.lora_B": draw(5, 3), "head": draw(4)}
+        sent = client.send(
+            update, codec, server_round, server_round // 2, method="fedsvd", there={"x.lora_A": a} | update
+        )
+        due += (update["x.lora_B"] - sent["x.lora_B"]) @ a
+        torch.testing.assert_close(client.errors["x.lora_B"] @ a, due, rtol=0, atol=1e-12)
+        a = torch.linalg.qr(draw(3, 3))[0] @ a
+    assert due.norm() > 0.1
 
 
 def test_an_exchange_that_is_done_again_goes_on_from_the_one_before() -> None:
@@ -167,10 +200,8 @@ def test_a_key_of_another_codec_has_no_use() -> None:
 
 def test_a_memory_in_coordinates_that_change_is_refused() -> None:
     content = override("wire.uplink_codec", "onebit")
-    content["method"]["name"] = "fedsvd"
-    with pytest.raises(
-        InputError, match=r"wire\.uplink_codec = 'onebit': comes with a memory .* wire\.error_feedback = false"
-    ):
+    content["method"]["name"] = "flora"
+    with pytest.raises(InputError, match=r"wire\.error_feedback = True: looks back .* flora .*; set it to false"):
         load_config(content)
     content["wire"]["error_feedback"] = False
     assert load_config(content).wire.sends_updates
