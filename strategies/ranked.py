@@ -85,7 +85,8 @@ class RankedStrategy(FederatedStrategy):
     def know(self, adapted: AdaptedModel) -> None:
         """Learn the shapes of the factors at every rank that is asked for."""
         super().know(adapted)
-        self._shapes_at = lru_cache(maxsize=None)(adapted.shapes_at)
+        if self.options.mixed:
+            self._shapes_at = lru_cache(maxsize=None)(adapted.shapes_at)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

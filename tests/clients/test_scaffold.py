@@ -24,7 +24,7 @@ from fedlora.clients.memory import CORRECTION
 from fedlora.clients.participant import SimulatedClient
 from fedlora.communication.codecs import get_codec
 from fedlora.communication.wire import decode, encode
-from fedlora.config import Config, load_config
+from fedlora.config import load_config
 from fedlora.corrections import VARIATES
 from fedlora.corrections.scaffold import Scaffold
 from fedlora.errors import InputError
@@ -210,8 +210,8 @@ class Noted:
 def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
     found, train = Noted(), half.train_cohort
 
-    def noting(adapted: Any, examples: Any, jobs: Sequence[ClientJob], config: Config) -> list[ClientResult]:
-        results = train(adapted, examples, jobs, config)
+    def noting(adapted: Any, examples: Any, jobs: Sequence[ClientJob], *rest: Any) -> list[ClientResult]:
+        results = train(adapted, examples, jobs, *rest)
         found.pairs += zip(jobs, results, strict=True)
         return results
 

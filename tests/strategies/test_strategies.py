@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from fedlora.methods import methods
 from fedlora.roles import HEAD, trained_kinds
 from fedlora.strategies.aggregation import WeightedMean, in_client_order, weighted_mean
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, get_strategy
+from fedlora.strategies.ranked import RankedStrategy
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, records, train_message
 
 METHODS = methods()
@@ -86,7 +88,8 @@ def only_value(record: ArrayRecord | None) -> float:
 # Averaging.
 
 
-AVERAGING = [name for name, method in METHODS.items() if method.aggregate is FederatedStrategy.aggregate]
+MEANS = (FederatedStrategy.aggregate, RankedStrategy.aggregate)
+AVERAGING = [name for name, method in METHODS.items() if method.aggregate in MEANS]
 """Not FlexMoRE, which averages nothing; tests/strategies/test_flexmore.py has what it does instead."""
 
 
@@ -516,7 +519,8 @@ def test_every_method_fills_in_the_form(method: str) -> None:
     cls = METHODS[method]
     assert cls.name == method
     assert cls.title
-    assert "arXiv" in cls.paper
+    assert re.fullmatch(r"arXiv \d{4}\.\d{5}|PEFT [\d.]+", cls.paper)
+    assert cls.sends
     assert set(cls.learning_rates) == {"adamw", "sgd"}
     about = config(method, model__task="causal-lm", run__rounds=3)
     assert all(trained_kinds(cls.roles(about, server_round)) for server_round in (1, 2, 3))

@@ -375,7 +375,9 @@ def test_stale_parameters_are_found(private, monkeypatch):
     monkeypatch.setattr(
         cohort,
         "_optimizer",
-        lambda client, p, rate: stock(client, [torch.nn.Parameter(q.detach().clone()) for q in p], rate),
+        lambda client, named, *rest: stock(
+            client, {n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}, *rest
+        ),
     )
     adapted, config = model("bert", "ffa-lora", 0.0, "float32")
     plans = [tiny.plan(1.0, 0.1, 1.0)] * 2 if private else None
