@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import io
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -50,6 +51,8 @@ VMAP, ROWS = "vmap", "one row at a time"
 """How per-example gradients are taken: all rows of a client by one vectorised pass, or a pass for each row."""
 
 _OURS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+_LOADED = re.compile(r".*_(model|core|path|file|dir)")
+"""Keys of code, models and files that PEFT would load. A node runs the config of a server, so no run may set them."""
 FINGERPRINT = f"peft.fingerprint.{DRAWN_KIND}"
 _LARGEST = 2**24
 _DEFAULT = ".default"  # PEFT's name for the one adapter
@@ -66,6 +69,10 @@ def peft_types() -> dict[str, type[PeftConfig]]:
 
 def _fields(made: type[PeftConfig]) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(made) if field.init}
+
+
+def _is_reserved(key: str) -> bool:
+    return key in _OURS or _LOADED.fullmatch(key) is not None
 
 
 def own_keys(peft_type: str) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def own_keys(peft_type: str) -> dict[str, Any]:
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     found = {}
     for name, field in _fields(types[peft_type]).items():
-        if name not in common and name not in _OURS:
+        if name not in common and not _is_reserved(name):
             made = field.default_factory
             found[name] = field.default if made is dataclasses.MISSING else made()
     return found
@@ -129,8 +136,9 @@ def peft_config(
     keys = own_keys(peft_type)
     for key, value in given.items():
         field = f"{KEYS}.{key}"
-        if key in _OURS:
-            raise InputError(field, value, "is not for a run to say; modules are chosen by method.target_modules")
+        if _is_reserved(key):
+            remedy = "is not for a run to say: modules are chosen by method.target_modules, and nothing else is loaded"
+            raise InputError(field, value, f"{remedy}; leave it out")
         if key not in keys:
             raise unknown_key(field, key, value, keys)
         if not _fits(value, keys[key]):

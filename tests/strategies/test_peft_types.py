@@ -115,6 +115,8 @@ def test_keys_of_a_type_count(peft_type: str, given: dict[str, Any], exact: bool
         ({"peft": {"d_initial": "much"}}, "method.peft.d_initial", "0.1"),
         ({"peft": {"target_modules": "q"}}, "method.peft.target_modules", "method.target_modules"),
         ({"peft_type": "LORA", "peft": {"megatron_config": {"a": 1}}}, "method.peft.megatron_config", "another type"),
+        ({"peft_type": "LORA", "peft": {"megatron_core": "this"}}, "method.peft.megatron_core", "else is loaded"),
+        ({"peft_type": "SHADOW", "peft": {"shadow_model": "/home"}}, "method.peft.shadow_model", "else is loaded"),
         ({"peft_type": "SHIRA", "peft": {"r": 0}}, "method.peft.r", "positive integer"),
         ({"peft_type": "TINYLORA", "peft": {"weight_tying": 7.5}}, "method.peft.weight_tying", "weight_tying"),
     ],
