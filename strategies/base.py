@@ -407,7 +407,10 @@ class FederatedStrategy(Method, Strategy):
 
     def kind(self, name: str) -> str:
         """Return the kind of an array, as :meth:`roles` names it."""
-        return self._kinds.get(name) or kind_of(name, ())
+        kind = self._kinds.get(name)
+        if kind is None:
+            kind = self._kinds[name] = kind_of(name, ())
+        return kind
 
     def role(self, name: str) -> Role:
         """Return the role of an array in this round."""
@@ -622,7 +625,8 @@ class FederatedStrategy(Method, Strategy):
 
     def _carry(self, result: Arrays) -> Callable[[Arrays], Arrays]:
         """Return what carries moves from the coordinates of the global arrays into those of what comes after them."""
-        return partial(carried, type(self), before=self.arrays, after=self.arrays | result, head=self._kinds)
+        head = [name for name, kind in self._kinds.items() if kind == HEAD]
+        return partial(carried, type(self), before=self.arrays, after=self.arrays | result, head=head)
 
     def _start(self) -> torch.Tensor | None:
         """What all clients start from as one vector; None where shapes, or what goes up, differ by client."""

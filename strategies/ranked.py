@@ -50,6 +50,7 @@ class RankedStrategy(FederatedStrategy):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.ranks: list[int] = []
+        self._mixed = self.options.mixed
         self._shapes_at: Callable[[int], Shapes] = lambda rank: {}
 
     @classmethod
@@ -62,7 +63,7 @@ class RankedStrategy(FederatedStrategy):
 
     def rank_of(self, client: int) -> int:
         """Return a client's rank: by default, and for a client that nobody knows, that of the global arrays."""
-        known = self.options.mixed and 0 <= client < len(self.ranks)
+        known = self._mixed and 0 <= client < len(self.ranks)
         return self.ranks[client] if known else self.options.rank
 
     def enrol(self, names: list[str]) -> None:
@@ -85,7 +86,7 @@ class RankedStrategy(FederatedStrategy):
     def know(self, adapted: AdaptedModel) -> None:
         """Learn the shapes of the factors at every rank that is asked for."""
         super().know(adapted)
-        if self.options.mixed:
+        if self._mixed:
             self._shapes_at = lru_cache(maxsize=None)(adapted.shapes_at)
 
     def configure_train(
@@ -100,21 +101,23 @@ class RankedStrategy(FederatedStrategy):
 
     def client_blocks(self, client: int) -> tuple[Hashable, Shapes] | None:
         """The factors at the client's rank, where that is below the server's."""
+        if not self._mixed:
+            return None
         rank = self.rank_of(client)
         return None if rank == self.options.rank else (rank, self._shapes_at(rank))
 
     def client_sizes(self, sizes: Sizes, client: int) -> Sizes:
         """Those of the client's rank."""
-        return replace(sizes, rank=self.rank_of(client))
+        return replace(sizes, rank=self.rank_of(client)) if self._mixed else sizes
 
     def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
         """The client's rank, where ranks are given."""
-        own: dict[str, str | int | float | bool] = {"rank": self.rank_of(client)} if self.options.mixed else {}
+        own: dict[str, str | int | float | bool] = {"rank": self.rank_of(client)} if self._mixed else {}
         return super().client_settings(client, server_round) | own
 
     def planned(self, adapted: AdaptedModel) -> Planned:
         """Say the ranks too, where they are given."""
-        return replace(super().planned(adapted), ranks=tuple(self.ranks) if self.options.mixed else ())
+        return replace(super().planned(adapted), ranks=tuple(self.ranks) if self._mixed else ())
 
     # The mean.
 
@@ -128,7 +131,7 @@ class RankedStrategy(FederatedStrategy):
 
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the weighted mean; of the clients' moves, where ranks are given."""
-        if not self.options.mixed:
+        if not self._mixed:
             return super().aggregate(updates)
         mean = WeightedMean()
         for update in updates:
@@ -139,5 +142,5 @@ class RankedStrategy(FederatedStrategy):
     def summary(self) -> None:
         """Log what runs."""
         super().summary()
-        if self.options.mixed:
+        if self._mixed:
             log.info("ranks: %s", json.dumps({f"client {client}": rank for client, rank in enumerate(self.ranks)}))
