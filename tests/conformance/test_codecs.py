@@ -223,6 +223,12 @@ def test_topk_sends_the_largest(fraction: float) -> None:
     check()
 
 
+def test_int8_takes_about_a_quarter_whatever_the_rank() -> None:
+    for shape in ((384, 8), (8, 384), (8, 8), (384, 4), (16, 16), (770,)):
+        found, full = (get_codec(name).payload_bytes(shape) for name in ("int8", "float32"))
+        assert full < 4 * found <= 1.07 * full
+
+
 def test_onebit_takes_less_than_a_twentieth_for_real_adapters() -> None:
     """MiniLM's: 12 layers of 384 x 384 at rank 8, and a head of two classes; the scales are counted."""
     head, layers = [(2, 384), (2,)], 12

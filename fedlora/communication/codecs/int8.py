@@ -1,4 +1,4 @@
-"""int8: about a quarter of float32's bytes, one scale a row."""
+"""int8: about a quarter of float32's bytes, one scale for a row or several."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 
 from fedlora.communication.codecs import Codec, Shape
 
+LEAST = 64
+"""Numbers that share a scale at least, where the array has them, so that scales add a sixteenth of the bytes at most."""
+
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Int8(Codec):
-    """A row's numbers as multiples -127 to 127 of one float32 scale, the row's largest number / 127.
+    """Numbers as multiples -127 to 127 of one float32 scale a group, the group's largest number / 127.
 
-    A row is the last dimension of an array; a vector is one row. The error of a number is at most half the scale.
+    A group is as many neighbouring rows (of the last dimension) as make :data:`LEAST` numbers and divide the array
+    evenly: one row where it is that long; a vector is one group. The error of a number is at most half the scale.
     Rounding is deterministic: changes far smaller than the scale are lost, unless updates are sent instead of values.
     """
 
@@ -24,12 +28,12 @@ class Int8(Codec):
     unbiased = False
 
     def payload_bytes(self, shape: Shape) -> int:
-        """One byte a number, and four a row."""
-        return math.prod(shape) + 4 * _rows(shape)
+        """One byte a number, and four a group."""
+        return math.prod(shape) + 4 * _groups(shape)
 
     def pack(self, array: torch.Tensor) -> bytes:
-        """Round each row to the nearest multiples of its scale."""
-        rows = array.reshape(_rows(array.shape), -1)
+        """Round each group to the nearest multiples of its scale."""
+        rows = array.reshape(_groups(tuple(array.shape)), -1)
         scales = _coarse(rows.abs().amax(1) / 127)
         scales[scales < _SMALLEST] = 0
         steps = (rows / scales.clamp(min=_SMALLEST)[:, None]).nan_to_num().round()
@@ -37,14 +41,19 @@ class Int8(Codec):
 
     def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
         """Multiply the steps by their scales."""
-        count = _rows(shape)
+        count = _groups(shape)
         scales = torch.from_numpy(np.frombuffer(data, np.float32, count).copy())
         steps = torch.from_numpy(np.frombuffer(data, np.int8, offset=4 * count).copy())
         return (steps.view(count, -1).float() * scales[:, None]).view(shape)
 
 
-def _rows(shape: Shape) -> int:
-    return math.prod(shape[:-1]) if math.prod(shape) else 0
+def _groups(shape: Shape) -> int:
+    """Return the number of scales of an array."""
+    if not math.prod(shape):
+        return 0
+    rows, width = math.prod(shape[:-1]), shape[-1] if shape else 1
+    fewest = -(-LEAST // width)
+    return rows // next((together for together in range(fewest, rows) if rows % together == 0), rows)
 
 
 def _coarse(scales: torch.Tensor) -> torch.Tensor:
