@@ -10,7 +10,7 @@ import torch
 from fedlora.communication.codecs import Codec, Shape
 
 LEAST = 64
-"""Numbers that share a scale at least, where the array has them, so that scales add a sixteenth of the bytes at most."""
+"""Numbers that share a scale at least, where the array has them: scales then add a sixteenth of the bytes at most."""
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
