@@ -189,7 +189,7 @@ def train_cohort(
             if not done:
                 continue
             losses = stepper.loss_sums.cpu().numpy()
-            _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.has_gradient, rows))
+            _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.would_move, rows))
             states = take_states(optimizer, named, done) if client.keep_optimizer_state else [{}] * len(done)
             for k, arrays, state in zip(done, adapted.trained_arrays(done), states, strict=True):
                 mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
@@ -228,6 +228,10 @@ class _Stepper:
         self._dp: StackedDPOptimizer | None = None
         self._guarded = False
         private = [plan for plan in plans if plan is not None]
+        # The noise's standard deviation [K] in a gradient; without any, gradients are taken to be as large as clipping.
+        self._noise = torch.tensor(
+            [(p.noise_multiplier or 1.0) * p.max_grad_norm / p.expected_batch_size for p in private]
+        )
         if private:
             self._dp = StackedDPOptimizer(
                 optimizer,
@@ -276,15 +280,15 @@ class _Stepper:
             if p.grad is not None:
                 p.grad = self._rule.gradient(kind, p.grad)
 
-    def has_gradient(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Return, for each trained array, which clients [K] have a nonzero gradient in it on a batch.
+    def would_move(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Return, for each trained array, of which clients [K] a gradient step on a batch changes it, in its dtype.
 
-        Under DP all have one: noise moves every array. So has an array that is not part of the loss's graph, so that
-        :func:`_check_moved` reports it.
+        Under DP noise is what moves every array. An array that is not part of the loss's graph counts as one that
+        moves, so that :func:`_check_moved` reports it.
         """
         parameters = self.adapted.parameters()
         if self._dp is not None:
-            return [np.ones(len(p), bool) for p in parameters]
+            return [self._changes(p, self._noise.to(p).reshape(-1, *[1] * (p.dim() - 1))) for p in parameters]
         layout = self.adapted.layout
         # Without dropout: more draws from the generators would change the remaining steps.
         generators, layout.dropout_generators = layout.dropout_generators, None
@@ -294,9 +298,15 @@ class _Stepper:
         for p in parameters:  # the optimiser may hold others, so its zero_grad is not enough
             p.grad = None
         return [
-            np.ones(len(p), bool) if g is None else g.flatten(1).any(1).cpu().numpy()
+            np.ones(len(p), bool) if g is None else self._changes(p, g)
             for p, g in zip(parameters, gradients, strict=True)
         ]
+
+    def _changes(self, p: torch.nn.Parameter, gradient: torch.Tensor) -> np.ndarray:
+        # AdamW's steps are of the size of the rate, however large a gradient is.
+        step = self.optimizer.param_groups[0]["lr"] * gradient.clamp(-1, 1)
+        changed: np.ndarray = (p.detach() - step != p.detach()).flatten(1).any(1).cpu().numpy()
+        return changed
 
     def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
         """Add the clipped gradients of a physical batch to those of the step; check the first batch's samples."""
@@ -407,11 +417,12 @@ def _check_moved(
     before: list[torch.Tensor],
     after: list[torch.nn.Parameter],
     clients: np.ndarray,
-    has_gradient: Callable[[], list[np.ndarray]],
+    would_move: Callable[[], list[np.ndarray]],
 ) -> None:
-    """Raise a GuardError if an array [K, ...] of a client in its mask [K] did not change although it has a gradient.
+    """Raise a GuardError if an array [K, ...] of a client in its mask [K] did not change although a step changes it.
 
-    Without a gradient nothing has to change: LoRA's A has none while B is 0 and not trained.
+    LoRA's A has no gradient while B is 0 and not trained. And a step may be smaller than an array's rounding, as at the
+    end of a schedule.
     """
     if not clients.any():
         return
@@ -419,8 +430,8 @@ def _check_moved(
     still = ~moved.cpu().numpy() & clients
     if not still.any():
         return
-    for name, of_clients, has in zip(names, still, has_gradient(), strict=True):
-        if (of_clients & has).any():
+    for name, of_clients, moves in zip(names, still, would_move(), strict=True):
+        if (of_clients & moves).any():
             raise GuardError(
                 f"{name} did not move in two steps or more; the parameters that the optimiser holds are stale"
             )

@@ -392,6 +392,18 @@ def test_stale_parameters_are_found(private, monkeypatch):
                 train_cohort(adapted, tiny.table("bert", 7), jobs, config)
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_steps_below_rounding_are_no_fault(private):
+    """At the end of a schedule a rate may be so small that no array of float32 changes."""
+    adapted, config = model("bert", "ffa-lora", 0.0, "float32")
+    plans = [tiny.plan(1.0, 0.1, 1.0)] * 2 if private else None
+    config = config.model_copy(update={"client": type(config.client)(optimizer="sgd", local_steps=3)})
+    start = {n: torch.ones_like(a) for n, a in drawn_starts(adapted, config, 1)[0].items()}
+    jobs = tiny.jobs_of([start] * 2, tiny.split([4, 3]), plans, learning_rate=1e-12)
+    for result in train_cohort(adapted, tiny.table("bert", 7), jobs, config):
+        assert all(torch.equal(result.arrays[n], start[n]) for n in start)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_has_no_gradient_may_stay(dropout):
     """LoRA's A, while B is 0 and frozen: of an alternating method whose first round did not count."""
