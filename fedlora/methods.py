@@ -320,6 +320,8 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    if config.wire.sends_updates:
+        _check_updates(method, config)
     if not method.persistent:
         carries = _carries(method, config)
         for field_name, value, linear, remedy in _looking_back(config):
@@ -336,8 +338,6 @@ def check_method(config: Config) -> None:
         )
         raise InputError("data.validation", config.data.validation, remedy)
     method.check(config)
-    if config.wire.sends_updates:
-        _check_updates(method, config)
 
 
 def _check_updates(method: type[Method], config: Config) -> None:

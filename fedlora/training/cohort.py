@@ -303,8 +303,9 @@ class _Stepper:
         ]
 
     def _changes(self, p: torch.nn.Parameter, gradient: torch.Tensor) -> np.ndarray:
-        # AdamW's steps are of the size of the rate, however large a gradient is.
-        step = self.optimizer.param_groups[0]["lr"] * gradient.clamp(-1, 1)
+        # AdamW's steps are of the size of the rate, however large a gradient is. And earlier steps may have been much
+        # smaller than this one would be: a factor's gradient grows as the factor that it multiplies leaves 0.
+        step = self.optimizer.param_groups[0]["lr"] / 100 * gradient.clamp(-1, 1)
         changed: np.ndarray = (p.detach() - step != p.detach()).flatten(1).any(1).cpu().numpy()
         return changed
 
