@@ -30,6 +30,18 @@ settings.load_profile("fedlora")
 TINY_MODELS = {"adapters", "experts", "strategies", "training"}
 """Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
 
+SLOW_FILES = (
+    "test_end_to_end.py", "test_runner.py", "test_federation.py", "test_codecs.py", "test_methods_conform.py",
+    "test_refused_runs.py", "test_flower_runtime.py", "test_ray_grid.py", "test_shadowing.py",
+)  # fmt: skip
+"""Files that take longest, in this order: first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files."""
+    place = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let all tests run as on processors whose products round by address."""
