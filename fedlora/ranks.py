@@ -45,6 +45,11 @@ def ranked_options(config: Config) -> RankedOptions:
     return config.method
 
 
+def has_mixed_ranks(config: Config) -> bool:
+    """Whether the config gives clients ranks of their own; false for a method without such keys."""
+    return isinstance(config.method, RankedOptions) and config.method.mixed
+
+
 def check_ranks(config: Config) -> None:
     """Refuse ranks that are given twice, or fewer or more than the clients, and shares that do not sum to 1.
 

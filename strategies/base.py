@@ -39,7 +39,7 @@ from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
-from fedlora.strategies.aggregation import in_client_order
+from fedlora.strategies.aggregation import in_client_order, weighted_mean
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import (
     LONGEST_REASON,
@@ -293,6 +293,12 @@ class FederatedStrategy(Method, Strategy):
             return None
         moves = {name for name in mean if self.role(name).up == "update"}
         return {name: array + self.arrays[name] if name in moves else array for name, array in mean.items()}
+
+    def head_mean(self, clients: Sequence[Update]) -> Arrays | None:
+        """Return the weighted mean of the clients' heads alone; None where nothing of any weight came."""
+        return weighted_mean(
+            ({n: a for n, a in update.arrays.items() if self.kind(n) == HEAD}, update.weight) for update in clients
+        )
 
     def client_blocks(self, client: int) -> tuple[Hashable, Shapes] | None:
         """Return the shapes of those arrays of which a client holds the leading block alone, and a key.

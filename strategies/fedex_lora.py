@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.config import Config
-from fedlora.data.tokens import FederatedData
-from fedlora.roles import HEAD, INCREMENT, TRAINED, Roles
+from fedlora.roles import INCREMENT, Roles
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.strategies.base import Contact, Payload, Sizes
+from fedlora.strategies.both_factors import BothFactors
 from fedlora.strategies.updates import Updates, normalised
 
 
-class FedExLoRA(FederatedStrategy):
+class FedExLoRA(BothFactors):
     """FedEx-LoRA: FedIT, made exact by a residual (Singhal et al., arXiv 2410.09432).
 
     The mean of the factors misses sum p_i s B_i A_i - s Bbar Abar of the mean of the updates. In every round the server
@@ -40,11 +40,7 @@ class FedExLoRA(FederatedStrategy):
     @classmethod
     def roles(cls, config: Config, server_round: int) -> Roles:
         """Both factors are trained; the residual grows."""
-        return {"lora_A": TRAINED, "lora_B": TRAINED, "residual": INCREMENT, HEAD: TRAINED}
-
-    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """A drawn for every layer, B = 0, and no residual."""
-        return drawn_factors(adapted, self.config.run.seed)
+        return {**super().roles(config, server_round), "residual": INCREMENT}
 
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the mean of the factors, and the increment of the residual; it needs the factors of all clients."""
@@ -75,8 +71,8 @@ class FedExLoRA(FederatedStrategy):
 
     def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """r (m + n) a layer, both ways; and down the residual since the client's last round."""
-        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
+        factors = super().payload(sizes, contact)
         since = 0 if contact.since is None else contact.since
         missing = [len(clients) - 1 for r, clients in contact.replied.items() if since <= r < contact.round]
         grown = sum(min(others * sizes.rank * (m + n), m * n) for others in missing for m, n in sizes.layers)
-        return Payload(initial=0, down=numbers + min(grown, sum(m * n for m, n in sizes.layers)), up=numbers)
+        return replace(factors, down=factors.down + min(grown, sum(m * n for m, n in sizes.layers)))

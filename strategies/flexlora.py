@@ -8,19 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.config import Config
-from fedlora.data.tokens import FederatedData
-from fedlora.roles import HEAD, TRAINED, Roles
-from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.both_factors import BothFactors
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, normalised, update_norm
 
 
-class FlexLoRA(RankedStrategy):
+class FlexLoRA(BothFactors, RankedStrategy):
     """FlexLoRA: the mean of the updates, truncated to the rank by SVD (Bai et al., arXiv 2402.11505).
 
     The server factors G = sum p_i s B_i A_i = U S V^T and sends B = U_r S_r / s and A = V_r^T: the best approximation
@@ -42,20 +37,10 @@ class FlexLoRA(RankedStrategy):
     color, marker = "sky", "star"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 
-    @classmethod
-    def roles(cls, config: Config, server_round: int) -> Roles:
-        """Both factors are trained."""
-        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
-
-    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """A drawn for every layer, B = 0."""
-        return drawn_factors(adapted, self.config.run.seed)
-
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the mean of the heads, and the factors of the mean of the updates; it needs all clients' factors."""
         clients = list(updates)
-        heads = (({n: a for n, a in u.arrays.items() if self.kind(n) == HEAD}, u.weight) for u in clients)
-        mean = weighted_mean(heads)
+        mean = self.head_mean(clients)
         if mean is None:
             return None
         shares, factors = normalised(clients), [update.arrays for update in clients]
@@ -70,11 +55,6 @@ class FlexLoRA(RankedStrategy):
         """Refuse factors that are finite, but whose product is not."""
         if not math.isfinite(update_norm(update)):
             raise ReplyError("its update is not finite")
-
-    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
-        """r (m + n) a layer, both ways."""
-        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
-        return Payload(initial=0, down=numbers, up=numbers)
 
 
 def truncated(

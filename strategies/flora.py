@@ -12,7 +12,6 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import HEAD, INCREMENT, TRAINED, Role, Roles
-from fedlora.strategies.aggregation import weighted_mean
 from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.updates import Updates, normalised
@@ -76,8 +75,7 @@ class FLoRA(RankedStrategy):
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the mean of the heads, the stack as the residual's increment, and the next draw."""
         clients = list(updates)
-        heads = (({n: a for n, a in u.arrays.items() if self.kind(n) == HEAD}, u.weight) for u in clients)
-        mean = weighted_mean(heads)
+        mean = self.head_mean(clients)
         if mean is None:
             return None
         shares, factors = normalised(clients), [update.arrays for update in clients]

@@ -20,8 +20,9 @@ from fedlora.corrections import correction
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.flower import with_metadata
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.ranks import RankedOptions
+from fedlora.ranks import has_mixed_ranks
 from fedlora.strategies.base import FederatedStrategy, RoundReport
+from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
@@ -39,9 +40,9 @@ class Guest:
     Raises
     ------
     InputError
-        If the method's rounds are not all alike: a strategy that knows nothing of it would average the wrong arrays. Or
-        if a server optimiser is named: the strategy is in its place. Or if clients have a correction, of which the
-        strategy knows nothing.
+        If the method is no plain averaging: its rounds are not all alike, clients have ranks of their own, or it makes
+        its aggregate itself. If a server optimiser is named, since the strategy takes its place. Or if clients have a
+        correction, of which the strategy knows nothing.
 
     Notes
     -----
@@ -58,8 +59,9 @@ class Guest:
         first = method.roles(config, 1)
         plain = all(role.up != "update" and not role.increment and not role.home for role in first.values())
         alike = all(method.roles(config, r) == first for r in range(2, min(config.run.rounds, 4) + 1))
-        whole = not isinstance(config.method, RankedOptions) or not config.method.mixed
-        if not (plain and alike and whole and method.has_one_exchange()):
+        averages = type(method).aggregate in (FederatedStrategy.aggregate, RankedStrategy.aggregate)
+        one_exchange = method.has_one_exchange()
+        if not (plain and alike and averages and one_exchange) or has_mixed_ranks(config):
             remedy = f"cannot run the rounds of {method.name}, which are no plain averaging; choose another method"
             raise InputError("strategy", type(strategy).__name__, remedy)
         if correction(config).active:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays, leading, padded
-from fedlora.config import Config
-from fedlora.data.tokens import FederatedData
-from fedlora.roles import HEAD, TRAINED, Roles
+from fedlora.roles import HEAD
 from fedlora.strategies.aggregation import weighted_mean
-from fedlora.strategies.base import Contact, Payload, Sizes, drawn_factors
+from fedlora.strategies.both_factors import BothFactors
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, normalised, update_norm
 
 
-class HetLoRA(RankedStrategy):
+class HetLoRA(BothFactors, RankedStrategy):
     """HetLoRA: both factors averaged, weighted by the norm of B_i A_i (Cho et al., arXiv 2401.06432).
 
     A client's weight is its number of examples times the norm of its B_i A_i over all layers together, so that with
@@ -39,47 +36,32 @@ class HetLoRA(RankedStrategy):
     color, marker = "green", "left"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 
-    @classmethod
-    def roles(cls, config: Config, server_round: int) -> Roles:
-        """Both factors are trained."""
-        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
-
-    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """A drawn for every layer, B = 0."""
-        return drawn_factors(adapted, self.config.run.seed)
-
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the factors' mean by examples and norm, and the heads' by examples."""
         clients = list(updates)
+        head = self.head_mean(clients)
+        if head is None:
+            return None
         shares = normalised(clients)
         norms = [update_norm(update) for update in clients]
         if not any(p * norm for p, norm in zip(shares, norms, strict=True)):
             norms = [1.0] * len(clients)  # no client has moved B
-        heads: list[tuple[Arrays, float]] = []
         factors: list[tuple[Arrays, float]] = []
         for update, p, norm in zip(clients, shares, norms, strict=True):
-            head = {name: array for name, array in update.arrays.items() if self.kind(name) == HEAD}
-            heads.append((head, update.weight))
-            whole = {n: padded(a, self.arrays[n].shape) for n, a in update.arrays.items() if n not in head}
-            factors.append((whole, p * norm))
-        head_mean, mean = weighted_mean(heads), weighted_mean(factors)
-        if head_mean is None or mean is None:
-            return None
+            own = {name: array for name, array in update.arrays.items() if self.kind(name) != HEAD}
+            factors.append(({name: padded(a, self.arrays[name].shape) for name, a in own.items()}, p * norm))
+        mean = weighted_mean(factors)
+        assert mean is not None  # some client weighs something, as its head does
         held = max((update for update, (_, weight) in zip(clients, factors, strict=True) if weight), key=_size)
         for name, array in mean.items():
             mean[name] = self.arrays[name].clone()
             leading(mean[name], held.shapes[name])[...] = leading(array, held.shapes[name])
-        return mean | head_mean
+        return mean | head
 
     def check_update(self, update: Update) -> None:
         """Refuse factors that are finite, but whose product is not."""
         if not math.isfinite(update_norm(update)):
             raise ReplyError("its update is not finite")
-
-    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
-        """r (m + n) a layer, both ways."""
-        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
-        return Payload(initial=0, down=numbers, up=numbers)
 
 
 def _size(update: Update) -> int:

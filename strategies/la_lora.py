@@ -6,12 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedlora.adapters import AdaptedModel
-from fedlora.arrays import Arrays
-from fedlora.config import Config, MethodSection
-from fedlora.data.tokens import FederatedData
-from fedlora.roles import HEAD, TRAINED, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes, drawn_factors
+from fedlora.config import MethodSection
+from fedlora.strategies.both_factors import BothFactors
 
 
 class LALoRAOptions(MethodSection):
@@ -24,7 +20,7 @@ class LALoRAOptions(MethodSection):
     )
 
 
-class LALoRA(FederatedStrategy):
+class LALoRA(BothFactors):
     """LA-LoRA: odd local steps train B, even ones A; noisy gradients are smoothed (Liu et al., arXiv 2602.19926).
 
     Under DP-SGD with both factors the error is quadratic in the noise, and the gradient of one factor depends on the
@@ -52,17 +48,3 @@ class LALoRA(FederatedStrategy):
     options: LALoRAOptions
     client = "fedlora.clients.la_lora:AlternatingHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
-
-    @classmethod
-    def roles(cls, config: Config, server_round: int) -> Roles:
-        """Both factors are trained, though not in one step."""
-        return {"lora_A": TRAINED, "lora_B": TRAINED, HEAD: TRAINED}
-
-    def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
-        """A drawn for every layer, B = 0."""
-        return drawn_factors(adapted, self.config.run.seed)
-
-    def payload(self, sizes: Sizes, contact: Contact) -> Payload:
-        """r (m + n) a layer, both ways."""
-        numbers = sum(sizes.rank * (m + n) for m, n in sizes.layers) + sizes.head
-        return Payload(initial=0, down=numbers, up=numbers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from fedlora import simulate
 from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
+from fedlora.methods import forget_methods
 from fedlora.results.folder import RunResult
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.server_app import resolve
 from fedlora.study.forecast import Forecast, forecast
+from tests.packages import lay_package
 from tests.tiny import save_llama
 
 OWNERS = 4
@@ -93,6 +95,30 @@ class LlamaRuns:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("FEDLORA_CACHE", str(self.folder / "cache"))
             yield
+
+
+@contextmanager
+def runs_of_methods(
+    folder: Path, points: Mapping[str, Mapping[str, str]], module: str = "methods_of_a_test", code: str | None = None
+) -> Iterator[LlamaRuns]:
+    """Make runs that find methods by entry points, as :func:`tests.packages.lay_package` takes them.
+
+    Parameters
+    ----------
+    folder : Path
+        Empty.
+    points : mapping of str to mapping of str to str
+    module : str
+    code : str, optional
+        Of the module.
+    """
+    lay_package(folder / "site", module, points, code)
+    (folder / "runs").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder / "site"))
+        forget_methods()
+        yield LlamaRuns(folder / "runs")
+    forget_methods()
 
 
 def lines(result: RunResult) -> list[dict[str, Any]]:

@@ -3,69 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from fedlora.methods import forget_methods
-from tests.llama_runs import LlamaRuns, adapter, payload
+from tests.drawn_methods import POINTS
+from tests.llama_runs import LlamaRuns, adapter, payload, runs_of_methods
 
-METHODS = """
-from fedlora.roles import TRAINED, Role
-from fedlora.strategies.base import FederatedStrategy, Payload, drawn_factors
-
-
-class _Drawn(FederatedStrategy):
-    title, paper = "Arrays of one client", "none"
-    learning_rates = {"adamw": 1e-2, "sgd": 0.1}
-
-    def start_arrays(self, adapted, data):
-        return drawn_factors(adapted, self.config.run.seed)
-
-    def payload(self, sizes, contact):
-        a = sum(sizes.rank * n for m, n in sizes.layers)
-        b = sum(sizes.rank * m for m, n in sizes.layers)
-        return Payload(initial=b, down=a, up=a) if self.name == "home-b" else Payload(initial=0, down=a + b, up=b)
-
-
-class HomeB(_Drawn):
-    name = "home-b"
-
-    @classmethod
-    def roles(cls, config, server_round):
-        return {"lora_A": TRAINED, "lora_B": Role(trained=True, home=True)}
-
-
-class OwnA(_Drawn):
-    name = "own-a"
-
-    @classmethod
-    def roles(cls, config, server_round):
-        return {"lora_A": Role(down="round"), "lora_B": TRAINED}
-
-    def client_arrays(self, client):
-        return client, {n: a * (client + 1) if n.endswith("lora_A") else a for n, a in self.arrays.items()}
-"""
 NAMES = ("home-b", "own-a")
 SECTIONS = {"run": {"rounds": 3, "seed": 3}, "client": {"local_steps": 2, "batch_size": 4}}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
-    folder = tmp_path_factory.mktemp("one-client")
-    about: Path = folder / "site" / "one_client-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: one_client\nVersion: 1.0\n")
-    points = "".join(f"{name} = one_client:{name.title().replace('-', '')}\n" for name in NAMES)
-    (about / "entry_points.txt").write_text(f"[fedlora.methods]\n{points}")
-    (folder / "site" / "one_client.py").write_text(METHODS)
-    (folder / "runs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder / "site"))
-        forget_methods()
-        yield LlamaRuns(folder / "runs")
-    forget_methods()
+    with runs_of_methods(tmp_path_factory.mktemp("one-client"), POINTS) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -28,17 +28,17 @@ from fedlora.config import load_config
 from fedlora.corrections import VARIATES
 from fedlora.corrections.scaffold import Scaffold
 from fedlora.errors import InputError
-from fedlora.methods import forget_methods, get_method
+from fedlora.methods import get_method
 from fedlora.privacy.mechanisms import get_mechanism
 from fedlora.strategies.replies import ReplyError, read_beside, read_update
 from fedlora.strategies.variates import Variates
 from fedlora.training import ClientJob, ClientResult
 from tests import tiny
 from tests.configs import override
-from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload, table
+from tests.drawn_methods import POINTS
+from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload, runs_of_methods, table
 from tests.messages import records, train_message
 from tests.owner import Server, write_node
-from tests.packages import lay_package
 
 SCAFFOLD = {"correction": "scaffold", "optimizer": "sgd"}
 EXPERTS = {"method": {"name": "flexmore"}, "model": {"name": "x", "task": "causal-lm"}}
@@ -132,59 +132,11 @@ def test_it_finds_the_optimum_that_averaging_after_many_steps_misses(weights: li
 
 # Whole runs. What each client began and ended with is noted, and everything else computed anew.
 
-METHODS = """
-from fedlora.roles import TRAINED, Exchange, Role
-from fedlora.strategies.base import FederatedStrategy, Payload, drawn_factors
-
-
-class _Drawn(FederatedStrategy):
-    title, paper = "A method of this test", "none"
-    learning_rates = {"adamw": 1e-2, "sgd": 0.1}
-
-    def start_arrays(self, adapted, data):
-        return drawn_factors(adapted, self.config.run.seed)
-
-    def payload(self, sizes, contact):
-        a = sum(sizes.rank * n for m, n in sizes.layers)
-        b = sum(sizes.rank * m for m, n in sizes.layers)
-        if self.name == "home-b":
-            return Payload(initial=b, down=a, up=a)
-        return Payload(initial=0, down=a + b, up=b if contact.exchange == 1 else a + b)
-
-
-class HomeB(_Drawn):
-    name = "home-b"
-
-    @classmethod
-    def roles(cls, config, server_round):
-        return {"lora_A": TRAINED, "lora_B": Role(trained=True, home=True)}
-
-
-class Twice(_Drawn):
-    name = "twice"
-
-    @classmethod
-    def roles(cls, config, server_round):
-        return {"lora_A": TRAINED, "lora_B": TRAINED}
-
-    @classmethod
-    def exchanges(cls, config, server_round):
-        first = {"lora_A": Role(down="round"), "lora_B": Role(trained=True, down="round", up="update")}
-        return Exchange(first, local_steps=1), Exchange(cls.roles(config, server_round))
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
-    folder = tmp_path_factory.mktemp("scaffold")
-    points = {"home-b": "scaffold_rounds:HomeB", "twice": "scaffold_rounds:Twice"}
-    lay_package(folder / "site", "scaffold_rounds", {"fedlora.methods": points}, METHODS)
-    (folder / "runs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder / "site"))
-        forget_methods()
-        yield LlamaRuns(folder / "runs")
-    forget_methods()
+    with runs_of_methods(tmp_path_factory.mktemp("scaffold"), POINTS) as made:
+        yield made
 
 
 def sections(method: str, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -423,6 +375,10 @@ def test_a_node_keeps_its_variate_in_its_directory(
         (
             {"client": SCAFFOLD, **EXPERTS},
             r"client\.correction = 'scaffold': looks back .* flexmore .*; use none",
+        ),
+        (
+            {"client": SCAFFOLD, "method": {"name": "ffa-lora", "device_profile": {"4": 0.5, "8": 0.5}}},
+            r"client\.correction = 'scaffold': needs arrays of one shape; .*",
         ),
         ({"client": {"correction": "scafold"}}, r"client\.correction = 'scafold': should be 'none' or 'scaffold'"),
     ],

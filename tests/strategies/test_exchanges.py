@@ -15,14 +15,13 @@ from flwr.serverapp.strategy import FedAvg
 from fedlora.clients.participant import _exchange, _turn
 from fedlora.communication.wire import encode
 from fedlora.errors import InputError, StaleError
-from fedlora.methods import forget_methods, get_method
+from fedlora.methods import get_method
 from fedlora.privacy.calibration import plan_privacy, spent_epsilon
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.training import cohort
-from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload, table
+from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, payload, runs_of_methods, table
 from tests.messages import FIRST_NODE, FakeGrid, records
-from tests.packages import lay_package
 
 METHOD = '''
 """The clients' gradients of B are summed, the server steps along them, and both factors are trained from there."""
@@ -33,29 +32,18 @@ import numpy as np
 import torch
 
 from fedlora.clients.half import ClientHalf
-from fedlora.roles import TRAINED, Exchange, Role
-from fedlora.strategies.base import FederatedStrategy, Payload, drawn_factors
 from fedlora.strategies.fed_sb import mean_gradients
 from fedlora.training import train_cohort
+from tests.drawn_methods import Twice
 
 
-class TwoPasses(FederatedStrategy):
+class TwoPasses(Twice):
     name, title, paper = "two-passes", "A gradient sum, then training", "none"
-    learning_rates = {"adamw": 1e-2, "sgd": 0.1}
     client = "two_passes:Half"
     gap = None
 
-    @classmethod
-    def roles(cls, config, server_round):
-        return {"lora_A": TRAINED, "lora_B": TRAINED}
-
-    @classmethod
-    def exchanges(cls, config, server_round):
-        gradient = {"lora_A": Role(down="round"), "lora_B": Role(trained=True, down="round", up="update")}
-        return Exchange(gradient, local_steps=1), Exchange(cls.roles(config, server_round))
-
     def start_arrays(self, adapted, data):
-        start = drawn_factors(adapted, self.config.run.seed)
+        start = super().start_arrays(adapted, data)
         pooled = mean_gradients(adapted, data.train, np.arange(len(data.train)), 64)
         self.expected = {f"{path}.lora_B": -g @ start[f"{path}.lora_A"].T for path, g in pooled.items()}
         return start
@@ -75,11 +63,6 @@ class TwoPasses(FederatedStrategy):
 
     def facts(self, adapted):
         return {"gap": self.gap}
-
-    def payload(self, sizes, contact):
-        both = sum(sizes.rank * (m + n) for m, n in sizes.layers)
-        up = sum(sizes.rank * m for m, n in sizes.layers) if contact.exchange == 1 else both
-        return Payload(initial=0, down=both, up=up)
 
 
 class Half(ClientHalf):
@@ -101,14 +84,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
-    folder = tmp_path_factory.mktemp("two-passes")
-    lay_package(folder / "site", "two_passes", {"fedlora.methods": {"two-passes": "two_passes:TwoPasses"}}, METHOD)
-    (folder / "runs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder / "site"))
-        forget_methods()
-        yield LlamaRuns(folder / "runs")
-    forget_methods()
+    with runs_of_methods(
+        tmp_path_factory.mktemp("two-passes"),
+        {"fedlora.methods": {"two-passes": "two_passes:TwoPasses"}},
+        "two_passes",
+        METHOD,
+    ) as made:
+        yield made
 
 
 def test_each_exchange_is_metered_and_forecast_by_itself(runs: LlamaRuns) -> None:

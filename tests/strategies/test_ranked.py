@@ -196,6 +196,20 @@ def test_another_strategy_would_not_know_the_ranks() -> None:
         Guest(FedAvg(), get_strategy("ffa-lora")(config))
 
 
+@pytest.mark.parametrize("name", ["fedsvd", "flexlora", "hetlora"])
+def test_another_strategy_would_not_make_the_methods_own_aggregate(name: str) -> None:
+    """It would average the factors, under the method's name."""
+    config = resolve(tiny.settings("bert", method={"name": name}))
+    with pytest.raises(InputError, match="no plain averaging"):
+        Guest(FedAvg(), get_strategy(name)(config))
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "fed-sb", "la-lora", "ravan"])
+def test_another_strategy_may_average(name: str) -> None:
+    config = resolve(tiny.settings("bert", method={"name": name, "rank": 2}))
+    Guest(FedAvg(), get_strategy(name)(config))
+
+
 @pytest.mark.parametrize("privacy", [False, True])
 @pytest.mark.parametrize("name", ["ffa-lora", "fed-sb", "flora"])
 def test_clients_of_one_cohort_are_grouped_by_rank(here: World, name: str, privacy: bool) -> None:
