@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from fedlora.adapters.peft_bridge.bounds import quiet
+from fedlora.adapters.peft_bridge.bounds import quiet, said
 from fedlora.config import Config, unknown_key
 from fedlora.errors import InputError
 
@@ -20,6 +20,11 @@ TYPE, KEYS = "method.peft_type", "method.peft"
 _OURS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 _LOADED = re.compile(r".*_(model|core|path|file|dir)")
 """Keys of code, models and files that PEFT would load. A node runs the config of a server, so no run may set them."""
+_SEEDS = ("seed", "prng_key")
+_NAME = re.compile(r"[\w.-]+")
+"""PEFT takes the names in a pattern for regular expressions, and some of these run for ever."""
+_LARGEST = 2**24
+"""Above the number of weights of most layers: no size or count of an adapter comes near it."""
 
 
 def peft_types() -> dict[str, type[PeftConfig]]:
@@ -102,9 +107,9 @@ def peft_config(
             raise InputError(field, value, f"{remedy}; leave it out")
         if key not in keys:
             raise unknown_key(field, key, value, keys)
-        if not _fits(value, keys[key]):
-            raise InputError(field, value, f"has another type than PEFT's default {keys[key]!r}")
-    seeds = [key for key in keys if key.endswith(("seed", "prng_key"))]
+        if (remedy := _misfit(key, value, keys[key])) is not None:
+            raise InputError(field, value, remedy)
+    seeds = [key for key in keys if key.endswith(_SEEDS)]
     values: dict[str, Any] = dict.fromkeys(seeds, config.run.seed)
     if seed is not None:
         settings |= dict.fromkeys(seeds, seed)
@@ -126,6 +131,28 @@ def peft_config(
         raise _refusal(peft_type, given, error) from None
 
 
+def _misfit(key: str, value: Any, default: Any) -> str | None:
+    """Return why a key cannot have a value; None if it can."""
+    if not _fits(value, default):
+        return f"has another type than PEFT's default {default!r}"
+    if key.endswith("_modules") and not isinstance(value, str | list):
+        return "is no name of a module; give a name, or a list of names"
+    if key.endswith("_pattern") and not all(_NAME.fullmatch(name) for name in value or ()):
+        return "takes names of modules or their paths, no regular expressions"
+    numbers = [each for each in _leaves(value) if isinstance(each, int | float)]
+    if not key.endswith(_SEEDS) and not all(abs(number) <= _LARGEST for number in numbers):
+        return f"has a number above {_LARGEST:,}, the largest that is taken; use a smaller one"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value is of a default's type; PEFT's dataclasses take anything."""
     if isinstance(default, bool):
@@ -140,7 +167,7 @@ def _fits(value: Any, default: Any) -> bool:
 
 def _refusal(peft_type: str, given: Mapping[str, Any], error: Exception) -> InputError:
     """Make one line of what PEFT said, of the key that it names."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    named = [key for key in given if key in said]
+    why = said(error)
+    named = [key for key in given if key in why]
     field, value = (f"{KEYS}.{named[0]}", given[named[0]]) if named else (TYPE, peft_type)
-    return InputError(field, value, f"PEFT refuses it: {said}")
+    return InputError(field, value, f"PEFT refuses it: {why}")

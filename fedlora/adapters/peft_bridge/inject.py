@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from fedlora.adapters.peft_bridge.bounds import seeded
+from fedlora.adapters.peft_bridge.bounds import said, seeded
 from fedlora.adapters.peft_bridge.layers import adapter_arrays
 from fedlora.errors import InputError
 
@@ -26,8 +26,7 @@ def inject(
         with seeded(seed):
             peft_model: Any = get_peft_model(model, made)
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise refuse(f"PEFT cannot put it into these layers ({said})") from None
+        raise refuse(f"PEFT cannot put it into these layers ({said(error)})") from None
     layers = {path: model.get_submodule(path) for path in paths}
     alien = [path for path, layer in layers.items() if not isinstance(layer, BaseTunerLayer)]
     if alien:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters.peft_bridge.bounds import quiet
+from fedlora.adapters.peft_bridge.bounds import MADE, RUN, Bounded, quiet, said
 from fedlora.adapters.peft_bridge.inject import Refuse, inject
 from fedlora.adapters.peft_bridge.layers import ROWS, VMAP, adapter_arrays, row_by_row, vectorised
 from fedlora.arrays import Arrays
@@ -75,7 +75,10 @@ def probe(model: nn.Module, paths: Sequence[str], make: Callable[..., PeftConfig
     chosen = list(shapes.values())
     toys = [_toy(model, chosen, seed) for seed in (0, 1, 0)]
     configs = [make(target_modules=chosen, seed=seed) for seed in (0, 1, 0)]
-    made = [inject(*pair, chosen, refuse, seed) for seed, pair in enumerate(zip(toys, configs, strict=True))]
+    made = []
+    for seed, (toy, config) in enumerate(zip(toys, configs, strict=True)):
+        with Bounded([toy.get_submodule(path) for path in chosen], MADE):
+            made.append(inject(toy, config, chosen, refuse, seed))
     for path in chosen:
         if not _same_base(made[0][1][path], _toy(model, chosen, 0).get_submodule(path)):
             raise refuse("it changes the frozen weights when it is made, and the adapter alone would not say so")
@@ -155,7 +158,8 @@ def _measure(tuner: nn.Module, x: torch.Tensor, seed: int, refuse: Refuse) -> tu
 
     try:
         with quiet(), torch.no_grad():
-            start = run(x, arrays)
+            with Bounded([tuner], RUN):
+                start = run(x, arrays)
             # A direction that starts at zero has no small steps.
             step = next((s for s in _STEPS if _apart(run(x, moved(seed, s)), start) <= 0.1), 0.1)
             linear = True
@@ -166,7 +170,7 @@ def _measure(tuner: nn.Module, x: torch.Tensor, seed: int, refuse: Refuse) -> tu
                 half = arrays | {name: (one[name] + other[name]) / 2 for name in trained}
                 linear &= _apart(run(x, half) - start, (y + there) / 2 - start) <= _TOLERANCE
     except Exception as error:
-        raise refuse(f"its layer does not run alone ({type(error).__name__}: {' '.join(str(error).split())})") from None
+        raise refuse(f"its layer does not run alone ({said(error)})") from None
     if not torch.equal(y, again):
         raise refuse("it draws at random in training, so that no two runs would be the same; set its dropout to 0")
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
