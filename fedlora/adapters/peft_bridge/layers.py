@@ -95,10 +95,6 @@ class PeftLayer(AdapterLayer):
             return OwnRows.of(self.outputs(x.expand(rows, *x.shape[1:])).unsqueeze(1))
         return self.outputs(x)
 
-    def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return what the adapter changes in the frozen layer's output y."""
-        return self.outputs(x) - y
-
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return every row's output, by its own client's arrays."""
         self.layout.check_rows(len(x), self.name)
