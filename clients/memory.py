@@ -98,10 +98,12 @@ class Memory:
             self._keep(self._state | result.state, OPTIMIZER)
         if not self._mean:
             return {}
-        own, new = {name: self._own[name] for name in self._mean}, {}
-        if scale := result.steps * result.learning_rate:
-            moves = {n: (job.arrays[n].double() - result.arrays[n].double()) / scale for n in self._mean}
-            new = self._correction.after(own, self._mean, moves)
+        own = {name: self._own[name] for name in self._mean}
+        # A method may train an array in some of the steps; one that no step trained has no gradient to learn from.
+        scales = {name: result.trained_steps[name] * result.learning_rate for name in self._mean}
+        names = [name for name, scale in scales.items() if scale]
+        moves = {n: (job.arrays[n].double() - result.arrays[n].double()) / scales[n] for n in names}
+        new = self._correction.after({n: own[n] for n in names}, {n: self._mean[n] for n in names}, moves)
         new = own | {name: array.to(own[name].dtype) for name, array in new.items()}
         version = group_of(job.server_round, job.exchange)
         made = {f"{version}:{name}": array for name, array in (self._own | new).items()}

@@ -343,6 +343,20 @@ class StackedLinear(StackedLayer):
         return ghost_norms_pay(tokens, self.out_features, self.in_features)
 
 
+def row_pairs(layer: StackedLayer, inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a layer's inputs and the gradients of its outputs as [N, T, features], whatever lies between.
+
+    Raises
+    ------
+    GuardError
+        If there are other rows than the layout says.
+    """
+    for tensor in (inputs, gradients):
+        layer.layout.check_rows(len(tensor), layer.name)
+    rows = len(gradients)
+    return inputs.reshape(rows, -1, inputs.shape[-1]), gradients.reshape(rows, -1, gradients.shape[-1])
+
+
 @register_grad_sampler(StackedLinear)
 def stacked_linear_grad_sample(
     layer: StackedLinear, activations: list[torch.Tensor], backprops: torch.Tensor
@@ -354,10 +368,7 @@ def stacked_linear_grad_sample(
     GuardError
         If there are other rows than the layout says.
     """
-    for rows in (len(activations[0]), len(backprops)):
-        layer.layout.check_rows(rows, layer.name)
-    x = activations[0].reshape(len(backprops), -1, layer.in_features)
-    g = backprops.reshape(len(backprops), -1, layer.out_features)
+    x, g = row_pairs(layer, activations[0], backprops)
     samples: dict[nn.Parameter, torch.Tensor | RowProducts] = {}
     if layer.weight.requires_grad and layer.ghost:
         samples[layer.weight] = RowProducts(g.to(layer.weight.dtype), x.to(layer.weight.dtype))

@@ -76,7 +76,7 @@ class Correction(ABC):
         own, mean : dict of str to Tensor
             As before the training.
         gradient : dict of str to Tensor
-            (x - y) / (K eta) of K steps at rate eta from x to y.
+            (x - y) / (K eta) for the K steps at rate eta that trained an array, from x to y.
         """
 
 

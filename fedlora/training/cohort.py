@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -93,6 +92,8 @@ class ClientResult:
         What its optimiser remembers, if the config says that it is kept.
     learning_rate : float
         Of its steps.
+    trained_steps : dict of str to int
+        How many of the steps trained each array.
     """
 
     arrays: Arrays
@@ -101,6 +102,7 @@ class ClientResult:
     loss: float
     state: Arrays = field(default_factory=dict)
     learning_rate: float = 0.0
+    trained_steps: dict[str, int] = field(default_factory=dict)
 
 
 def learning_rate(client: ClientSection, base: float, server_round: int, rounds: int) -> float:
@@ -145,7 +147,7 @@ def train_cohort(
     InputError
         If the jobs are private and the model's examples depend on each other.
     GuardError
-        If a trainable has no per-example gradient, or did not move in two steps or more.
+        If the optimiser holds other parameters than the model, or a trainable has no gradient.
     """
     client = config.client
     private = jobs[0].plan is not None
@@ -163,11 +165,12 @@ def train_cohort(
     start = [p.detach().clone() for p in parameters]
     named = dict(zip(adapted.trained, parameters, strict=True))
     optimizer = _optimizer(client, named, start, jobs)
+    _check_held(optimizer, named)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
     seen = np.zeros(len(jobs), np.int64)
-    active = np.zeros((len(parameters), len(jobs)), np.int64)
+    taken = np.zeros((len(parameters), len(jobs)), np.int64)
     with ExitStack() as stack:
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
@@ -181,19 +184,20 @@ def train_cohort(
                     job.on_step()
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
             sizes = np.array([len(r) for r in rows])
-            trained = stepper.step(rows, step)
+            taken += np.outer(stepper.step(rows, step), step < last)
             seen += sizes
-            active += np.outer(trained, sizes > 0)
             # A client that is done is read now: later steps of the others move its stacked rows, not its result.
             done = np.flatnonzero(last == step + 1).tolist()
             if not done:
                 continue
             losses = stepper.loss_sums.cpu().numpy()
-            _check_moved(adapted.trained, start, parameters, active >= 2, partial(stepper.would_move, rows))
+            if stepper.unreached and seen.any() and step:
+                raise GuardError(f"{min(stepper.unreached)} has no gradient in {step + 1} steps, so it is not trained")
             states = take_states(optimizer, named, done) if client.keep_optimizer_state else [{}] * len(done)
             for k, arrays, state in zip(done, adapted.trained_arrays(done), states, strict=True):
                 mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
-                results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate)
+                trained = dict(zip(adapted.trained, taken[:, k].tolist(), strict=True))
+                results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate, trained)
     return [result for result in results if result is not None]
 
 
@@ -209,6 +213,8 @@ class _Stepper:
     ----------
     loss_sums : Tensor [K]
         Each client's losses, summed over its examples so far.
+    unreached : set of str
+        Trained arrays that no loss has led back to so far.
     """
 
     def __init__(
@@ -227,11 +233,8 @@ class _Stepper:
         self.loss_sums = torch.zeros(len(plans), dtype=torch.float64, device=adapted.device)
         self._dp: StackedDPOptimizer | None = None
         self._guarded = False
+        self.unreached = set(adapted.trained)
         private = [plan for plan in plans if plan is not None]
-        # The noise's standard deviation [K] in a gradient; without any, gradients are taken to be as large as clipping.
-        self._noise = torch.tensor(
-            [(p.noise_multiplier or 1.0) * p.max_grad_norm / p.expected_batch_size for p in private]
-        )
         if private:
             self._dp = StackedDPOptimizer(
                 optimizer,
@@ -265,6 +268,8 @@ class _Stepper:
                 (loss * torch.from_numpy(means).to(loss)).sum().backward()
             self.loss_sums += self.adapted.layout.sum_rows(loss.detach())
         if self._dp is None:
+            named = zip(self.adapted.trained, self.adapted.parameters(), strict=True)
+            self.unreached -= {name for name, p in named if p.grad is not None}
             for p in idle:
                 p.grad = None
             if self.client.max_grad_norm is not None:
@@ -280,41 +285,13 @@ class _Stepper:
             if p.grad is not None:
                 p.grad = self._rule.gradient(kind, p.grad)
 
-    def would_move(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Return, for each trained array, of which clients [K] a gradient step on a batch changes it, in its dtype.
-
-        Under DP noise is what moves every array. An array that is not part of the loss's graph counts as one that
-        moves, so that :func:`_check_moved` reports it.
-        """
-        parameters = self.adapted.parameters()
-        if self._dp is not None:
-            return [self._changes(p, self._noise.to(p).reshape(-1, *[1] * (p.dim() - 1))) for p in parameters]
-        layout = self.adapted.layout
-        # Without dropout: more draws from the generators would change the remaining steps.
-        generators, layout.dropout_generators = layout.dropout_generators, None
-        _losses(self.adapted, self.table, next(_physical(rows, self.client.physical_batch_size))).sum().backward()
-        layout.dropout_generators = generators
-        gradients = [p.grad for p in parameters]
-        for p in parameters:  # the optimiser may hold others, so its zero_grad is not enough
-            p.grad = None
-        return [
-            np.ones(len(p), bool) if g is None else self._changes(p, g)
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-
-    def _changes(self, p: torch.nn.Parameter, gradient: torch.Tensor) -> np.ndarray:
-        # AdamW's steps are of the size of the rate, however large a gradient is. And earlier steps may have been much
-        # smaller than this one would be: a factor's gradient grows as the factor that it multiplies leaves 0.
-        step = self.optimizer.param_groups[0]["lr"] / 100 * gradient.clamp(-1, 1)
-        changed: np.ndarray = (p.detach() - step != p.detach()).flatten(1).any(1).cpu().numpy()
-        return changed
-
     def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
         """Add the clipped gradients of a physical batch to those of the step; check the first batch's samples."""
         loss.sum().backward()
         if not self._guarded:
             check_grad_samples(self.adapted, sum(map(len, chunk)))
             self._guarded = True
+            self.unreached.clear()
         dp.signal_skip_step(True)
         dp.step()
         dp.zero_grad()
@@ -413,26 +390,9 @@ def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> No
         g *= factors.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
 
 
-def _check_moved(
-    names: Sequence[str],
-    before: list[torch.Tensor],
-    after: list[torch.nn.Parameter],
-    clients: np.ndarray,
-    would_move: Callable[[], list[np.ndarray]],
-) -> None:
-    """Raise a GuardError if an array [K, ...] of a client in its mask [K] did not change although a step changes it.
-
-    LoRA's A has no gradient while B is 0 and not trained. And a step may be smaller than an array's rounding, as at the
-    end of a schedule.
-    """
-    if not clients.any():
-        return
-    moved = torch.stack([(old != new.detach()).flatten(1).any(1) for old, new in zip(before, after, strict=True)])
-    still = ~moved.cpu().numpy() & clients
-    if not still.any():
-        return
-    for name, of_clients, moves in zip(names, still, would_move(), strict=True):
-        if (of_clients & moves).any():
-            raise GuardError(
-                f"{name} did not move in two steps or more; the parameters that the optimiser holds are stale"
-            )
+def _check_held(optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]) -> None:
+    """Raise a GuardError unless the model's parameters are those that the optimiser steps."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in named.items():
+        if id(p) not in held:
+            raise GuardError(f"the optimiser holds a stale parameter in the place of {name}, so it is not trained")

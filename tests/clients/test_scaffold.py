@@ -172,7 +172,10 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
 
 
 def check(
-    noted: Noted, counts: Callable[[int, int], bool] = lambda server_round, exchange: True, tolerance: float = 1e-10
+    noted: Noted,
+    counts: Callable[[int, int], bool] = lambda server_round, exchange: True,
+    tolerance: float = 1e-10,
+    steps: Callable[[str, ClientResult], int] = lambda name, result: result.steps,
 ) -> float:
     """Check that each gradient was shifted by c - c_i, computed anew; return the largest shift."""
     weights = {job.client: len(job.rows) for job, _ in noted.pairs}
@@ -193,7 +196,7 @@ def check(
                     torch.testing.assert_close(shift, c - mine, rtol=0, atol=tolerance)
                     largest = max(largest, float(shift.abs().max()))
                     x, y = job.arrays[name], result.arrays[name]
-                    changed[name] = mine - c + (x - y) / (result.steps * job.learning_rate)
+                    changed[name] = mine - c + (x - y) / (steps(name, result) * job.learning_rate)
                 made[job.client] = changed
             if counts(server_round, exchange):
                 own |= made
@@ -210,6 +213,19 @@ def test_a_run_corrects_by_the_mean_and_the_clients_own(runs: LlamaRuns, noted: 
     names = {name.rpartition(".")[2] for job, _ in noted.pairs for name in job.shift}
     # What stays with a client is drawn to no mean.
     assert ("lora_B" in names) == (method not in ("home-b", "fed-sb"))
+
+
+def test_an_array_counts_the_steps_that_trained_it(runs: LlamaRuns, noted: Noted) -> None:
+    """LA-LoRA's first and third step train B, and its second A."""
+    runs.run(**sections("la-lora"))
+    taken = {"lora_A": 1, "lora_B": 2}
+    assert check(noted, steps=lambda name, result: taken.get(name.rpartition(".")[2], result.steps)) > 1e-3
+
+
+def test_an_array_that_no_step_trains_has_no_variate_yet(runs: LlamaRuns, noted: Noted) -> None:
+    runs.run(**sections("la-lora", client={"local_steps": 1}))
+    shifts = {n: s for job, _ in noted.pairs for n, s in job.shift.items()}
+    assert all(bool(shift.any()) != name.endswith("lora_A") for name, shift in shifts.items())
 
 
 @pytest.mark.parametrize(("method", "lost"), [("fedit", (2, 1)), ("twice", (2, 2)), ("twice", (3, 1))])

@@ -22,6 +22,7 @@ from fedlora.adapters.peft_bridge import (
     ROWS,
     TRAINED_KIND,
     PeftAdaptedModel,
+    bounds,
     peft_config,
     peft_types,
 )
@@ -127,6 +128,67 @@ def test_a_wrong_key_or_value_is_named_in_one_line(method: dict[str, Any], field
     assert caught.value.field == field
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+_ENDLESS = "(([a-z.0-9_]+)+)+x"
+"""A regular expression that takes hours on a path of fifty letters."""
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "given", "says"),
+    [
+        ("LORA", {"rank_pattern": {_ENDLESS: 4}}, "no regular expressions"),
+        ("C3A", {"block_size_pattern": {_ENDLESS: 8}}, "no regular expressions"),
+        ("IA3", {"feedforward_modules": 5}, "name of a module"),
+        ("LORA", {"r": float("inf")}, "a number above"),
+        ("LORA", {"r": float("nan")}, "a number above"),
+        ("FOURIERFT", {"n_frequency": 1e12}, "a number above"),
+        ("LORA", {"rank_pattern": {"query": 10**9}}, "a number above"),
+        ("LORA", {"r": 10**7}, "numbers"),
+        ("HRA", {"r": 10**6}, "numbers"),
+        ("VBLORA", {"vector_length": 8, "num_vectors": 10**7}, "numbers"),
+        ("LORA", {"init_lora_weights": "pissa_niter_100000000"}, "operations"),
+        ("PEANUT", {"depth": 10**6}, "operations"),
+        ("OFT", {"oft_block_size": 8, "num_cayley_neumann_terms": 10**7}, "operations"),
+    ],
+)
+def test_no_key_keeps_a_node_busy_or_fills_its_memory(
+    peft_type: str, given: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "_OPERATIONS", 2**10)
+    method = {"name": "peft", "peft_type": peft_type, "peft": given, "rank": 2, "alpha": None}
+    with pytest.raises(InputError) as caught:
+        Peft.adapt(tiny.base_model("bert"), tiny.settings(method=method))
+    assert caught.value.field.startswith("method.peft")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rank_is_bounded_too() -> None:
+    with pytest.raises(InputError, match=r"more than .* numbers"):
+        Peft.adapt(tiny.base_model("bert"), tiny.settings(method={"name": "peft", "rank": 10**7}))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: torch.empty(n),
+        lambda n: torch.rand(n, generator=torch.Generator()),
+        lambda n: torch.randperm(n),
+        lambda n: torch.eye(n // 1000),
+        lambda n: torch.ones(n // 10**4, 1).repeat(1, 10**4),
+        lambda n: torch.ones(n // 10**5, 1) * torch.ones(10**5),
+        lambda n: torch.diag(torch.ones(n // 10**4)),
+        lambda n: [torch.empty(1000) for _ in range(n // 1000)],
+    ],
+)
+def test_numbers_are_counted_before_they_take_memory(make: Any) -> None:
+    layer = torch.nn.Linear(10, 10)
+    with pytest.raises(RuntimeError, match=r"more than .* numbers"), bounds.Bounded([layer], bounds.MADE):
+        make(10**9)
+    with bounds.Bounded([layer], bounds.MADE) as counted:
+        torch.nn.Linear(5, 7).weight.expand(10**9, 7, 5)
+    assert counted.made == 5 * 7 + 7
 
 
 def test_dropout_is_refused_since_a_cohort_would_share_its_mask() -> None:

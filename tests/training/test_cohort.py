@@ -384,12 +384,30 @@ def test_stale_parameters_are_found(private, monkeypatch):
     for steps in (1, 2):
         config = config.model_copy(update={"client": type(config.client)(optimizer="sgd", local_steps=steps)})
         jobs = tiny.jobs_of(drawn_starts(adapted, config, 2), tiny.split([4, 3]), plans)
-        if steps == 1:
-            # One step is no proof: LoRA's A has a zero gradient while B = 0.
+        with pytest.raises(GuardError, match="stale parameter in the place of"):
             train_cohort(adapted, tiny.table("bert", 7), jobs, config)
-        else:
-            with pytest.raises(GuardError, match="did not move"):
-                train_cohort(adapted, tiny.table("bert", 7), jobs, config)
+
+
+def test_an_array_without_a_gradient_is_named():
+    """A model that goes past an adapter trains nothing there."""
+    adapted, config = model("bert", "fedit", 0.0, "float32")
+    config = config.model_copy(update={"client": type(config.client)(optimizer="sgd", local_steps=2)})
+    path, adapter = next(iter(adapted.adapters.items()))
+    adapter.forward = adapter.base.forward
+    jobs = tiny.jobs_of(drawn_starts(adapted, config, 2), tiny.split([4, 3]))
+    with pytest.raises(GuardError, match=f"{path}.lora_[AB] has no gradient"):
+        train_cohort(adapted, tiny.table("bert", 7), jobs, config)
+
+
+@pytest.mark.parametrize("client", [{"max_grad_norm": 1e-4}, {"max_grad_norm": 1e-4, "proximal_mu": 0.5}])
+def test_clipping_below_rounding_is_no_fault(client):
+    """Gradients are clipped so far that no array of float32 changes."""
+    adapted, config = model("bert", "ffa-lora", 0.0, "float32")
+    client = {"optimizer": "sgd", "local_steps": 3, **client}
+    config = config.model_copy(update={"client": type(config.client)(**client)})
+    start = {n: 100 * torch.ones_like(a) for n, a in drawn_starts(adapted, config, 1)[0].items()}
+    for result in train_cohort(adapted, tiny.table("bert", 7), tiny.jobs_of([start], tiny.split([7])), config):
+        assert all(torch.equal(result.arrays[n], start[n]) for n in start)
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedlora.adapters.layers import FactoredLinear, adapter_dtype
 from fedlora.adapters.parameterisations import LowRank, sb
-from fedlora.adapters.stacked import RowLayout, StackedLayer, stacked_product
+from fedlora.adapters.stacked import RowLayout, StackedLayer, row_pairs, stacked_product
 from fedlora.arrays import Arrays
 from fedlora.config import Config, MethodSection, Positive
 from fedlora.errors import InputError
@@ -96,6 +96,11 @@ class StackedBlocks(StackedLayer):
         whole = torch.diag_embed(self.weight.permute(0, 2, 3, 1), dim1=1, dim2=3)
         return stacked_product(x, whole.reshape(clients, heads * rank, heads * rank).to(x.dtype), self.layout)
 
+    @staticmethod
+    def samples(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """Return each row's gradient [N, h, r, r] from inputs and output gradients [N, T, h, r]: g_h^T x_h."""
+        return torch.einsum("nthi,nthj->nhij", g, x)
+
 
 class StackedScales(StackedLayer):
     """A factor for each head, with a client axis.
@@ -117,44 +122,27 @@ class StackedScales(StackedLayer):
         wide = self.weight.to(x.dtype).repeat_interleave(x.shape[-1] // self.weight.shape[1], 1)
         return x * self.layout.by_row(wide, x)
 
+    @staticmethod
+    def samples(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """Return each row's gradient [N, h] from inputs and output gradients [N, T, h, r]: the sum of g_h times x_h."""
+        return (g * x).sum((1, 3))
 
-def _by_head(
-    layer: StackedLayer, activations: list[torch.Tensor], backprops: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and gradients as [N, T, h, r], in the weight's dtype.
+
+@register_grad_sampler([StackedBlocks, StackedScales])
+def heads_grad_sample(
+    layer: StackedBlocks | StackedScales, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Per-example gradients for Opacus, [N, ...] on a weight [K, ...].
 
     Raises
     ------
     GuardError
         If there are other rows than the layout says.
     """
-    for rows in (len(activations[0]), len(backprops)):
-        layer.layout.check_rows(rows, layer.name)
-    shape = (len(backprops), -1, heads, backprops.shape[-1] // heads)
-    dtype = layer.weight.dtype
-    return activations[0].reshape(shape).to(dtype), backprops.reshape(shape).to(dtype)
-
-
-@register_grad_sampler(StackedBlocks)
-def stacked_blocks_grad_sample(
-    layer: StackedBlocks, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[nn.Parameter, torch.Tensor]:
-    """Per-example gradients for Opacus: gs_n of head h is g_n,h^T x_n,h, [N, h, r, r] on a weight [K, h, r, r]."""
     if not layer.weight.requires_grad:
         return {}
-    x, g = _by_head(layer, activations, backprops, layer.weight.shape[1])
-    return {layer.weight: torch.einsum("nthi,nthj->nhij", g, x)}
-
-
-@register_grad_sampler(StackedScales)
-def stacked_scales_grad_sample(
-    layer: StackedScales, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[nn.Parameter, torch.Tensor]:
-    """Per-example gradients for Opacus: gs_n of head h is the sum of g_n,h times x_n,h, [N, h] on a weight [K, h]."""
-    if not layer.weight.requires_grad:
-        return {}
-    x, g = _by_head(layer, activations, backprops, layer.weight.shape[1])
-    return {layer.weight: (g * x).sum((1, 3))}
+    x, g = (each.unflatten(-1, (layer.weight.shape[1], -1)) for each in row_pairs(layer, activations[0], backprops))
+    return {layer.weight: layer.samples(x.to(layer.weight.dtype), g.to(layer.weight.dtype))}
 
 
 def factors_from_weight(weight: torch.Tensor, rank: int, heads: int) -> Arrays:
