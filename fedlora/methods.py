@@ -360,8 +360,9 @@ def _check_correction(method: type[Method], config: Config) -> None:
     if any(role.made_by == "client" for role in roles):
         remedy = f"draws clients to their mean, but those of {method.name} start from arrays of their own; use none"
         raise InputError("client.correction", name, remedy)
-    if getattr(config.method, "ranks", None) is not None:
-        raise InputError("client.correction", name, "needs arrays of one shape; leave method.ranks out, or use none")
+    if getattr(config.method, "mixed", False):
+        remedy = "needs arrays of one shape; leave method.ranks and method.device_profile out, or use none"
+        raise InputError("client.correction", name, remedy)
     if MECHANISMS.get(config.privacy.mode).noise_by == "server":
         remedy = f"sends variates, to which privacy.mode = {config.privacy.mode} adds no noise; use none"
         raise InputError("client.correction", name, remedy)
