@@ -22,6 +22,7 @@ from fedlora.communication.wire import COUNTED, payload_bytes
 from fedlora.config import WireSection, load_config, unused_keys
 from fedlora.errors import InputError
 from fedlora.methods import get_method
+from fedlora.strategies.summary import memory_notes
 from fedlora.transport import Coordinates
 from tests.configs import override
 from tests.owner import Server, write_node
@@ -218,6 +219,12 @@ def test_a_codec_that_no_direction_has_is_noted_with_its_keys() -> None:
     content["wire"]["topk_fraction"] = 0.1
     notes = [note.split()[0] for note in unused_keys(load_config(content))]
     assert [key for key in notes if key.startswith("wire.")] == ["wire.codec", "wire.topk_fraction"]
+
+
+def test_a_run_says_what_its_clients_keep() -> None:
+    for name, notes in (("onebit", ["each client keeps up to 828 bytes between rounds: what "]), ("int8", [])):
+        found = memory_notes(load_config(override("wire.uplink_codec", name)), 100, 7, 4)
+        assert [note[: len(start)] for note, start in zip(found, notes, strict=True)] == notes
 
 
 def test_a_memory_in_coordinates_that_change_is_refused() -> None:
