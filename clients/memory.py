@@ -13,7 +13,8 @@ from flwr.app import ArrayRecord, Message
 from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant
 from fedlora.communication.broadcast import group_of
-from fedlora.communication.codecs import run_codecs
+from fedlora.communication.codecs import named, run_codecs
+from fedlora.communication.wire import shown
 from fedlora.corrections import VARIATES, correction
 from fedlora.errors import InputError, StaleError
 from fedlora.methods import get_method
@@ -77,20 +78,27 @@ class Memory:
         InputError
             If a node's owner allows less on the disk. No example was read, and no step charged.
         StaleError
-            If the message lacks the variates' mean.
+            If the message lacks the variates' mean, or its arrays are not like those that are trained.
         """
-        numbers = state_size(self._client.config.client) if self._keeps else 0
         if self._correction.active:
-            numbers += VERSIONS
             self._recall_variates(job)
-        if numbers:
+        if copies := self._copies():
             trained, relative = (
                 sum(a.nbytes for a in arrays.values()) for arrays in (job.arrays, self.coordinates.bases)
             )
-            self._client.make_room(numbers * trained + relative)
+            self._client.make_room(sum(copies) * trained + len(copies) * relative)
         own = {name: self._own[name] for name in self._mean}
         state = {name: array for name, array in self._state.items() if self._fits(name, array, job.arrays)}
         return replace(job, state=state, shift=self._correction.shift(own, self._mean))
+
+    def _copies(self) -> list[int]:
+        """Return how many copies of the trained arrays each sort keeps at most, what the codec leaves out included."""
+        config = self._client.config
+        copies = [state_size(config.client)] if self._keeps else []
+        copies += [VERSIONS] if self._correction.active else []
+        # What was left out before the round, and in each of its exchanges (clients.feedback).
+        copies += [1 + self._client.number] if run_codecs(config).feedback else []
+        return [count for count in copies if count]
 
     def keep(self, job: ClientJob, result: ClientResult) -> Arrays:
         """Keep what the training left to be remembered; return the change of the variate, which is sent."""
@@ -140,10 +148,14 @@ class Memory:
         record = self._message.content.get(VARIATES)
         if not isinstance(record, ArrayRecord):
             raise StaleError("the message lacks the mean of the clients' variates")
-        self._mean = run_codecs(self._client.config).once.decode(record)
-        if self._mean.keys() != names:
+        if set(record) != names:
             remedy = f"needs clients of {self._client.config.method.name} to send what they train; use none"
             raise InputError("client.correction", self._correction.name, remedy)
+        shapes = {name: tuple(job.arrays[name].shape) for name in record}
+        try:
+            self._mean = named(run_codecs(self._client.config).once.decode_vector(record, shapes), shapes)
+        except ValueError as error:
+            raise StaleError(f"the mean of the clients' variates is not like what is trained: {error}") from None
         counted = str(settings.get(VARIATES, ""))
         there = self._recalled(CORRECTION)
         self._own = {full.partition(":")[2]: a for full, a in there.items() if full.partition(":")[0] == counted}
@@ -155,10 +167,11 @@ class Memory:
         }
         if counted and not self._own:
             # The mean is what a variate is on average: the client adds nothing in this round.
-            log.warning("the client's variate of round %s is lost; it begins anew from the mean", counted)
+            log.warning("the client's variate of round %s is lost; it begins anew from the mean", shown(counted))
             self._own = dict(self._mean)
         for name, mean in self._mean.items():
-            self._own.setdefault(name, torch.zeros_like(mean))
+            if self._own.setdefault(name, torch.zeros_like(mean)).shape != mean.shape:
+                raise StaleError(f"the client's variate of {name} has another shape than what is trained")
 
 
 def _round(version: str) -> int:

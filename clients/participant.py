@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
@@ -31,6 +33,8 @@ from fedlora.privacy import Ledger, PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import HOME, Exchange
+
+log = logging.getLogger("fedlora")
 
 
 class Participant(ABC):
@@ -242,7 +246,13 @@ class NodeClient(Participant):
     def own(self, sort: str = HOME) -> Arrays:
         """Read the node's directory: Flower's node state ends with a restart."""
         path = self._own(sort)
-        return {n: aligned(a) for n, a in load(path.read_bytes()).items()} if path.exists() else {}
+        try:
+            return {n: aligned(a) for n, a in load(path.read_bytes()).items()}
+        except FileNotFoundError:
+            return {}
+        except SafetensorError:  # cut short: the node may have lost its power
+            log.warning("%s cannot be read: what the run kept there is lost", path)
+            return {}
 
     def keep(self, arrays: Arrays, sort: str = HOME) -> None:
         """Write to the node's directory, within what the owner gives runs on the disk."""

@@ -31,10 +31,12 @@ class FedSVD(RankedStrategy):
     orthonormal rows as A has; where Bbar lost rank, V completes them from A's row space.
 
     So A turns within the row space that was drawn, by the orthogonal A_t A_(t+1)^T. What is linear in moves of B, such
-    as a momentum or a control variate, is carried over by it and loses nothing. A client of a smaller rank holds fewer
-    rows of A: what it remembers loses the part that lies along none of its next rows. A second moment is not linear:
-    the squares of turned numbers depend on products that were never kept. Adaptive optimisers with a memory are
-    refused.
+    as a momentum or a control variate, is carried over by it and loses nothing. A second moment is not linear: the
+    squares of turned numbers depend on products that were never kept. Adaptive optimisers with a memory are refused.
+
+    A client of a smaller rank holds only the leading rows of A, and these span another space after every round. What it
+    keeps itself (its momentum, or what a codec left out) is projected onto the new rows, and the rest is lost.
+    The server's momentum is of the whole A, and loses nothing.
     """
 
     name = "fedsvd"

@@ -88,6 +88,10 @@ def memory_notes(config: Config, numbers: int, bases: int, itemsize: int) -> lis
         # Its own, and the one that it makes of it; a round of several exchanges may go back to a third.
         size = (2 * numbers + bases) * itemsize
         notes.append(f"each client keeps up to {size:,} bytes between rounds: variates of {config.client.correction}")
+    if config.wire.keeps_errors:
+        # Those of its last round, and of before, to which a round that does not count goes back.
+        size = (2 * numbers + bases) * itemsize
+        notes.append(f"each client keeps up to {size:,} bytes between rounds: what the uplink's codec left out")
     return notes
 
 

@@ -225,7 +225,8 @@ class WireSection(Section):
     error_feedback: bool | None = Field(
         default=None,
         description="Let each client keep what the uplink's codec leaves out, and add it to its next update; by "
-        "default where the codec needs it: onebit and topk. Arrays then go up as updates.",
+        "default for codecs that encode updates alone, such as onebit and topk. Arrays then go up as updates. A client "
+        "keeps up to two numbers for each that it sends.",
     )
     topk_fraction: Fraction = Field(
         default=0.05, description="Share of an array's numbers that topk sends: the largest, at least one."
@@ -241,7 +242,10 @@ class WireSection(Section):
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each codec reads some of the keys; where nothing is lost, nothing is fed back."""
-        given = [name for name in (self.codec, self.downlink_codec, self.uplink_codec) if name is not None]
+        both = self.downlink_codec or self.codec, self.uplink_codec or self.codec
+        given = [name for name in dict.fromkeys(both) if name is not None]
+        if self.codec and self.downlink_codec and self.uplink_codec:
+            yield "codec", "each direction has a codec of its own"
         for key in self.model_fields_set & {"topk_fraction"}:  # codecs are looked up only for keys that were set
             if not any(key in CODECS.get(name).uses for name in given):
                 yield key, f"no codec of the run reads it: {', '.join(given) or 'nothing is rounded'}"

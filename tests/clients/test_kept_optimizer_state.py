@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedlora.arrays import Arrays
 from fedlora.clients import client_app, memory
 from fedlora.clients.client_app import app
-from fedlora.clients.participant import open_node
-from fedlora.communication.wire import decode
+from fedlora.clients.participant import NodeClient, open_node
+from fedlora.communication.wire import COUNTED, decode
 from fedlora.config import load_config, unused_keys
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.results.checkpoint import Checkpoint
@@ -153,3 +154,42 @@ def test_a_node_keeps_it_within_what_its_owner_allows(
     assert "policy.max_cache_gb = 4.0: a run asks to keep" in caplog.text
     assert kept.read_bytes() == before
     assert open_node(here).ledger.steps() == steps == server.config.client.local_steps
+
+
+def test_room_for_all_that_a_round_keeps_is_made_before_a_step_is_charged(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an owner who allows too little on the disk is charged for rounds that fail."""
+    events: list[int] = []
+    make_room, step = NodeClient.make_room, NodeClient._step
+
+    def asked(self: NodeClient, needed: int, *used: Path) -> None:
+        events.append(needed)
+        make_room(self, needed, *used)
+
+    def stepped(self: NodeClient) -> None:
+        events.append(-1)
+        step(self)
+
+    monkeypatch.setattr(NodeClient, "make_room", asked)
+    monkeypatch.setattr(NodeClient, "_step", stepped)
+    server = Server(
+        tmp_path / "server",
+        "fedsvd",
+        client__momentum=0.9,
+        client__keep_optimizer_state=True,
+        wire__uplink_codec="onebit",
+    )
+    here = server.context(write_node(tmp_path / "clinic", cache))
+    app(server.describe(), here)
+    for server_round in (1, 2):
+        events.clear()
+        message = server.train(server_round)
+        message.content["config"][COUNTED] = server_round - 1
+        reply = app(message, here)
+        assert not reply.has_error(), reply.error
+        kept = [load_file(path) for path in (tmp_path / "clinic").rglob("own/*.safetensors")]
+        assert len(kept) == 2
+        size = sum(array.nbytes for arrays in kept for array in arrays.values())
+        assert max(events[: events.index(-1)]) >= size
+    assert max(events[: events.index(-1)]) == size

@@ -21,13 +21,13 @@ from fedlora.arrays import Arrays
 from fedlora.clients import client_app, half
 from fedlora.clients.client_app import app
 from fedlora.clients.memory import CORRECTION
-from fedlora.clients.participant import SimulatedClient
+from fedlora.clients.participant import SimulatedClient, open_node
 from fedlora.communication.codecs import get_codec
 from fedlora.communication.wire import decode, encode
 from fedlora.config import load_config
 from fedlora.corrections import VARIATES
 from fedlora.corrections.scaffold import Scaffold
-from fedlora.errors import InputError
+from fedlora.errors import ClientErrorCode, InputError
 from fedlora.methods import get_method
 from fedlora.privacy.mechanisms import get_mechanism
 from fedlora.strategies.replies import ReplyError, read_beside, read_update
@@ -380,6 +380,48 @@ def test_a_node_keeps_its_variate_in_its_directory(
     client_app.forget_data()
 
 
+@pytest.mark.parametrize("wrong", ["float64", "long", "short", "names"])
+def test_a_mean_unlike_what_is_trained_is_refused_before_a_step_is_charged(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of another shape could be spread to arrays of any size, and be kept."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    server = Server(tmp_path / "server", "ffa-lora", client__correction="scaffold")
+    here = server.context(write_node(tmp_path / "clinic", tmp_path / "cache"))
+    app(server.describe(), here)
+    message = server.train(1)
+    mean = {name: torch.zeros_like(array) for name, array in decode(server.arrays).items()}
+    name = next(iter(mean))
+    if wrong == "float64":
+        mean[name] = mean[name].double()
+    elif wrong == "names":
+        mean["other"] = mean.pop(name)
+    else:
+        mean[name] = torch.zeros(9, 1, 1) if wrong == "long" else torch.zeros(1)
+    message.content[VARIATES] = encode(mean, torch.float64 if wrong == "float64" else torch.float32)
+    reply = app(message, here)
+    assert reply.error.code == (ClientErrorCode.INPUT if wrong == "names" else ClientErrorCode.STALE)
+    assert open_node(here).ledger.steps() == 0
+    client_app.forget_data()
+
+
+def test_what_a_server_calls_a_variate_forges_no_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    server = Server(tmp_path / "server", "ffa-lora", client__correction="scaffold")
+    here = server.context(write_node(tmp_path / "clinic", tmp_path / "cache"))
+    app(server.describe(), here)
+    message = server.train(2)
+    message.content["config"][VARIATES] = "1/\n2026-01-01 all is well" + "." * 10_000
+    message.content[VARIATES] = encode({n: torch.zeros_like(a) for n, a in decode(server.arrays).items()})
+    assert not app(message, here).has_error()
+    (said,) = [record.getMessage() for record in caplog.records if "is lost; it begins anew" in record.getMessage()]
+    assert "\n" not in said
+    assert len(said) < 300
+    client_app.forget_data()
+
+
 # What is refused.
 
 
@@ -394,7 +436,11 @@ def test_a_node_keeps_its_variate_in_its_directory(
         ),
         (
             {"client": SCAFFOLD, "method": {"name": "ffa-lora", "device_profile": {"4": 0.5, "8": 0.5}}},
-            r"client\.correction = 'scaffold': needs arrays of one shape; .*",
+            r"client\.correction = 'scaffold': needs arrays of one shape; leave .*device_profile",
+        ),
+        (
+            {"client": SCAFFOLD, "method": {"name": "ffa-lora", "ranks": [4] * 10}},
+            r"client\.correction = 'scaffold': needs arrays of one shape; leave method\.ranks",
         ),
         ({"client": {"correction": "scafold"}}, r"client\.correction = 'scafold': should be 'none' or 'scaffold'"),
     ],

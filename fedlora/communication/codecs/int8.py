@@ -10,7 +10,7 @@ import torch
 from fedlora.communication.codecs import Codec, Shape
 
 LEAST = 64
-"""Numbers that share a scale at least, where the array has them: scales then add a sixteenth of the bytes at most."""
+"""Fewest numbers that share a scale, in an array that has so many: scales then add at most a sixteenth of the bytes."""
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -18,9 +18,10 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 class Int8(Codec):
     """Numbers as multiples -127 to 127 of one float32 scale a group, the group's largest number / 127.
 
-    A group is as many neighbouring rows (of the last dimension) as make :data:`LEAST` numbers and divide the array
-    evenly: one row where it is that long; a vector is one group. The error of a number is at most half the scale.
-    Rounding is deterministic: changes far smaller than the scale are lost, unless updates are sent instead of values.
+    A row, of the last dimension, is a group if it has :data:`LEAST` numbers. Shorter rows are put together: the fewest
+    neighbouring ones that have so many numbers and divide the array evenly. A vector is one group. The error of a
+    number is at most half the scale. Rounding is deterministic: changes far smaller than the scale are lost, unless
+    updates are sent instead of values.
     """
 
     name = "int8"
