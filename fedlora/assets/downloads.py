@@ -97,7 +97,7 @@ def _wheel(wanted: Distribution, folder: Path) -> Path:
 
 
 def _source(wanted: Distribution, folder: Path) -> Path:
-    settings = pip_settings()
+    settings = _pip_settings()
     try:
         verified = ssl.create_default_context(cafile=settings.get("cert"))
     except OSError as error:
@@ -219,7 +219,7 @@ def _unreachable(address: str, error: Exception) -> DownloadError:
     return DownloadError(f"{address} cannot be read: {getattr(error, 'reason', None) or error}")
 
 
-def pip_settings() -> dict[str, str]:
+def _pip_settings() -> dict[str, str]:
     """Return what pip is configured with: of its environment, else of ``[download]``, else of ``[global]``."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
