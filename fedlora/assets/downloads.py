@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 2**20
 _TIMEOUT = 60.0
+_MOST_OF_PAGE = 64 * 2**20
 _JSON = "application/vnd.pypi.simple.v1+json"
 
 
@@ -96,8 +97,11 @@ def _wheel(wanted: Distribution, folder: Path) -> Path:
 
 
 def _source(wanted: Distribution, folder: Path) -> Path:
-    settings = pip_settings()
-    verified = ssl.create_default_context(cafile=settings.get("cert"))
+    settings = _pip_settings()
+    try:
+        verified = ssl.create_default_context(cafile=settings.get("cert"))
+    except OSError as error:
+        raise DownloadError(f"pip's setting cert = {settings.get('cert')} cannot be read ({error}); fix it") from None
     address, login = _find(wanted, settings, verified)
     part = folder / "download.part"
     _stream(_request(address, login), part, wanted, verified)
@@ -132,37 +136,47 @@ def _find(wanted: Distribution, settings: dict[str, str], verified: ssl.SSLConte
     """Return the address of a distribution's file and the login of its index, from the first index that has it."""
     why = "pip is told not to use an index (no-index)"
     for index in _indexes(settings):
-        page, login = _without_login(f"{index.rstrip('/')}/{_normal(wanted.package)}/")
-        if urlsplit(page).scheme == "file":
-            page += "index.html"
         try:
+            page, login = _without_login(f"{index.rstrip('/')}/{_normal(wanted.package)}/")
             files = _files(page, login, verified)
         except DownloadError as error:
             why = str(error)
             continue
         for name, address in files:
             if _normal(name) == _normal(_file_name(wanted)):
-                whole = urljoin(page, address)
-                return whole, login if urlsplit(whole).netloc == urlsplit(page).netloc else ""
+                return address, login if _origin(address) == _origin(page) else ""
         why = f"{page} does not list {_file_name(wanted)}"
     raise DownloadError(f"{_title(wanted)} was not found ({why}); make pip reach a package index, then run again")
 
 
 def _files(page: str, login: str, verified: ssl.SSLContext) -> list[tuple[str, str]]:
-    """Return names and addresses of a project's files (PEP 691, else PEP 503)."""
-    request = _request(page, login)
+    """Return names and whole addresses of a project's files (PEP 691, else PEP 503)."""
+    local = _origin(page)[0] == "file"
+    request = _request(f"{page}index.html" if local else page, login)
     request.add_header("Accept", f"{_JSON}, text/html;q=0.2")
     with _opened(request, verified) as source:
         kind = source.headers.get_content_type()
-        content = _reading(source.read)
-    if kind != _JSON:
-        links = _Links()
-        links.feed(content.decode("utf-8", "replace"))
-        return [(unquote(urlsplit(link).path.rpartition("/")[2]), urldefrag(link).url) for link in links.found]
+        content = _reading(lambda: source.read(_MOST_OF_PAGE + 1))
+        read_from = source.geturl()  # an index may redirect, and addresses are relative to where it led
+    if len(content) > _MOST_OF_PAGE:
+        raise DownloadError(f"{page} is too large to be a page of an index")
     try:
-        return [(str(file["filename"]), str(file["url"])) for file in json.loads(content)["files"]]
-    except (ValueError, KeyError, TypeError):
-        raise DownloadError(f"{page} is not what PEP 691 describes") from None
+        named = _of_json(content) if kind == _JSON else _of_html(content)
+        files = [(name, urljoin(read_from, address)) for name, address in named]
+        # A page from the network must not name a file of this machine.
+        return [file for file in files if _origin(file[1])[0] in ("http", "https") or local]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DownloadError(f"{page} is not a page of an index (PEP 691 or PEP 503)") from None
+
+
+def _of_json(content: bytes) -> list[tuple[str, str]]:
+    return [(str(file["filename"]), str(file["url"])) for file in json.loads(content)["files"]]
+
+
+def _of_html(content: bytes) -> list[tuple[str, str]]:
+    links = _Links()
+    links.feed(content.decode("utf-8", "replace"))
+    return [(unquote(urlsplit(link).path.rpartition("/")[2]), urldefrag(link).url) for link in links.found]
 
 
 class _Links(HTMLParser):
@@ -177,7 +191,10 @@ class _Links(HTMLParser):
 
 
 def _request(address: str, login: str) -> urllib.request.Request:
-    request = urllib.request.Request(address)
+    try:
+        request = urllib.request.Request(address)
+    except ValueError as error:  # no scheme
+        raise _unreachable(address, error) from None
     if login:
         # Not for a host that the index sends us on to.
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
@@ -202,7 +219,7 @@ def _unreachable(address: str, error: Exception) -> DownloadError:
     return DownloadError(f"{address} cannot be read: {getattr(error, 'reason', None) or error}")
 
 
-def pip_settings() -> dict[str, str]:
+def _pip_settings() -> dict[str, str]:
     """Return what pip is configured with: of its environment, else of ``[download]``, else of ``[global]``."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -233,9 +250,17 @@ def _default_index() -> str:
 
 def _without_login(address: str) -> tuple[str, str]:
     """Divide ``https://user:password@host/...`` into the address without the login, and the login."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise _unreachable("the package index", error) from None  # not with its login
     login, _, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=host)), unquote(login)
+
+
+def _origin(address: str) -> tuple[str, str]:
+    """Return scheme and host, with which alone a login is shared."""
+    return urlsplit(address)[:2]
 
 
 def _file_name(wanted: Distribution) -> str:

@@ -204,9 +204,18 @@ def within(found: Sequence[Step], budget: float) -> Step | None:
     return found[place - 1] if place else None
 
 
-def cost_to(run: FinishedRun, cost: str, target: float) -> float:
-    """Return what a run had spent at the first evaluation whose test score reached a target; infinite if none did."""
-    task, costs = run.task, spent(run, cost)
+def cost_to(run: FinishedRun, costs: Mapping[int, float], target: float) -> float:
+    """Return the cost at a run's first evaluation whose test score reached a target; infinite if none did.
+
+    Parameters
+    ----------
+    run : FinishedRun
+    costs : mapping of int to float
+        Spent after each round, as :func:`spent` returns it.
+    target : float
+        Value of the task's primary metric.
+    """
+    task = run.task
     for line in run.rounds:
         score = line.score(task.primary)
         if score is not None and line.round in costs and (score >= target if task.maximize else score <= target):
@@ -239,7 +248,7 @@ class BudgetRow:
 
     @property
     def score(self) -> Mean | None:
-        """Mean score; None unless every seed has one, since the others would be the quick ones."""
+        """Mean score; None unless every seed has one, since a mean over the cheap seeds alone would mislead."""
         scores = [step.score for step in self.found if step is not None]
         finite = all(map(math.isfinite, scores))
         return Mean.of(scores) if len(scores) == len(self.found) and finite else None
@@ -280,7 +289,7 @@ class TargetRow:
 
     @property
     def median(self) -> float:
-        """Median cost, with those that did not reach the target as infinitely dear."""
+        """Median cost; the cost of a seed that did not reach the target is infinite."""
         return statistics.median(self.costs)
 
     @property
@@ -316,21 +325,26 @@ def target_rows(groups: Sequence[Group], questions: Questions) -> list[TargetRow
 
     Epsilon is left out of groups without privacy.
     """
+    if not questions.targets:
+        return []
+    names = dict.fromkeys((*_OF_TARGETS, *questions.budgets))
+    # Simulated times on a network take long, so that no target computes them again.
+    costs = {name: [(group, [spent(run, name) for run in group.runs]) for group in groups] for name in names}
     rows = []
     for target in questions.targets:
-        for name in (*_OF_TARGETS, *(name for name in questions.budgets if name not in _OF_TARGETS)):
+        for name, by_group in costs.items():
             answers = [
-                TargetRow(group, COSTS[name], target, [cost_to(run, name, target) for run in group.runs])
-                for group in groups
-                if all(_tells(run, name) for run in group.runs)
+                TargetRow(
+                    group,
+                    COSTS[name],
+                    target,
+                    [cost_to(run, c, target) for run, c in zip(group.runs, of_runs, strict=True)],
+                )
+                for group, of_runs in by_group
+                if all(of_run and all(map(math.isfinite, of_run.values())) for of_run in of_runs)
             ]
             rows += sorted(answers, key=lambda row: (-row.reached / len(row.costs), row.median))
     return rows
-
-
-def _tells(run: FinishedRun, name: str) -> bool:
-    costs = spent(run, name)
-    return bool(costs) and all(map(math.isfinite, costs.values()))
 
 
 @dataclass(frozen=True)
@@ -370,7 +384,7 @@ def budgets_table(rows: Sequence[BudgetRow]) -> pd.DataFrame:
                 name: mean.mean if mean else None,
                 f"{name}_low": mean.low if mean else None,
                 f"{name}_high": mean.high if mean else None,
-                "rounds": " ".join("-" if step is None else str(step.chosen) for step in row.found),
+                "rounds": " ".join("none" if step is None else str(step.chosen) for step in row.found),
             }
         )
     return pd.DataFrame(table)

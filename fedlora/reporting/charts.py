@@ -300,7 +300,7 @@ def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
         series = _front_series(comparison, by_method, cost)
         panels.append(_score_panel(comparison, title, COSTS[cost].title, cost, series, **form))
     validated = all(map(has_validation, comparison.runs))
-    by = "the validation examples" if validated else "its test score, which flatters every method alike"
+    by = "the validation examples" if validated else "its test score, which makes every curve optimistic"
     caption = (
         f"A method's steps: the best {comparison.score_title} for what was spent so far, over all its configurations. "
         f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "

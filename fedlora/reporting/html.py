@@ -149,11 +149,14 @@ def _listed(parts: Sequence[Markup | str]) -> Markup:
 
 
 def caveat(comparison: Comparison) -> Markup:
-    """Write the caveats: where intervals overlap, and what always naming the largest class scores."""
+    """Write the caveats: scores that do not compare, intervals that overlap, and the score of the largest class."""
     parts: list[Markup] = []
     if comparison.personalised:
         text = "Scores are personalised: each client's own model on its own test examples. "
         parts.append(Markup("{}A global model's scores do not compare with them.").format(text))
+    if "data.name" in comparison.varied:
+        text = "Runs differ in data.name. Scores on different data do not compare: report on each data set alone."
+        parts.append(Markup(text))
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:

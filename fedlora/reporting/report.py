@@ -71,7 +71,9 @@ def write_reports(
         below = "report" if name == "report" else f"report/{name}"
         made = charts(comparison)
         answers = answer_questions(comparison, questions)
-        files[f"{name}.html"] = page(comparison, made, command, studies, answers).encode()
+        # Like unfinished runs, studies are told once. They tune global models alone.
+        told = studies if name == "report" else []
+        files[f"{name}.html"] = page(comparison, made, command, told, answers).encode()
         tables = table_files("runs", runs_table(comparison))
         tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
         if answers.budgets:

@@ -48,12 +48,20 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             path = folder / name
             if path.is_file() and not path.is_symlink() and _sha256(path) in earlier[name]:
                 path.unlink()
+                _remove_empty(path.parent, folder)
         _replace(folder / MANIFEST, json.dumps(new, indent=1).encode())
     except (OSError, ValueError) as error:
         if isinstance(error, InputError) or is_full(error):
             raise
         remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another --output"
         raise InputError("--output", str(folder), remedy) from None
+
+
+def _remove_empty(path: Path, above: Path) -> None:
+    """Remove a folder and those that hold nothing but it, below ``above``."""
+    while path != above and not any(path.iterdir()):
+        path.rmdir()
+        path = path.parent
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -80,7 +80,8 @@ def _of_client(made: Path, config: Config, client: int | None) -> Path:
         raise InputError("client", client, "has no model of its own: the run has one model; leave client out")
     there = sorted(int(path.name) for path in (made / CLIENTS).glob("*") if path.name.isdecimal())
     shown = f"choose one of {', '.join(map(str, there))}" if there else "their owners' nodes have them"
-    raise InputError("client", client, f"is needed: each of the run's clients has a model of its own; {shown}")
+    why = "is needed: each of the run's clients has a model of its own" if client is None else "has no model here"
+    raise InputError("client", client, f"{why}; {shown}")
 
 
 def _whole(config: Config, folder: Path) -> Any:

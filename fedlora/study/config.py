@@ -89,26 +89,19 @@ class BudgetSection(Section):
 
 
 class ReportSection(Section):
-    """``[report]``: what the study's report answers; changing it runs nothing again.
+    """``[report]``: budgets and targets of the study's report. A change of it starts no run again.
 
     Attributes
     ----------
     budgets : dict of str to list of float
-        Which quality is there for a budget? Limits by cost: bytes, uplink_bytes, downlink_bytes, epsilon, seconds,
-        rounds, or seconds_NAME of a link profile.
+        Limits for which the report tells the best score, by cost: bytes, uplink_bytes, downlink_bytes, epsilon,
+        seconds, rounds, or seconds_NAME of a link profile.
     targets : list of float
-        What does a quality cost? Values of the task's primary metric; a share as 0.8.
+        Values of the task's primary metric for which the report tells what reaching them cost; shares as 0.8.
     """
 
-    budgets: dict[str, Annotated[list[float], Field(min_length=1)]] = Field(
-        default_factory=dict,
-        description="Limits by cost (bytes, uplink_bytes, downlink_bytes, epsilon, seconds, rounds, seconds_PROFILE) "
-        "for which the report tells the best score.",
-    )
-    targets: list[float] = Field(
-        default_factory=list,
-        description="Values of the task's primary metric for which the report tells what reaching them cost.",
-    )
+    budgets: dict[str, Annotated[list[float], Field(min_length=1)]] = Field(default_factory=dict)
+    targets: list[float] = Field(default_factory=list)
 
 
 class StudyConfig(Section):

@@ -25,6 +25,7 @@ def test_an_earlier_report_is_replaced_and_its_leftovers_go(tmp_path: Path) -> N
     write_files(tmp_path, FILES)
     new = {"report.html": b"new page", "report/runs.csv": b"runs"}
     write_files(tmp_path, new)
+    assert not (tmp_path / "report" / "figures").exists()
     found = content(tmp_path)
     assert found.pop(MANIFEST)
     assert found == {**new, "notes.txt": b"mine"}

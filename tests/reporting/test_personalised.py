@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,33 @@ def test_models_that_nobody_scored_are_no_part_of_a_report(tmp_path: Path) -> No
     own_models(tmp_path / "own", 5, final={})
     with pytest.raises(InputError, match=r"nobody scored; run it again with server\.fraction_evaluate"):
         read_runs([tmp_path])
+
+
+def test_what_a_study_tuned_and_pages_that_are_no_longer_written(tmp_path: Path) -> None:
+    """Tuning reads validation examples on the server, hence of global models: it stands on their page alone."""
+    make_run(tmp_path / "runs" / "global", 0, {})
+    own = own_models(tmp_path / "runs" / "own", 5)
+    (tmp_path / "study.toml").write_text("")
+    cost = {"runs": 2, "seconds": 1.0, "bytes": 5}
+    group = {"values": {}, "cost": cost, "candidates": [{"value": 0.1}]}
+    tuning = {"over": "client.learning_rate", "seed": 0, "cost": cost, "groups": [group]}
+    failed = {"name": "broken", "status": "failed", "error": "it broke"}
+    state = {"name": "s", "points": [failed], "tuning": tuning, "report": {"budgets": {"rounds": [2.0]}}}
+    (tmp_path / "study.json").write_text(json.dumps(state))
+    pages = [page.read_text() for page, _ in write_reports([tmp_path])]
+    for said, expected in (("What s tuned before", [True, False]), ("it broke", [True, False])):
+        assert [said in page for page in pages] == expected
+    assert all("budget.rounds.2.mean" in page for page in pages)
+    shutil.rmtree(own)
+    write_reports([tmp_path])
+    assert not list(tmp_path.rglob("*personalised*"))
+
+
+def test_scores_on_different_data_are_told_not_to_compare(tmp_path: Path) -> None:
+    for number, data in enumerate(("asset:rotten-tomatoes", "asset:20newsgroups")):
+        make_run(tmp_path / str(number), number, {"data.name": data})
+    [(page, _)] = write_reports([tmp_path])
+    assert "Scores on different data do not compare" in page.read_text()
+    shutil.rmtree(tmp_path / "1")
+    [(page, _)] = write_reports([tmp_path])
+    assert "data.name. Scores" not in page.read_text()
