@@ -65,7 +65,7 @@ def test_fetch_unpacks_what_is_needed_once(tiny):
 
 def test_an_unchanged_file_is_not_hashed_again(tiny, monkeypatch):
     folder = fetch("tiny")
-    monkeypatch.setattr(cache, "_sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(cache, "sha256_of", lambda path: pytest.fail("hashed"))
     assert fetch("tiny") == folder
 
 

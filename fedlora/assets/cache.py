@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from filelock import FileLock
 
 from fedlora.assets.archives import ArchiveError, join, unpack
 from fedlora.assets.catalogue import ASSETS, PREFIX, Asset, find_asset
-from fedlora.assets.downloads import DownloadError, download
+from fedlora.assets.downloads import DownloadError, download, sha256_of
 from fedlora.errors import InputError
 from fedlora.storage import writes_to
 
@@ -181,7 +180,7 @@ def _verify(asset: Asset, folder: Path, name: str, field: str) -> None:
             if noted.get(path.name) == _stat(path):
                 continue
             stale = True
-            if _sha256(path) == expected:
+            if sha256_of(path) == expected:
                 continue
         raise InputError(field, name, f"{path} is missing, cut short or changed; delete {folder} and run again")
     if stale and os.access(folder, os.W_OK):
@@ -199,8 +198,3 @@ def _write_marker(asset: Asset, folder: Path) -> None:
 def _stat(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,7 +52,7 @@ def download(wanted: Distribution, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = sorted(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz")))
-    if kept and (not wanted.sha256 or _sha256(kept[0]) == wanted.sha256):
+    if kept and (not wanted.sha256 or sha256_of(kept[0]) == wanted.sha256):
         return kept[0]
     for path in kept:
         path.unlink()
@@ -64,12 +64,13 @@ def _title(wanted: Distribution) -> str:
 
 
 def _checked(wanted: Distribution, path: Path) -> None:
-    if wanted.sha256 and _sha256(path) != wanted.sha256:
+    if wanted.sha256 and sha256_of(path) != wanted.sha256:
         path.unlink()
         raise DownloadError(f"the downloaded {_title(wanted)} has a wrong SHA-256; use another package index")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -75,7 +75,7 @@ of them sent unchanged.
 METHODS_HEAD = """\
 | `method.name` | what | sent, a layer and round | exact | mixed ranks | example-level DP | paper |
 |---|---|---|---|---|---|---|"""
-"""Of the table of methods, which README shows too."""
+"""Heading of the table of methods, which stands in README, too."""
 
 
 def _own_keys(method: type[Method]) -> list[str]:

@@ -17,7 +17,7 @@ PACKAGE = "bigbench"
 """The package whose assets are read here."""
 
 FORM = 1
-"""Number of the form of the tables: columns and how rows are divided. Another form gets other folders."""
+"""Version of the tables' columns and splits. Each version has its own folders in the cache."""
 
 SPLITS = ("train", "validation", "test")
 

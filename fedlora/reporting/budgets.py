@@ -1,4 +1,4 @@
-"""Quality under a budget, and the cost of a quality: what runs had to show for what they had spent by then."""
+"""The best score within a budget, and the cost of reaching a score."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def check_questions(budgets: Mapping[str, Sequence[float]], targets: Sequence[fl
 
 @dataclass(frozen=True)
 class Step:
-    """What a run had to show after an evaluation.
+    """A run's best model after one of its evaluations, and the cost so far.
 
     Attributes
     ----------
@@ -128,7 +128,7 @@ class Step:
 def spent(run: FinishedRun, cost: str) -> dict[int, float]:
     """Return what a run had spent after each of its rounds; infinite epsilon without privacy.
 
-    A cost that the run's files do not tell gives an empty dict.
+    The dict is empty if the run's files lack the cost.
     """
     rounds = [line.round for line in run.rounds]
     if cost == "rounds":
@@ -167,7 +167,7 @@ def _so_far(
 def _epsilon(run: FinishedRun, rounds: Sequence[int]) -> dict[int, float]:
     if run.summary.epsilon is None:
         return dict.fromkeys(rounds, math.inf)
-    if not run.privacy:  # of the whole run alone: no round had spent more
+    if not run.privacy:  # only the final epsilon is known, and no round had spent more
         return dict.fromkeys(rounds, run.summary.epsilon.max)
     return _so_far(((line.round, line.epsilon) for line in run.privacy), rounds, max)
 
@@ -178,7 +178,7 @@ def has_validation(run: FinishedRun) -> bool:
 
 
 def steps(run: FinishedRun, cost: str) -> list[Step]:
-    """Return what a run had to show after each evaluation: the best model so far, by validation or else by its score.
+    """Return a run's best model so far after each evaluation: the best by validation, else by its test score.
 
     Costs never fall from step to step, so that the last step within a budget is the answer for it.
     """
@@ -428,7 +428,7 @@ def front(points: Sequence[tuple[float, float]], maximize: bool) -> list[int]:
 
 @dataclass(frozen=True)
 class MeanStep:
-    """What a group had to show after an evaluation, on average over its seeds."""
+    """Mean cost and score of a group's best models after an evaluation, over its seeds."""
 
     group: Group
     round: int

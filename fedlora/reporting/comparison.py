@@ -313,7 +313,7 @@ def network_seconds(run: FinishedRun, name: str) -> list[float]:
 
 
 def network_by_round(run: FinishedRun, name: str) -> dict[int, float]:
-    """Return the same by the number of the round."""
+    """Return the seconds of :func:`network_seconds` by round number."""
     profile = network_profile(run.config.network) if name == "config" else PROFILES[name]
     assert profile is not None
     by_round: dict[int, list[Any]] = defaultdict(list)
