@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -70,9 +69,9 @@ class AdapterLayer(nn.Module):
         # In the residual's own precision: a half-precision weight would swallow it.
         return y + nn.functional.linear(x.to(self.residual.dtype), self.residual).to(y.dtype)
 
-    @abstractmethod
     def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return what the factors add to the frozen layer's output y [N, T, m] for the input x [N, T, n]."""
+        raise NotImplementedError
 
     def drawn_scale(self, factor: str) -> float:
         """Return the scale of a factor's random values in :meth:`~fedlora.adapters.AdaptedModel.drawn`."""

@@ -107,8 +107,8 @@ def peft_config(
             raise InputError(field, value, f"{remedy}; leave it out")
         if key not in keys:
             raise unknown_key(field, key, value, keys)
-        if (remedy := _misfit(key, value, keys[key])) is not None:
-            raise InputError(field, value, remedy)
+        if (why := _misfit(key, value, keys[key])) is not None:
+            raise InputError(field, value, why)
     seeds = [key for key in keys if key.endswith(_SEEDS)]
     values: dict[str, Any] = dict.fromkeys(seeds, config.run.seed)
     if seed is not None:
