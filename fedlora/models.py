@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -485,13 +486,13 @@ def _hidden_size(config: Config, model: Any) -> int:
     Refuses an encoder-decoder like T5, whose decoder wants a text of its own; others, like BART, give it the same.
     """
     try:
-        hidden = on_skeleton(model, lambda: run_short_text(model).last_hidden_state)
+        width: int = on_skeleton(model, lambda: run_short_text(model).last_hidden_state.shape[-1], "width")
     except InputError as error:
         if not getattr(model.config, "is_encoder_decoder", False):
             raise
         remedy = "its decoder wants a text beside the encoder's; take a model of one text, such as an encoder"
         raise InputError("model.name", config.model.name, remedy) from error
-    return int(hidden.shape[-1])
+    return width
 
 
 SHORT_TEXTS = 3
@@ -531,8 +532,17 @@ def run_short_text(model: Any) -> Any:
         raise InputError("model.name", name, f"cannot run on a text ({why}); choose another model") from error
 
 
-def on_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
+_answers: dict[tuple[str, Hashable], Any] = {}
+"""What skeletons answered, by architecture and question: a study forecasts many runs of one model."""
+
+_MOST_ANSWERS = 256
+
+
+def on_skeleton(model: nn.Module, run: Callable[[], T], question: Hashable) -> T:
     """Call a function that runs a model which may be a skeleton (on ``meta``); return what it returns.
+
+    A skeleton is run once for each question: what it answers depends on its architecture alone. The answer must not
+    be changed.
 
     The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. A
     skeleton runs on fake tensors, which compute shapes alone. A model that looks at numbers, which these have not, runs
@@ -540,6 +550,26 @@ def on_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return run()
+    if (architecture := _architecture(model)) is None:
+        return _run_skeleton(model, run)
+    key = architecture, question
+    if key not in _answers:
+        while len(_answers) >= _MOST_ANSWERS:
+            del _answers[next(iter(_answers))]
+        _answers[key] = _run_skeleton(model, run)
+    answer: T = _answers[key]
+    return answer
+
+
+def _architecture(model: nn.Module) -> str | None:
+    """Return a digest of a model's modules and config; None without a config: modules alone do not tell all."""
+    config = getattr(model.encoder if isinstance(model, MeanPoolingClassifier) else model, "config", None)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        return None
+    return hashlib.sha256(f"{model!r}\n{config.to_json_string(use_diff=False)}".encode()).hexdigest()
+
+
+def _run_skeleton(model: nn.Module, run: Callable[[], T]) -> T:
     with suppress(InputError), FakeTensorMode(allow_non_fake_inputs=True), _weightless(model):
         return run()
     with _weightless(model):

@@ -45,30 +45,31 @@ def unreached(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
     layers = {path: model.get_submodule(path) for path in paths}
     training = [(module, module.training) for module in model.modules()]
     try:
-        watch = on_skeleton(model, lambda: _watch(model, layers))
+        called, by_text, influential, read = on_skeleton(model, lambda: _watch(model, layers), tuple(paths))
     finally:
         for module, mode in training:
             module.training = mode
     reasons = {}
     for path in paths:
-        if path in watch.read:
+        if path in read:
             reasons[path] = READ_ELSEWHERE
-        elif path not in watch.called and not _is_unchosen_sibling(path, watch.called):
+        elif path not in called and not _is_unchosen_sibling(path, called):
             reasons[path] = NEVER_CALLED
-        elif path in watch.called and path not in watch.by_text:
+        elif path in called and path not in by_text:
             reasons[path] = OTHER_ROWS
-        elif path in watch.called and path not in watch.influential:
+        elif path in called and path not in influential:
             reasons[path] = NO_INFLUENCE
     return reasons
 
 
-def _watch(model: nn.Module, layers: dict[str, nn.Module]) -> _Watch:
+def _watch(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[set[str], set[str], set[str], set[str]]:
+    """Return which layers are called, called for each text by itself, influential, and read by other code."""
     with _watched(layers) as watch, torch.enable_grad():
         # Some models compute otherwise while they train.
         for mode in (False, True):
             model.train(mode)
             watch.see(run_short_text(model).logits)
-    return watch
+    return watch.called, watch.by_text, watch.influential, watch.read
 
 
 def _is_unchosen_sibling(path: str, called: set[str]) -> bool:

@@ -102,7 +102,7 @@ def load_examples(config: Config) -> Examples:
         return _server_examples(config)
     if data.test == SERVER:
         return _own_examples(config)
-    seed = _seed(config)
+    seed = draw_seed(config)
     notes: list[str] = []
     splits = _load(data.name, "data.name", data.format)
     train_name = _train_split(config, splits)
@@ -138,7 +138,8 @@ def load_examples(config: Config) -> Examples:
     return Examples(train, test, other["validation"], other["public"], label_names, list(dict.fromkeys(notes)))
 
 
-def _seed(config: Config) -> int:
+def draw_seed(config: Config) -> int:
+    """Return the seed by which examples are held out and chosen."""
     return config.run.seed if config.data.seed is None else config.data.seed
 
 
@@ -154,7 +155,7 @@ def hold_out_of_client(config: Config, client: int, rows: np.ndarray) -> tuple[n
         Both in the order of the rows.
     """
     held = held_out(config, len(rows))
-    order = np.random.default_rng([0 if config.data.test == SERVER else _seed(config), _CLIENT_TEST, client])
+    order = np.random.default_rng([0 if config.data.test == SERVER else draw_seed(config), _CLIENT_TEST, client])
     chosen = np.zeros(len(rows), bool)
     chosen[order.permutation(len(rows))[:held]] = True
     return rows[~chosen], rows[chosen]
@@ -316,7 +317,7 @@ def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.D
     most = config.data.max_test_examples
     if test is None or most is None or most >= len(test):
         return test
-    order = np.random.default_rng([_seed(config), _SUBSET, 1]).permutation(len(test))
+    order = np.random.default_rng([draw_seed(config), _SUBSET, 1]).permutation(len(test))
     return test.select(np.sort(order[:most]))
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -23,7 +24,7 @@ import torch
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
 from fedlora.config import SERVER, Config, PartitionSection
 from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
-from fedlora.data.sources import hold_out_of_client, load_examples, source_identity
+from fedlora.data.sources import Examples, draw_seed, hold_out_of_client, load_examples, source_identity
 from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
@@ -31,8 +32,11 @@ from fedlora.tasks import IGNORED, Encoded, Task, get_task
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: raise it when the same config would give other files.
-_LAYOUT = 3
+_LAYOUT = 4
 _CHUNK = 1000
+_KEPT = "train.kept.npy"
+"""Which training examples have tokens, where some have none."""
+
 _TABLES = ("train", "test", "validation", "public")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -280,7 +284,8 @@ def prepare_data(config: Config) -> FederatedData:
     no token of the model's: a special token stands for it, and the node's own log says how many there are.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
-    sources as :func:`~fedlora.data.sources.source_identity` sees them.
+    sources as :func:`~fedlora.data.sources.source_identity` sees them. Who holds which row is kept apart from the
+    tokens, so that runs whose partition or seed differs share the tokens.
 
     Raises
     ------
@@ -289,10 +294,15 @@ def prepare_data(config: Config) -> FederatedData:
     """
     pretrained = model_config(config)
     vocabulary = vocabulary_size(pretrained)
-    folder = cache_dir() / "tokens" / _key(config, pretrained)
+    key, divided = _keys(config, pretrained)
+    folder = cache_dir() / "tokens" / key
     types = has_token_types(pretrained)
-    build_once(folder, lambda target: _build(config, vocabulary, types, target), "data.name", config.data.name)
-    data = _open(config, folder)
+    examples = cache(lambda: load_examples(config))
+    field, name = "data.name", config.data.name
+    build_once(folder, lambda target: _build(config, examples(), vocabulary, types, target), field, name)
+    partition = folder / "partitions" / divided
+    build_once(partition, lambda target: _divide(config, examples(), folder, target), field, name)
+    data = _open(config, folder, partition)
     _look_at_texts(config, vocabulary, data)
     return data
 
@@ -317,7 +327,8 @@ def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) 
         logger.info("%s", note)
 
 
-def _key(config: Config, pretrained: Any) -> str:
+def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
+    """Return the names in the cache of the tokens, and of their partition."""
     source = pretrained_source(config)
     if is_asset(config.model.name):
         tokenizer: Any = sorted(find_asset(config.model.name).files.items())
@@ -332,14 +343,22 @@ def _key(config: Config, pretrained: Any) -> str:
         "tokenizer": tokenizer,
         "task": [config.model.task, _source(get_task(config.model.task))],
         "max_length": config.model.max_length,
-        # Nothing of a node's file is drawn.
-        "seed": None if _is_own(config) else config.run.seed,
-        "data": config.data.model_dump(),
+        "seed": None if _is_own(config) else draw_seed(config),
+        "data": config.data.model_dump(exclude={"seed", "partition", "client_test"}),
         "vocabulary": vocabulary_size(pretrained),
         "token_types": has_token_types(pretrained),
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
     }
+    division = {
+        # Nothing of a node's file is drawn.
+        "seed": None if _is_own(config) else config.run.seed,
+        "data": config.data.model_dump(include={"seed", "partition", "client_test"}),
+    }
+    return _digest(parts), _digest(division)
+
+
+def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -353,8 +372,8 @@ def _is_own(config: Config) -> bool:
     return config.data.test == SERVER
 
 
-def _build(config: Config, vocabulary: int | None, types: bool, target: Path) -> None:
-    examples = load_examples(config)
+def _build(config: Config, examples: Examples, vocabulary: int | None, types: bool, target: Path) -> None:
+    """Write the tokens of all tables."""
     tokenizer = load_tokenizer(config)
     if get_task(config.model.task).causal and tokenizer.eos_token_id is None:
         remedy = f"its tokenizer has no eos token; {config.model.task} needs one"
@@ -366,28 +385,32 @@ def _build(config: Config, vocabulary: int | None, types: bool, target: Path) ->
     tables = {name: table for name in _TABLES if (table := getattr(examples, name)) is not None}
     with_domain = [table for table in tables.values() if "domain" in table.column_names]
     domains = sorted({domain for table in with_domain for domain in table["domain"][:]})
-    kept = {
-        name: _write_table(config, target, name, table, tokenizer, types, domains, coverage[name])
-        for name, table in tables.items()
-    }
+    for name, table in tables.items():
+        _write_table(config, target, name, table, tokenizer, types, domains, coverage[name])
     counts = {name: coverage[name].to_dict() for name in tables}
     (target / "coverage.json").write_text(json.dumps(counts), encoding="utf-8")
-    train = kept.get("train")
+    meta = {
+        "label_names": examples.label_names,
+        "domain_names": domains,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tables": list(tables),
+        "notes": examples.notes,
+    }
+    (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _divide(config: Config, examples: Examples, folder: Path, target: Path) -> None:
+    """Write who holds which row of the training examples, of which the tokens are in ``folder``."""
+    train, kept = examples.train, folder / _KEPT
+    if train is not None and kept.is_file():
+        train = train.select(np.load(kept))
     clients, names = _clients(config, train, examples.label_names)
     if isinstance(config.data.client_test, float):
         parts = [hold_out_of_client(config, client, rows) for client, rows in enumerate(clients)]
         clients = [rows for rows, _ in parts]
         _write_partition(target, "client_test", [held for _, held in parts])
     _write_partition(target, "partition", clients)
-    meta = {
-        "label_names": examples.label_names,
-        "domain_names": domains,
-        "client_names": names,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tables": list(tables),
-        "notes": examples.notes,
-    }
-    (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (target / "names.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def _write_partition(target: Path, name: str, clients: list[np.ndarray]) -> None:
@@ -419,8 +442,8 @@ def _write_table(
     types: bool,
     domains: list[str],
     coverage: Coverage,
-) -> datasets.Dataset:
-    """Write the files of one split; return the examples that are in them."""
+) -> None:
+    """Write the files of one split."""
     task, rows = get_task(config.model.task), list[list[int]]()
     starts, flat = list[int](), {"tags": list[list[int]](), "token_types": list[list[int]]()}
     for first in range(0, len(table), _CHUNK):
@@ -444,6 +467,8 @@ def _write_table(
                 "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
             )
             rows, starts, table = [rows[row] for row in keep], [starts[row] for row in keep], table.select(keep)
+            if name == "train":
+                np.save(target / _KEPT, np.array(keep, np.int64))
         np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
     labels = task.label_array(table["label"][:]) if task.labelled else None
     if labels is not None:
@@ -456,7 +481,6 @@ def _write_table(
     if "domain" in table.column_names:
         index = {domain: number for number, domain in enumerate(domains)}
         np.save(target / f"{name}.domain.npy", np.array([index[domain] for domain in table["domain"][:]], np.int64))
-    return table
 
 
 _BESIDE: dict[str, tuple[str, list[Any]]] = {
@@ -538,13 +562,13 @@ def _offsets(lengths: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _open(config: Config, folder: Path) -> FederatedData:
-    def load(name: str) -> np.ndarray:
-        array: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r")
+def _open(config: Config, folder: Path, divided: Path) -> FederatedData:
+    def load(name: str, place: Path = folder) -> np.ndarray:
+        array: np.ndarray = np.load(place / f"{name}.npy", mmap_mode="r")
         return array
 
-    def optional(name: str) -> np.ndarray | None:
-        return load(name) if (folder / f"{name}.npy").is_file() else None
+    def optional(name: str, place: Path = folder) -> np.ndarray | None:
+        return load(name, place) if (place / f"{name}.npy").is_file() else None
 
     task = get_task(config.model.task)
     try:
@@ -564,9 +588,10 @@ def _open(config: Config, folder: Path) -> FederatedData:
             )
             for name in meta["tables"]
         }
-        partition = Partition(load("partition.rows"), load("partition.offsets"))
-        held = optional("client_test.rows")
-        client_test = None if held is None else Partition(held, load("client_test.offsets"))
+        partition = Partition(load("partition.rows", divided), load("partition.offsets", divided))
+        client_names = json.loads((divided / "names.json").read_text(encoding="utf-8"))
+        held = optional("client_test.rows", divided)
+        client_test = None if held is None else Partition(held, load("client_test.offsets", divided))
     except (OSError, ValueError, KeyError, EOFError) as error:
         remedy = f"its tokens in the cache are damaged ({type(error).__name__}); delete {folder} and run again"
         raise InputError("data.name", config.data.name, remedy) from None
@@ -580,7 +605,7 @@ def _open(config: Config, folder: Path) -> FederatedData:
         meta["label_names"],
         meta["domain_names"],
         partition,
-        meta["client_names"],
+        client_names,
         folder,
         meta["notes"],
         client_test,

@@ -149,8 +149,7 @@ def train_cohort(
     GuardError
         If the optimiser holds other parameters than the model, or a trainable has no gradient.
     """
-    client = config.client
-    private = jobs[0].plan is not None
+    client, private = config.client, jobs[0].plan is not None
     _check_alike(jobs)
     if private:
         check_sound(adapted, config, table.pad_token_id)
@@ -169,8 +168,7 @@ def train_cohort(
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
-    seen = np.zeros(len(jobs), np.int64)
-    taken = np.zeros((len(parameters), len(jobs)), np.int64)
+    seen, taken = np.zeros(len(jobs), np.int64), np.zeros((len(parameters), len(jobs)), np.int64)
     with ExitStack() as stack:
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))

@@ -6,8 +6,10 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from fedlora import models
 from fedlora.adapters import adapt
 from fedlora.adapters.model import target_paths
 from fedlora.adapters.reach import NEVER_CALLED, NO_INFLUENCE, READ_ELSEWHERE, unreached
@@ -198,3 +200,21 @@ def test_an_expression_that_never_ends_is_refused():
     """A server chooses the expression, and a node matches it before any charge."""
     with pytest.raises(InputError, match=r"takes more than .* on one path"):
         target_paths(torch.nn.ModuleDict({"a" * 60: torch.nn.Linear(2, 2)}), "(a|a)+[bc]")
+
+
+def test_a_skeleton_is_asked_once_and_other_models_anew(monkeypatch):
+    asked = []
+    run = models._run_skeleton
+    monkeypatch.setattr(models, "_answers", {})
+    monkeypatch.setattr(models, "_run_skeleton", lambda *given: asked.append(given[0]) or run(*given))
+
+    def ask(layers):
+        with torch.device("meta"):
+            small = transformers.BertConfig(num_hidden_layers=layers, hidden_size=8, num_attention_heads=2)
+            model = transformers.BertForSequenceClassification(small)
+        return unreached(model, target_paths(model, "all-linear"))
+
+    assert ask(1) == ask(1)
+    assert len(asked) == 1
+    ask(2)
+    assert len(asked) == 2

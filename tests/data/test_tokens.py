@@ -34,6 +34,8 @@ def build(minilm, tmp_path, monkeypatch):
     def make(columns=None, *, model=None, max_length=16, task="sequence-classification", seed=0, **data):
         columns = columns or {"text": TEXTS, "label": ["x", "y"] * 20, "domain": ["one", "two"] * 20}
         partition = data.pop("partition", {"clients": 4})
+        if "data_seed" in data:
+            data["seed"] = data.pop("data_seed")
         return load_config(
             {
                 "run": {"seed": seed},
@@ -111,15 +113,31 @@ def test_the_cache_is_shared_and_its_key_sees_what_matters(build, monkeypatch):
     others = [
         build(max_length=8),
         build(seed=1),
-        build(partition={"clients": 5}),
         build({"text": TEXTS, "label": [1, 2] * 20}),
     ]
-    assert len({first.folder, *(prepare_data(other).folder for other in others)}) == 5
+    assert len({first.folder, *(prepare_data(other).folder for other in others)}) == 4
     monkeypatch.setattr(tokens, "_build", lambda *_: pytest.fail("made again"))
     again = prepare_data(build())
     assert again.folder == first.folder
     assert isinstance(again.train.tokens, np.memmap)
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
+
+
+def test_runs_of_other_partitions_and_seeds_share_the_tokens(build, monkeypatch):
+    def divided(data):
+        return [rows.tolist() for rows in data.partition]
+
+    alike = {"data_seed": 3, "partition": {"clients": 4}}
+    first = prepare_data(build(**alike))
+    monkeypatch.setattr(tokens, "_build", lambda *_: pytest.fail("made again"))
+    others = [build(**alike, seed=1), build(**alike | {"partition": {"clients": 5}}), build(**alike, client_test=0.25)]
+    found = [prepare_data(config) for config in others]
+    assert all(data.folder == first.folder for data in found)
+    assert len({str(divided(data)) for data in (first, *found)}) == 4
+    assert found[1].client_names == ["0", "1", "2", "3", "4"]
+    assert first.client_test is None
+    assert [len(rows) for rows in found[2].client_test] == [2, 2, 2, 2]
+    assert divided(prepare_data(build(**alike))) == divided(first)
 
 
 def test_a_damaged_cache_is_named(build):
@@ -161,6 +179,22 @@ def test_domains_of_rows_that_stay(build, decoder):
     data = prepare_data(build(columns, model=decoder, task="causal-lm", prompt="prompt", answer="answer", max_length=8))
     assert {data.domain_names[domain] for domain in data.train.domain} == {"short"}
     assert sum(data.partition.sizes) == len(data.train)
+    # Rows of a partition are those of the tokens, also where only the partition is made anew.
+    columns |= {"domain": ["none", "some"] * 20}
+    by_owner = {"kind": "natural", "column": "domain"}
+    data = prepare_data(
+        build(
+            columns,
+            model=decoder,
+            task="causal-lm",
+            prompt="prompt",
+            answer="answer",
+            max_length=8,
+            partition=by_owner,
+        )
+    )
+    assert data.client_names == ["some"]
+    assert np.concatenate(list(data.partition)).tolist() == list(range(len(data.train)))
 
 
 def test_max_length_beyond_the_model_is_named(build):
