@@ -186,6 +186,11 @@ class Comparison:
         converged = [group for group in self.groups if self.costs(group)[0] < math.inf]
         return [converged[i] for i in pareto([self.costs(group) for group in converged])]
 
+    def ranked(self, level: str) -> list[Group]:
+        """Return the groups of a level of privacy, the best score first; of equal scores, the fewest bytes."""
+        groups = [group for group in self.groups if group.privacy == level]
+        return sorted(groups, key=lambda group: (self.costs(group)[0], self.costs(group)[2]))
+
     def costs(self, group: Group) -> tuple[float, float, float]:
         """Return score (negated where higher is better), epsilon and bytes: lower is better."""
         score = group.means[self.score].mean

@@ -17,6 +17,7 @@ from fedlora.communication.links import PROFILES
 from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
 from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities, quantity_form
+from fedlora.reporting.differences import Difference, to_best
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import FinishedRun
 from fedlora.reporting.study_results import StudyResults
@@ -31,6 +32,7 @@ def page(
     command: str,
     studies: Sequence[StudyResults] = (),
     answers: Answers | None = None,
+    pairs: Sequence[Difference] = (),
 ) -> str:
     """Return the content of report.html.
 
@@ -45,6 +47,8 @@ def page(
         Studies among the folders, for their tuning and failed runs.
     answers : Answers, optional
         To budgets and targets.
+    pairs : sequence of Difference
+        Of groups that share seeds.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
@@ -54,7 +58,7 @@ def page(
         setting=_setting(comparison),
         answer=answer(comparison),
         fewest=fewest_bytes(comparison),
-        caveat=caveat(comparison),
+        caveat=caveat(comparison, pairs),
         methods=[{"name": name, "style": style_of(name)} for name in comparison.methods],
         variants=_variants(comparison),
         charts=charts,
@@ -74,6 +78,8 @@ def page(
         machines=_machines(comparison.runs),
         studies=studies,
         answers=answers or Answers(),
+        pairs=to_best(pairs),
+        difference_cell=_difference_cell,
         score_cell=_score_cell,
         cost_cell=_cost_cell,
         value=format_value,
@@ -109,7 +115,7 @@ def answer(comparison: Comparison) -> Markup:
     """Write the sentence that names the best configuration at each privacy level, and its bytes."""
     best: dict[str, list[Markup]] = {}
     for level in comparison.privacy_levels:
-        first = _ranked(comparison, level)[0]
+        first = comparison.ranked(level)[0]
         best.setdefault(first.label, []).append(
             Markup('<span class="nowrap">{} {}</span> ({}, {} sent)').format(
                 mean_number(first, comparison.score), _at(level), *_seeds_and_bytes(first)
@@ -124,7 +130,7 @@ def fewest_bytes(comparison: Comparison) -> Markup:
     """Write the sentence that names the configuration with the fewest bytes, unless it is also the best."""
     cheapest: dict[str, list[Markup]] = {}
     for level in comparison.privacy_levels:
-        ranked = _ranked(comparison, level)
+        ranked = comparison.ranked(level)
         least = min(ranked, key=lambda group: group.means["total_bytes"].mean)
         if least is not ranked[0]:
             cheapest.setdefault(least.label, []).append(
@@ -148,8 +154,8 @@ def _listed(parts: Sequence[Markup | str]) -> Markup:
     return Markup(", ").join(most) + " and " + last if most else Markup("{}").format(last)
 
 
-def caveat(comparison: Comparison) -> Markup:
-    """Write the caveats: scores that do not compare, intervals that overlap, and the score of the largest class."""
+def caveat(comparison: Comparison, pairs: Sequence[Difference]) -> Markup:
+    """Write the caveats: scores that do not compare, orders that are open, and the score of the largest class."""
     parts: list[Markup] = []
     if comparison.personalised:
         text = "Scores are personalised: each client's own model on its own test examples. "
@@ -160,14 +166,14 @@ def caveat(comparison: Comparison) -> Markup:
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:
-        ranked = _ranked(comparison, level)
-        if len(ranked) > 1 and _overlap(*(group.means[comparison.score] for group in ranked[:2])):
+        ranked = comparison.ranked(level)
+        if len(ranked) > 1 and _is_open(ranked[0], ranked[1], comparison.score, pairs):
             open_levels.append(_at(level))
     if single:
         parts.append(Markup("One seed ranks nothing: some configurations have no interval."))
     if open_levels:
         levels = str(_listed(open_levels))
-        text = "{} the intervals of the best two overlap: these seeds do not settle the order."
+        text = "{} these seeds do not tell the best two apart."
         parts.append(Markup(text).format(levels[0].upper() + levels[1:]))
     baseline = comparison.task.baseline
     if baseline is not None:
@@ -180,12 +186,12 @@ def caveat(comparison: Comparison) -> Markup:
     return Markup(" ").join(parts)
 
 
-def _ranked(comparison: Comparison, level: str) -> list[Group]:
-    groups = [group for group in comparison.groups if group.privacy == level]
-    return sorted(groups, key=lambda group: (comparison.costs(group)[0], comparison.costs(group)[2]))
-
-
-def _overlap(a: Mean, b: Mean) -> bool:
+def _is_open(best: Group, next_best: Group, score: str, pairs: Sequence[Difference]) -> bool:
+    """Whether the interval of their difference holds 0; without common seeds, whether their intervals overlap."""
+    for pair in pairs:
+        if pair.first is best and pair.second is next_best:
+            return pair.mean.half is not None and abs(pair.mean.mean) <= pair.mean.half
+    a, b = best.means[score], next_best.means[score]
     return a.half is not None and b.half is not None and abs(a.mean - b.mean) <= a.half + b.half
 
 
@@ -263,6 +269,12 @@ def _score_cell(row: BudgetRow) -> Markup:
     """Show the score that a budget buys."""
     name = f"budget.{row.cost.name}.{row.budget:g}"
     return _mean_cell(row.group, name, row.score, row.group.task.form(row.group.task.primary))
+
+
+def _difference_cell(row: Difference) -> Markup:
+    """Show how much worse a group is than the best."""
+    form = row.first.task.form(row.first.task.primary)
+    return _mean_cell(row.second, f"minus.{row.first.name}", row.mean, form)
 
 
 def _cost_cell(row: TargetRow) -> Markup:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedlora.reporting.budgets import Questions, answer_questions, budgets_table, targets_table
 from fedlora.reporting.charts import charts
 from fedlora.reporting.comparison import Comparison, compare
+from fedlora.reporting.differences import differences, differences_table
 from fedlora.reporting.figures import draw_all
 from fedlora.reporting.html import page
 from fedlora.reporting.report_files import write_files
@@ -41,9 +42,9 @@ def write_reports(
         Each a run folder, a study, or a folder of runs.
     output : str or Path, optional
         Where to; the first folder by default. It gets ``report.html`` and the folder ``report`` with the tables
-        (``runs``, ``groups``, and ``budgets`` and ``targets`` where asked for; CSV, Parquet and Markdown) and
-        ``figures`` (PNG and SVG). Beside runs of global models, those of clients' own models are in
-        ``personalised.html`` and ``report/personalised``.
+        (``runs``, ``groups``, ``differences`` where groups share seeds, and ``budgets`` and ``targets`` where asked
+        for; CSV, Parquet and Markdown) and ``figures`` (PNG and SVG). Beside runs of global models, those of clients'
+        own models are in ``personalised.html`` and ``report/personalised``.
     command : str
         Shown on the page.
     questions : Questions, optional
@@ -70,12 +71,14 @@ def write_reports(
         comparison = compare(found)
         below = "report" if name == "report" else f"report/{name}"
         made = charts(comparison)
-        answers = answer_questions(comparison, questions)
+        answers, pairs = answer_questions(comparison, questions), differences(comparison)
         # Like unfinished runs, studies are told once. They tune global models alone.
         told = studies if name == "report" else []
-        files[f"{name}.html"] = page(comparison, made, command, told, answers).encode()
+        files[f"{name}.html"] = page(comparison, made, command, told, answers, pairs).encode()
         tables = table_files("runs", runs_table(comparison))
         tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
+        if pairs:
+            tables |= table_files("differences", differences_table(pairs))
         if answers.budgets:
             tables |= table_files("budgets", budgets_table(answers.budgets))
         if answers.targets:

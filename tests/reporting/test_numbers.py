@@ -181,7 +181,7 @@ def displayed(text: str) -> tuple[float, float]:
     decimals = len(digits.partition(".")[2])
     value = float(digits) * scale
     # Three significant digits lose trailing zeros.
-    return value, max(0.5 * 10**-decimals * scale, 0.005 * value) * 1.0001
+    return value, max(0.5 * 10**-decimals * scale, 0.005 * abs(value)) * 1.0001
 
 
 def test_every_marked_number_is_what_the_runs_say(
@@ -196,6 +196,10 @@ def test_every_marked_number_is_what_the_runs_say(
         name, _, part = quantity.partition(".")
         if quantity == "n":
             expected = float(len(groups[of]))
+        elif name == "minus":
+            first, second = groups[part.rpartition(".")[0]], groups[of]
+            pairs = [a.values()["accuracy"] - b.values()["accuracy"] for a, b in zip(first, second, strict=True)]
+            expected = interval(pairs)[("mean", "half").index(part.rpartition(".")[2])]
         elif part:
             expected = means[of, name][("mean", "half").index(part)]
         else:
