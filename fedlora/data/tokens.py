@@ -352,8 +352,8 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
     }
     division = {
         # Nothing of a node's file is drawn.
-        "seed": None if _is_own(config) else config.run.seed,
-        "data": config.data.model_dump(include={"seed", "partition", "client_test"}),
+        "seeds": None if _is_own(config) else [config.run.seed, config.data.seed],
+        "data": config.data.model_dump(include={"partition", "client_test"}),
     }
     return _digest(parts), _digest(division)
 
