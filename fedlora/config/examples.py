@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedlora.config.section import NODES, SERVER, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
+from fedlora.quantization import check_quantization
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.tasks import get_task, tasks
 
@@ -32,6 +33,11 @@ class ModelSection(Section):
     dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="Floating-point type in which the base model is loaded."
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Store the frozen layers in 4 bits (nf4) or 8 bits (int8) a weight, through bitsandbytes; in "
+        "model.dtype by default.",
+    )
     max_length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=128, description="Longest example, in tokens; the rest of a longer one is cut off."
     )
@@ -43,8 +49,9 @@ class ModelSection(Section):
     )
 
     def check(self, config: Config) -> None:
-        """Check that there is such a task."""
+        """Check that there is such a task, and that the base can be quantised here."""
         get_task(self.task)
+        check_quantization(config)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each task reads keys of its own."""
