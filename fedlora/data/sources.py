@@ -628,9 +628,9 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
         columns["domain"] = [domain if domain.strip() else "(none)" for domain in domains]
     kept: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in columns.items()}
     if data.choices is not None and task.answers and _needs_choices(config, table):
-        column = cells(table, data.choices, "data.choices", rows, source, notes)
+        options = cells(table, data.choices, "data.choices", rows, source, notes)
         right = [answer_of(messages) for messages in kept["messages"]] if "messages" in kept else kept.get("answer")
-        kept["choices"] = read_choices(column, right)
+        kept["choices"] = read_choices(options, right)
         if right is None:
             kept["answer"] = [choices[0] for choices in kept["choices"]]
     kept = _conversations(config, kept)

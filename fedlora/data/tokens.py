@@ -478,8 +478,9 @@ def _write_table(
             logger.warning(
                 "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
             )
-            rows, starts, flat["tags"] = ([v[row] for row in keep] if v else [] for v in (rows, starts, flat["tags"]))
-            table = table.select(keep)
+            rows, table = [rows[row] for row in keep], table.select(keep)
+            starts = [starts[row] for row in keep if starts]
+            flat["tags"] = [flat["tags"][row] for row in keep if flat["tags"]]
             if name == "train":
                 np.save(target / _KEPT, np.array(keep, np.int64))
     if starts:

@@ -171,9 +171,9 @@ class ChatTemplate:
             after = self.write(messages[: number + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise ChatError(
-                    f"cannot be told into turns: the model's chat template writes what goes before message {number + 2}"
-                    " otherwise once that follows; let conversations end with their first answer, or take a template"
-                    " with {% generation %}"
+                    f"cannot be told into turns: the model's chat template writes it up to message {number + 1} otherwise"
+                    " once more follows; let conversations end with their first answer, or take a template with"
+                    " {% generation %}"
                 )
             turns.append((before, after.rstrip()))
         return _Written(text, turns)
@@ -183,7 +183,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            (text,), (places,) = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [[dict(message) for message in messages]],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
@@ -191,6 +191,7 @@ class ChatTemplate:
             )
         except Exception as error:  # whatever the template raises
             raise ChatError(f"is not taken by the model's chat template ({_first_line(error)})") from None
+        (text,), (places,) = rendered
         if not places:
             raise ChatError("has no turn of the assistant's in the {% generation %} blocks of the model's template")
         return _Written(text, [(text[:start], text[:stop].rstrip()) for start, stop in places])

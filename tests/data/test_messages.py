@@ -16,7 +16,9 @@ from fedlora.config import Config, load_config, unused_keys
 from fedlora.data.sources import count_own, load_examples
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
 from fedlora.errors import InputError
+from fedlora.node.local_node import LocalNode
 from tests.chats import CHATML, PLAIN, STRICT, chat, save_chat_llama
+from tests.owner import listed, write_node
 
 CHATS = [chat("w9 w10", f"w{11 + n} w12", "w13", f"w{14 + n}", system="w30") for n in range(8)]
 GOOD = {"role": "assistant", "content": "w9"}
@@ -189,11 +191,27 @@ def test_prompts_of_a_node_go_through_the_template_too(tmp_path: Path, model: Pa
     assert len(data.train) == 2
 
 
+def test_an_owner_names_the_column_and_the_run_the_template(tmp_path: Path, model: Path) -> None:
+    rows = [{"m": chat("w9", "w10"), "q": "w11", "a": "w12"}]
+    asked = config(model, Path("x"), data={"prompt": "p", "answer": "b", "template": True}, server={"batch_size": 7})
+    for columns, words in (({"messages": "m"}, "w10"), ({"prompt": "q", "answer": "a"}, "w12")):
+        folder = tmp_path / words
+        node = write_node(
+            folder, tmp_path / "cache", data={"path": "own.jsonl", **columns}, policy={"models": listed(model)}
+        )
+        write(folder / "own.jsonl", rows)
+        data = prepare_data(LocalNode.open(node).own_config(asked, None))
+        assert learnt(model, data.train) == [[words, "<|im_end|>"]]
+    write_node(folder, tmp_path / "cache", data={"path": "own.jsonl", "messages": "m", "prompt": "q", "answer": "a"})
+    with pytest.raises(InputError) as error:
+        LocalNode.open(node)
+    assert error.value.field == "data.messages"
+
+
 MATH = [{"q": f"w{9 + n % 3}", "a": f"w{20 + n}", "options": ["w40", f"w{20 + n}", "w41 w42"]} for n in range(6)]
 
 
 def test_questions_to_generate_answers_to(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("sacrebleu")
     path = write(tmp_path / "own.jsonl", MATH)
     columns = {"prompt": "q", "answer": "a", "template": True, "test": str(path)}
     asked = config(model, path, data=columns, evaluation={"kind": "generate", "max_new_tokens": 4})
