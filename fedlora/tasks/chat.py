@@ -171,9 +171,9 @@ class ChatTemplate:
             after = self.write(messages[: number + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise ChatError(
-                    f"cannot be told into turns: the model's chat template writes it up to message {number + 1} otherwise"
-                    " once more follows; let conversations end with their first answer, or take a template with"
-                    " {% generation %}"
+                    f"cannot be told into turns: the model's chat template writes it up to message {number + 1}"
+                    " otherwise once more follows; let conversations end with their first answer, or take a template"
+                    " with {% generation %}"
                 )
             turns.append((before, after.rstrip()))
         return _Written(text, turns)
