@@ -39,6 +39,8 @@ THINKING = (
 STRICT = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
+CLOSED = CHATML.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+"""Closes a conversation with an end-of-sequence token, which goes when more follows."""
 DATED = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\n' }}" + CHATML
 
 MARKS = ("<|im_start|>", "<|im_end|>")

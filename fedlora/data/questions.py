@@ -124,7 +124,7 @@ def _build(config: Config, examples: datasets.Dataset, target: Path) -> None:
         raise InputError(f"data.{key}", getattr(config.data, key), f"a prompt of the test examples {error}") from None
     cut = [max(0, len(row) - length) for row in rows]
     if any(cut):
-        share = f"{sum(map(bool, cut)):,} of {len(rows):,} questions"
+        share = f"{sum(map(bool, cut)):,} of {len(rows):,} prompts"
         about["notes"] = [f"model.max_length = {length} cuts the beginning of {share}"]
     # Of a choice that is longer than that, the end stays, and what it follows.
     starts = [max(1, start - less) for start, less in zip(starts, cut, strict=True)]
@@ -137,11 +137,9 @@ def _build(config: Config, examples: datasets.Dataset, target: Path) -> None:
 
 
 def _stop(config: Config, tokenizer: Any) -> list[int]:
-    """Return the end-of-sequence token, and the one with which the chat template ends a turn."""
-    found = {tokenizer.eos_token_id}
-    if config.data.templated and (end := ChatTemplate(tokenizer).end_of_turn()) is not None:
-        found.add(end)
-    return sorted(found)
+    """Return the end-of-sequence token, and those with which the chat template ends a turn."""
+    ends = ChatTemplate(tokenizer).ends_of_turn() if config.data.templated else set()
+    return sorted({tokenizer.eos_token_id, *ends})
 
 
 def _prompts(

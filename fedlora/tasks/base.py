@@ -126,7 +126,8 @@ class Task(ABC):
     words : bool
         Whether ``data.text`` holds lists of words.
     answers : bool
-        Whether examples may be prompts with answers, which ``[evaluation]`` scores.
+        Whether examples may be prompts with answers, which ``[evaluation]`` scores; such a task has ``prompts`` and
+        ``answered``, as :class:`~fedlora.tasks.causal_lm.CausalLM` does.
     scores : dict of str to Metric
         The metrics beside ``loss``, and how each is shown.
     primary : str

@@ -152,10 +152,15 @@ class ChatTemplate:
         found: list[list[int]] = tokenise(self.tokenizer, texts, None, special=False)["input_ids"]
         return found
 
-    def end_of_turn(self) -> int | None:
-        """Return the token that ends the assistant's turn; None if the template writes none."""
-        rows, _, refused = self.encode([conversation("a", "b")])
-        return None if refused or rows[0][-1] not in self.special else rows[0][-1]
+    def ends_of_turn(self) -> set[int]:
+        """Return the special tokens that end the assistant's last turn, one after the other."""
+        sample = conversation("a", "b")
+        (row,), _, refused = self.encode([sample])
+        if refused:
+            return set()
+        said = self.write(sample[:1], prompt=True) + sample[1]["content"]
+        (ids,) = tokenise(self.tokenizer, [said], None, special=False)["input_ids"]
+        return self.special.intersection(row[shared_length(ids, row) :])
 
     def _written(self, messages: Conversation) -> _Written:
         if not messages:
@@ -168,8 +173,8 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before = self.write(messages[:number], prompt=True)
-            after = self.write(messages[: number + 1])
-            if not (text.startswith(after) and after.startswith(before)):
+            after = self._after(text, before, self.write(messages[: number + 1]), message["content"].strip())
+            if after is None:
                 raise ChatError(
                     f"cannot be told into turns: the model's chat template writes it up to message {number + 1}"
                     " otherwise once more follows; let conversations end with their first answer, or take a template"
@@ -177,6 +182,27 @@ class ChatTemplate:
                 )
             turns.append((before, after.rstrip()))
         return _Written(text, turns)
+
+    @staticmethod
+    def _after(text: str, before: str, alone: str, said: str) -> str | None:
+        """Return a text up to the end of a turn; None if it cannot be told.
+
+        Parameters
+        ----------
+        text, before : str
+            The whole conversation, and what goes before the turn.
+        alone : str
+            The conversation as it is written if it ends with the turn.
+        said : str
+            The turn's content.
+        """
+        after = alone[: shared_length(alone, text)]
+        if after == alone and after.startswith(before):
+            return after
+        # Some templates close a conversation, such as with an end-of-sequence token that goes when more follows.
+        place = after.find(said, len(before)) if after.startswith(before) else -1
+        found = None if place < 0 else re.compile(r"\s*\S+").match(after, place + len(said))
+        return None if found is None else after[: found.end()]
 
     def _marked(self, messages: Conversation) -> _Written:
         """Find the turns by the template's own marks."""
@@ -213,8 +239,11 @@ class ChatTemplate:
         return stop + 1 if left_out and ids[stop - 1] not in self.special else max(start, stop)
 
 
-def shared_length(first: list[int], second: list[int]) -> int:
-    """Return how many leading tokens are the same: one that reaches over the end of the first text is none of it."""
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many leading tokens (or letters) are the same.
+
+    A token that reaches over the end of the first text is none of it.
+    """
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 

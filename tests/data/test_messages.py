@@ -261,7 +261,7 @@ def test_questions_to_choose_an_answer_to(tmp_path: Path, model: Path) -> None:
     cut = prepare_data(short)
     assert cut.questions is not None
     assert np.diff(cut.questions.offsets).tolist() == [2] * 18
-    assert any("cuts the beginning of 6 of 18 questions" in note for note in cut.notes)
+    assert any("cuts the beginning of 6 of 18 prompts" in note for note in cut.notes)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fedlora.tasks import IGNORED, get_task
 from fedlora.tasks.chat import ChatError, ChatTemplate
 from tests.chats import (
     CHATML,
+    CLOSED,
     DATED,
     MARKED,
     MARKED_WITH_END,
@@ -98,8 +99,24 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_sequence() -> None:
     (row,), (labels,), _ = template.encode([LONG])
     assert learnt(tokenizer, labels) == [" Hello.", " 4</s>"]
     assert row.count(tokenizer.eos_token_id) == 1
-    assert template.end_of_turn() == tokenizer.eos_token_id
-    assert ChatTemplate(byte_tokenizer(CHATML)).end_of_turn() == tokenizer.convert_tokens_to_ids(MARKS[1])
+    assert template.ends_of_turn() == {tokenizer.eos_token_id}
+    assert ChatTemplate(byte_tokenizer(CHATML)).ends_of_turn() == {tokenizer.convert_tokens_to_ids(MARKS[1])}
+
+
+@pytest.mark.parametrize("template", [CLOSED, CLOSED.replace("'\n' }}{% endfor", "'' }}{% endfor")])
+def test_a_template_that_closes_conversations(template: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    (row,), (labels,), refused = ChatTemplate(tokenizer).encode([LONG[:-1]])
+    assert refused == {}
+    line = "\n" if template == CLOSED else ""
+    assert learnt(tokenizer, labels) == ["Hello.<|im_end|>", f"4<|im_end|>{line}</s>"]
+    assert row == tokenizer.apply_chat_template(LONG[:-1], tokenize=True, return_dict=False)
+    ends = tokenizer.convert_tokens_to_ids([MARKS[1], "</s>"])
+    assert ChatTemplate(tokenizer).ends_of_turn() == set(ends)
+    # What was said may hold the words of the prompt, and white space around it.
+    odd = chat("b", "b", "b b", " b\n", "b", "b")
+    (row,), (labels,), refused = ChatTemplate(tokenizer).encode([odd])
+    assert [text.split("<|im_end|>")[0] for text in learnt(tokenizer, labels)] == ["b", " b\n", "b"]
 
 
 def test_what_a_template_does_not_take_is_said_of_its_conversation_alone() -> None:
