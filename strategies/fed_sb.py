@@ -147,7 +147,7 @@ def mean_gradients(
             chunk = rows[start : start + batch_size]
             batch = table.batch(chunk, adapted.device)
             adapted.layout.set_rows([len(chunk)])
-            (table.task.loss(adapted.logits(batch), batch["labels"]).sum() / len(rows)).backward()
+            (table.task.loss(adapted.outputs(batch, table.task), batch["labels"]).sum() / len(rows)).backward()
         gradients = {}
         for path, adapter in adapted.adapters.items():
             gradient = weights[path].grad

@@ -8,12 +8,15 @@ evaluates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedlora import output_layer
 from fedlora.adapters.layers import AdapterLayer, adapter_dtype
 from fedlora.adapters.reach import unreached
 from fedlora.adapters.stacked import RowLayout, StackedLayer, StackedLinear
@@ -21,14 +24,23 @@ from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
 from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
-from fedlora.models import MeanPoolingClassifier, head_of, unhurried_mask
+from fedlora.models import (
+    SHORT_TEXTS,
+    MeanPoolingClassifier,
+    head_of,
+    run_short_text,
+    unchanged,
+    unhurried_mask,
+)
 from fedlora.models import dense_weight as dense_weight
 from fedlora.models import linear_shape as linear_shape
+from fedlora.output_layer import HiddenStates, OutputLayer
 from fedlora.registry import PARAMETERISATIONS
 from fedlora.roles import HEAD, kind_of
 
 if TYPE_CHECKING:
     from fedlora.adapters.parameterisations import Parameterisation
+    from fedlora.tasks import Task
 
 _ANY_RANK = (HEAD, "residual")
 """Parts of a model that are the same at every rank of its factors."""
@@ -250,11 +262,56 @@ class AdaptedModel:
             mask = None  # a causal model's tokens never see the padding on their right
         if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
             mask = unhurried_mask(self.model, mask)
-        with sdpa_kernel(_ATTENTION):
+        with attention_kernels():
             types = {name: batch[name] for name in ("token_type_ids",) if name in batch}
             output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **types)
         logits: torch.Tensor = output.logits
         return logits
+
+    def outputs(self, batch: Mapping[str, torch.Tensor], task: Task) -> Any:
+        """Run the model on a batch; return what the task's loss is taken from.
+
+        Returns
+        -------
+        Tensor or HiddenStates
+            The logits. Where these would be more than a chunk of :mod:`fedlora.output_layer`, the task can do without,
+            and the model's output layer is known, it is the layer's inputs, and the logits are never made.
+        """
+        model: Any = self.model
+        layer: Any = model.get_output_embeddings() if task.takes_hidden_states else None
+        small = type(layer) is not nn.Linear or batch["input_ids"].numel() * layer.out_features <= output_layer.CHUNK
+        if small or self._output is None:
+            return self.logits(batch)
+        states: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            states.extend(inputs)
+            return inputs[0][:1, :1].detach()  # the model goes on with one token
+
+        hook = layer.register_forward_pre_hook(keep)
+        try:
+            self.logits(batch)
+        finally:
+            hook.remove()
+        return HiddenStates(states[0], self._output)
+
+    @cached_property
+    def _output(self) -> OutputLayer | None:
+        """The output layer of a causal model, if it is known what the model does to its outputs."""
+        layout = dict(vars(self.layout))
+        with torch.no_grad(), unchanged(self.model), torch.compiler.set_stance("force_eager"):
+            self.model.eval()
+            # All rows are the first client's.
+            self.layout.set_rows([SHORT_TEXTS, *[0] * (len(self.layout.counts) - 1)], device=self.device)
+            try:
+                return output_layer.find_output_layer(self.model, lambda: run_short_text(self.model))
+            finally:
+                vars(self.layout).update(layout)
+
+
+def attention_kernels() -> AbstractContextManager[None]:
+    """Choose among the kernels of torch's attention as every pass here does."""
+    return sdpa_kernel(_ATTENTION)
 
 
 def _check_shape(what: str, array: torch.Tensor, expected: Sequence[int]) -> None:

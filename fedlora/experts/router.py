@@ -41,7 +41,7 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     for chosen in shuffled_batches(rows, config.client.batch_size, options.router_tuning_steps, generator):
         batch = table.batch(chosen, merged.device)
         merged.layout.set_rows([len(chosen)])
-        table.task.loss(merged.logits(batch), batch["labels"]).mean().backward()
+        table.task.loss(merged.outputs(batch, table.task), batch["labels"]).mean().backward()
         for block in blocks:
             assert block.router_bias.grad is not None
             block.router_bias.grad[0] = 0.0

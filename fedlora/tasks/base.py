@@ -113,6 +113,9 @@ class Task(ABC):
         What transformers calls the loss, in the model's config.
     causal : bool
         Whether position t predicts token t + 1: the model has no head of its own, and may not see ahead.
+    takes_hidden_states : bool
+        Whether :meth:`loss` and :meth:`statistics` take :class:`~fedlora.output_layer.HiddenStates` in the place of
+        logits that would be too large.
     poolings : tuple of str
         Values of ``model.pooling`` that the task supports.
     keys : tuple of str
@@ -146,6 +149,7 @@ class Task(ABC):
     peft_type: ClassVar[str]
     problem_type: ClassVar[str | None] = None
     causal: ClassVar[bool] = False
+    takes_hidden_states: ClassVar[bool] = False
     poolings: ClassVar[tuple[str, ...]] = ("default",)
     keys: ClassVar[tuple[str, ...]]
     labelled: ClassVar[bool] = True

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedlora.config import DataSection
+    from fedlora.output_layer import HiddenStates
 
 
 class CausalLM(Task):
@@ -23,7 +24,7 @@ class CausalLM(Task):
     title = "the next token of a text, or of an answer"
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
-    causal = True
+    causal = takes_hidden_states = True
     keys = ("data.prompt", "data.answer", "data.messages", "data.template", "data.choices")
     labelled = classes = False
     answers = True
@@ -122,12 +123,12 @@ class CausalLM(Task):
         """Return None: the model's own vocabulary."""
         return None
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy in nats over each example's own target tokens.
 
         Parameters
         ----------
-        logits : Tensor [N, T, vocabulary]
+        logits : Tensor [N, T, vocabulary] or HiddenStates
         labels : Tensor [N, T]
             The tokens, -100 where no loss is taken; position t predicts token t + 1.
         """
@@ -139,7 +140,7 @@ class CausalLM(Task):
         return ids.masked_fill(~mask, IGNORED)
 
     def statistics(
-        self, logits: torch.Tensor, labels: torch.Tensor, label_names: Sequence[str] | None
+        self, logits: torch.Tensor | HiddenStates, labels: torch.Tensor, label_names: Sequence[str] | None
     ) -> dict[str, torch.Tensor]:
         """Sum the losses of an example's tokens, and count these."""
         losses, counts = token_losses(logits, labels)
@@ -151,20 +152,26 @@ class CausalLM(Task):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each example's summed token cross-entropy [N] in nats, and its number of target tokens [N]."""
     import torch
     from torch.nn import functional
 
+    values = logits if isinstance(logits, torch.Tensor) else logits.states
     targets = labels[:, 1:]
     chosen = targets != IGNORED
-    if logits.is_cuda:
-        # Choosing positions would wait for the GPU to count them.
-        flat = upcast(logits[:, :-1]).flatten(0, 1)
-        every = functional.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=IGNORED)
-        return every.reshape(targets.shape).sum(1), chosen.sum(1)
-    # Only target positions meet the vocabulary-sized softmax: prompts and padding would be most of its work.
-    losses = functional.cross_entropy(upcast(logits[:, :-1][chosen]), targets[chosen], reduction="none")
+    # Only target positions meet the vocabulary-sized softmax: prompts and padding would be most of its work. On a GPU
+    # choosing them would wait for it to count them.
+    every = values.is_cuda
+    flat, wanted = (
+        (values[:, :-1].flatten(0, 1), targets.flatten()) if every else (values[:, :-1][chosen], targets[chosen])
+    )
+    if isinstance(logits, torch.Tensor):
+        losses = functional.cross_entropy(upcast(flat), wanted, reduction="none", ignore_index=IGNORED)
+    else:
+        losses = logits.output.losses(flat, wanted).to(labels.device)
+    if every:
+        return losses.reshape(targets.shape).sum(1), chosen.sum(1)
     summed = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device)
     summed = summed.masked_scatter(chosen, losses)
     return summed.sum(1), chosen.sum(1)

@@ -376,7 +376,7 @@ def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) ->
     dropout = adapted.layout.dropout_generators is not None
     lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
     adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
-    return table.task.loss(adapted.logits(batch), batch["labels"])
+    return table.task.loss(adapted.outputs(batch, table.task), batch["labels"])
 
 
 def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:

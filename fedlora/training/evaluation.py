@@ -81,8 +81,8 @@ def statistics(adapted: AdaptedModel, table: TokenTable, chosen: np.ndarray, bat
         places = order[start : start + batch_size]
         batch = table.batch(chosen[places], adapted.device)
         adapted.layout.set_rows([len(places)])
-        logits = adapted.logits(batch)
-        for name, value in table.task.statistics(logits, batch["labels"], table.label_names).items():
+        outputs = adapted.outputs(batch, table.task)
+        for name, value in table.task.statistics(outputs, batch["labels"], table.label_names).items():
             values = (value.double() if value.is_floating_point() else value).cpu().numpy()
             if name not in found:
                 found[name] = np.zeros((len(chosen), *values.shape[1:]), values.dtype)
