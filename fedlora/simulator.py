@@ -34,6 +34,7 @@ from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
 from fedlora.training.dp import choose_ghost_norms
+from fedlora.training.step_memory import StepMemory
 
 if TYPE_CHECKING:
     import datasets
@@ -132,6 +133,7 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     _check_clients(config, tokens)
     # Check target modules and rank on the model's skeleton, before its weights are loaded.
     skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
+    StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
         log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))

@@ -75,6 +75,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "method.dropout": st.floats(0, 1, exclude_max=True),
     "client.learning_rate": st.floats(1e-12, 1e3) | st.integers(1, 9),
     "client.local_steps": st.integers(1, 99),
+    "client.gradient_checkpointing": st.booleans() | st.just("auto"),
     "privacy.target_delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "server.timeout": st.floats(0, 1e6, exclude_min=True),
     "simulation.cohort_size": st.integers(1, 99) | st.just("auto"),
@@ -169,6 +170,8 @@ def test_none_in_a_mapping_is_as_good_as_absent() -> None:
         ("tracking.tensorboard", "true", True),
         ("simulation.cohort_size", "auto", "auto"),
         ("simulation.cohort_size", "4", 4),
+        ("client.gradient_checkpointing", "auto", "auto"),
+        ("client.gradient_checkpointing", "true", True),
     ],
 )
 def test_an_override_is_a_toml_value_else_a_bare_string(key: str, given_text: str, expected: Any) -> None:
@@ -261,6 +264,7 @@ def test_every_key_refuses_a_table(key: str) -> None:
         ("server.timeout", 0.0),
         ("simulation.cohort_size", 0),
         ("simulation.cohort_size", "all"),
+        ("client.gradient_checkpointing", "on"),
         ("simulation.gpus_per_worker", -1.0),
         ("data.partition.alpha", 0.0),
         ("data.partition.clients", 0),

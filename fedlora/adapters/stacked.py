@@ -7,7 +7,7 @@ gradients never mix. With K = 1 the layer is ``torch.nn.Linear``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,15 @@ class RowLayout:
     dropout_generators : list of torch.Generator or None, optional
         One generator a client, for dropout masks that do not depend on how clients are packed; None for the operating
         system's entropy.
+    fill_secret : callable (Tensor)
+        Fills a tensor with numbers of [0, 1) of the operating system's entropy.
+    recomputing : bool
+        True while gradient checkpointing computes activations again.
     """
 
     def __init__(self) -> None:
-        self.per_example = False
+        self.per_example = self.recomputing = False
+        self.fill_secret: Callable[[torch.Tensor], Any] = entropy.fill_uniform
         self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])
 
@@ -400,7 +405,7 @@ class ClientDropout(nn.Module):
             if count:
                 drawn = rows[:, :length] if x.dim() > 2 else rows
                 if generator is None:
-                    entropy.fill_uniform(drawn)
+                    self.layout.fill_secret(drawn)
                 else:
                     drawn.uniform_(generator=generator)
             start += count

@@ -89,6 +89,12 @@ class ClientSection(Section):
         default=None,
         description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
     )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compute each transformer layer's activations again in the backward pass instead of keeping them: "
+        "much less memory, for about a third more time. auto does so on a GPU where a step of a single client would "
+        "not fit, and then splits the batch where it must.",
+    )
     local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         default=None, description="Number of steps that a client takes in a round, instead of local_epochs."
     )

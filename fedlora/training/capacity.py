@@ -51,8 +51,13 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
         train_cohort(adapted, table, [probe] * clients, one_step)
         return torch.cuda.max_memory_allocated(adapted.device)
 
+    # Where a client alone does not fit, its step lowers its own needs.
     peak(1)  # what the first pass allocates for good (kernels' workspaces, the token table) is not a client's
-    one, two = peak(1), peak(2)
+    one = peak(1)
+    try:
+        two = peak(2)
+    except torch.cuda.OutOfMemoryError:
+        return 1
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(adapted.device)
     # The model itself is part of `one`, and no longer part of `free`.

@@ -24,11 +24,19 @@ from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.roles import kind_of
 from fedlora.training.batches import poisson_batches, shuffled_batches
-from fedlora.training.dp import StackedDPOptimizer, check_grad_samples, choose_ghost_norms, per_example_gradients
+from fedlora.training.checkpointing import dropout_states, set_dropout_states
+from fedlora.training.dp import (
+    StackedDPOptimizer,
+    check_grad_samples,
+    choose_ghost_norms,
+    forget_batch,
+    per_example_gradients,
+)
 from fedlora.training.local_terms import add_local_terms
 from fedlora.training.optimizer_state import put_states, take_states
 from fedlora.training.rule import StepRule
 from fedlora.training.soundness import check_sound, dependence
+from fedlora.training.step_memory import StepMemory, step_memory
 
 log = logging.getLogger("fedlora")
 
@@ -145,7 +153,7 @@ def train_cohort(
     ValueError
         If the jobs differ where they may not.
     InputError
-        If the jobs are private and the model's examples depend on each other.
+        If the jobs are private and the model's examples depend on each other, or it has no layers to checkpoint.
     GuardError
         If the optimiser holds other parameters than the model, or a trainable has no gradient.
     """
@@ -160,22 +168,22 @@ def train_cohort(
     last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])
     adapted.model.train()
-    parameters = adapted.parameters()
-    start = [p.detach().clone() for p in parameters]
-    named = dict(zip(adapted.trained, parameters, strict=True))
+    named = dict(zip(adapted.trained, adapted.parameters(), strict=True))
+    start = [p.detach().clone() for p in named.values()]
     optimizer = _optimizer(client, named, start, jobs)
     _check_held(optimizer, named)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
     batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
-    seen, taken = np.zeros(len(jobs), np.int64), np.zeros((len(parameters), len(jobs)), np.int64)
+    seen, taken = np.zeros(len(jobs), np.int64), np.zeros((len(named), len(jobs)), np.int64)
     with ExitStack() as stack:
+        memory = stack.enter_context(step_memory(adapted, client))
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         if private:
             choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
-        stepper = _Stepper(adapted, table, client, optimizer, [job.plan for job in jobs], generators, rule)
+        stepper = _Stepper(adapted, table, client, optimizer, jobs, generators, memory, rule)
         for step in range(max(steps)):
             for job, n in zip(jobs, steps, strict=True):
                 if job.on_step is not None and step < n:
@@ -221,18 +229,20 @@ class _Stepper:
         table: TokenTable,
         client: ClientSection,
         optimizer: torch.optim.Optimizer,
-        plans: Sequence[PrivacyPlan | None],
+        jobs: Sequence[ClientJob],
         generators: Sequence[_Generators],
+        memory: StepMemory,
         rule: StepRule | None = None,
     ) -> None:
+        self._memory, self._client = memory, client
         self._rule = rule or StepRule()
         self._kinds = [kind_of(name, adapted.head_names) for name in adapted.trained]
-        self.adapted, self.table, self.client, self.optimizer = adapted, table, client, optimizer
-        self.loss_sums = torch.zeros(len(plans), dtype=torch.float64, device=adapted.device)
+        self.adapted, self.table, self.optimizer = adapted, table, optimizer
+        self.loss_sums = torch.zeros(len(jobs), dtype=torch.float64, device=adapted.device)
         self._dp: StackedDPOptimizer | None = None
         self._guarded = False
         self.unreached = set(adapted.trained)
-        private = [plan for plan in plans if plan is not None]
+        private = [job.plan for job in jobs if job.plan is not None]
         if private:
             self._dp = StackedDPOptimizer(
                 optimizer,
@@ -245,7 +255,7 @@ class _Stepper:
             )
 
     def step(self, rows: list[np.ndarray], number: int) -> list[bool]:
-        """Take one step on every client's batch, which is split where it exceeds ``client.physical_batch_size``.
+        """Take one step on every client's batch, which is split where it exceeds the physical batch size.
 
         Returns
         -------
@@ -257,21 +267,19 @@ class _Stepper:
         if self._dp is not None:
             self._dp.idle = idle
         sizes = np.array([len(r) for r in rows])
-        for chunk in _physical(rows, self.client.physical_batch_size):
-            loss = _losses(self.adapted, self.table, chunk)
-            if self._dp is not None:
-                self._add_clipped(self._dp, loss, chunk)
-            else:
-                means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
-                (loss * torch.from_numpy(means).to(loss)).sum().backward()
-            self.loss_sums += self.adapted.layout.sum_rows(loss.detach())
+        start, longest = 0, int(sizes.max())
+        while start < longest:
+            size = self._memory.physical_batch_size or longest
+            chunk = [r[start : start + size] for r in rows]
+            if self._add(chunk, sizes):
+                start += size
         if self._dp is None:
             named = zip(self.adapted.trained, self.adapted.parameters(), strict=True)
             self.unreached -= {name for name, p in named if p.grad is not None}
             for p in idle:
                 p.grad = None
-            if self.client.max_grad_norm is not None:
-                _clip_by_client(self.adapted.parameters(), self.client.max_grad_norm)
+            if self._client.max_grad_norm is not None:
+                _clip_by_client(self.adapted.parameters(), self._client.max_grad_norm)
             self._change_gradients()
         taken = self.optimizer if self._dp is None else self._dp
         taken.step()
@@ -283,9 +291,43 @@ class _Stepper:
             if p.grad is not None:
                 p.grad = self._rule.gradient(kind, p.grad)
 
-    def _add_clipped(self, dp: StackedDPOptimizer, loss: torch.Tensor, chunk: list[np.ndarray]) -> None:
+    def _add(self, chunk: list[np.ndarray], sizes: np.ndarray) -> bool:
+        """Add a physical batch's gradients to those of the step; False where it has to be smaller."""
+        masks = dropout_states(self.adapted.layout)
+        lowered: str | None = None
+        try:
+            loss = self._backward(chunk, sizes)
+        except torch.cuda.OutOfMemoryError:
+            # Of several clients fewer are tried first (fedlora.simulation.worker).
+            lowered = self._memory.lower(self.adapted, len(chunk[0])) if len(chunk) == 1 else None
+            if lowered is None:
+                raise
+        if lowered is not None:  # here nothing holds what the pass has made
+            log.warning("memory ran out in a step of one client; from now on %s", lowered)
+            forget_batch(self.adapted)
+            set_dropout_states(masks)
+            torch.cuda.empty_cache()
+            return False
+        if self._dp is not None:
+            self._add_clipped(self._dp, chunk)
+        self.loss_sums += self.adapted.layout.sum_rows(loss)
+        return True
+
+    def _backward(self, chunk: list[np.ndarray], sizes: np.ndarray) -> torch.Tensor:
+        """Compute a physical batch's gradients; return the loss of each row. If it fails, the step's are as before."""
+        loss = _losses(self.adapted, self.table, chunk)
+        if self._dp is not None:
+            loss.sum().backward()
+            return loss.detach()
+        means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
+        mean, parameters = (loss * torch.from_numpy(means).to(loss)).sum(), self.adapted.parameters()
+        for p, gradient in zip(parameters, torch.autograd.grad(mean, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        return loss.detach()
+
+    def _add_clipped(self, dp: StackedDPOptimizer, chunk: list[np.ndarray]) -> None:
         """Add the clipped gradients of a physical batch to those of the step; check the first batch's samples."""
-        loss.sum().backward()
         if not self._guarded:
             check_grad_samples(self.adapted, sum(map(len, chunk)))
             self._guarded = True
@@ -360,14 +402,6 @@ def _optimizer(
     ]
     add_local_terms(optimizer, start, client.proximal_mu, shifts)
     return optimizer
-
-
-def _physical(rows: list[np.ndarray], size: int | None) -> Iterator[list[np.ndarray]]:
-    """Split every client's batch into physical batches of at most ``size`` rows; nothing where no client has a row."""
-    longest = max(len(r) for r in rows)
-    size = size or max(1, longest)
-    for start in range(0, longest, size):
-        yield [r[start : start + size] for r in rows]
 
 
 def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) -> torch.Tensor:

@@ -18,35 +18,64 @@ from torch.optim import Optimizer
 
 from fedlora import entropy
 from fedlora.adapters import AdaptedModel, RowLayout
-from fedlora.adapters.stacked import RowProducts
+from fedlora.adapters.stacked import RowProducts, StackedLayer
 from fedlora.errors import GuardError
 
 NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
 """So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
 
 
+class _Kept(torch.autograd.Function):
+    """Keeps tensors as autograd keeps activations: gradient checkpointing drops them and computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise AssertionError("no loss depends on what is kept")
+
+
 class _Hooks(GradSampleHooks):
-    """Opacus' hooks without the two copies of every gradient that only recurrent layers need."""
+    """Opacus' hooks for batches whose loss is a sum of the rows', and for layers that are computed twice.
+
+    They make no copies of gradients, which only recurrent layers need. A layer's inputs are kept in the graph of its
+    first pass, since the backward pass goes through that, and not through the graph of the recomputation.
+    """
+
+    _anchor = torch.empty(0, requires_grad=True)
+
+    def capture_activations_hook(self, module: Any, forward_input: Any, _forward_output: Any) -> None:
+        if not self.hooks_enabled or not module.training or not torch.is_grad_enabled():
+            return
+        kept = _Kept.apply(self._anchor, *(x.detach() for x in forward_input))
+        if not module.layout.recomputing:
+            module.activations = [*getattr(module, "activations", ()), kept.grad_fn]
 
     def capture_backprops_hook(
         self, module: Any, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
     ) -> None:
         if not self.hooks_enabled:
             return
-        activations, backprops = self.rearrange_grad_samples(
-            module=module,
-            backprops=forward_output[0].detach(),
-            loss_reduction=loss_reduction,
-            batch_first=batch_first,
-        )
+        activations, backprops = list(module.activations.pop().saved_tensors), forward_output[0].detach()
         for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
             before = parameter.grad_sample
             # Added by broadcasting, one row's gradient would be every example's.
             if before is not None and len(before) != len(sample):
                 raise GuardError(f"{module.name} has gradients of {len(before)} rows, then of {len(sample)}")
             parameter.grad_sample = sample if before is None else before + sample
-        if not module.activations:
-            del module.max_batch_len
+
+
+def forget_batch(adapted: AdaptedModel) -> None:
+    """Drop what an unfinished pass left behind: kept inputs, and per-example gradients."""
+    for layer in adapted.model.modules():
+        if isinstance(layer, StackedLayer):
+            vars(layer).pop("activations", None)
+            for p in layer.parameters():
+                if hasattr(p, "grad_sample"):
+                    p.grad_sample = None
 
 
 def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int) -> dict[str, bool]:
@@ -88,6 +117,7 @@ def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
             yield
     finally:
         adapted.layout.per_example = False
+        forget_batch(adapted)
         hooks.cleanup()
 
 
