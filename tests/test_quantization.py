@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from fedlora import output_layer
 from fedlora.adapters import adapt
 from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
@@ -98,6 +99,21 @@ def trained(model: Any, config: Config, private: bool, clients: int) -> list[Arr
     plans = [tiny.plan(sigma=1.0, clip=0.1)] * clients if private else None
     results = train_cohort(adapted, tiny.table("llama", 6 * clients), tiny.jobs_of(starts, rows, plans), config)
     return [result.arrays for result in results]
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("quantization", KINDS)
+def test_less_memory_changes_no_number(
+    here: World, quantization: str, private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient checkpointing, and losses in chunks of seven tokens."""
+    config = config_of(here, quantization)
+    expected = trained(base(here, quantization), config, private, 3)
+    client = config.client.model_copy(update={"gradient_checkpointing": True})
+    monkeypatch.setattr(output_layer, "CHUNK", 7 * tiny.VOCABULARY)
+    config = config.model_copy(update={"client": client})
+    for mine, other in zip(trained(base(here, quantization), config, private, 3), expected, strict=True):
+        assert tiny.difference(mine, other) < 1e-6
 
 
 @pytest.mark.parametrize("private", [False, True])
