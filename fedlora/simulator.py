@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora import simulation
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
-from fedlora.data.partition import plot_partition
+from fedlora.data.partition_plot import plot_partition
 from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError

@@ -218,7 +218,8 @@ class Federation:
         self.totals.seconds["load"] += time.perf_counter() - self.clock
         if not self.done:
             began = time.perf_counter()
-            self.checkpoint["start"] = {} if personalised else method.evaluate(self.adapted, self.data, 0)
+            scored = config.server.evaluate_start and not personalised
+            self.checkpoint["start"] = method.evaluate(self.adapted, self.data, 0) if scored else {}
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 
     def _begin(self) -> tuple[Arrays, Arrays]:
