@@ -78,9 +78,9 @@ def truncated_svd(matrix: torch.Tensor, rank: int, *, scale: float = 1.0, seed: 
     A small matrix (:data:`SMALL`) is decomposed in float64 on the CPU; its error is 0, apart from rounding.
 
     A large one is decomposed on its own device after Halko, Martinsson and Tropp (2011, arXiv 0909.4061, algorithms 4.4
-    and 5.1): the range of W is sampled with 2 r Gaussian vectors and refined by eight power iterations, each followed by
-    a QR decomposition. The vectors are drawn on the CPU by a generator of their own, so that the result depends on the
-    seed alone, on one machine. Where 4 r exceeds min(m, n) that would save little, and the decomposition is a full one.
+    and 5.1): the range of W is sampled with 2 r Gaussian vectors and refined by eight power iterations, each with QR
+    decompositions. The vectors are drawn on the CPU by a generator of their own, so that the result depends on the seed
+    alone, on one machine. Where 4 r exceeds min(m, n) that would save little, and the decomposition is a full one.
 
     The error is that of the result, not an expectation: r of W's singular values lie within ||W V - U S||_2 of those
     returned (Kahan), which are never too large. It is given relative to the largest. That these r are the leading ones
