@@ -116,15 +116,14 @@ def simulate(
         for note in unused_keys(given):
             log.info("note: %s", note)
         with _workers(client_app, folder) as workers:
-            tokens = _prepare(folder, method)
-            chosen, grid = folder.resolved, workers()
-            grid.num_clients = len(tokens.partition)
-            grid.work = lambda client: local_steps(chosen, int(tokens.partition.sizes[client]))
+            chosen, tokens = folder.resolved, _prepare(folder, method)
             # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
             whole = rounds if isinstance(rounds, method) else method(chosen)
-            told = {"training": rounds, "progress": progress, "started": started}
             with _settled_heap():
-                return Federation(chosen, grid, folder, tokens, whole, simulated=True, **told).run()
+                return Federation(
+                    chosen, _serving(workers(), tokens, chosen), folder, tokens, whole,
+                    training=rounds, progress=progress, started=started, simulated=True,
+                ).run()  # fmt: skip
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
@@ -174,7 +173,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
     kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
-        0,
+        num_clients=0,
         workers=section.workers,
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker,
@@ -184,6 +183,13 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
         states=folder.checkpoint.states,
         on_cohort_size=keep_cohort_size,
     )
+
+
+def _serving(grid: SimulatedGrid, tokens: FederatedData, config: Config) -> SimulatedGrid:
+    """Tell a grid its clients."""
+    sizes = tokens.partition.sizes
+    grid.serve(len(sizes), lambda client: local_steps(config, int(sizes[client])))
+    return grid
 
 
 def _user_code(strategy: Strategy | None, client_app: ClientApp | str) -> dict[str, UserCode]:

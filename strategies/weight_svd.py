@@ -85,7 +85,9 @@ def _write(weights: Arrays, rank: int, target: Path) -> None:
 def _read(folder: Path, paths: list[str]) -> dict[str, TruncatedSVD]:
     arrays = {name: aligned(array) for name, array in load_file(folder / _ARRAYS).items()}
     return {
-        path: TruncatedSVD(*(arrays[f"{path}.{part}"] for part in ("u", "s", "vh")), float(arrays[f"{path}.error"]))
+        path: TruncatedSVD(
+            u=arrays[f"{path}.u"], s=arrays[f"{path}.s"], vh=arrays[f"{path}.vh"], error=float(arrays[f"{path}.error"])
+        )
         for path in paths
     }
 
