@@ -49,5 +49,5 @@ clean:  ## Remove .venv, build output and caches; runs/ stays.
 	touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) --editable ".[dev,tensorboard]"
+	$(PIP_INSTALL) --editable ".[dev,tensorboard,evaluation]"
 	touch $@ .venv/.installed

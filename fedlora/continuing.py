@@ -17,6 +17,7 @@ from fedlora.config import ANY_METHOD, Config, MethodSection, ModelSection, inpu
 from fedlora.errors import InputError
 from fedlora.methods import ADAPTER, CLIENTS, Method, get_method
 from fedlora.models import MeanPoolingClassifier, load_base, load_tokenizer, quiet
+from fedlora.quantization import unquantized
 from fedlora.tasks import tasks
 
 HEAD_FILE = "head.safetensors"
@@ -126,7 +127,7 @@ def merged(config: Config, adapter: Path) -> Any:
     if task.is_file() and json.loads(task.read_text(encoding="utf-8")) != config.model.task:
         raise ValueError(f"{TASK_FILE} names another task than the run's {config.model.task}")
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
-    model: Any = load_base(config, names)
+    model: Any = load_base(unquantized(config), names)
     if isinstance(model, MeanPoolingClassifier):
         encoder = PeftModel.from_pretrained(model.encoder, str(adapter), trust_remote_code=False)
         model.encoder = encoder.merge_and_unload()

@@ -68,6 +68,8 @@ class Method:
         Whether clients may have different ranks: whether ``ranks`` is among the options.
     dp : bool
         Whether clients may train under DP-SGD.
+    quantized : bool
+        Whether the frozen layers may be quantised.
     color, marker : str
         In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
@@ -96,6 +98,7 @@ class Method:
     exact: ClassVar[bool] = False
     mixed_ranks = _MixedRanks()
     dp: ClassVar[bool] = True
+    quantized: ClassVar[bool] = True
     color: ClassVar[str] = ""
     marker: ClassVar[str] = ""
     parameterisation: ClassVar[str] = "lora"
@@ -321,6 +324,9 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    if config.model.quantization is not None and not method.quantized:
+        remedy = f"{method.name} computes with the weights of frozen layers; leave it out, or choose another method"
+        raise InputError("model.quantization", config.model.quantization, remedy)
     if config.wire.sends_updates:
         _check_updates(method, config)
     if not method.persistent:

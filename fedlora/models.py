@@ -36,6 +36,7 @@ from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.paths import find_path
+from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading
 from fedlora.tasks import Task, get_task, tasks
 
 T = TypeVar("T")
@@ -143,12 +144,16 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs) of a Linear or Conv1D layer."""
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+    if isinstance(layer, nn.Linear):  # a quantised one stores its weight in another shape
+        return layer.out_features, layer.in_features
+    columns, rows = layer.weight.shape  # type: ignore[misc]
+    return rows, columns
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed)."""
+    """Return the weight [outputs, inputs] of a Linear or Conv1D layer (Conv1D stores it transposed), dequantised."""
+    if is_quantized(layer):
+        return dequantized(layer)
     weight: torch.Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight.T if isinstance(layer, Conv1D) else weight
 
@@ -391,7 +396,8 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         if "dropout" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
             module.p = 0.0
     model.requires_grad_(False)
-    return align_weights(model.to(device))
+    # A quantised model was loaded onto the device, and int8 layers cannot be moved.
+    return align_weights(model if config.model.quantization else model.to(device))
 
 
 def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[str] | None, mean: bool) -> list[str]:
@@ -425,6 +431,9 @@ def _build(
         with device:
             return model_class(pretrained, **(_without_pooler(model_class) if mean else {})), set(), set()
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
+    if config.model.quantization is not None:
+        with torch.device("meta"):
+            options |= quantized_loading(config, model_class(pretrained), device)
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"
     if mean and not whole:
@@ -440,6 +449,8 @@ def _build(
     model, report = model_class.from_pretrained(
         source, config=loaded, revision=_revision(config), trust_remote_code=False, **options
     )
+    if config.model.quantization is not None:
+        keep_layout(model)
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]}
     return model, set(report["missing_keys"]), mismatched
 

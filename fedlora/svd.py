@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,9 @@ class TruncatedSVD:
         return TruncatedSVD(self.u.to(dtype), self.s.to(dtype), self.vh.to(dtype), self.error)
 
 
-def is_large(matrix: torch.Tensor) -> bool:
-    """Whether :func:`truncated_svd` does not take the exact way."""
-    return matrix.numel() >= SMALL
+def is_large(shape: Sequence[int]) -> bool:
+    """Whether :func:`truncated_svd` does not take the exact way with a matrix [m, n]."""
+    return shape[0] * shape[1] >= SMALL
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int, *, scale: float = 1.0, seed: int = 0) -> TruncatedSVD:
@@ -88,7 +89,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int, *, scale: float = 1.0, seed: 
     values beyond the rank are nearly as large as those within, the vectors may differ from those of a full
     decomposition by more than the values do.
     """
-    if not is_large(matrix):
+    if not is_large(matrix.shape):
         u, s, vh = torch.linalg.svd(scale * matrix.cpu().double(), full_matrices=False)
         error = 0.0
     else:

@@ -49,6 +49,7 @@ from fedlora.strategies.summary import (
 )
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
+from fedlora.training.answering import score_answers
 from fedlora.training.soundness import check_sound
 from fedlora.transport import bases
 
@@ -200,6 +201,8 @@ class Federation:
         note_environment(self.folder, environment(config))
         personalised = method.personalised(config)
         unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
+        if personalised and self.data.questions is not None:
+            unscored.append("evaluation.kind is not used: clients keep models of their own")
         for note in (*self.data.notes, *self.adapted.notes, *method.codecs.notes, *unscored):
             self.folder.tell(note)
         for note in self.folder.notes:
@@ -230,7 +233,8 @@ class Federation:
         if not self.done:
             began = time.perf_counter()
             scored = config.server.evaluate_start and not personalised
-            self.checkpoint["start"] = method.evaluate(self.adapted, self.data, 0) if scored else {}
+            start = method.evaluate(self.adapted, self.data, 0) | self._score_answers() if scored else {}
+            self.checkpoint["start"] = start
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 
     def _begin(self) -> tuple[Arrays, Arrays]:
@@ -357,10 +361,17 @@ class Federation:
     def _evaluate(self, server_round: int) -> dict[str, Any]:
         """Return the metrics of what a round made, on the server and by clients; of personalised models by clients."""
         if not self.method.personalised(self.config):
-            return self.method.evaluate(self.adapted, self.data, server_round) | self._ask(server_round)
+            metrics = self.method.evaluate(self.adapted, self.data, server_round)
+            answers = self._score_answers() if server_round == self.config.run.rounds else {}
+            return metrics | answers | self._ask(server_round)
         asked = self._ask(server_round)
         scores = self.method.evaluation.scores()
         return scores | asked if scores else {}
+
+    def _score_answers(self) -> dict[str, float]:
+        """Return the scores of the model's answers that ``[evaluation]`` asks for."""
+        questions = self.data.questions
+        return {} if questions is None else score_answers(self.adapted, questions, self.config)
 
     def _ask(self, server_round: int) -> dict[str, Any]:
         """Have clients evaluate on test examples of their own, if so configured; return ``clients``, the metrics."""

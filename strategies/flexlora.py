@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 
-from fedlora.arrays import Arrays
+from fedlora.adapters import AdaptedModel
+from fedlora.arrays import Arrays, leading
+from fedlora.config import Config, MethodSection, Positive
+from fedlora.data.tokens import FederatedData
+from fedlora.errors import InputError
+from fedlora.ranks import RankedOptions
 from fedlora.strategies.both_factors import BothFactors
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Update, Updates, normalised, update_norm
+
+
+class FlexLoRAOptions(RankedOptions):
+    """``[method]`` of a FlexLoRA run."""
+
+    final_rank: Positive | None = Field(
+        default=None,
+        description="Rank after the last round. The server lowers it from method.rank by the same factor in each "
+        "round, and keeps the best approximation at each rank; method.rank throughout by default.",
+    )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether clients have other ranks than the server's arrays."""
+        return super().mixed or self.final_rank is not None
 
 
 class FlexLoRA(BothFactors, RankedStrategy):
@@ -27,6 +49,10 @@ class FlexLoRA(BothFactors, RankedStrategy):
     R R'^T, of at most the sum of the ranks. Where G has fewer directions than the rank, B is 0 there, and A's rows are
     completed from those before, so that they can learn again. A client of a smaller rank is sent the leading rows and
     columns: the best approximation at its rank.
+
+    With ``final_rank`` the rank falls from round to round, like that of LoRA-Squeeze within training (Vulić et al.,
+    arXiv 2602.10993): after round t of T it is r (final_rank / r)^(t / T), rounded. The paper's randomised SVD of an
+    m x n matrix is not needed: the factors at hand give the exact one.
     """
 
     name = "flexlora"
@@ -35,11 +61,41 @@ class FlexLoRA(BothFactors, RankedStrategy):
     sends = "A and B of the client's rank: r (m + n) each way"
     persistent = False
     color, marker = "sky", "star"
+    Options: ClassVar[type[MethodSection]] = FlexLoRAOptions
+    options: FlexLoRAOptions
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._round = 1
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse a final rank above the first."""
+        super().check(config)
+        options = config.method
+        assert isinstance(options, FlexLoRAOptions)
+        if options.final_rank is not None and options.final_rank > options.rank:
+            remedy = f"is above method.rank = {options.rank}, from which the rank falls; lower it"
+            raise InputError("method.final_rank", options.final_rank, remedy)
+
+    def enter(self, server_round: int, exchange: int) -> None:
+        """Take on the round's rank."""
+        self._round = server_round
+        super().enter(server_round, exchange)
+
+    def rank_after(self, server_round: int) -> int:
+        """Return the rank of the server's model after a round; 0 is the start."""
+        first, last = self.options.rank, self.options.final_rank or self.options.rank
+        return round(first * (last / first) ** (server_round / self.config.run.rounds))
+
+    def rank_of(self, client: int) -> int:
+        """Return the client's own rank, or the round's where that is smaller."""
+        return min(super().rank_of(client), self.rank_after(self._round - 1))
 
     def aggregate(self, updates: Updates) -> Arrays | None:
         """Return the mean of the heads, and the factors of the mean of the updates; it needs all clients' factors."""
-        clients = list(updates)
+        clients, rank = list(updates), self.rank_after(self._round)
         mean = self.head_mean(clients)
         if mean is None:
             return None
@@ -49,7 +105,18 @@ class FlexLoRA(BothFactors, RankedStrategy):
             pairs = [(p, arrays[name], arrays[other]) for p, arrays in zip(shares, factors, strict=True)]
             # One s for all clients: it is the same in G and in what is sent.
             mean[name], mean[other] = truncated(pairs, self.arrays[other])
+            mean[name][:, rank:] = 0
         return mean
+
+    def export(self, adapted: AdaptedModel, data: FederatedData, folder: Path) -> None:
+        """Write the result at the rank that it has."""
+        rank = self.rank_after(max(self.replied, default=0))  # the last round may not count
+        shapes = adapted.shapes_at(rank)
+        arrays = {name: leading(array, shapes[name]) for name, array in adapted.arrays(shapes).items()}
+        adapted.set_rank(rank)
+        adapted.set_shared(arrays)
+        super().export(adapted, data, folder)
+        adapted.set_rank(self.options.rank)
 
     def check_update(self, update: Update) -> None:
         """Refuse factors that are finite, but whose product is not."""

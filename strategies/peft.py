@@ -91,6 +91,7 @@ class Peft(FederatedStrategy):
     paper = "PEFT 0.21"
     sends = "what the adapter trains, each way"
     color, marker = "grey", "star"
+    quantized = False
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 1e-2, "sgd": 0.5}
     Options = PeftOptions
     options: PeftOptions

@@ -6,13 +6,15 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import dense_weight
+from fedlora.adapters.model import dense_weight, linear_shape
 from fedlora.adapters.parameterisations.sb import leading_pairs
 from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
@@ -42,16 +44,16 @@ def weight_svd(adapted: AdaptedModel, rank: int) -> dict[str, TruncatedSVD]:
     InputError
         If the cache cannot be written.
     """
-    weights = {path: dense_weight(adapter.base) for path, adapter in adapted.adapters.items()}
-    large = [path for path, weight in weights.items() if is_large(weight)]
+    layers = {path: adapter.base for path, adapter in adapted.adapters.items()}
+    large = [path for path, layer in layers.items() if is_large(linear_shape(layer))]
     if not large:
-        return {path: leading_pairs(weight, rank) for path, weight in weights.items()}
+        return {path: leading_pairs(dense_weight(layer), rank) for path, layer in layers.items()}
     folder = cache_dir() / "svd" / _key(adapted, rank)
     if folder.is_dir() and not _is_whole(folder):
         log.warning("%s was changed or is cut short; its content is computed again", folder)
         shutil.rmtree(folder)
-    build_once(folder, lambda target: _write(weights, rank, target), "method.init", "svd")
-    found = _read(folder, list(weights))
+    build_once(folder, lambda target: _write(layers, rank, target), "method.init", "svd")
+    found = _read(folder, list(layers))
     error = max(found[path].error for path in large)
     told = "the start's SVD of %d large weights has singular values within %.1e of each weight's largest; in %s"
     log.info(told, len(large), error, folder)
@@ -63,7 +65,7 @@ def _key(adapted: AdaptedModel, rank: int) -> str:
     parts = {
         "version": VERSION,
         "rank": rank,
-        "weights": {path: digests[f"{path}.base.weight"] for path in adapted.adapters},
+        "weights": {path: [digests[n] for n in digests if n.startswith(f"{path}.base.")] for path in adapted.adapters},
         # The last bits depend on these.
         "torch": torch.__version__,
         "device": adapted.device.type,
@@ -72,10 +74,10 @@ def _key(adapted: AdaptedModel, rank: int) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _write(weights: Arrays, rank: int, target: Path) -> None:
+def _write(layers: Mapping[str, nn.Module], rank: int, target: Path) -> None:
     arrays: Arrays = {}
-    for path, weight in weights.items():
-        pairs = leading_pairs(weight, rank)
+    for path, layer in layers.items():
+        pairs = leading_pairs(dense_weight(layer), rank)
         error = torch.tensor(pairs.error, dtype=torch.float64)
         arrays |= {f"{path}.u": pairs.u, f"{path}.s": pairs.s, f"{path}.vh": pairs.vh, f"{path}.error": error}
     save_file(arrays, target / _ARRAYS)

@@ -32,7 +32,8 @@ TINY_MODELS = {"adapters", "experts", "strategies", "training"}
 
 SLOW_FILES = (
     "test_end_to_end.py", "test_runner.py", "test_federation.py", "test_codecs.py", "test_methods_conform.py",
-    "test_refused_runs.py", "test_flower_runtime.py", "test_ray_grid.py", "test_shadowing.py",
+    "test_ten_clients_on_minilm.py", "test_refused_runs.py", "test_flower_runtime.py", "test_ray_grid.py",
+    "test_shadowing.py", "test_storage.py", "test_node_oracle.py",
 )  # fmt: skip
 """Files that take longest, in this order: first, so that no process is left with one of them at the end."""
 

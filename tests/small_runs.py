@@ -21,6 +21,7 @@ from transformers import BertModel
 
 import fedlora
 from fedlora.adapters import AdaptedModel
+from fedlora.adapters.layers import adapter_dtype
 from fedlora.adapters.model import linear_shape
 from fedlora.arrays import Arrays, padded
 from fedlora.clients import held, resources
@@ -346,7 +347,7 @@ def weights(adapted: AdaptedModel) -> Arrays:
     found = dict(adapted.arrays(adapted.head_names))
     with torch.no_grad():
         for path, adapter in adapted.adapters.items():
-            eye = torch.eye(linear_shape(adapter.base)[1], dtype=adapter.weight.dtype)
+            eye = torch.eye(linear_shape(adapter.base)[1], dtype=adapter_dtype(adapter.base))
             bias = 0 if adapter.bias is None else adapter.bias
             found[path] = (adapter(eye[None])[0] - bias).T
     return {name: array.double() for name, array in found.items()}

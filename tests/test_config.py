@@ -32,7 +32,7 @@ def refused(source: Any, overrides: dict[str, Any] | None = None) -> InputError:
 def test_the_schema_is_the_documented_one() -> None:
     assert {key.partition(".")[0] for key in KEYS} == {
         *("run", "model", "data", "method", "client", "privacy", "server", "wire", "simulation"),
-        *("network", "tracking"),
+        *("network", "tracking", "evaluation"),
     }
     named = """run.name run.seed run.rounds model.name model.task model.pooling model.dtype model.max_length data.name
         data.test data.validation data.public data.text data.label data.partition.kind data.partition.clients
@@ -40,7 +40,8 @@ def test_the_schema_is_the_documented_one() -> None:
         client.learning_rate client.batch_size client.local_steps client.local_epochs privacy.mode
         privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant
         server.fraction_train server.min_replies simulation.workers simulation.cpus_per_worker
-        simulation.gpus_per_worker simulation.cohort_size simulation.address"""
+        simulation.gpus_per_worker simulation.cohort_size simulation.address data.messages data.template data.choices
+        evaluation.kind evaluation.max_new_tokens evaluation.max_examples"""
     assert set(named.split()) <= set(KEYS)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.reporting.comparison import Mean
+
 ROOT = Path(__file__).parents[1]
 LIMIT = 2_500_000
 """Bytes of all committed results and pictures together."""
@@ -79,6 +81,43 @@ def test_the_studies_tables_are_what_their_groups_say(heading: str, study: str, 
         # One size stands for the row: without privacy messages are some bytes shorter, and the page names 20 clients.
         sizes = {f"{float(group['total_bytes']) / 1e6:.1f}" for group in found}
         assert megabytes in sizes, name
+
+
+def test_the_wires_table_is_what_its_differences_and_groups_say() -> None:
+    folder = STUDIES / "results" / "wire"
+    with (folder / "groups.csv").open(encoding="utf-8", newline="") as file:
+        groups = {(row["method"], row["wire.codec"] or row["wire.uplink_codec"]): row for row in csv.DictReader(file)}
+    with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert all(run["payload_bytes"] == run["formula_bytes"] for run in runs)
+    for name, plain, *differences, _, _ in rows(STUDIES / "README.md", "The wire"):
+        method = name.split(", ")[0]
+        assert plain == f"{100 * float(groups[method, '']['accuracy']):.1f}"
+        for codec, shown in zip(("int8", "onebit"), differences, strict=True):
+            by_seed = {
+                (run["wire.codec"] or run["wire.uplink_codec"], run["seed"]): 100 * float(run["accuracy"])
+                for run in runs
+                if run["method"] == method
+            }
+            found = Mean.of([by_seed[codec, str(seed)] - by_seed["", str(seed)] for seed in range(8)])
+            assert found.half is not None
+            assert shown.replace("-0.00", "0.00") == f"{found.mean:.2f} ± {found.half:.2f}".replace("-0.00", "0.00")
+
+
+def test_the_comparisons_table_is_what_its_groups_say() -> None:
+    with (STUDIES / "results" / "comparison" / "groups.csv").open(encoding="utf-8", newline="") as file:
+        groups = {(row["method"], row["privacy"]): row for row in csv.DictReader(file)}
+    table = rows(STUDIES / "README.md", "Eight methods")
+    assert len(table) == 8
+    for name, private, free, megabytes, up, seconds in table:
+        method = name.split(", ")[0]
+        for shown, level in ((private, "ε 3"), (free, "no privacy")):
+            mean, low = (100 * float(groups[method, level][key]) for key in ("accuracy", "accuracy_low"))
+            assert shown == f"{mean:.1f} ± {mean - low:.1f}", name
+        group = groups[method, "ε 3"]
+        assert megabytes == f"{float(group['total_bytes']) / 1e6:.1f}"
+        assert up == f"{float(group['uplink_bytes']) / 1e6:.1f}"
+        assert seconds == f"{float(group['wall_seconds']):.0f}"
 
 
 def test_the_cohorts_table_is_what_the_raw_figures_say() -> None:

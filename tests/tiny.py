@@ -56,8 +56,8 @@ def bert_config(**options: Any) -> BertConfig:
 
 def llama_config(**options: Any) -> LlamaConfig:
     """Shape of the tiny Llama: keys and values are narrower than queries."""
-    sizes = {**_SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 1}
-    return LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
+    sizes = {**_SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 1, **options}
+    return LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def gpt2_config(**options: Any) -> GPT2Config:

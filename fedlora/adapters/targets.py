@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier
+from fedlora.quantization import is_ours
 
 ALL_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)
@@ -78,7 +79,7 @@ def target_paths(
         if not isinstance(module, LINEAR):
             kind = type(module).__name__
             raise InputError(_FIELD, targets, f"matches {path}, a {kind}; only Linear and Conv1D layers take adapters")
-        if module.weight.dtype not in _FLOATS or module.weight.dim() != 2:
+        if not is_ours(module) and (module.weight.dtype not in _FLOATS or module.weight.dim() != 2):
             remedy = f"matches {path}, a quantised {type(module).__name__}; take the model's unquantised weights"
             raise InputError(_FIELD, targets, remedy)
         if module.weight is embeddings:

@@ -212,25 +212,25 @@ ASSETS: dict[str, Asset] = {
             "strategyqa",
             "strategyqa",
             "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803",
-            "StrategyQA, 2,290 questions answered with Yes or No (columns text, answer, choices)",
+            "StrategyQA, 2,290 questions answered with Yes or No (columns text, answer, choices, messages)",
         ),
         _bigbench(
             "social-iqa",
             "social_iqa",
             "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
-            "Social IQa, 1,954 questions with three choices each (columns text, answer, choices)",
+            "Social IQa, 1,954 questions with three choices each (columns text, answer, choices, messages)",
         ),
         _bigbench(
             "elementary-math-qa",
             "elementary_math_qa/question_only",
             "765c8817c43b068720fd3bf99abaed09132420df530e58b2e6bd5a16823d58eb",
-            "7,688 word problems with five choices each (columns text, answer, choices)",
+            "7,688 word problems with five choices each (columns text, answer, choices, messages)",
         ),
         _bigbench(
             "e2e-nlg",
             "gem/e2e_nlg",
             "9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329",
-            "E2E, restaurants to describe in a sentence (columns text, answer, references)",
+            "E2E, restaurants to describe in a sentence (columns text, answer, references, messages)",
         ),
     )
 }

@@ -93,8 +93,9 @@ class RunDisplay:
         rows.append(("trained", f"{facts['trainable_parameters']:,} numbers"))
         rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
         rows.append(("folder", str(result.folder)))
+        width = max(12, *(len(name) + 1 for name, _ in rows))
         for name, value in rows:
-            self._print(f"{name.replace('_', ' '):<12}{value}")
+            self._print(f"{name.replace('_', ' '):<{width}}{value}")
 
     def _start(self, rounds: int, first: int, clients: int) -> None:
         self._started = True

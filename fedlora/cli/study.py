@@ -62,7 +62,7 @@ class StudyDisplay:
             spent = tuning["cost"]
             self._print(
                 f"tuning      {spent['runs']} runs, {spent['seconds']:.0f} s, {format_bytes(spent['bytes'])}, on "
-                f"validation data at seed {tuning['seed']}"
+                f"validation data at seed{'s' * (len(tuning['seeds']) > 1)} {', '.join(map(str, tuning['seeds']))}"
             )
             if any(group["covered_by_privacy"] is False for group in tuning["groups"]):
                 self._print("            epsilon does not cover the tuning runs on private data")

@@ -6,6 +6,7 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 """
 
 from fedlora.config.errors import input_error, unknown_key
+from fedlora.config.evaluation import EvaluationSection
 from fedlora.config.examples import DataSection, ModelSection, PartitionSection
 from fedlora.config.privacy import MAX_EPSILON, MAX_NOISE, MIN_NOISE, PrivacySection
 from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
@@ -36,6 +37,7 @@ __all__ = [
     "ClientSection",
     "Config",
     "DataSection",
+    "EvaluationSection",
     "FileFormat",
     "Fraction",
     "Key",

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedlora.config.section import NODES, SERVER, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
+from fedlora.quantization import check_quantization
 from fedlora.registry import CLIENT_SAMPLINGS
 from fedlora.tasks import get_task, tasks
 
@@ -32,6 +33,11 @@ class ModelSection(Section):
     dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="Floating-point type in which the base model is loaded."
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Store the frozen layers in 4 bits (nf4) or 8 bits (int8) a weight, through bitsandbytes; in "
+        "model.dtype by default.",
+    )
     max_length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=128, description="Longest example, in tokens; the rest of a longer one is cut off."
     )
@@ -43,8 +49,9 @@ class ModelSection(Section):
     )
 
     def check(self, config: Config) -> None:
-        """Check that there is such a task."""
+        """Check that there is such a task, and that the base can be quantised here."""
         get_task(self.task)
+        check_quantization(config)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each task reads keys of its own."""
@@ -135,7 +142,26 @@ class DataSection(Section):
     prompt: str | None = Field(
         default=None, description="Column of the prompts of a language model, on which there is no loss."
     )
-    answer: str | None = Field(default=None, description="Column of the answers, on which the loss is.")
+    answer: str | None = Field(
+        default=None,
+        description="Column of the answers, on which the loss is; the first of data.choices by default, if that is "
+        "given.",
+    )
+    messages: str | None = Field(
+        default=None,
+        description="Column of conversations, lists of {role, content} with the roles system, user and assistant; the "
+        "loss is on all turns of the assistant.",
+    )
+    template: bool | None = Field(
+        default=None,
+        description="Put examples through the tokenizer's chat template: messages always, prompt and answer only with "
+        "true, as one turn of the user and one of the assistant.",
+    )
+    choices: str | None = Field(
+        default=None,
+        description="Column of the answers to choose from, lists of texts, for evaluation.kind = choice; the right one "
+        "is the answer (of messages the assistant's last turn), or the first where data.answer is not given.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of what is held out and of the subsets, so that runs of several seeds can share a test set; "
@@ -165,13 +191,30 @@ class DataSection(Section):
             remedy = "is no share of each client's examples; give a number between 0 and 1"
             raise InputError("data.client_test", self.client_test, remedy)
         self._check_partition(config)
-        if (self.prompt is None) != (self.answer is None):
-            raise InputError("data.prompt", self.prompt, "give prompt and answer together, or neither for plain text")
+        self._check_answers()
         skewed = self.partition.kind in ("dirichlet", "pathological", "shard")
         task = get_task(config.model.task)
         if not task.one_class and skewed and self.partition.column is None:
             remedy = f"is required with kind {self.partition.kind} for {task.name}: the column to skew"
             raise InputError("data.partition.column", None, remedy)
+
+    def _check_answers(self) -> None:
+        """Check what a language model's examples are made of: text, prompt and answer, or messages."""
+        given = self.answer if self.answer is not None else self.choices
+        if self.messages is not None and (self.prompt is not None or self.answer is not None):
+            remedy = "holds whole conversations; remove data.prompt and data.answer, or this key"
+            raise InputError("data.messages", self.messages, remedy)
+        if self.messages is not None and self.template is False:
+            remedy = "messages need a chat template; remove the key, or name data.prompt and data.answer instead"
+            raise InputError("data.template", False, remedy)
+        if self.messages is None and (self.prompt is None) != (given is None):
+            remedy = "give prompt and answer (or choices) together, or neither for plain text"
+            raise InputError("data.prompt", self.prompt, remedy)
+
+    @property
+    def templated(self) -> bool:
+        """Whether examples go through the tokenizer's chat template."""
+        return self.messages is not None or (self.prompt is not None and self.template is True)
 
     def _check_partition(self, config: Config) -> None:
         partition, server = self.partition, config.server
@@ -194,6 +237,10 @@ class DataSection(Section):
         yield from _unread("data", config)
         if self.name == NODES:
             yield "client_test", "nodes hold test examples of their own"
+        if self.messages is None and self.prompt is None:
+            yield "template", "examples are plain text"
+        if config.evaluation.kind != "choice" and (self.messages is not None or self.answer is not None):
+            yield "choices", f"evaluation.kind is {config.evaluation.kind}"
         for keys, why in self.partition.unused(config):
             yield f"partition.{keys}", why
 

@@ -9,6 +9,7 @@ from typing import Any
 import tomli_w
 from pydantic import SerializeAsAny, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
+from fedlora.config.evaluation import EvaluationSection
 from fedlora.config.examples import DataSection, ModelSection
 from fedlora.config.privacy import PrivacySection
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
@@ -31,6 +32,7 @@ class Config(Section):
     client: ClientSection = ClientSection()
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
+    evaluation: EvaluationSection = EvaluationSection()
     wire: WireSection = WireSection()
     simulation: SimulationSection = SimulationSection()
     network: NetworkSection = NetworkSection()

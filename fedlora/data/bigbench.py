@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.assets import Asset, build_once, cache_dir
+from fedlora.tasks.chat import conversation
 
 PACKAGE = "bigbench"
 """The package whose assets are read here."""
 
-FORM = 1
+FORM = 2
 """Version of the tables' columns and splits. Each version has its own folders in the cache."""
 
 SPLITS = ("train", "validation", "test")
@@ -53,7 +54,7 @@ def bigbench_files(asset: Asset, folder: Path, field: str) -> dict[str, Path]:
 
         content = json.loads((folder / asset.file(".json")).read_text(encoding="utf-8"))
         read = _READERS.get(asset.name, _choices_or_texts)
-        rows = [read(example) for example in content["examples"]]
+        rows = [read(example, content) for example in content["examples"]]
         # The canary tells whoever collects text for pretraining to leave this out.
         metadata = {_CANARY: str(content.get(_CANARY, ""))}
         for split in SPLITS:
@@ -74,7 +75,7 @@ Row = tuple[str, dict[str, Any]]
 """The key by which a row is put into a split, and its columns."""
 
 
-def _vitaminc(example: Mapping[str, Any]) -> Row:
+def _vitaminc(example: Mapping[str, Any], task: Mapping[str, Any]) -> Row:
     """Divide ``PAGE: EVIDENCE\\nClaim: CLAIM`` into its parts. Colons of pages' names are written -COLON- there."""
     passage, claim = example["input"].split("\nClaim: ")
     page, evidence = passage.split(": ", 1)
@@ -82,15 +83,29 @@ def _vitaminc(example: Mapping[str, Any]) -> Row:
     return page, {"evidence": evidence, "claim": claim, "label": label, "page": page}
 
 
-def _choices_or_texts(example: Mapping[str, Any]) -> Row:
-    """Read a question with its choices, or an input with its references."""
+def _choices_or_texts(example: Mapping[str, Any], task: Mapping[str, Any]) -> Row:
+    """Read a question with its choices, or an input with its references; and either as a conversation."""
     text = example["input"].strip()
     scores = example.get("target_scores")
     if scores:
-        return text, {"text": text, "answer": _best(scores), "choices": list(scores)}
+        answer, choices = _best(scores), list(scores)
+        messages = conversation(_asked(text, choices, task), answer)
+        return text, {"text": text, "answer": answer, "choices": choices, "messages": messages}
     target = example["target"]
     references = [target] if isinstance(target, str) else list(target)
-    return text, {"text": text, "answer": references[0], "references": references}
+    messages = conversation(_asked(text, [], task), references[0])
+    return text, {"text": text, "answer": references[0], "references": references, "messages": messages}
+
+
+def _asked(text: str, choices: list[str], task: Mapping[str, Any]) -> str:
+    """Ask as BIG-bench does: between the task's own words, with the choices unless the task leaves them out.
+
+    Its general ``Q:`` and ``A:`` are for models without turns.
+    """
+    before, after = task.get("example_input_prefix", "").strip(), task.get("example_output_prefix", "").strip()
+    shown = choices if task.get("append_choices_to_input", True) else []
+    lines = [f"{before} {text}".strip(), *(f"choice: {choice}" for choice in shown), after]
+    return "\n".join(line for line in lines if line)
 
 
 def _best(scores: Mapping[str, float]) -> str:
@@ -98,4 +113,4 @@ def _best(scores: Mapping[str, float]) -> str:
     return max(scores, key=lambda choice: scores[choice])
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {"vitaminc": _vitaminc}
+_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Row]] = {"vitaminc": _vitaminc}

@@ -9,6 +9,7 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.data.files import Table, first_line
 from fedlora.errors import InputError
+from fedlora.tasks.chat import ROLES
 from fedlora.tasks.labels import INTEGER, NUMBER, Column, as_word, is_missing, shown
 
 
@@ -103,6 +104,81 @@ def read_words(table: Table, column: str, field: str, source: str) -> list[list[
             raise _half_of_a_pair(table, row, column, field)
         found.append(list(words))
     return found
+
+
+def read_messages(table: Table, column: str, field: str, source: str) -> list[list[dict[str, str]] | None]:
+    """Read conversations; None where there is none.
+
+    Raises
+    ------
+    InputError
+        Naming column and row of a value that is no conversation with a turn of the assistant's.
+    """
+    found: list[list[dict[str, str]] | None] = []
+    for row, value in enumerate(read_column(table, column, field)):
+        if is_missing(value):
+            found.append(None)
+            continue
+        why = not_messages(value)
+        if why:
+            raise InputError(field, column, f"{table.place(row)} of {source} {why}")
+        found.append([{"role": message["role"], "content": message["content"]} for message in value])
+    return found
+
+
+_UNREAD = ("tool_calls", "function_call", "weight")
+"""Keys of a message that would change what is learnt."""
+
+
+def not_messages(value: Any) -> str:
+    """Say why a value is no conversation that can be learnt from, and what to do; "" if it is one."""
+    if not isinstance(value, list | tuple):
+        return f"holds {shown(value)}, not a list of messages; name another column, or give JSONL or Parquet"
+    if not value:
+        return "holds an empty list; give it messages, or remove the row"
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return f"has a message {number} without role and content ({shown(message)}); give each both"
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            return f"has the role {role!r:.40} in message {number}; use {', '.join(ROLES)}, or remove the row"
+        if not isinstance(content, str):
+            return f"has {shown(content)} as content of message {number}, not text; fix it, or remove the row"
+        if not _is_unicode(content):
+            return f"has half of a surrogate pair in message {number}, which is no text; fix it"
+        unread = [key for key in _UNREAD if message.get(key) is not None]
+        if unread:
+            return f"has {unread[0]} in message {number}, which is not read; remove it, or the row"
+    turns = [message for message in value if message["role"] != "system"]
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+        return "has no turn of the assistant's with text; add one, or remove the row"
+    if turns[0]["role"] == "assistant":
+        return "begins with the assistant's turn; let the user begin, or remove the row"
+    return ""
+
+
+def read_choices(column: Column, answers: Sequence[str] | None) -> list[list[str]]:
+    """Read lists of answers to choose from.
+
+    Parameters
+    ----------
+    column : Column
+    answers : sequence of str, optional
+        The right ones, each of which must be among its row's choices.
+
+    Raises
+    ------
+    InputError
+        Naming column and row of a value that is no list of two or more different texts, or lacks the right one.
+    """
+    for number, value in enumerate(column.cells):
+        texts = isinstance(value, list | tuple) and all(isinstance(choice, str) and choice.strip() for choice in value)
+        if not texts or not all(map(_is_unicode, value)) or len(set(value)) < max(2, len(value)):
+            raise column.error(number, f"holds {shown(value)}, not two or more different texts; fix the row")
+        if answers is not None and answers[number] not in value:
+            remedy = f"lacks the right answer, {shown(answers[number])}; add it, or fix the answer"
+            raise column.error(number, remedy)
+    return [list(value) for value in column.cells]
 
 
 def _half_of_a_pair(table: Table, row: int, column: str, field: str) -> InputError:

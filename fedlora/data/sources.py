@@ -24,7 +24,10 @@ from fedlora.data.columns import (
     alike_classes,
     cells,
     listed,
+    not_messages,
+    read_choices,
     read_column,
+    read_messages,
     read_owners,
     read_texts,
     read_words,
@@ -33,6 +36,7 @@ from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, 
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
 from fedlora.tasks import get_task
+from fedlora.tasks.chat import answer_of, conversation
 from fedlora.tasks.labels import INTEGER, is_missing
 
 if TYPE_CHECKING:
@@ -42,10 +46,12 @@ log = logging.getLogger("fedlora")
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
+PLACE = "place"
+"""Column of conversations that says where each is from, for errors."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One stream of random numbers for each use of the run's seed.
-_HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST = 1, 2, 3, 4
+_HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST, QUESTIONS = 1, 2, 3, 4, 5
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Examples:
     train, test : datasets.Dataset, optional
         None where they lie elsewhere (``data.name = "nodes"``, ``data.test = "server"``).
         Columns by the keys that the task reads, such as ``text``, ``text_pair``, or ``prompt`` and ``answer``;
+        ``messages`` and ``place`` if they go through a chat template; ``choices`` to choose an answer from;
         ``label`` as the task's numbers (for a class int64, an index into ``label_names``); ``domain`` if the source has
         such a column; ``partition`` if ``data.partition.column`` is set (in train only).
     validation, public : datasets.Dataset, optional
@@ -247,7 +254,11 @@ def _own_examples(config: Config) -> Examples:
 def _own_table(config: Config) -> datasets.Dataset:
     table, rows = _own_rows(config)
     task = get_task(config.model.task)
-    texts = {name: _any_texts(table, column, rows, task.words) for name, column in _text_columns(config).items()}
+    texts = {
+        name: _any_messages(table, column, rows) if name == "messages" else _any_texts(table, column, rows, task.words)
+        for name, column in _text_columns(config).items()
+    }
+    texts = _conversations(config, texts)
     empty = sum(not all(map(_has_text, row)) for row in zip(*texts.values(), strict=True))
     if empty:
         log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
@@ -298,8 +309,24 @@ def _any_texts(table: Table, column: str, rows: list[int], words: bool) -> list[
     return [list(map(_as_text, v)) if isinstance(v := values[row], list) else _as_text(v).split() for row in rows]
 
 
-def _has_text(value: str | list[str]) -> bool:
-    return any(word.strip() for word in ([value] if isinstance(value, str) else value))
+def _any_messages(table: Table, column: str, rows: list[int]) -> list[list[dict[str, str]]]:
+    """Return a column as conversations, whatever it holds: what is none is empty, and the owner's log says so."""
+    values, found = table.columns[column](), list[list[dict[str, str]]]()
+    bad = [row for row in rows if not_messages(values[row])]
+    if bad:
+        why = not_messages(values[bad[0]])
+        log.warning("%d of %d rows teach nothing: %s %s", len(bad), len(rows), table.place(bad[0]), why)
+    left_out = set(bad)
+    for row in rows:
+        messages = [] if row in left_out else values[row]
+        found.append([{"role": message["role"], "content": message["content"]} for message in messages])
+    return found
+
+
+def _has_text(value: str | list[Any] | dict[str, str]) -> bool:
+    if isinstance(value, dict):
+        value = value["content"]
+    return bool(value.strip()) if isinstance(value, str) else any(map(_has_text, value))
 
 
 def _as_text(value: Any) -> str:
@@ -312,6 +339,15 @@ def _as_text(value: Any) -> str:
 def _text_columns(config: Config) -> dict[str, str]:
     """Return the columns of the texts by their standard names."""
     return get_task(config.model.task).columns(config.data)
+
+
+def _conversations(config: Config, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Make a conversation of each prompt and answer, if these go through the chat template."""
+    if not config.data.templated or "prompt" not in columns:
+        return columns
+    pairs = zip(columns["prompt"], columns["answer"], strict=True)
+    others = {name: values for name, values in columns.items() if name not in ("prompt", "answer")}
+    return {"messages": [conversation(prompt, answer) for prompt, answer in pairs], **others}
 
 
 def _subset_of_test(config: Config, test: datasets.Dataset | None) -> datasets.Dataset | None:
@@ -592,7 +628,8 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
     texts = _text_columns(config)
     columns: dict[str, list[Any]] = {}
     for name, column in texts.items():
-        columns[name] = (read_words if task.words else read_texts)(table, column, f"data.{name}", source)
+        read: Any = read_messages if name == "messages" else read_words if task.words else read_texts
+        columns[name] = read(table, column, f"data.{name}", source)
     keep = np.array([all(v and _has_text(v) for v in row) for row in zip(*columns.values(), strict=True)], bool)
     rows = np.flatnonzero(keep).tolist()
     if not rows:
@@ -604,11 +641,28 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
         domains = ("" if is_missing(domain) else str(domain) for domain in read_column(table, "domain", "domain"))
         columns["domain"] = [domain if domain.strip() else "(none)" for domain in domains]
     kept: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in columns.items()}
+    if data.choices is not None and task.answers and _needs_choices(config, table):
+        options = cells(table, data.choices, "data.choices", rows, source, notes)
+        right = [answer_of(messages) for messages in kept["messages"]] if "messages" in kept else kept.get("answer")
+        kept["choices"] = read_choices(options, right)
+        if right is None:
+            kept["answer"] = [choices[0] for choices in kept["choices"]]
+    kept = _conversations(config, kept)
+    if "messages" in kept:
+        kept[PLACE] = [f"{table.place(row)} of {source}" for row in rows]
     if task.labelled:
         kept["label"] = task.read_labels(cells(table, data.label, "data.label", rows, source, notes), kept)
     if is_train and data.partition.column is not None:
         kept[PARTITION_COLUMN] = read_owners(table, data.partition.column, rows, source)
     return _dataset(kept)
+
+
+def _needs_choices(config: Config, table: Table) -> bool:
+    """Whether the first choice is the answer; or the right one is looked for, and the table has choices."""
+    data = config.data
+    if data.prompt is not None and data.answer is None:
+        return True
+    return config.evaluation.kind == "choice" and data.choices in table.columns
 
 
 # Labels.

@@ -23,10 +23,12 @@ import torch
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
 from fedlora.config import SERVER, Config, PartitionSection
 from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
-from fedlora.data.sources import Examples, draw_seed, hold_out_of_client, load_examples, source_identity
+from fedlora.data.questions import Questions, prepare_questions
+from fedlora.data.sources import PLACE, Examples, draw_seed, hold_out_of_client, load_examples, source_identity
 from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
+from fedlora.tasks.chat import ChatTemplate
 
 if TYPE_CHECKING:
     import datasets
@@ -240,6 +242,8 @@ class FederatedData:
         What the user should know of the examples, such as how many tokens ``model.max_length`` cuts off.
     client_test : Partition, optional
         The rows of ``train`` that each client holds out to test on; None where nothing is.
+    questions : Questions, optional
+        What ``[evaluation]`` asks of the test examples.
     """
 
     train: TokenTable
@@ -253,6 +257,7 @@ class FederatedData:
     folder: Path
     notes: list[str] = field(default_factory=list)
     client_test: Partition | None = None
+    questions: Questions | None = None
 
     def own_test(self, client: int) -> tuple[TokenTable, np.ndarray]:
         """Return the table and the rows that a client tests on: rows that it holds out, or a node's own test file."""
@@ -280,7 +285,8 @@ def prepare_data(config: Config) -> FederatedData:
 
     The task tokenises (:meth:`fedlora.tasks.Task.encode`). For most tasks a row is the text, or pair of texts, with the
     tokenizer's special tokens. Where the tokens are the labels it is the text, or prompt and answer (only the answer
-    has a loss), and the end-of-sequence token.
+    has a loss), and the end-of-sequence token; or a conversation as the tokenizer's chat template writes it, of which
+    the assistant's turns have a loss (:meth:`fedlora.tasks.chat.ChatTemplate.encode`).
     Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
     it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
     no token of the model's: a special token stands for it, and the node's own log says how many there are.
@@ -306,6 +312,9 @@ def prepare_data(config: Config) -> FederatedData:
     build_once(partition, lambda target: _divide(config, examples(), folder, target), field, name)
     data = _open(config, folder, partition)
     _look_at_texts(config, vocabulary, data)
+    if config.evaluation.kind != "none":
+        data.questions = prepare_questions(config, pretrained, lambda: examples().test, folder)
+        data.notes.extend(data.questions.notes)
     return data
 
 
@@ -343,7 +352,7 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
     parts = {
         "layout": _LAYOUT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, _source(get_task(config.model.task))],
+        "task": [config.model.task, _source(type(get_task(config.model.task))), _source(ChatTemplate)],
         "max_length": config.model.max_length,
         "seed": None if _is_own(config) else draw_seed(config),
         "data": config.data.model_dump(exclude={"seed", "partition", "client_test"}),
@@ -354,8 +363,8 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
     }
     division = {
         # Nothing of a node's file is drawn.
-        "seed": None if _is_own(config) else config.run.seed,
-        "data": config.data.model_dump(include={"seed", "partition", "client_test"}),
+        "seeds": None if _is_own(config) else [config.run.seed, config.data.seed],
+        "data": config.data.model_dump(include={"partition", "client_test"}),
     }
     return _digest(parts), _digest(division)
 
@@ -364,9 +373,9 @@ def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _source(task: Task) -> str:
-    """Return the SHA-256 of the file that defines a task: an edited task gives other tokens and labels."""
-    return hashlib.sha256(Path(inspect.getfile(type(task))).read_bytes()).hexdigest()
+def _source(kind: type) -> str:
+    """Return the SHA-256 of the file that defines a class: an edited task gives other tokens and labels."""
+    return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
 
 
 def _is_own(config: Config) -> bool:
@@ -449,14 +458,17 @@ def _write_table(
     task, rows = get_task(config.model.task), list[list[int]]()
     starts, flat = list[int](), {"tags": list[list[int]](), "token_types": list[list[int]]()}
     for first in range(0, len(table), _CHUNK):
-        encoded: Encoded = task.encode(tokenizer, table[first : first + _CHUNK], config.model.max_length, types)
+        examples = table[first : first + _CHUNK]
+        encoded: Encoded = task.encode(tokenizer, examples, config.model.max_length, types)
+        if encoded.refused:
+            _replace_refused(config, encoded, examples, tokenizer)
         coverage.add(encoded.texts, encoded.whole, tokenizer, config.model.max_length)
         rows += encoded.tokens
         starts += encoded.starts or []
         for kind, values in flat.items():
             values += getattr(encoded, kind) or []
-    if starts:
-        keep = [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
+    if starts or (task.causal and flat["tags"]):
+        keep = _with_loss(rows, starts, flat["tags"])
         dropped = len(rows) - len(keep)
         if dropped and _is_own(config):
             # The server chose the length: how many rows are left would answer its question about them.
@@ -468,9 +480,12 @@ def _write_table(
             logger.warning(
                 "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
             )
-            rows, starts, table = [rows[row] for row in keep], [starts[row] for row in keep], table.select(keep)
+            rows, table = [rows[row] for row in keep], table.select(keep)
+            starts = [starts[row] for row in keep if starts]
+            flat["tags"] = [flat["tags"][row] for row in keep if flat["tags"]]
             if name == "train":
                 np.save(target / _KEPT, np.array(keep, np.int64))
+    if starts:
         np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
     labels = task.label_array(table["label"][:]) if task.labelled else None
     if labels is not None:
@@ -483,6 +498,33 @@ def _write_table(
     if "domain" in table.column_names:
         index = {domain: number for number, domain in enumerate(domains)}
         np.save(target / f"{name}.domain.npy", np.array([index[domain] for domain in table["domain"][:]], np.int64))
+
+
+def _with_loss(rows: list[list[int]], starts: list[int], tags: list[list[int]]) -> list[int]:
+    """Return the rows of which something is learnt; the first token of a row is predicted from none."""
+    if starts:
+        return [row for row, (ids, start) in enumerate(zip(rows, starts, strict=True)) if len(ids) > start]
+    return [row for row, labels in enumerate(tags) if any(label != IGNORED for label in labels[1:])]
+
+
+def _replace_refused(config: Config, encoded: Encoded, examples: dict[str, list[Any]], tokenizer: Any) -> None:
+    """Refuse an example that cannot be encoded; on a node, let a special token without a loss stand for it.
+
+    Raises
+    ------
+    InputError
+        Naming the first one.
+    """
+    row, why = next(iter(encoded.refused.items()))
+    if not _is_own(config):
+        key = "template" if config.data.messages is None else "messages"
+        place = examples[PLACE][row] if PLACE in examples else "an example"
+        raise InputError(f"data.{key}", getattr(config.data, key), f"{place} {why}")
+    logger.warning("%d rows teach nothing: one %s", len(encoded.refused), why)
+    for row in encoded.refused:
+        encoded.tokens[row] = encoded.whole[row] = tokenizer.fixed
+        if encoded.tags is not None:
+            encoded.tags[row] = [IGNORED]
 
 
 _BESIDE: dict[str, tuple[str, list[Any]]] = {

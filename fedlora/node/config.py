@@ -70,6 +70,7 @@ class NodeDataSection(Section):
     label: str = "label"
     prompt: str | None = None
     answer: str | None = None
+    messages: str | None = None
 
 
 class ModelEntry(Section):
@@ -206,6 +207,8 @@ def _check(node: NodeConfig) -> None:
     data, policy = node.data, node.policy
     if (data.prompt is None) != (data.answer is None):
         raise InputError("data.prompt", data.prompt, "give prompt and answer together, or neither for plain text")
+    if data.messages is not None and data.prompt is not None:
+        raise InputError("data.messages", data.messages, "holds whole conversations; remove prompt and answer, or this")
     if policy.max_epsilon is None and not policy.allow_non_private:
         raise InputError("policy.max_epsilon", None, "is required: the most epsilon that all runs together may spend")
     if policy.max_epsilon is not None and policy.allow_non_private:

@@ -79,9 +79,11 @@ class LocalNode:
         if own.text_pair is not None:
             content["data"]["text_pair"] = own.text_pair
         if own.prompt is not None:
-            content["data"] |= {"prompt": own.prompt, "answer": own.answer}
-        # A node ignores how the server samples clients, simulates and logs.
-        for section in ("server", "simulation", "network", "tracking"):
+            content["data"] |= {"prompt": own.prompt, "answer": own.answer, "template": run.data.templated}
+        if own.messages is not None:
+            content["data"]["messages"] = own.messages
+        # A node ignores how the server samples clients, evaluates, simulates and logs.
+        for section in ("server", "evaluation", "simulation", "network", "tracking"):
             content.pop(section)
         return Config.model_validate(content)
 

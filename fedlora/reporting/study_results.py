@@ -59,7 +59,7 @@ class Tuning(_Content):
     """The tuning stage."""
 
     over: str
-    seed: int
+    seeds: list[int]
     validation: str | float | None = None
     cost: Cost
     groups: list[TunedGroup]

@@ -129,7 +129,9 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _table_digest(table: TokenTable) -> str:
-    arrays = (table.tokens, table.offsets, table.labels, table.answer_start, table.domain)
+    arrays = [table.tokens, table.offsets, table.labels, table.answer_start, table.domain]
+    if table.task.causal and table.tags is not None:
+        arrays.append(table.tags)  # which tokens of a conversation are learnt
     return _array_digest(*arrays, extra=repr(table.pad_token_id).encode())
 
 

@@ -56,8 +56,8 @@ class TuningSection(Section):
     by : list of str, optional
         Runs that agree in these keys share one choice, made on the first of them. By default: all keys that the study
         varies, except run.seed.
-    seed : int
-        ``run.seed`` of the tuning runs.
+    seeds : list of int
+        Each candidate runs with every one of these as ``run.seed``; the best by the mean is chosen.
     validation : float
         Share of the training examples to validate on, for a base config without ``data.validation``.
     """
@@ -65,7 +65,7 @@ class TuningSection(Section):
     over: str = "client.learning_rate"
     values: Annotated[list[Any], Field(min_length=1)] | Annotated[dict[str, list[Any]], Field(min_length=1)]
     by: list[str] | None = None
-    seed: Seed = 0
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
@@ -243,6 +243,7 @@ def _check(study: StudyConfig, overrides: set[str]) -> None:
         if not values:
             raise InputError(place, values, "is empty; list the candidates")
         _check_values(place, values)
+    _check_values("tuning.seeds", tuning.seeds)
 
 
 def _check_values(place: str, values: list[Any]) -> None:

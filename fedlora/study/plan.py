@@ -57,7 +57,7 @@ class TuningGroup:
     values : dict
         Values that they share, by the keys of ``tuning.by``.
     candidates : list of (object, PlannedRun)
-        Each candidate value and the tuning run that tries it.
+        Each candidate value and a tuning run that tries it: one for each of the seeds.
     points : list of int
         Indices of its runs in the plan.
     private : bool
@@ -227,13 +227,14 @@ def _group(
     first = runs[places[0]]
     name = "_".join(value_name(*item) for item in shared.items())
     candidates = []
-    for value in _candidates(study, tuning, first.values):
-        own = f"{name}_{value_name(tuning.over, value)}".strip("_")[-_LONGEST_NAME:].lstrip("_-.")
+    for value, seed in itertools.product(_candidates(study, tuning, first.values), tuning.seeds):
+        of_seed = f"_seed-{seed}" if len(tuning.seeds) > 1 else ""
+        own = f"{name}_{value_name(tuning.over, value)}{of_seed}".strip("_")[-_LONGEST_NAME:].lstrip("_-.")
         own = next(n for n in itertools.chain([own], (f"{own}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(own)
         # Only the last round counts, so the others need no evaluation.
         values = first.values | {
-            "run.seed": tuning.seed,
+            "run.seed": seed,
             tuning.over: value,
             "server.evaluate_every": first.config.run.rounds,
         }

@@ -135,12 +135,14 @@ class _Execution:
             scores.append(candidate["validation"])
         folders = [self.folder.path / c["run"] for c in entry["candidates"] if c["status"] == "done"]
         entry["cost"] = cost([_summary(folder) for folder in folders])
-        best = choose(scores, get_task(group.candidates[0][1].config.model.task))
+        seeds = len(self.plan.study.tuning.seeds)
+        values = [value for value, _ in group.candidates[::seeds]]
+        by_value = [scores[place : place + seeds] for place in range(0, len(scores), seeds)]
+        best = choose(by_value, get_task(group.candidates[0][1].config.model.task))
         entry["complete"] = True
         if best is not None:
-            entry["chosen"] = group.candidates[best][0]
+            entry["chosen"] = values[best]
             # The optimum may lie outside the range of the candidates.
-            values = [value for value, _ in group.candidates]
             if len(values) > 2 and all(isinstance(value, int | float) for value in values):
                 entry["at_edge"] = entry["chosen"] in (min(values), max(values))
         self.state["tuning"]["cost"] = _sum([g["cost"] for g in self.state["tuning"]["groups"]])
@@ -288,7 +290,7 @@ def _tuning_entry(plan: Plan, forecasts: dict[str, Forecast | InputError]) -> di
         return None
     return {
         "over": tuning.over,
-        "seed": tuning.seed,
+        "seeds": tuning.seeds,
         "validation": plan.runs[0].config.data.validation,
         "cost": cost([]),
         "groups": [_group_entry(group, plan, forecasts) for group in plan.groups],
@@ -305,7 +307,10 @@ def _group_entry(group: TuningGroup, plan: Plan, forecasts: dict[str, Forecast |
         "covered_by_privacy": False if group.private else None,
         "cost": cost([]),
         "points": [plan.runs[place].name for place in group.points],
-        "candidates": [{"value": value, **_entry(run, forecasts[run.folder])} for value, run in group.candidates],
+        "candidates": [
+            {"value": value, "seed": run.config.run.seed, **_entry(run, forecasts[run.folder])}
+            for value, run in group.candidates
+        ],
     }
 
 

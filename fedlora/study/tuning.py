@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,25 @@ def validation_score(folder: Path) -> Metrics:
     return metrics
 
 
-def choose(scores: Sequence[Metrics | None], task: Task) -> int | None:
+def choose(scores: Sequence[Sequence[Metrics | None]], task: Task) -> int | None:
     """Return the index of the best candidate: by the task's primary metric, then the lowest loss, then the first.
+
+    Both are means over the candidate's runs. A candidate of which a run failed is not chosen.
 
     Parameters
     ----------
-    scores : sequence of mapping or None
-        Validation metrics; None for a run that failed.
+    scores : sequence of sequence of mapping or None
+        Of each candidate, the validation metrics of its runs; None for a run that failed.
     task : Task
     """
 
     def rank(place: int) -> tuple[float, float]:
-        metrics = scores[place]
-        assert metrics is not None
-        loss = metrics["loss"]
-        return task.score(metrics), -loss if loss is not None and math.isfinite(loss) else -math.inf
+        found = [metrics for metrics in scores[place] if metrics is not None]
+        losses = [math.inf if (loss := metrics["loss"]) is None else loss for metrics in found]
+        loss = statistics.fmean(losses)
+        return statistics.fmean(map(task.score, found)), -loss if math.isfinite(loss) else -math.inf
 
-    there = [place for place, metrics in enumerate(scores) if metrics is not None]
+    there = [place for place, runs in enumerate(scores) if all(metrics is not None for metrics in runs)]
     return max(there, key=rank, default=None)
 
 

@@ -83,6 +83,8 @@ class Encoded:
         For every token, 0 or 1: the text of a pair that it belongs to.
     tags : list of list of int, optional
         The label of every token, -100 for none.
+    refused : dict of int to str
+        Why an example, which has no token then, cannot be used; by its number.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -91,6 +93,7 @@ class Encoded:
     starts: list[int] | None = None
     token_types: list[list[int]] | None = None
     tags: list[list[int]] | None = None
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -122,6 +125,9 @@ class Task(ABC):
         Whether every example is of exactly one class, so that a partition can skew it.
     words : bool
         Whether ``data.text`` holds lists of words.
+    answers : bool
+        Whether examples may be prompts with answers, which ``[evaluation]`` scores; such a task has ``prompts`` and
+        ``answered``, as :class:`~fedlora.tasks.causal_lm.CausalLM` does.
     scores : dict of str to Metric
         The metrics beside ``loss``, and how each is shown.
     primary : str
@@ -146,6 +152,7 @@ class Task(ABC):
     classes: ClassVar[bool] = True
     one_class: ClassVar[bool] = False
     words: ClassVar[bool] = False
+    answers: ClassVar[bool] = False
     scores: ClassVar[Mapping[str, Metric]]
     primary: ClassVar[str]
     client_metric: ClassVar[str] = "loss"

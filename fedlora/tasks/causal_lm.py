@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedlora.tasks.base import IGNORED, Encoded, Metric, Sums, Task, upcast
+from fedlora.tasks.base import IGNORED, PERCENT, Encoded, Metric, Sums, Task, upcast
+from fedlora.tasks.chat import ChatTemplate, shared_length, without_answer
 from fedlora.tasks.texts import tokenise
 
 if TYPE_CHECKING:
@@ -16,31 +17,52 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """Next-token prediction. With prompts and answers, only the answers have a loss."""
+    """Next-token prediction. With prompts and answers, or conversations, only the answers have a loss."""
 
     name = "causal-lm"
     title = "the next token of a text, or of an answer"
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     causal = True
-    keys = ("data.prompt", "data.answer")
+    keys = ("data.prompt", "data.answer", "data.messages", "data.template", "data.choices")
     labelled = classes = False
-    scores: ClassVar = {"perplexity": Metric(maximize=False, digits=2)}
+    answers = True
+    scores: ClassVar = {
+        "perplexity": Metric(maximize=False, digits=2),
+        "exact_match": PERCENT,
+        "rougeL": PERCENT,
+        "bleu": Metric(digits=1),
+        "choice_accuracy": PERCENT,
+        "choice_accuracy_norm": PERCENT,
+    }
     primary = "perplexity"
     by_domain = True
 
     def columns(self, data: DataSection) -> dict[str, str]:
-        """Return the columns of prompt and answer, or that of the text."""
-        if data.prompt is not None and data.answer is not None:
-            return {"prompt": data.prompt, "answer": data.answer}
-        return {"text": data.text}
+        """Return the columns of the messages, of prompt and answer, or of the text.
+
+        Without a column of answers the first of the choices is the answer.
+        """
+        if data.messages is not None:
+            return {"messages": data.messages}
+        if data.prompt is None:
+            return {"text": data.text}
+        return {"prompt": data.prompt} | ({} if data.answer is None else {"answer": data.answer})
 
     def label_array(self, labels: list[Any]) -> None:
         """Return nothing: the tokens are the labels."""
 
     def encode(self, tokenizer: Any, examples: Mapping[str, list[Any]], max_length: int, token_types: bool) -> Encoded:
-        """Tokenise a text, or prompt and answer one after the other; an end-of-sequence token closes the row."""
+        """Tokenise conversations by the chat template, or a text, or prompt and answer one after the other.
+
+        An end-of-sequence token closes a text and an answer.
+        """
         eos = tokenizer.eos_token_id
+        if "messages" in examples:
+            rows, labels, refused = ChatTemplate(tokenizer).encode(examples["messages"])
+            texts = ["\n".join(message["content"] for message in messages) for messages in examples["messages"]]
+            tags = [label[:max_length] for label in labels]
+            return Encoded([ids[:max_length] for ids in rows], rows, texts, tags=tags, refused=refused)
         if "text" in examples:
             texts = examples["text"]
             # A tokenizer may close its rows itself.
@@ -48,12 +70,53 @@ class CausalLM(Task):
             starts = [0] * len(rows)
         else:
             texts = [a + b for a, b in zip(examples["prompt"], examples["answer"], strict=True)]
-            found = tokenise(tokenizer, examples["prompt"], None)["input_ids"]
-            prompts = [ids[:-1] if ids[-1:] == [eos] else ids for ids in found]
+            prompts = self.prompts(tokenizer, examples)
             answers = tokenise(tokenizer, examples["answer"], None, special=False)["input_ids"]
             rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
             starts = [len(prompt) for prompt in prompts]
         return Encoded([ids[:max_length] for ids in rows], rows, texts, starts)
+
+    def prompts(self, tokenizer: Any, examples: Mapping[str, list[Any]]) -> list[list[int]]:
+        """Return the token ids that each example's answer follows; of a conversation, the assistant's last turn.
+
+        Raises
+        ------
+        ChatError
+            If the chat template does not take a conversation.
+        """
+        if "messages" in examples:
+            return ChatTemplate(tokenizer).prompts([without_answer(messages) for messages in examples["messages"]])
+        eos, found = tokenizer.eos_token_id, tokenise(tokenizer, examples["prompt"], None)["input_ids"]
+        return [ids[:-1] if ids[-1:] == [eos] else ids for ids in found]
+
+    def answered(
+        self, tokenizer: Any, examples: Mapping[str, list[Any]], answers: Sequence[Sequence[str]]
+    ) -> list[tuple[list[int], int]]:
+        """Return every example's prompt with each of its answers: token ids, and how many of them are the prompt's.
+
+        No token closes the answers.
+
+        Parameters
+        ----------
+        tokenizer : transformers.PreTrainedTokenizerBase
+        examples : Mapping[str, list]
+        answers : sequence of sequence of str
+            By example; the result has them one after the other.
+
+        Raises
+        ------
+        ChatError
+            If the chat template does not take a conversation.
+        """
+        prompts = self.prompts(tokenizer, examples)
+        flat = [(number, answer) for number, of_one in enumerate(answers) for answer in of_one]
+        if "messages" not in examples:
+            ends = tokenise(tokenizer, [answer for _, answer in flat], None, special=False)["input_ids"]
+            return [([*prompts[n], *end], len(prompts[n])) for (n, _), end in zip(flat, ends, strict=True)]
+        template = ChatTemplate(tokenizer)
+        before = [template.write(without_answer(messages), prompt=True) for messages in examples["messages"]]
+        rows = tokenise(tokenizer, [before[n] + answer for n, answer in flat], None, special=False)["input_ids"]
+        return [(ids, shared_length(prompts[n], ids)) for (n, _), ids in zip(flat, rows, strict=True)]
 
     def outputs(self, label_names: Sequence[str] | None) -> int | None:
         """Return None: the model's own vocabulary."""

@@ -84,6 +84,7 @@ class FlexMoRE(FederatedStrategy):
     parameterisation = "expert"
     client = "fedlora.clients.flexmore:OwnersHalf"
     outputs = (MIXTURE, EXPERTS)
+    quantized = False
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-3, "sgd": 0.1}
 
     def __init__(self, config: Config) -> None:

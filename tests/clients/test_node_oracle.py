@@ -481,7 +481,8 @@ def test_every_seed_shares_a_nodes_tokens_and_the_cache_stays_within_its_bound(
     assert train(2, 2, 16) == first
     for length in range(2, 5):
         found = train(10 + length, 1, length)
-        sizes = [file.stat().st_size for path in found for file in path.iterdir()]
+        assert all(len([*path.glob("partitions/[!.]*")]) == 1 for path in found)
+        sizes = [file.stat().st_size for path in found for file in path.rglob("*") if file.is_file()]
         assert sum(sizes) <= 2500
     # The oldest went, and the newest is there.
     assert first.isdisjoint(found)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.assets import ASSETS, cache_dir
-from fedlora.config import Config, load_config
+from fedlora.config import Config, load_config, unused_keys
 from fedlora.data.bigbench import SPLITS, split_of
 from fedlora.data.sources import load_examples, source_identity
 
@@ -25,9 +25,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
 
 
-def place(name: str, examples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def place(name: str, examples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **about: Any) -> None:
     """Put a task.json where the asset's own would be."""
-    content = json.dumps({"canary": "keep out", "examples": examples}).encode()
+    content = json.dumps({"canary": "keep out", **about, "examples": examples}).encode()
     (member,) = ASSETS[name].files
     monkeypatch.setitem(ASSETS, name, replace(ASSETS[name], files={member: hashlib.sha256(content).hexdigest()}))
     folder = cache_dir() / "assets" / f"{name}-1.0.0"
@@ -47,12 +47,13 @@ def vitaminc() -> list[dict[str, Any]]:
     ]
 
 
-def config(name: str, **data: Any) -> Config:
+def config(name: str, evaluation: dict[str, Any] | None = None, **data: Any) -> Config:
     return load_config(
         {
             "model": {"name": "asset:minilm-l6", "task": data.pop("task", "sequence-classification")},
             "data": {"name": f"asset:{name}", "partition": {"clients": 2}, **data},
             "method": {"name": "fedit"},
+            "evaluation": evaluation or {},
         }
     )
 
@@ -121,6 +122,37 @@ def test_choices_and_references(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(examples.train["answer"]) == {"It is one.", "Two."}
     # What is described in the test set is described nowhere else.
     assert not set(examples.train["prompt"]) & set(examples.test["prompt"])
+
+
+def test_questions_as_conversations_are_asked_in_the_tasks_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"example_input_prefix": "\nWhat is it?:", "example_output_prefix": "\nSay:"}
+    questions = [{"input": f"half of {n} ", "target_scores": {"x": 0, f"{n / 2:g}": 1}} for n in range(40)]
+    place("elementary-math-qa", questions, monkeypatch, **asked)
+    given = {"task": "causal-lm", "messages": "messages", "choices": "choices"}
+    examples = load_examples(config("elementary-math-qa", **given, evaluation={"kind": "choice"}))
+    assert examples.test is not None
+    for messages, choices in zip(examples.test["messages"], examples.test["choices"], strict=True):
+        question, answer = messages
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        number = int(question["content"].split()[5])
+        assert question["content"] == f"What is it?: half of {number}\nchoice: x\nchoice: {number / 2:g}\nSay:"
+        assert answer["content"] == f"{number / 2:g}"
+        assert choices == ["x", f"{number / 2:g}"]
+    place("strategyqa", questions, monkeypatch, append_choices_to_input=False)
+    examples = load_examples(config("strategyqa", task="causal-lm", messages="messages"))
+    assert examples.train is not None
+    assert {messages[0]["content"] for messages in examples.train["messages"]} <= {f"half of {n}" for n in range(40)}
+
+
+def test_the_shipped_config_of_chats_is_whole() -> None:
+    shipped = load_config(ROOT / "experiments/chat.toml")
+    assert unused_keys(shipped) == []
+    assert shipped.data.templated
+    assert {shipped.model.name, shipped.data.name} <= {f"asset:{name}" for name in ASSETS}
+    # As its comment has it.
+    given = {"data.name": "asset:social-iqa", "evaluation.kind": "choice", "data.choices": "choices"}
+    chosen = load_config(ROOT / "experiments/chat.toml", given)
+    assert unused_keys(chosen) == ["evaluation.max_new_tokens is not used: evaluation.kind is choice"]
 
 
 def test_the_shipped_config_of_pairs_is_the_published_setting() -> None:

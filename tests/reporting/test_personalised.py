@@ -70,7 +70,7 @@ def test_what_a_study_tuned_and_pages_that_are_no_longer_written(tmp_path: Path)
     (tmp_path / "study.toml").write_text("")
     cost = {"runs": 2, "seconds": 1.0, "bytes": 5}
     group = {"values": {}, "cost": cost, "candidates": [{"value": 0.1}]}
-    tuning = {"over": "client.learning_rate", "seed": 0, "cost": cost, "groups": [group]}
+    tuning = {"over": "client.learning_rate", "seeds": [0], "cost": cost, "groups": [group]}
     failed = {"name": "broken", "status": "failed", "error": "it broke"}
     state = {"name": "s", "points": [failed], "tuning": tuning, "report": {"budgets": {"rounds": [2.0]}}}
     (tmp_path / "study.json").write_text(json.dumps(state))

@@ -18,7 +18,7 @@ STATE = {
     ],
     "tuning": {
         "over": "client.learning_rate",
-        "seed": 7,
+        "seeds": [7],
         "cost": {"runs": 2, "seconds": 12.5, "bytes": 3_400_000},
         "groups": [
             {

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.errors import InputError
 from fedlora.strategies.flexlora import truncated
+from tests import tiny
 from tests.small_runs import WEIGHTS, DrawnRounds
 
 
@@ -52,6 +54,23 @@ def test_what_is_lost_is_the_tail(kind: str, dtype: str, tolerance: float, monke
     assert largest == 9, "factors of three clients of rank 3"
 
 
+def test_a_falling_rank_keeps_the_best_approximation_at_each() -> None:
+    rounds = DrawnRounds("flexlora", rank=8, final_rank=2)
+    ranks = [rounds.strategy.rank_after(r) for r in range(6)]  # type: ignore[attr-defined]
+    assert ranks == [8, 6, 5, 3, 3, 2]
+    for server_round in range(1, 6):
+        sent, result = rounds.round(server_round)
+        rank, shares = ranks[server_round], [weight / sum(WEIGHTS) for weight in WEIGHTS]
+        for path in rounds.adapted.adapters:
+            assert {len(arrays[f"{path}.lora_A"]) for arrays in sent} == {ranks[server_round - 1]}
+            ideal = sum(p * f[f"{path}.lora_B"] @ f[f"{path}.lora_A"] for p, f in zip(shares, sent, strict=True))
+            assert isinstance(ideal, torch.Tensor)
+            u, s, vh = torch.linalg.svd(ideal)
+            b, a = result[f"{path}.lora_B"], result[f"{path}.lora_A"]
+            torch.testing.assert_close(b @ a, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-10)
+            assert s[rank] > 0.1, "something is lost"
+
+
 sizes = st.integers(1, 9)
 
 
@@ -75,3 +94,8 @@ def test_any_ranks_give_the_leading_singular_values(ranks: list[tuple[int, int]]
     scale = max(1.0, float(s[0]))
     torch.testing.assert_close(b @ a, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-11 * scale)
     torch.testing.assert_close(a @ a.T, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_the_rank_cannot_rise() -> None:
+    with pytest.raises(InputError, match=r"method\.final_rank = 4: is above method\.rank = 3"):
+        tiny.settings("bert", method={"name": "flexlora", "rank": 3, "final_rank": 4})

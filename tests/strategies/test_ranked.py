@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_runs_of_unlike_ranks(here: World, name: str) -> None:
     by_rank = {OWNED["ranks"][client]: size for client, size in ups}  # type: ignore[index]
     assert sorted(by_rank.values()) == [size for _, size in sorted(by_rank.items())]
     assert len(set(by_rank.values())) == len(by_rank) > 1
+
+
+@pytest.mark.parametrize("uncounted", [(), (2, 3)])
+def test_a_rank_that_falls_from_round_to_round(here: World, uncounted: tuple[int, ...]) -> None:
+    """Messages shrink by the formula, a resumed run is an uninterrupted one, and the adapter has the last rank."""
+    method = {"rank": 4, "final_rank": 1, "ranks": [4, 2, 4, 4]}
+    given = here.content("flexlora", "llama", server={"fraction_train": 0.5}, method=method)
+    whole, again = here.run(given, uncounted=uncounted), here.run(given, uncounted=uncounted, stops=(1, 2))
+    rows = whole.rows("communication.csv")
+    assert rows == again.rows("communication.csv")
+    assert all(row["payload_bytes"] == row["formula_bytes"] for row in rows)
+    first, second = whole.arrays(), again.arrays()
+    assert all(torch.equal(array, second[key]) for key, array in first.items())
+    up = {row["round"]: row["payload_bytes"] for row in rows if row["direction"] == "up" and row["client"] != 1}
+    assert sorted(set(up.values()), reverse=True) == [up[r] for r in sorted(up)], "rounds of rank 4, 3 and 2"
+    exported = json.loads((whole.folder / "adapter" / "adapter_config.json").read_text())
+    assert exported["r"] == (3 if uncounted else 1)
 
 
 def test_formulas_hold_for_a_codec_and_clients_are_measured_from_what_they_got(here: World) -> None:

@@ -119,17 +119,18 @@ def test_log_uniform_draws_spread_over_the_decades() -> None:
 
 @given(grids(), st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=3, unique=True))
 def test_groups_share_all_but_the_seed(axes: dict[str, list[Any]], values: list[float]) -> None:
-    planned_ = plan(axes=axes, tuning={"values": values, "seed": 77})
+    planned_ = plan(axes=axes, tuning={"values": values, "seeds": [77, 78]})
     assert sorted(place for group in planned_.groups for place in group.points) == list(range(len(planned_.runs)))
     assert len(planned_.groups) == math.prod(len(v) for key, v in axes.items() if key != "run.seed")
     names = [run.name for group in planned_.groups for _, run in group.candidates]
-    assert len(set(names)) == len(names) == len(values) * len(planned_.groups)
+    assert len(set(names)) == len(names) == 2 * len(values) * len(planned_.groups)
     for group in planned_.groups:
         for place in group.points:
             assert {key: planned_.runs[place].values[key] for key in group.values} == group.values
+        tried = [(value, run.config.run.seed) for value, run in group.candidates]
+        assert tried == [(value, seed) for value in values for seed in (77, 78)]
         for value, run in group.candidates:
             assert run.config.client.learning_rate == value
-            assert run.config.run.seed == 77
             assert {key: read(run, key) for key in group.values} == group.values
             assert run.config.data.validation == 0.1
 

@@ -72,6 +72,7 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
         ({"tuning": {"values": {"fedit": []}}}, "tuning.values.fedit", "empty"),
         ({"tuning": {"values": {"fedit": [0.1, 0.2, 0.1]}}}, "tuning.values.fedit", "twice"),
         ({"tuning": {"values": [0.1, 0.1]}}, "tuning.values", "twice"),
+        ({"tuning": {"values": [0.1], "seeds": [1, 1]}}, "tuning.seeds", "twice"),
         ({"budget": {"runs": 0}}, "budget.runs", "greater than"),
     ],
 )

@@ -1,0 +1,218 @@
+"""Seconds and memory of a client's training step on language models of 1B and 8B parameters, against PEFT.
+
+Ours is a whole federation with the defaults of ``fedlora run``, in one process; its step is the training time of a
+round, after the first, by clients and steps. The peers train one client with transformers and PEFT: without privacy,
+with gradient checkpointing, under Opacus, and on a base of 4 bits. All have LoRA of one rank on the same layers, the
+base in bfloat16, and the same texts. Every measurement runs in a process of its own. Memory is the most that torch had
+allocated on the card, of which the server's part is in ours::
+
+    python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --output llm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.experiments.benchmarks.machine import machine
+
+SECONDS = 400
+"""A measurement that takes longer is given up."""
+
+
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
+    """Save a Llama of random weights, and a tokenizer of one word for each id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(_device()):
+        model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(len(special), shape["vocab_size"]))]
+    known = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def make_texts(file: Path, rows: int, tokens: int, vocabulary: int) -> None:
+    """Write texts of so many tokens, with the one that ends them."""
+    drawn = np.random.default_rng(0).integers(4, vocabulary, (rows, tokens - 1))
+    lines = (json.dumps({"text": " ".join(f"w{word}" for word in row)}) for row in drawn)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> list[float]:
+    """Return seconds a client step, of each round after the first."""
+    from fedlora import simulate
+
+    private = {"mode": "example", "noise_multiplier": settings["noise_multiplier"], "target_delta": 1e-3}
+    content: dict[str, Any] = {
+        "run": {"rounds": settings["rounds"]},
+        "model": {"name": str(folder), "task": "causal-lm", "dtype": "bfloat16", "max_length": case["tokens"]},
+        "data": {
+            "name": str(folder / "train.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "partition": {"clients": settings["clients"]},
+        },
+        "method": {"name": "fedit", "rank": settings["rank"], "target_modules": settings["target_modules"]},
+        "client": {"batch_size": case["batch"], "local_steps": settings["steps"]},
+        "server": {"evaluate_every": settings["rounds"]},
+        "simulation": {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0},
+    }
+    if "private" in run:
+        content["privacy"] = private | {"max_grad_norm": settings["max_grad_norm"]}
+    if "nf4" in run:
+        content["model"]["quantization"] = "nf4"
+    with tempfile.TemporaryDirectory() as place:
+        simulate(content, output=Path(place) / "run")
+        lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
+    return [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]]
+
+
+def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> list[float]:
+    """Return seconds of each training step with transformers and PEFT, and with Opacus where it is asked for."""
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+    from opacus.optimizers import DPOptimizer
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": _device()}}
+    if "nf4" in run:
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kind)
+    lora = LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["rank"],
+        target_modules=settings["target_modules"],
+        task_type="CAUSAL_LM",
+    )
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, **options), lora)
+    if "checkpointed" in run:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer: Any = torch.optim.AdamW(trained, lr=1e-3)
+    if "opacus" in run:
+        GradSampleHooks(model, loss_reduction="mean")
+        noise, norm = settings["noise_multiplier"], settings["max_grad_norm"]
+        optimizer = DPOptimizer(
+            optimizer, noise_multiplier=noise, max_grad_norm=norm, expected_batch_size=case["batch"]
+        )
+    vocabulary = model.get_base_model().config.vocab_size
+    times = []
+    for step in range(2 + settings["peer_steps"]):
+        rng = np.random.default_rng(step)
+        ids = torch.from_numpy(rng.integers(4, vocabulary, (case["batch"], case["tokens"]))).to(_device())
+        began = time.perf_counter()
+        with torch.autocast(_device(), torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times[2:]
+
+
+def measure(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> dict[str, Any]:
+    """Measure one run in this process: seconds a step, and the most memory that torch had allocated."""
+    seconds = (ours if run.startswith("fedlora") else peer)(settings, case, run, folder)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"seconds": seconds, "median": statistics.median(seconds), "peak_bytes": peak}
+
+
+def _child(arguments: argparse.Namespace, case: str, run: str, folder: Path) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--config",
+        str(arguments.config),
+        "--child",
+        case,
+        run,
+        str(folder),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"more than {SECONDS} s"}
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    return found
+
+
+def _shown(case: str, run: str, row: dict[str, Any], best: float | None) -> str:
+    if "error" in row:
+        return f"{case:8} {run:22} {row['error'][:80]}"
+    memory = f"{row['peak_bytes'] / 2**30:6.1f} GiB" if row["peak_bytes"] else ""
+    ratio = f"{row['median'] / best:6.2f} of peft" if best else ""
+    return f"{case:8} {run:22} {row['median']:8.3f} s {memory} {ratio}"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    """Measure the chosen cases, print a table and write the raw figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".toml"))
+    parser.add_argument("--cases", nargs="+", default=["1b", "8b"])
+    parser.add_argument("--runs", nargs="+", help="only these of a case's runs")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs=3, metavar=("CASE", "RUN", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
+    cases = {case["name"]: case for case in settings["cases"]}
+    if arguments.child:
+        name, run, folder = arguments.child
+        print(json.dumps(measure(settings, cases[name], run, Path(folder))))
+        return
+    results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
+    lines = []
+    for name in arguments.cases:
+        case, rows = cases[name], results["cases"].setdefault(name, {})
+        shape = settings["shapes"][case["shape"]]
+        folder = Path(tempfile.mkdtemp(prefix="llm-"))
+        make_model(folder, shape)
+        rows_of_train = settings["clients"] * case["batch"] * settings["batches"]
+        for file, count in (("train", rows_of_train), ("test", case["batch"])):
+            make_texts(folder / f"{file}.jsonl", count, case["tokens"], shape["vocab_size"])
+        for run in case["runs"]:
+            if arguments.runs and run not in arguments.runs:
+                continue
+            rows[run] = _child(arguments, name, run, folder)
+            print(_shown(name, run, rows[run], None), flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        best = rows.get("peft", {}).get("median")
+        lines += [_shown(name, run, row, best) for run, row in rows.items()]
+        shutil.rmtree(folder)
+    print("\n".join(["", *lines]))
+
+
+if __name__ == "__main__":
+    main()
