@@ -12,8 +12,10 @@ import io
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Spreadsheets skip white space, and take the wide forms of the signs too.
 _FORMULA = re.compile(r"'*([\s\x00\ufeff]*[=+\-@＝＋－＠]|[\t\r\n\x00])")

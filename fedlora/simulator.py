@@ -6,7 +6,8 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora import simulation
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
-from fedlora.data.partition import plot_partition
+from fedlora.data.partition_plot import plot_partition
 from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
@@ -115,14 +116,15 @@ def simulate(
             return folder.result()
         for note in unused_keys(given):
             log.info("note: %s", note)
-        tokens = _prepare(folder, method)
-        chosen = folder.resolved
-        # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
-        whole = rounds if isinstance(rounds, method) else method(chosen)
-        with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
-            return Federation(
-                chosen, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
-            ).run()
+        with _workers(client_app, folder) as workers:
+            chosen, tokens = folder.resolved, _prepare(folder, method)
+            # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
+            whole = rounds if isinstance(rounds, method) else method(chosen)
+            with _settled_heap():
+                return Federation(
+                    chosen, _serving(workers(), tokens, chosen), folder, tokens, whole,
+                    training=rounds, progress=progress, started=started, simulated=True,
+                ).run()  # fmt: skip
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
@@ -144,8 +146,25 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     return tokens
 
 
-def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: FederatedData) -> SimulatedGrid:
-    """Start the workers of a run."""
+@contextmanager
+def _workers(client_app: ClientApp | str, folder: RunFolder) -> Iterator[Callable[[], SimulatedGrid]]:
+    """Start the workers of a run beside what the caller does; yield a function that waits for them."""
+    if folder.resolved.simulation.workers == 0:
+        with _open_grid(client_app, folder) as grid:
+            yield lambda: grid
+        return
+    # Ray's processes end with the thread that started them, so that it has to stay until they are closed.
+    with ThreadPoolExecutor(1) as beside:
+        opening = beside.submit(_open_grid, client_app, folder)
+        try:
+            yield opening.result
+        finally:
+            with suppress(Exception):  # whoever waited was told
+                opening.result().close()
+
+
+def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
+    """Start the workers of a run, whose clients are not known yet."""
     config = folder.resolved
     section = config.simulation
 
@@ -156,7 +175,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
     kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
-        len(tokens.partition),
+        num_clients=0,
         workers=section.workers,
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker,
@@ -164,9 +183,15 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
         address=section.address,
         run_config={"config": config.to_toml()},
         states=folder.checkpoint.states,
-        work=lambda client: local_steps(config, int(tokens.partition.sizes[client])),
         on_cohort_size=keep_cohort_size,
     )
+
+
+def _serving(grid: SimulatedGrid, tokens: FederatedData, config: Config) -> SimulatedGrid:
+    """Tell a grid its clients."""
+    sizes = tokens.partition.sizes
+    grid.serve(len(sizes), lambda client: local_steps(config, int(sizes[client])))
+    return grid
 
 
 def _user_code(strategy: Strategy | None, client_app: ClientApp | str) -> dict[str, UserCode]:

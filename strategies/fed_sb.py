@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import dense_weight
 from fedlora.adapters.parameterisations import sb
 from fedlora.arrays import Arrays
 from fedlora.config import NODES, Config, LearningRate, Positive
@@ -20,6 +19,7 @@ from fedlora.ranks import RankedOptions
 from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
 from fedlora.strategies.base import Contact, Payload, Sizes
 from fedlora.strategies.ranked import RankedStrategy
+from fedlora.strategies.weight_svd import weight_svd
 
 _READ_BY_START: dict[str, Literal["nothing", "public", "private"]] = {
     "svd": "nothing",
@@ -53,8 +53,9 @@ class FedSB(RankedStrategy):
     Notes
     -----
     ``method.init`` chooses the start. ``svd`` (default): B and A are the leading singular vectors of W0, R = 0, after
-    LoRA-XS; no data is read. ``public``: the published gradient start, on ``data.public``. ``pooled``: the published
-    start, on the clients' pooled training examples, as the paper does; no privacy budget covers it.
+    LoRA-XS; no data is read. Of a large W0 they are nearly the leading ones (:func:`fedlora.svd.truncated_svd`).
+    ``public``: the published gradient start, on ``data.public``. ``pooled``: the published start, on the clients'
+    pooled training examples, as the paper does; no privacy budget covers it.
     """
 
     name = "fed-sb"
@@ -108,7 +109,7 @@ class FedSB(RankedStrategy):
         """Return B, A and R for every layer, by ``method.init``."""
         rank = self.options.rank
         if self.options.init == "svd":
-            factors = {p: sb.factors_from_weight(dense_weight(a.base).cpu(), rank) for p, a in adapted.adapters.items()}
+            factors = {path: sb.factors_from_pairs(pairs) for path, pairs in weight_svd(adapted, rank).items()}
         else:
             gradients = mean_gradients(adapted, *self._start_examples(data), self.config.server.batch_size)
             # s multiplies R as well: dW = s B R A is to start at the step, whatever alpha.

@@ -148,8 +148,16 @@ class Federation:
             If a private run is resumed whose clients' ledgers are gone, any run whose base model is another now, or the
             model's examples depend on each other.
         """
-        self.gather()
-        self.load()
+        self.enlist()
+        if self.simulated:
+            # Asked last, since their workers may still be starting; they have no names that the model depends on.
+            self.load()
+            began = time.perf_counter()
+            self.gather()
+            self.totals.seconds["load"] += time.perf_counter() - began
+        else:
+            self.gather()
+            self.load()
         self.connect()
         self.rounds.summary()
         for callback in self.callbacks:
@@ -158,11 +166,16 @@ class Federation:
             self.round(server_round)
         return self.finish()
 
+    def enlist(self) -> None:
+        """Open the list of the clients, and the parts that they keep."""
+        known = self.checkpoint.get("names", [])
+        key = str(self.checkpoint.get("federation") or uuid.uuid4().hex)
+        self.roster = Roster(self.grid, self.config, self.data.label_names, key, known, self.method.refuses)
+        self.parts = Parts(key)
+        self.parts.blocks = self.method.client_blocks
+
     def gather(self) -> None:
         """Discover the clients, and number them."""
-        config, known = self.config, self.checkpoint.get("names", [])
-        key = str(self.checkpoint.get("federation") or uuid.uuid4().hex)
-        self.roster = Roster(self.grid, config, self.data.label_names, key, known, self.method.refuses)
         self.roster.discover()
         nodes, real = self.roster.nodes, self.roster.real
         if not real and len(nodes) < len(self.data.partition):
@@ -174,10 +187,8 @@ class Federation:
             remedy = "the clients' ledgers ended with Flower's run; run anew with another output, or with fedlora run"
             raise InputError("resume", True, remedy)
         # Kept at once: what nodes spend in a round that is lost belongs to this run all the same.
-        self.checkpoint["federation"], self.checkpoint["names"] = key, self.roster.names
+        self.checkpoint["federation"], self.checkpoint["names"] = self.roster.federation, self.roster.names
         self.checkpoint.commit()
-        self.parts = Parts(key)
-        self.parts.blocks = self.method.client_blocks
         for half in self.halves:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
             half.replied, half.on_reply = self.method.replied, self.progress.on_client
@@ -221,7 +232,8 @@ class Federation:
         self.totals.seconds["load"] += time.perf_counter() - self.clock
         if not self.done:
             began = time.perf_counter()
-            start = {} if personalised else method.evaluate(self.adapted, self.data, 0) | self._score_answers()
+            scored = config.server.evaluate_start and not personalised
+            start = method.evaluate(self.adapted, self.data, 0) | self._score_answers() if scored else {}
             self.checkpoint["start"] = start
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 

@@ -8,13 +8,14 @@ import torch
 from pydantic import Field
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.model import dense_weight, linear_shape
+from fedlora.adapters.model import linear_shape
 from fedlora.adapters.parameterisations import heads
 from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import FROZEN, HEAD, TRAINED, Role, Roles
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
+from fedlora.strategies.weight_svd import weight_svd
 
 
 class RavanOptions(heads.HeadsSection):
@@ -67,9 +68,10 @@ class Ravan(FederatedStrategy):
         rank, number = self.options.rank, self.options.heads
         generator = torch.Generator().manual_seed(self.config.run.seed)
         arrays: Arrays = {}
+        pairs = weight_svd(adapted, number * rank) if self.options.init == "svd" else {}
         for path, adapter in adapted.adapters.items():
-            if self.options.init == "svd":
-                found = heads.factors_from_weight(dense_weight(adapter.base).cpu(), rank, number)
+            if path in pairs:
+                found = heads.factors_from_pairs(pairs[path], number)
             else:
                 dtype = adapted.parameter(f"{path}.heads_A").dtype
                 found = heads.orthogonal_factors(*linear_shape(adapter.base), rank, number, generator, dtype)

@@ -138,7 +138,7 @@ def start(adapted: AdaptedModel, seed: int = 0, scale: float = 0.3) -> None:
             f: torch.randn(adapted.parameter(f"{path}.{f}").shape[1:], generator=generator) for f in adapter.factors
         }
         if adapted.kind == "sb":
-            vectors = sb.factors_from_weight(dense_weight(adapter.base), len(drawn["sb_R"]))
+            vectors = sb.factors_from_pairs(sb.leading_pairs(dense_weight(adapter.base), len(drawn["sb_R"])))
             drawn |= {"sb_A": vectors["sb_A"], "sb_B": vectors["sb_B"]}
         arrays |= {f"{path}.{factor}": scale * v if factor[:2] == "lo" else v for factor, v in drawn.items()}
     adapted.set_shared(arrays)

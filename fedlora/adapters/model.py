@@ -71,6 +71,8 @@ class AdaptedModel:
         What the user should know of the model and of the modules that were chosen.
     independent : dict
         Results of :func:`fedlora.training.soundness.dependence`, which is measured once for a model.
+    digests : dict of str to str
+        Of the frozen weights, once :func:`fedlora.results.identity.weight_digests` was asked for them.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class AdaptedModel:
         self.versions: dict[str, str] = {}
         self.notes: list[str] = list(getattr(model, "notes", ()))
         self.independent: dict[tuple[int, int], str | None] = {}
+        self.digests: dict[str, str] = {}
         self._other_ranks: dict[tuple[tuple[int, ...], ...], tuple[Arrays, dict[str, str]]] = {}
 
     @property

@@ -167,6 +167,7 @@ class ServerSection(Section):
     evaluate_every: Positive = Field(
         default=1, description="Evaluate after every so many rounds, and after the last one."
     )
+    evaluate_start: bool = Field(default=True, description="Evaluate before the first round too.")
     batch_size: Count = Field(default=64, description="Number of examples at once in evaluation.")
     timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = Field(
         default=3600.0, description="Seconds that a round waits for its replies."

@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from fedlora.assets import Asset, build_once, cache_dir
 from fedlora.tasks.chat import conversation
 
@@ -52,6 +49,9 @@ def bigbench_files(asset: Asset, folder: Path, field: str) -> dict[str, Path]:
     made = cache_dir() / "converted" / f"{asset.name}-{asset.version}-{FORM}"
 
     def build(target: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         content = json.loads((folder / asset.file(".json")).read_text(encoding="utf-8"))
         read = _READERS.get(asset.name, _choices_or_texts)
         rows = [read(example, content) for example in content["examples"]]

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    # Imported for real where files are read: it takes a second, and a run whose tokens are in the cache reads none.
+    import datasets
+    import pyarrow as pa
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, or a folder of datasets.save_to_disk"
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
@@ -67,6 +68,8 @@ class Table:
 
 
 def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    import datasets
+
     kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
     return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
 
@@ -298,6 +301,9 @@ def _read_json(text: str) -> Table:
 
 
 def _read_parquet(path: Path, any_text: bool = False) -> Table:
+    import datasets
+    import pyarrow.parquet as pq
+
     # Of the file alone: names of folders above it, such as label=1, are no columns.
     content = pq.ParquetFile(path).read()
     names = content.schema.names
@@ -310,6 +316,8 @@ def _read_parquet(path: Path, any_text: bool = False) -> Table:
 
 
 def _values(column: pa.ChunkedArray, any_text: bool = False) -> list[Any]:
+    import pyarrow as pa
+
     if any_text and pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if any_text and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):

@@ -9,9 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from fedlora.assets import build_once
@@ -22,6 +21,9 @@ from fedlora.models import load_tokenizer
 from fedlora.tasks import get_task
 from fedlora.tasks.chat import ChatError, ChatTemplate, answer_of
 from fedlora.tasks.text_scores import load_scorers
+
+if TYPE_CHECKING:
+    import datasets
 
 # Part of the name in the cache: raise it when the same config would give other files.
 _LAYOUT = 1

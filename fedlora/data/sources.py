@@ -13,11 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
@@ -40,6 +38,9 @@ from fedlora.paths import find_path
 from fedlora.tasks import get_task
 from fedlora.tasks.chat import answer_of, conversation
 from fedlora.tasks.labels import INTEGER, is_missing
+
+if TYPE_CHECKING:
+    import datasets  # for real where it is used, as in files.py
 
 log = logging.getLogger("fedlora")
 
@@ -262,9 +263,9 @@ def _own_table(config: Config) -> datasets.Dataset:
     if empty:
         log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
     if not task.labelled:
-        return datasets.Dataset.from_dict(texts)
+        return _dataset(texts)
     labels = _own_labels(config, table, rows)
-    return datasets.Dataset.from_dict({**texts, "label": _own_classes(config, labels) if task.classes else labels})
+    return _dataset({**texts, "label": _own_classes(config, labels) if task.classes else labels})
 
 
 def _own_rows(config: Config) -> tuple[Table, list[int]]:
@@ -295,7 +296,7 @@ def _own_labels(config: Config, table: Table, rows: list[int]) -> list[Any]:
 
 def _own_classes(config: Config, labels: list[Any]) -> list[Any]:
     """Return each label as numbers of classes."""
-    only = datasets.Dataset.from_dict({"label": labels})
+    only = _dataset({"label": labels})
     found: list[Any] = _encode(config, only, list(config.data.label_names or ()), "data.name")["label"][:]
     return found
 
@@ -414,6 +415,9 @@ def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> st
     -----
     Of a format (``set_format``) the columns count; values are the same in every format.
     """
+    import datasets
+    import pyarrow as pa
+
     splits = dict(source) if isinstance(source, Mapping) else {"train": source}
     if not splits or not all(isinstance(table, datasets.Dataset) for table in splits.values()):
         kind = type(source).__name__ if not isinstance(source, Mapping) else f"{_kinds(splits)} in a mapping"
@@ -470,11 +474,19 @@ def _load(name: str, field: str, file_format: str | None = None) -> dict[str, Ta
     return _tables(_load_folder(path, field, name)) if path.is_dir() else _load_file(path, field, name, file_format)
 
 
+def _dataset(columns: Mapping[str, Any]) -> datasets.Dataset:
+    import datasets
+
+    return datasets.Dataset.from_dict(columns)
+
+
 def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
     return {name: Table.of_dataset(table) for name, table in splits.items()}
 
 
 def _load_hub(name: str, field: str) -> dict[str, datasets.Dataset]:
+    import datasets
+
     if Path(name).suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
         raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
     try:
@@ -503,7 +515,7 @@ def _load_asset(name: str, field: str) -> dict[str, Table]:
         rows = [row for row in csv.DictReader(io.StringIO(content)) if row["category"] != "plot"]
         names = {"text": "text", "label": "category", "movie": "movie_name"}
         columns = {new: [row[old] for row in rows] for new, old in names.items()}
-        return _tables({"train": datasets.Dataset.from_dict(columns)})
+        return _tables({"train": _dataset(columns)})
     splits = {}
     for split in ("train", "test"):
         # Orange's format: three lines of header, then one example a line; the first is empty.
@@ -512,7 +524,7 @@ def _load_asset(name: str, field: str) -> dict[str, Table]:
         columns = {"text": [text for _, text in cells], "label": [label for label, _ in cells]}
         if asset.name == "20newsgroups":
             columns["domain"] = [_domain(label) for label in columns["label"]]
-        splits[split] = datasets.Dataset.from_dict(columns)
+        splits[split] = _dataset(columns)
     return _tables(splits)
 
 
@@ -522,6 +534,8 @@ def _domain(group: str) -> str:
 
 
 def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Dataset]:
+    import datasets
+
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the files of the folder may be damaged in any way
@@ -640,7 +654,7 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
         kept["label"] = task.read_labels(cells(table, data.label, "data.label", rows, source, notes), kept)
     if is_train and data.partition.column is not None:
         kept[PARTITION_COLUMN] = read_owners(table, data.partition.column, rows, source)
-    return datasets.Dataset.from_dict(kept)
+    return _dataset(kept)
 
 
 def _needs_choices(config: Config, table: Table) -> bool:
@@ -691,11 +705,13 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
         remedy = f"the label {unknown!r} {where} (labels there: {', '.join(names[:10])}); fix the labels"
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
-    return datasets.Dataset.from_dict({**columns, "label": [task.number(label, index) for label in labels]})
+    return _dataset({**columns, "label": [task.number(label, index) for label in labels]})
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    import datasets
+
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-import datasets
 import numpy as np
 import torch
 
@@ -30,6 +29,9 @@ from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
 from fedlora.tasks.chat import ChatTemplate
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import torch
 from fedlora.arrays import Arrays
 from fedlora.ranks import FULL as FULL
 from fedlora.ranks import Rank as Rank
+from fedlora.svd import truncated_svd
 
 Update = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """dW of one projection: (B [m, r], A [r, n]) for dW = B A, or dW [m, n] itself."""
@@ -94,11 +95,11 @@ def truncate(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     Returns
     -------
     (Tensor [m, r], Tensor [r, n])
-        B and A, in the dtype of ``delta``; the decomposition itself is in float64.
+        B and A, in the dtype of ``delta``; of a large dW nearly the best (:func:`fedlora.svd.truncated_svd`).
     """
-    u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).to(delta.dtype), (root[:, None] * vt[:rank]).to(delta.dtype)
+    found = truncated_svd(delta, rank)
+    root = found.s.sqrt()
+    return (found.u * root).to(delta.dtype), (root[:, None] * found.vh).to(delta.dtype)
 
 
 def combine(updates: Sequence[tuple[float, Update]], rank: Rank) -> Update:

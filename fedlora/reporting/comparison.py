@@ -27,6 +27,7 @@ _NOT_AXES = (
     "network.",
     "server.timeout",
     "server.evaluate_clients",
+    "server.evaluate_start",
 )
 _PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
 PRIVACY = "privacy"

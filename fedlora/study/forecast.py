@@ -88,8 +88,8 @@ def forecast(config: Config) -> Forecast:
     sizes = [int(size) for size in data.partition.sizes]
     plans = [mechanism_of(config).plan(config, size) for size in sizes]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
-    # Before the first round, in rounds that are due, and after the last.
-    evaluations = 2 + sum(server_round % every == 0 for server_round in rounds[:-1])
+    # Before the first round if so configured, in rounds that are due, and after the last.
+    evaluations = config.server.evaluate_start + 1 + sum(server_round % every == 0 for server_round in rounds[:-1])
     again = planned.final_evaluations - 1
     validation = len(data.validation) if data.validation is not None else 0
     return Forecast(

@@ -25,7 +25,7 @@ def ranks(m: int, n: int) -> range:
 def test_the_svd_start_is_orthonormal_and_changes_nothing(shape):
     w = matrix(*shape)
     for r in ranks(*w.shape):
-        factors = sb.factors_from_weight(w, r)
+        factors = sb.factors_from_pairs(sb.leading_pairs(w, r))
         assert {f: tuple(v.shape) for f, v in factors.items()} == sb.SB().shapes(*w.shape, r)
         a, b = factors["sb_A"], factors["sb_B"]
         torch.testing.assert_close(a @ a.T, torch.eye(r, dtype=a.dtype), rtol=0, atol=1e-12)
@@ -69,7 +69,7 @@ def test_zero_gradients_stay_zero():
 def test_starts_keep_single_precision_at_least(dtype):
     w = matrix(6, 9, 0, dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    for factors in (sb.factors_from_weight(w, 2), sb.factors_from_gradient(w, 2, 0.1)):
+    for factors in (sb.factors_from_pairs(sb.leading_pairs(w, 2)), sb.factors_from_gradient(w, 2, 0.1)):
         assert {v.dtype for v in factors.values()} == {expected}
         a = factors["sb_A"]
         torch.testing.assert_close(a @ a.T, torch.eye(2, dtype=expected), rtol=0, atol=1e-6)
@@ -78,7 +78,10 @@ def test_starts_keep_single_precision_at_least(dtype):
 def test_the_sign_of_a_singular_pair_is_fixed():
     """The server sends B and A, but a start that is made twice should still be the same."""
     w = matrix(7, 5, 3)
-    first, second = sb.factors_from_weight(w, 3), sb.factors_from_weight(w.T.contiguous().T, 3)
+    first, second = (
+        sb.factors_from_pairs(sb.leading_pairs(w, 3)),
+        sb.factors_from_pairs(sb.leading_pairs(w.T.contiguous().T, 3)),
+    )
     torch.testing.assert_close(first["sb_A"], second["sb_A"], rtol=0, atol=1e-12)
     for row in first["sb_A"]:
         assert row[row.abs().argmax()] > 0
@@ -90,7 +93,7 @@ def test_the_gradient_of_r_is_that_of_the_weight_between_the_factors(shape):
     m, n, seed = shape
     r, s = min(m, n, 3), 1.7
     w = matrix(m, n, seed)
-    factors = sb.factors_from_weight(w, r)
+    factors = sb.factors_from_pairs(sb.leading_pairs(w, r))
     a, b = factors["sb_A"], factors["sb_B"]
     rr = matrix(r, r, seed + 1).requires_grad_()
     x, target = matrix(4, n, seed + 2), matrix(4, m, seed + 3)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.config import load_config
-from fedlora.data.partition import client_names, partition_rows, plot_partition
+from fedlora.data.partition import client_names, partition_rows
+from fedlora.data.partition_plot import plot_partition
 from fedlora.errors import InputError
 
 LABELS = ["a", "b", "c", "d"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapters.parameterisations.lora import LoRA
-from fedlora.adapters.parameterisations.sb import SB, factors_from_weight
+from fedlora.adapters.parameterisations.sb import SB, factors_from_pairs, leading_pairs
 from fedlora.strategies.aggregation import Drift, WeightedMean, weighted_mean
 
 cases = st.fixed_dictionaries(
@@ -90,7 +90,7 @@ def test_ffa_lora_is_exact(case):
 def test_fed_sb_is_exact(case):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         f = Federation(case, dtype)
-        vectors = factors_from_weight(f.draw(f.m, f.n), f.r)
+        vectors = factors_from_pairs(leading_pairs(f.draw(f.m, f.n), f.r))
         shared = {name: vectors[name] for name in ("sb_A", "sb_B")}
         for clients, mean in f.rounds({"sb_R": (f.r, f.r)}, shared):
             a, b = shared["sb_A"], shared["sb_B"]

@@ -14,12 +14,13 @@ from pydantic import Field
 from torch import nn
 
 from fedlora.adapters.layers import FactoredLinear, adapter_dtype
-from fedlora.adapters.parameterisations import LowRank, sb
+from fedlora.adapters.parameterisations import LowRank
 from fedlora.adapters.stacked import RowLayout, StackedLayer, row_pairs, stacked_product
 from fedlora.arrays import Arrays
 from fedlora.config import Config, MethodSection, Positive
 from fedlora.errors import InputError
 from fedlora.models import linear_shape
+from fedlora.svd import TruncatedSVD
 
 
 class HeadsSection(MethodSection):
@@ -145,14 +146,14 @@ def heads_grad_sample(
     return {layer.weight: layer.samples(x.to(layer.weight.dtype), g.to(layer.weight.dtype))}
 
 
-def factors_from_weight(weight: torch.Tensor, rank: int, heads: int) -> Arrays:
+def factors_from_pairs(pairs: TruncatedSVD, heads: int) -> Arrays:
     """Start without data: the leading h r singular vectors of W0 [m, n], dealt to the heads in turn; H = 0, s = 1.
 
     Dealt in turn, every head has a share of the large singular values. One head has the square matrix' own start.
     """
-    found = sb.factors_from_weight(weight, heads * rank)
+    rank = len(pairs.s) // heads
     order = torch.arange(heads * rank).reshape(rank, heads).T.reshape(-1)
-    return _started(found["sb_A"][order].contiguous(), found["sb_B"][:, order].contiguous(), rank, heads)
+    return _started(pairs.vh[order].contiguous(), pairs.u[:, order].contiguous(), rank, heads)
 
 
 def orthogonal_factors(

@@ -10,6 +10,7 @@ import torch
 
 from fedlora.adapters.parameterisations import LowRank
 from fedlora.arrays import Arrays
+from fedlora.svd import TruncatedSVD, truncated_svd
 
 
 class SB(LowRank):
@@ -26,25 +27,17 @@ class SB(LowRank):
         return factors["sb_A"], factors["sb_B"] @ factors["sb_R"]
 
 
-def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    # The sign of a singular pair is free; fixing it makes the start the same for every LAPACK.
-    sign = torch.where(vh.gather(1, vh.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)[:, 0]
-    return (u * sign)[:, :rank].contiguous(), s[:rank], (vh * sign[:, None])[:rank].contiguous()
+def leading_pairs(weight: torch.Tensor, rank: int) -> TruncatedSVD:
+    """Return the leading singular values and vectors of W0 [m, n], with fixed signs, as arrays of a model."""
+    return truncated_svd(weight, rank).signed().to(_kept(weight.dtype))
 
 
-def _factors(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    return {"sb_A": vh.to(kept), "sb_R": torch.diag(s).to(kept), "sb_B": u.to(kept)}
+def factors_from_pairs(pairs: TruncatedSVD) -> Arrays:
+    """Start without data, after LoRA-XS: B and A are the leading singular vectors of W0, and R = 0."""
+    return {"sb_A": pairs.vh, "sb_R": torch.diag(torch.zeros_like(pairs.s)), "sb_B": pairs.u}
 
 
-def factors_from_weight(weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-    """Start without data, after LoRA-XS: B and A are the leading singular vectors of W0 [m, n], and R = 0."""
-    u, s, vh = _truncated_svd(weight, rank)
-    return _factors(u, torch.zeros_like(s), vh, weight.dtype)
-
-
-def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: float) -> dict[str, torch.Tensor]:
+def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: float) -> Arrays:
     """Start of LoRA-SB: the best rank-r approximation U S V^T of one sign step -eta sign(G).
 
     Parameters
@@ -60,5 +53,9 @@ def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: floa
     dict
         sb_B = U_r, sb_A = V_r^T and sb_R = diag(S_r), so that dW starts at the truncated step.
     """
-    u, s, vh = _truncated_svd(-learning_rate * torch.sign(gradient.double()), rank)
-    return _factors(u, s, vh, gradient.dtype)
+    pairs = truncated_svd(torch.sign(gradient), rank, scale=-learning_rate).signed().to(_kept(gradient.dtype))
+    return {"sb_A": pairs.vh, "sb_R": torch.diag(pairs.s), "sb_B": pairs.u}
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
