@@ -188,11 +188,20 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
     output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
     client: Annotated[int | None, typer.Option(help="Whose model, where clients have models of their own.")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Upload the folder; a new repository is private."),
+    ] = None,
 ) -> None:
-    """Export a run's model as a folder that transformers (with --merged) or PEFT loads."""
+    """Export a run's model as a folder that transformers (with --merged) or PEFT loads, with a model card."""
     from fedlora.results.load import export_run
 
-    typer.echo(export_run(folder, output, merged=merged, client=client))
+    target = export_run(folder, output, merged=merged, client=client)
+    typer.echo(target)
+    if push is not None:
+        from fedlora.results.card import push_to_hub
+
+        typer.echo(push_to_hub(target, push))
 
 
 @app.command()

@@ -110,6 +110,9 @@ class DataSection(Section):
     name: Annotated[str, Field(min_length=1)] = Field(
         description='The training examples: asset:NAME, a hub id, a path, or "nodes" where real nodes hold them.'
     )
+    subset: str | None = Field(
+        default=None, description="Part of a data set on the hub, such as mnli of glue; for data.name alone."
+    )
     format: FileFormat | None = Field(default=None, description="Format of the files; by default told by their names.")
     train: str | None = Field(
         default=None, description="Split to train on, where the data has several; train by default."

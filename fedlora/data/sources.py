@@ -112,7 +112,7 @@ def load_examples(config: Config) -> Examples:
         return _own_examples(config)
     seed = draw_seed(config)
     notes: list[str] = []
-    splits = _load(data.name, "data.name", data.format)
+    splits = _load(data.name, "data.name", data.format, data.subset)
     train_name = _train_split(config, splits)
     train = _shape(config, splits[train_name], "data.name", notes, is_train=True)
     other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
@@ -365,7 +365,7 @@ def source_identity(config: Config) -> list[Any]:
     lies in the local cache.
     """
     data = config.data
-    found = [] if data.name == NODES else [_identity(data.name, "data.name")]
+    found = [] if data.name == NODES else [_identity(data.name, "data.name", data.subset)]
     for key in ("test", "validation", "public", "client_test"):
         given = getattr(data, key)
         if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
@@ -465,12 +465,14 @@ class _HashSink(io.RawIOBase):
 # Where examples come from.
 
 
-def _load(name: str, field: str, file_format: str | None = None) -> dict[str, Table]:
+def _load(name: str, field: str, file_format: str | None = None, subset: str | None = None) -> dict[str, Table]:
+    path = None if is_asset(name) else find_path(name, field)
+    if subset is not None and (is_asset(name) or path is not None):
+        raise InputError("data.subset", subset, f"is a part of a data set on the hub, but {name} is none; leave it out")
     if is_asset(name):
         return _load_asset(name, field)
-    path = find_path(name, field)
     if path is None:
-        return _tables(_load_hub(name, field))
+        return _tables(_load_hub(name, field, subset))
     return _tables(_load_folder(path, field, name)) if path.is_dir() else _load_file(path, field, name, file_format)
 
 
@@ -484,16 +486,17 @@ def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
     return {name: Table.of_dataset(table) for name, table in splits.items()}
 
 
-def _load_hub(name: str, field: str) -> dict[str, datasets.Dataset]:
+def _load_hub(name: str, field: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
     import datasets
 
     if Path(name).suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
         raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
     try:
         with _quiet():
-            loaded = datasets.load_dataset(name)
+            loaded = datasets.load_dataset(name, subset)
     except Exception as error:  # whatever the hub client, a parser or a builder raises: the source cannot be used
-        remedy = f"is no file here and the hub does not give it ({first_line(error)}); give a path or asset:NAME"
+        part = "" if subset is None else f" with the subset {subset}"
+        remedy = f"is no file here and the hub does not give it{part} ({first_line(error)}); give a path or asset:NAME"
         raise InputError(field, name, remedy) from error
     return {str(split): table for split, table in loaded.items()}
 
@@ -559,15 +562,15 @@ def _load_file(
     return {"train": table}
 
 
-def _identity(name: str, field: str) -> list[Any]:
+def _identity(name: str, field: str, subset: str | None = None) -> list[Any]:
     if is_asset(name):
         asset = find_asset(name, "data", field)
         form = [bigbench.FORM] if asset.package == bigbench.PACKAGE else []
         return ["asset", sorted(asset.files.items()), *form]
     path = find_path(name, field)
     if path is None:
-        loaded = _load_hub(name, field)
-        return ["hub", name, [[split, len(table), table._fingerprint] for split, table in loaded.items()]]
+        loaded = _load_hub(name, field, subset)
+        return ["hub", name, subset, [[split, len(table), table._fingerprint] for split, table in loaded.items()]]
     if path.is_file():
         return ["file", str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))

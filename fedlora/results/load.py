@@ -17,6 +17,7 @@ from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
 from fedlora.methods import ADAPTER, CLIENTS, Method
 from fedlora.models import load_tokenizer, quiet
+from fedlora.results.card import write_card
 from fedlora.results.outputs import check_sums
 from fedlora.storage import is_full, writes_to
 from fedlora.tasks import get_task
@@ -116,7 +117,7 @@ def export_run(
         The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default.
     merged : bool
         Write a whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A run
-        without an adapter always gives a whole model.
+        without an adapter always gives a whole model. README.md is a model card.
     client : int, optional
         Whose model, in a run whose clients have models of their own.
 
@@ -145,6 +146,7 @@ def export_run(
         else:
             shutil.copytree(adapter, target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
+        write_card(Path(folder), target, adapter=(target / ADAPTER_FILE).is_file())
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target, ignore_errors=True)  # a partial model would block the next attempt
         if is_full(error):

@@ -274,3 +274,23 @@ def test_a_node_trains_on_all_of_its_examples(tmp_path):
     assert examples.test is None
     assert examples.train["text"] == TEXTS
     assert set(examples.train["label"]) == {0}
+
+
+def test_a_subset_of_a_set_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, subset):
+        asked.append((name, subset))
+        return datasets.DatasetDict(train=table(), validation_matched=table(WORDS[:10]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    given = config("glue", subset="mnli", test="validation_matched")
+    examples = load_examples(given)
+    assert (len(examples.train), len(examples.test)) == (40, 10)
+    assert set(asked) == {("glue", "mnli")}
+    assert source_identity(given) != source_identity(config("glue", subset="qqp", test="validation_matched"))
+    for name in (write(table(), tmp_path / "a.csv"), "asset:rotten-tomatoes"):
+        with pytest.raises(
+            InputError, match=r"data\.subset = 'mnli': is a part of a data set on the hub, but .* is none"
+        ):
+            load_examples(config(name, subset="mnli"))
