@@ -6,8 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,13 +115,16 @@ def simulate(
             return folder.result()
         for note in unused_keys(given):
             log.info("note: %s", note)
-        with _workers(client_app, folder) as workers:
+        # Workers start, and import, beside what is prepared here.
+        with _open_grid(client_app, folder) as grid:
             chosen, tokens = folder.resolved, _prepare(folder, method)
             # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
             whole = rounds if isinstance(rounds, method) else method(chosen)
+            sizes = tokens.partition.sizes
+            grid.serve(len(sizes), lambda client: local_steps(chosen, int(sizes[client])))
             with _settled_heap():
                 return Federation(
-                    chosen, _serving(workers(), tokens, chosen), folder, tokens, whole,
+                    chosen, grid, folder, tokens, whole,
                     training=rounds, progress=progress, started=started, simulated=True,
                 ).run()  # fmt: skip
 
@@ -144,23 +146,6 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     if not (folder.path / "partition.png").exists():
         plot_partition(folder.path / "partition.png", counts, tokens.counted_names)
     return tokens
-
-
-@contextmanager
-def _workers(client_app: ClientApp | str, folder: RunFolder) -> Iterator[Callable[[], SimulatedGrid]]:
-    """Start the workers of a run beside what the caller does; yield a function that waits for them."""
-    if folder.resolved.simulation.workers == 0:
-        with _open_grid(client_app, folder) as grid:
-            yield lambda: grid
-        return
-    # Ray's processes end with the thread that started them, so that it has to stay until they are closed.
-    with ThreadPoolExecutor(1) as beside:
-        opening = beside.submit(_open_grid, client_app, folder)
-        try:
-            yield opening.result
-        finally:
-            with suppress(Exception):  # whoever waited was told
-                opening.result().close()
 
 
 def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
@@ -185,13 +170,6 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
         states=folder.checkpoint.states,
         on_cohort_size=keep_cohort_size,
     )
-
-
-def _serving(grid: SimulatedGrid, tokens: FederatedData, config: Config) -> SimulatedGrid:
-    """Tell a grid its clients."""
-    sizes = tokens.partition.sizes
-    grid.serve(len(sizes), lambda client: local_steps(config, int(sizes[client])))
-    return grid
 
 
 def _user_code(strategy: Strategy | None, client_app: ClientApp | str) -> dict[str, UserCode]:

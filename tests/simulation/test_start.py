@@ -1,88 +1,46 @@
-"""Workers start beside what the driver prepares, and end with the run, however that ends."""
+"""Workers start before the driver prepares the data, and end with the run, however that ends."""
 
 from __future__ import annotations
 
-import threading
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedlora import simulator
+from fedlora import simulate, simulator
 from fedlora.errors import InputError
 
 
 class Opened:
-    """A grid that knows which thread started it."""
+    """Takes the place of a grid."""
 
-    def __init__(self) -> None:
-        self.thread, self.closed = threading.current_thread(), False
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
 
     def __enter__(self) -> Opened:
+        self.said.append("opened")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        assert self.thread.is_alive()
-        self.closed = True
+        self.said.append("closed")
 
 
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set by the driver; the grid opens only then."""
-    event = threading.Event()
+def test_workers_start_first_and_an_error_of_the_data_ends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
 
-    def open_grid(*_: Any) -> Opened:
-        assert event.wait(10.0)
-        return Opened()
+    def prepare(*_: Any) -> None:
+        said.append("prepared")
+        raise InputError("data.name", "x", "is not there")
 
-    monkeypatch.setattr(simulator, "_open_grid", open_grid)
-    return event
-
-
-def folder(workers: int | None) -> Any:
-    return SimpleNamespace(resolved=SimpleNamespace(simulation=SimpleNamespace(workers=workers)))
-
-
-def test_the_driver_goes_on_while_workers_start(prepared: threading.Event) -> None:
-    with simulator._workers("app", folder(None)) as workers:
-        prepared.set()
-        grid: Any = workers()
-        # Ray's processes would end with this thread.
-        assert grid.thread is not threading.current_thread()
-        assert grid.thread.is_alive()
-        assert not grid.closed
-    assert grid.closed
-
-
-def test_a_run_in_this_process_opens_in_this_thread(prepared: threading.Event) -> None:
-    prepared.set()
-    with simulator._workers("app", folder(0)) as workers:
-        grid: Any = workers()
-        assert grid.thread is threading.current_thread()
-    assert grid.closed
-
-
-def test_an_error_of_the_data_ends_the_workers(prepared: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[Opened] = []
-    monkeypatch.setattr(Opened, "close", lambda grid: closed.append(grid))
-
-    def run() -> None:
-        with simulator._workers("app", folder(None)):
-            prepared.set()
-            raise InputError("data.name", "x", "is not there")
-
+    monkeypatch.setattr(simulator, "_open_grid", lambda *_: Opened(said))
+    monkeypatch.setattr(simulator, "_prepare", prepare)
+    content = {
+        "model": {"name": "asset:minilm-l6"},
+        "data": {"name": "asset:rotten-tomatoes", "partition": {"clients": 2}},
+        "method": {"name": "fedit"},
+    }
     with pytest.raises(InputError, match=r"data\.name"):
-        run()
-    assert len(closed) == 1
-
-
-def test_an_error_of_the_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise InputError("simulation.workers", 9, "do not fit")
-
-    monkeypatch.setattr(simulator, "_open_grid", fail)
-    with pytest.raises(InputError, match=r"simulation\.workers"), simulator._workers("app", folder(None)) as workers:
-        workers()
+        simulate(content, output=tmp_path / "run")
+    assert said == ["opened", "prepared", "closed"]
