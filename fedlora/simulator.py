@@ -115,18 +115,28 @@ def simulate(
             return folder.result()
         for note in unused_keys(given):
             log.info("note: %s", note)
-        # Workers start, and import, beside what is prepared here.
-        with _open_grid(client_app, folder) as grid:
-            chosen, tokens = folder.resolved, _prepare(folder, method)
-            # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
-            whole = rounds if isinstance(rounds, method) else method(chosen)
-            sizes = tokens.partition.sizes
-            grid.serve(len(sizes), lambda client: local_steps(chosen, int(sizes[client])))
-            with _settled_heap():
-                return Federation(
-                    chosen, grid, folder, tokens, whole,
-                    training=rounds, progress=progress, started=started, simulated=True,
-                ).run()  # fmt: skip
+        return _run(folder, method, rounds, client_app, progress, started)
+
+
+def _run(
+    folder: RunFolder,
+    method: type[FederatedStrategy],
+    rounds: Strategy | None,
+    client_app: ClientApp | str,
+    progress: Progress | None,
+    started: float,
+) -> RunResult:
+    """Start the workers, which import beside what is prepared here, and run the rounds."""
+    with _open_grid(client_app, folder) as grid:
+        config, tokens = folder.resolved, _prepare(folder, method)
+        # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
+        whole = rounds if isinstance(rounds, method) else method(config)
+        sizes = tokens.partition.sizes
+        grid.serve(len(sizes), lambda client: local_steps(config, int(sizes[client])))
+        with _settled_heap():
+            return Federation(
+                config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
+            ).run()
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
