@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from fedlora.errors import InputError
 
+# A config is checked without torch.
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from fedlora.config import Config
 
 KEY = "model.quantization"
@@ -61,6 +62,8 @@ def quantized_loading(config: Config, skeleton: nn.Module, device: torch.device)
     InputError
         If no layer would be quantised.
     """
+    import torch
+    from torch import nn
     from transformers import BitsAndBytesConfig
 
     blocks = [f"{path}." for path, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]

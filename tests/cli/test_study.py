@@ -67,7 +67,7 @@ def test_the_choice_of_a_rate_and_what_it_cost_are_told() -> None:
     group = {"values": {"method.name": "fedit"}, "chosen": 0.1, "at_edge": True, "covered_by_privacy": False}
     display.progress.on_choice(group)
     cost = {"runs": 4, "seconds": 61.0, "bytes": 1234567}
-    tuning = {"seed": 7, "cost": cost, "groups": [group]}
+    tuning = {"seeds": [7], "cost": cost, "groups": [group]}
     display.summary({"tuning": tuning, "points": [{"status": "done"}], "seconds": 99.0}, Path("runs/x"))
     assert out.getvalue().splitlines() == [
         "chosen for method.name fedit: 0.1 (at the edge of its candidates)",
