@@ -102,7 +102,7 @@ def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         target_modules=settings["target_modules"],
         task_type="CAUSAL_LM",
     )
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, **options), lora)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options), lora)
     if "checkpointed" in run:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
