@@ -126,17 +126,15 @@ def _run(
     progress: Progress | None,
     started: float,
 ) -> RunResult:
-    """Start the workers, which import beside what is prepared here, and run the rounds."""
-    with _open_grid(client_app, folder) as grid:
-        config, tokens = folder.resolved, _prepare(folder, method)
-        # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
-        whole = rounds if isinstance(rounds, method) else method(config)
-        sizes = tokens.partition.sizes
-        grid.serve(len(sizes), lambda client: local_steps(config, int(sizes[client])))
-        with _settled_heap():
-            return Federation(
-                config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
-            ).run()
+    """Prepare the data, start the workers and run the rounds."""
+    tokens = _prepare(folder, method)
+    config = folder.resolved
+    # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
+    whole = rounds if isinstance(rounds, method) else method(config)
+    with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
+        return Federation(
+            config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
+        ).run()
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
@@ -158,8 +156,8 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     return tokens
 
 
-def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
-    """Start the workers of a run, whose clients are not known yet."""
+def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: FederatedData) -> SimulatedGrid:
+    """Start the workers of a run."""
     config = folder.resolved
     section = config.simulation
 
@@ -170,7 +168,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
     kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
-        num_clients=0,
+        len(tokens.partition),
         workers=section.workers,
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker,
@@ -178,6 +176,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder) -> SimulatedGrid:
         address=section.address,
         run_config={"config": config.to_toml()},
         states=folder.checkpoint.states,
+        work=lambda client: local_steps(config, int(tokens.partition.sizes[client])),
         on_cohort_size=keep_cohort_size,
     )
 

@@ -86,10 +86,6 @@ class SimulatedGrid(Grid):
         self._pushed: dict[str, Message] = {}
         self._start(address, workers)
 
-    def serve(self, num_clients: int, work: Callable[[int], float]) -> None:
-        """Take on clients, and what each has to do, where these were not known when the workers started."""
-        self.num_clients, self.work = num_clients, work
-
     @abstractmethod
     def _start(self, address: str | None, workers: int | None) -> None:
         """Start the workers, and set ``num_workers``."""
