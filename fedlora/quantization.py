@@ -76,6 +76,7 @@ def quantized_loading(config: Config, skeleton: nn.Module, device: torch.device)
         remedy = f"finds no linear layer that it can quantise in the blocks of {type(skeleton).__name__}; leave it out"
         raise InputError(KEY, config.model.quantization, remedy)
     dtype = getattr(torch, config.model.dtype)
+    # Without a name here transformers would leave out layers of its own choice.
     options: dict[str, Any] = {"llm_int8_skip_modules": kept or ["-"]}
     if config.model.quantization == "nf4":
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}

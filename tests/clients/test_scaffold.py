@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -349,14 +349,20 @@ def test_under_dp_nothing_leaves_that_the_update_does_not_tell(
     assert table(private, "privacy.csv") == table(plain, "privacy.csv")
 
 
-def test_a_node_keeps_its_variate_in_its_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: Noted
-) -> None:
-    """It goes on from the version that the server names, through restarts; a server that names none begins at 0."""
+def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Server, Context]:
+    """A server whose run a node knows, and the node's context."""
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     server = Server(tmp_path / "server", "ffa-lora", client__correction="scaffold")
     here = server.context(write_node(tmp_path / "clinic", tmp_path / "cache"))
     app(server.describe(), here)
+    return server, here
+
+
+def test_a_node_keeps_its_variate_in_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: Noted
+) -> None:
+    """It goes on from the version that the server names, through restarts; a server that names none begins at 0."""
+    server, here = described(tmp_path, monkeypatch)
     owns: list[Arrays] = []
     changes: list[Arrays] = []
     for server_round, counted in ((1, ""), (2, "1"), (3, "1"), (4, "")):
@@ -385,10 +391,7 @@ def test_a_mean_unlike_what_is_trained_is_refused_before_a_step_is_charged(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numbers of another shape could be spread to arrays of any size, and be kept."""
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    server = Server(tmp_path / "server", "ffa-lora", client__correction="scaffold")
-    here = server.context(write_node(tmp_path / "clinic", tmp_path / "cache"))
-    app(server.describe(), here)
+    server, here = described(tmp_path, monkeypatch)
     message = server.train(1)
     mean = {name: torch.zeros_like(array) for name, array in decode(server.arrays).items()}
     name = next(iter(mean))
@@ -408,10 +411,7 @@ def test_a_mean_unlike_what_is_trained_is_refused_before_a_step_is_charged(
 def test_what_a_server_calls_a_variate_forges_no_line_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    server = Server(tmp_path / "server", "ffa-lora", client__correction="scaffold")
-    here = server.context(write_node(tmp_path / "clinic", tmp_path / "cache"))
-    app(server.describe(), here)
+    server, here = described(tmp_path, monkeypatch)
     message = server.train(2)
     message.content["config"][VARIATES] = "1/\n2026-01-01 all is well" + "." * 10_000
     message.content[VARIATES] = encode({n: torch.zeros_like(a) for n, a in decode(server.arrays).items()})
