@@ -27,7 +27,7 @@ _DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class ChatError(ValueError):
-    """A conversation that the chat template does not take, or writes such that no turn can be found in it."""
+    """A conversation that the chat template refuses, or in whose text no turn can be found."""
 
 
 def conversation(prompt: str, answer: str) -> list[dict[str, str]]:
@@ -176,9 +176,8 @@ class ChatTemplate:
             after = self._after(text, before, self.write(messages[: number + 1]), message["content"].strip())
             if after is None:
                 raise ChatError(
-                    f"cannot be told into turns: the model's chat template writes it up to message {number + 1}"
-                    " otherwise once more follows; let conversations end with their first answer, or take a template"
-                    " with {% generation %}"
+                    f"cannot be divided into turns: the model's chat template changes message {number + 1} when another"
+                    " follows; let conversations end with their first answer, or take a template with {% generation %}"
                 )
             turns.append((before, after.rstrip()))
         return _Written(text, turns)

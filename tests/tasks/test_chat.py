@@ -133,7 +133,7 @@ def test_a_template_whose_beginnings_change_is_refused_where_that_matters() -> N
     tokenizer = byte_tokenizer(THINKING)
     rows, labels, refused = ChatTemplate(tokenizer).encode([chat("Hi", "Hello."), chat("Hi", "Hello.", "2?", "4")])
     assert list(refused) == [1]
-    assert "cannot be told into turns" in refused[1]
+    assert "cannot be divided into turns" in refused[1]
     # Reasoning is off, so that the prompt of generation ends where the answer begins.
     assert learnt(tokenizer, labels[0]) == ["Hello.<|im_end|>"]
     (prompt,) = ChatTemplate(tokenizer).prompts([chat("Hi")])
