@@ -31,7 +31,7 @@ class StudyDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = StudyProgress(self._plan, self._start, self._round, self._end, self._choice)
+        self.progress = StudyProgress(self._plan, self._start, self._round, self._end, self._widen, self._choice)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -101,6 +101,11 @@ class StudyDisplay:
         facts += [f"sent {format_bytes(sent)}", f"{summary['seconds']['total']:.1f} s"]
         self._print(f"{run.folder}  {'  '.join(facts)}")
 
+    def _widen(self, group: dict[str, Any], value: Any, runs: int) -> None:
+        total = self._bar.tasks[self._runs].total or 0
+        self._bar.update(self._runs, total=total + runs)
+        self._print(f"for {_shown(group['values'])} the best candidate is at the edge; {value} is tried too")
+
     def _choice(self, group: dict[str, Any]) -> None:
         if group["chosen"] is None:
             return
@@ -151,6 +156,9 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     sent = sum(one.payload_bytes for one in expected if isinstance(one, Forecast))
     tuning = len(runs) - len(plan.runs)
     added = f" and {tuning} tuning runs" if tuning else ""
+    if plan.study.tuning is not None and plan.study.tuning.widen:
+        most = plan.study.tuning.widen * len(plan.study.tuning.seeds) * len(plan.groups)
+        added += f" (up to {most} more where the best candidate is at an edge)"
     _say(console, f"{len(plan.runs)} runs{added}, {format_bytes(sent)} of payload, {len(missing)} to go")
     try:
         at_once, gpus = capacity(plan)

@@ -58,6 +58,9 @@ class TuningSection(Section):
         varies, except run.seed.
     seeds : list of int
         Each candidate runs with every one of these as ``run.seed``; the best by the mean is chosen.
+    widen : int
+        While the best of a group's candidates is its lowest or highest, a further candidate is tried beyond it, up to
+        this many for each group. The optimum may lie outside the listed range.
     validation : float
         Share of the training examples to validate on, for a base config without ``data.validation``.
     """
@@ -66,6 +69,7 @@ class TuningSection(Section):
     values: Annotated[list[Any], Field(min_length=1)] | Annotated[dict[str, list[Any]], Field(min_length=1)]
     by: list[str] | None = None
     seeds: list[Seed] = Field(default=[0], min_length=1)
+    widen: Annotated[int, Field(ge=0)] = 0
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
@@ -243,7 +247,16 @@ def _check(study: StudyConfig, overrides: set[str]) -> None:
         if not values:
             raise InputError(place, values, "is empty; list the candidates")
         _check_values(place, values)
+        if tuning.widen and not can_widen(values):
+            remedy = "cannot be widened; list at least two numbers above 0, or leave tuning.widen out"
+            raise InputError(place, values, remedy)
     _check_values("tuning.seeds", tuning.seeds)
+
+
+def can_widen(values: list[Any]) -> bool:
+    """Whether a further candidate can be found beyond these: two numbers above 0 or more."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and len(values) > 1 and all(0 < value < math.inf for value in values)
 
 
 def _check_values(place: str, values: list[Any]) -> None:

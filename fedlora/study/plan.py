@@ -96,6 +96,19 @@ class Plan:
         run = self.runs[place]
         return _run(self.study, run.values | {self.study.tuning.over: value}, run.name, "runs")
 
+    def tuning_runs(self, group: TuningGroup, value: Any) -> list[tuple[Any, PlannedRun]]:
+        """Return the runs that try a further candidate for a group.
+
+        Raises
+        ------
+        InputError
+            If no run can have the value.
+        """
+        assert self.study.tuning is not None
+        taken = {run.name for other in self.groups for _, run in other.candidates}
+        first = self.runs[group.points[0]]
+        return _tuning_runs(self.study, self.study.tuning, first, group.values, value, taken)
+
 
 def make_plan(study: StudyConfig) -> Plan:
     """Expand a study into its runs and check the config of each.
@@ -225,9 +238,20 @@ def _group(
 ) -> TuningGroup:
     """Make a group's tuning runs, modelled on its first run; ``taken`` holds names already in use."""
     first = runs[places[0]]
-    name = "_".join(value_name(*item) for item in shared.items())
     candidates = []
-    for value, seed in itertools.product(_candidates(study, tuning, first.values), tuning.seeds):
+    for value in _candidates(study, tuning, first.values):
+        candidates += _tuning_runs(study, tuning, first, shared, value, taken)
+    private = any(runs[place].config.privacy.mode != "none" for place in places)
+    return TuningGroup(shared, candidates, places, private)
+
+
+def _tuning_runs(
+    study: StudyConfig, tuning: TuningSection, first: PlannedRun, shared: Values, value: Any, taken: set[str]
+) -> list[tuple[Any, PlannedRun]]:
+    """Return a candidate's runs, one for each seed, and add their names to ``taken``."""
+    name = "_".join(value_name(*item) for item in shared.items())
+    found = []
+    for seed in tuning.seeds:
         of_seed = f"_seed-{seed}" if len(tuning.seeds) > 1 else ""
         own = f"{name}_{value_name(tuning.over, value)}{of_seed}".strip("_")[-_LONGEST_NAME:].lstrip("_-.")
         own = next(n for n in itertools.chain([own], (f"{own}-{i}" for i in itertools.count(2))) if n not in taken)
@@ -238,9 +262,8 @@ def _group(
             tuning.over: value,
             "server.evaluate_every": first.config.run.rounds,
         }
-        candidates.append((value, _run(study, values, own, "tuning", {**shared, tuning.over: value})))
-    private = any(runs[place].config.privacy.mode != "none" for place in places)
-    return TuningGroup(shared, candidates, places, private)
+        found.append((value, _run(study, values, own, "tuning", {**shared, tuning.over: value})))
+    return found
 
 
 def _candidates(study: StudyConfig, tuning: TuningSection, values: Values) -> list[Any]:

@@ -15,11 +15,12 @@ import ray
 from fedlora.errors import InputError, RunError
 from fedlora.results.folder import write_atomically
 from fedlora.simulation.ray_cluster import start_ray
+from fedlora.study.config import can_widen
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Plan, PlannedRun, TuningGroup
 from fedlora.study.run_processes import address_of, begun, count_runs, start_process
 from fedlora.study.state import StudyFolder, all_entries, check_output
-from fedlora.study.tuning import choose, cost, validation_score
+from fedlora.study.tuning import beyond, choose, cost, validation_score
 from fedlora.tasks import get_task
 
 _LOOK_SECONDS = 0.5
@@ -35,6 +36,7 @@ class StudyProgress:
     on_start : callable (run)
     on_round : callable (run, rounds done)
     on_end : callable (run, summary or None, error or None)
+    on_widen : callable (what study.json says of a group, the further candidate, its runs)
     on_choice : callable (what study.json says of a group)
     """
 
@@ -42,6 +44,7 @@ class StudyProgress:
     on_start: Callable[[PlannedRun], None] = lambda run: None
     on_round: Callable[[PlannedRun, int], None] = lambda run, rounds: None
     on_end: Callable[[PlannedRun, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
+    on_widen: Callable[[dict[str, Any], Any, int], None] = lambda group, value, runs: None
     on_choice: Callable[[dict[str, Any]], None] = lambda group: None
 
 
@@ -137,13 +140,16 @@ class _Execution:
         entry["cost"] = cost([_summary(folder) for folder in folders])
         seeds = len(self.plan.study.tuning.seeds)
         values = [value for value, _ in group.candidates[::seeds]]
+        numbers = can_widen(values)
         by_value = [scores[place : place + seeds] for place in range(0, len(scores), seeds)]
         best = choose(by_value, get_task(group.candidates[0][1].config.model.task))
+        if best is not None and numbers and self._widen(number, values, values[best]):
+            return
         entry["complete"] = True
         if best is not None:
             entry["chosen"] = values[best]
             # The optimum may lie outside the range of the candidates.
-            if len(values) > 2 and all(isinstance(value, int | float) for value in values):
+            if len(values) > 2 and numbers:
                 entry["at_edge"] = entry["chosen"] in (min(values), max(values))
         self.state["tuning"]["cost"] = _sum([g["cost"] for g in self.state["tuning"]["groups"]])
         self.progress.on_choice(entry)
@@ -159,6 +165,28 @@ class _Execution:
                 self._add(_Job(run, point))
             else:
                 self._add(_Job(self.plan.runs[place], point))
+
+    def _widen(self, number: int, values: list[Any], best: Any) -> bool:
+        """Queue a candidate beyond the best one if that is the lowest or highest; return whether there is one."""
+        assert self.plan.study.tuning is not None
+        group, entry = self.plan.groups[number], self.state["tuning"]["groups"][number]
+        value = beyond(values, best)
+        if value is None or entry["widened"] >= self.plan.study.tuning.widen:
+            return False
+        try:
+            added = self.plan.tuning_runs(group, value)
+        except InputError:  # the key allows no such value, so that the best candidate is at the edge of what there is
+            return False
+        forecasts = forecast_all([run for _, run in added])
+        entry["widened"] += 1
+        group.candidates.extend(added)
+        entry["candidates"] += _candidate_entries(added, forecasts)
+        self.total += len(added)
+        self.progress.on_widen(entry, value, len(added))
+        for (_, run), candidate in zip(added, entry["candidates"][-len(added) :], strict=True):
+            self._add(_Job(run, candidate, number))
+        self._choose(number)  # at once, if these were done before
+        return True
 
 
 def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = None) -> dict[str, Any]:
@@ -307,11 +335,17 @@ def _group_entry(group: TuningGroup, plan: Plan, forecasts: dict[str, Forecast |
         "covered_by_privacy": False if group.private else None,
         "cost": cost([]),
         "points": [plan.runs[place].name for place in group.points],
-        "candidates": [
-            {"value": value, "seed": run.config.run.seed, **_entry(run, forecasts[run.folder])}
-            for value, run in group.candidates
-        ],
+        "widened": 0,
+        "candidates": _candidate_entries(group.candidates, forecasts),
     }
+
+
+def _candidate_entries(
+    candidates: list[tuple[Any, PlannedRun]], forecasts: dict[str, Forecast | InputError]
+) -> list[dict[str, Any]]:
+    return [
+        {"value": value, "seed": run.config.run.seed, **_entry(run, forecasts[run.folder])} for value, run in candidates
+    ]
 
 
 def _sum(costs: list[dict[str, float]]) -> dict[str, float]:

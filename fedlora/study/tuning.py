@@ -44,6 +44,33 @@ def choose(scores: Sequence[Sequence[Metrics | None]], task: Task) -> int | None
     return max(there, key=rank, default=None)
 
 
+def beyond(values: Sequence[float], best: float) -> float | None:
+    """Return the next candidate past the best one, or None if that is not the lowest or highest.
+
+    The candidates' own spacing goes on: 0.01, 0.03, 0.1 is followed by 0.3.
+
+    Parameters
+    ----------
+    values : sequence of int or float
+        At least two candidates, all above 0.
+    best : int or float
+        One of them.
+    """
+    if best == max(values):
+        nearest = sorted(values, reverse=True)
+    elif best == min(values):
+        nearest = sorted(values)
+    else:
+        return None
+    # Two steps back and on again, since a ladder such as 1, 3, 10 has steps of two sizes.
+    from_two_back = len(nearest) > 2
+    next_one = best * nearest[1] / nearest[2] if from_two_back else best * best / nearest[1]
+    if all(isinstance(value, int) for value in values):
+        whole = round(next_one)
+        return whole if whole > 0 and whole not in values else None
+    return float(f"{next_one:.3g}")
+
+
 def cost(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sum the cost of tuning runs: runs, seconds, and bytes of all messages."""
     ways = ("initial_bytes", "downlink_bytes", "uplink_bytes")
