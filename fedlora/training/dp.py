@@ -50,16 +50,18 @@ class _Hooks(GradSampleHooks):
     def capture_activations_hook(self, module: Any, forward_input: Any, _forward_output: Any) -> None:
         if not self.hooks_enabled or not module.training or not torch.is_grad_enabled():
             return
+        # Up to torch 2.11 only the tensor keeps its node, and so the inputs, alive.
         kept = _Kept.apply(self._anchor, *(x.detach() for x in forward_input))
         if not module.layout.recomputing:
-            module.activations = [*getattr(module, "activations", ()), kept.grad_fn]
+            module.activations = [*getattr(module, "activations", ()), kept]
 
     def capture_backprops_hook(
         self, module: Any, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
     ) -> None:
         if not self.hooks_enabled:
             return
-        activations, backprops = list(module.activations.pop().saved_tensors), forward_output[0].detach()
+        kept = module.activations.pop()  # has to live while its node is read
+        activations, backprops = list(kept.grad_fn.saved_tensors), forward_output[0].detach()
         for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
             before = parameter.grad_sample
             # Added by broadcasting, one row's gradient would be every example's.
