@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -428,7 +429,7 @@ def _build(
     mean = pools_mean(config)
     model_class = _model_class(config, task, pretrained, mean)
     if device.type == "meta":
-        with device:
+        with device, no_init_weights():
             return model_class(pretrained, **(_without_pooler(model_class) if mean else {})), set(), set()
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if config.model.quantization is not None:
