@@ -430,7 +430,9 @@ def _build(
     model_class = _model_class(config, task, pretrained, mean)
     if device.type == "meta":
         with device, no_init_weights():
-            return model_class(pretrained, **(_without_pooler(model_class) if mean else {})), set(), set()
+            model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
+        model.tie_weights()  # which drawing weights would have done
+        return model, set(), set()
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if config.model.quantization is not None:
         with torch.device("meta"):
