@@ -70,6 +70,9 @@ class Method:
         Whether clients may train under DP-SGD.
     quantized : bool
         Whether the frozen layers may be quantised.
+    reads_single_updates : bool
+        Whether the aggregate is made of more than the mean of what clients send, so that noise on a sum does not cover
+        it.
     color, marker : str
         In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
@@ -99,6 +102,7 @@ class Method:
     mixed_ranks = _MixedRanks()
     dp: ClassVar[bool] = True
     quantized: ClassVar[bool] = True
+    reads_single_updates: ClassVar[bool] = False
     color: ClassVar[str] = ""
     marker: ClassVar[str] = ""
     parameterisation: ClassVar[str] = "lora"
@@ -324,6 +328,8 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    if config.privacy.mode != "none":
+        MECHANISMS.made(config.privacy.mode).check_method(method, config)
     if config.model.quantization is not None and not method.quantized:
         remedy = f"{method.name} computes with the weights of frozen layers; leave it out, or choose another method"
         raise InputError("model.quantization", config.model.quantization, remedy)

@@ -40,6 +40,7 @@ from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, k
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order, weighted_mean
+from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import (
     LONGEST_REASON,
@@ -88,6 +89,8 @@ class RoundReport:
         See :class:`~strategies.aggregation.Drift`.
     uncounted : str
         Why the round gave no new arrays; "" where it did.
+    release : dict or None
+        What the run has spent after it, where the server adds the noise, by the columns of privacy.csv.
     """
 
     clients: list[int] = field(default_factory=list)
@@ -97,6 +100,7 @@ class RoundReport:
     aggregate_seconds: float = 0.0
     drift: float | None = None
     uncounted: str = ""
+    release: dict[str, float] | None = None
 
     @property
     def only_absent(self) -> bool:
@@ -222,6 +226,8 @@ class FederatedStrategy(Method, Strategy):
         Encode the arrays that a round's messages and replies carry.
     variates : Variates
         Of the clients' correction (``client.correction``); with an inactive one nothing is kept or sent.
+    noise : ClientNoise
+        Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
     """
 
     def __init__(self, config: Config) -> None:
@@ -239,6 +245,7 @@ class FederatedStrategy(Method, Strategy):
         self.optimizer = server_optimizer(config)
         self.codecs = run_codecs(config)
         self.variates = Variates(config)
+        self.noise = ClientNoise(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -592,10 +599,11 @@ class FederatedStrategy(Method, Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn the replies into the next global arrays, as they come."""
         started, self._waited = time.perf_counter(), 0.0
-        updates = Updates(self._read(server_round, replies), self._start())
+        updates = self._updates(self._read(server_round, replies))
         result = self.aggregate(updates)
-        for _ in updates:
-            pass  # a method may stop early; every client is counted all the same
+        updates.drain()
+        if self.noise.active:
+            self.report.release = self.noise.row()
         if not self.enough_replies():
             result = None
         elif result is None:
@@ -611,6 +619,18 @@ class FederatedStrategy(Method, Strategy):
             record = self._next(result)
         self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
+
+    def _updates(self, stream: Iterator[Update]) -> Updates:
+        """Return the round's updates; where whole clients are protected, no more of them than their noisy mean."""
+        if not self.noise.active:
+            return Updates(stream, self._start())
+        moves = {name for name in self._sent_shapes if self.role(name).up == "update"}
+        parts = [
+            (torch.zeros_like(self._sent[name]) if name in moves else self._sent[name]).reshape(-1)
+            for name in self._sent_shapes
+        ]
+        start = torch.cat(parts) if parts else torch.zeros(0)
+        return NoisyUpdates(stream, start, self._sent_shapes, self.noise)
 
     def _stepped(self, result: Arrays) -> Arrays | None:
         """Let the server optimiser step to an aggregate; None where a number is not finite."""
@@ -724,6 +744,8 @@ class FederatedStrategy(Method, Strategy):
 
     def enough_replies(self) -> bool:
         """Whether the round counts; else its report says why not."""
+        if self.noise.active:
+            return True  # leaving a round out would tell how many clients were drawn
         count, least = len(self.report.metrics), self.config.server.min_replies
         if count < least:
             few = f"{count} replies are fewer than server.min_replies = {least}"

@@ -211,7 +211,9 @@ def round_line(
 
 
 def privacy_rows(server_round: int, reports: Sequence[RoundReport]) -> list[dict[str, Any]]:
-    return [
+    """Return a round's lines of privacy.csv: of each client that adds noise, or one of all where the server does."""
+    released = [{"round": server_round, "client": "all", **each.release} for each in reports if each.release]
+    return released + [
         {
             "round": server_round,
             "client": client,

@@ -85,6 +85,11 @@ class Updates:
         found = self._mean.result()
         return None if found is None else named(found["all"], self._shapes)
 
+    def drain(self) -> None:
+        """Take what the method left, so that every client is counted."""
+        for _ in self:
+            pass
+
     def drift(self) -> float | None:
         """How far the clients moved apart, once all updates were taken; see :class:`~strategies.aggregation.Drift`."""
         return None if self._drift is None else self._drift.result(self._mean.result())

@@ -347,7 +347,7 @@ EXPERTS: dict[str, Any] = {"method.name": "flexmore", "model.task": "causal-lm"}
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"privacy.mode": "client", "privacy.target_epsilon": 1.0}, "privacy.mode"),
+        ({"privacy.mode": "person", "privacy.target_epsilon": 1.0}, "privacy.mode"),
         ({"privacy.mode": "example"}, "privacy.target_epsilon"),
         (
             {"privacy.mode": "example", "privacy.target_epsilon": 1.0, "privacy.noise_multiplier": 1.0},

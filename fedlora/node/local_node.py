@@ -104,5 +104,5 @@ class LocalNode:
             remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
         plan = mechanism_of(run).plan(run, examples)
-        check_policy(policy, plan)
+        check_policy(policy, plan, run.privacy.mode)
         return plan
