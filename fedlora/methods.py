@@ -335,6 +335,8 @@ def check_method(config: Config) -> None:
         raise InputError("model.quantization", config.model.quantization, remedy)
     if config.wire.sends_updates:
         _check_updates(method, config)
+    if config.server.aggregator != "mean":
+        _check_aggregator(method, config)
     if not method.persistent:
         carries = _carries(method, config)
         for field_name, value, linear, remedy in _looking_back(config):
@@ -360,6 +362,15 @@ def _check_updates(method: type[Method], config: Config) -> None:
     if any(role.made_by == "client" and role.up == "value" for role in roles):
         remedy = f"sends updates, but clients of {method.name} make a start that the server does not hold"
         raise InputError("wire.uplink_codec", codec, f"{remedy}; choose a codec of values, without error feedback")
+
+
+def _check_aggregator(method: type[Method], config: Config) -> None:
+    """Refuse to combine what is no mean, or is of several shapes, otherwise than by the mean."""
+    name = config.server.aggregator
+    if method.reads_single_updates or has_mixed_ranks(config):
+        why = "mixed ranks have" if has_mixed_ranks(config) else f"{method.name} has"
+        remedy = f"combines updates of one shape into one, but the aggregate of {why} another form; use mean"
+        raise InputError("server.aggregator", name, remedy)
 
 
 def _check_correction(method: type[Method], config: Config) -> None:

@@ -37,6 +37,7 @@ from fedlora.methods import Method, get_method
 from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.server.aggregators import aggregator_of
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.strategies.aggregation import in_client_order, weighted_mean
@@ -50,7 +51,7 @@ from fedlora.strategies.replies import (
     is_finite,
     read_update,
 )
-from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.strategies.updates import CombinedUpdates, Shapes, Update, Updates
 from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
@@ -228,6 +229,8 @@ class FederatedStrategy(Method, Strategy):
         Of the clients' correction (``client.correction``); with an inactive one nothing is kept or sent.
     noise : ClientNoise
         Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
+    aggregator : Aggregator
+        Combines the clients' moves (``server.aggregator``).
     """
 
     def __init__(self, config: Config) -> None:
@@ -246,6 +249,7 @@ class FederatedStrategy(Method, Strategy):
         self.codecs = run_codecs(config)
         self.variates = Variates(config)
         self.noise = ClientNoise(config)
+        self.aggregator = aggregator_of(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -607,7 +611,7 @@ class FederatedStrategy(Method, Strategy):
         if not self.enough_replies():
             result = None
         elif result is None:
-            self.report.uncounted = "no client that answered holds examples"
+            self.report.uncounted = updates.missing
         else:
             result = self._stepped(result)
         record = None
@@ -621,16 +625,13 @@ class FederatedStrategy(Method, Strategy):
         return record, self.mean_metrics()
 
     def _updates(self, stream: Iterator[Update]) -> Updates:
-        """Return the round's updates; where whole clients are protected, no more of them than their noisy mean."""
-        if not self.noise.active:
+        """Return the round's updates, or no more of them than what they are combined to."""
+        if not (self.noise.active or self.aggregator.robust):
             return Updates(stream, self._start())
-        moves = {name for name in self._sent_shapes if self.role(name).up == "update"}
-        parts = [
-            (torch.zeros_like(self._sent[name]) if name in moves else self._sent[name]).reshape(-1)
-            for name in self._sent_shapes
-        ]
-        start = torch.cat(parts) if parts else torch.zeros(0)
-        return NoisyUpdates(stream, start, self._sent_shapes, self.noise)
+        start = self._origin(self._sent, self._sent_shapes)
+        if self.noise.active:
+            return NoisyUpdates(stream, start, self._sent_shapes, self.noise)
+        return CombinedUpdates(stream, start, self._sent_shapes, self.aggregator)
 
     def _stepped(self, result: Arrays) -> Arrays | None:
         """Let the server optimiser step to an aggregate; None where a number is not finite."""
@@ -677,7 +678,7 @@ class FederatedStrategy(Method, Strategy):
                 )
                 change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
-                vector = self._values(client, vector.to(self._dtype), shapes)
+                vector = self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes)
                 update = Update(client, self.weight(client), vector, shapes, metrics)
                 self.check_update(update)
             except ReplyError as error:
@@ -704,6 +705,23 @@ class FederatedStrategy(Method, Strategy):
         found = torch.cat([torch.empty(0, dtype=self._dtype), *(array.reshape(-1) for array in values.values())])
         check_numbers(found, shapes)
         return found
+
+    def _bounded(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        """Shorten a move that is longer than ``server.max_update_norm``."""
+        bound = self.config.server.max_update_norm
+        if bound is None:
+            return vector
+        start = self._origin(self.sent_to(client), shapes).double()
+        move = vector.double() - start
+        return (start + move * min(1.0, bound / max(float(move.norm()), 1e-300))).to(vector.dtype)
+
+    def _origin(self, sent: Mapping[str, torch.Tensor], shapes: Shapes) -> torch.Tensor:
+        """Return what a client's moves are measured from, as one vector: what it was sent, or 0 for what is a move."""
+        parts = [
+            (torch.zeros(shape) if self.role(name).up == "update" else sent[name]).reshape(-1)
+            for name, shape in shapes.items()
+        ]
+        return torch.cat([torch.zeros(0, dtype=self._dtype), *parts]).to(self._dtype)
 
     def check_update(self, update: Update) -> None:
         """Refuse an update for what its numbers make.

@@ -14,12 +14,10 @@ import torch
 
 from fedlora import entropy
 from fedlora.arrays import Arrays
-from fedlora.communication.codecs import named
 from fedlora.config import Config
-from fedlora.errors import GuardError
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.strategies.updates import OnlyCombined, Shapes, Update
 
 ADAPTATION_RATE = 0.2
 """How fast the clipping norm follows the updates (Andrew et al. 2021, arXiv 1905.03871)."""
@@ -120,48 +118,18 @@ class ClientNoise:
         return torch.from_numpy(rng.standard_normal(count))
 
 
-class NoisyUpdates(Updates):
-    """The updates of a round of which only a noisy mean may be known.
-
-    Parameters
-    ----------
-    stream : iterator of Update
-    start : Tensor [n]
-        What all clients started from; zeros where they send moves.
-    shapes : mapping of str to tuple of int
-    noise : ClientNoise
-    """
+class NoisyUpdates(OnlyCombined):
+    """The updates of a round of which only a noisy mean may be known."""
 
     def __init__(self, stream: Iterator[Update], start: torch.Tensor, shapes: Shapes, noise: ClientNoise) -> None:
-        super().__init__(stream)
-        self._from, self._shapes, self._noise = start, shapes, noise
-
-    def __iter__(self) -> Iterator[Update]:
-        """Refuse: noise on the sum does not cover single updates.
-
-        Raises
-        ------
-        GuardError
-        """
-        raise GuardError(
-            "the method reads single clients' updates, which privacy.mode = client does not cover; "
-            "it has to say reads_single_updates"
-        )
-
-    def drain(self) -> None:
-        """Do nothing: the mean took all."""
+        super().__init__(stream, start, shapes, "which privacy.mode = client does not cover")
+        self._noise = noise
 
     def mean(self) -> Arrays:
         """Return the start plus the noisy mean of the clipped moves; noise alone where no client was drawn."""
-        start = self._from.double()
-        total, unclipped, counted = torch.zeros_like(start), 0, 0
-        for update in self._stream:
-            move = update.vector.double() - start
+        total, unclipped, counted = torch.zeros_like(self._from, dtype=torch.float64), 0, 0
+        for move, _ in self.moves():
             length = float(move.norm())
             total += move * min(1.0, self._noise.norm / max(length, 1e-300))
             unclipped, counted = unclipped + (length <= self._noise.norm), counted + 1
-        mean = start + self._noise.release(total, unclipped, counted)
-        return named(mean.to(self._from.dtype), self._shapes)
-
-    def drift(self) -> None:
-        """Nothing: how far single clients moved is not covered."""
+        return self.moved(self._noise.release(total, unclipped, counted))

@@ -127,6 +127,11 @@ class Federation:
         self.simulated, self.checkpoint, self.progress = simulated, folder.checkpoint, progress or Progress()
         self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
+        if not own and (method.aggregator.robust or config.server.max_update_norm is not None):
+            remedy = (
+                "combines the updates of a method; a strategy that was brought along combines them itself: use mean"
+            )
+            raise InputError("server.aggregator", config.server.aggregator, f"{remedy}, and no max_update_norm")
         if not own and method.noise.active:
             remedy = "adds noise to a method's own mean; a strategy that was brought along aggregates without it"
             raise InputError("privacy.mode", config.privacy.mode, remedy)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from fedlora.config.section import NODES, Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
-from fedlora.registry import CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
+from fedlora.registry import AGGREGATORS, CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -147,6 +147,20 @@ class ServerSection(Section):
         default="fixed",
         description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
     )
+    aggregator: Annotated[str, AfterValidator(AGGREGATORS.check)] = Field(
+        default="mean",
+        description="What the server makes of the clients' moves: their mean, or what holds if some clients send what "
+        "is wrong.",
+    )
+    trimmed_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        default=0.1, description="Share of the values that trimmed-mean leaves out at each end."
+    )
+    malicious_clients: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="How many wrong clients krum and multi-krum withstand (f); they need 2 f + 3 replies."
+    )
+    max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Norm to which the server shortens longer moves of clients; by default none is."
+    )
     optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
         default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
     )
@@ -209,6 +223,9 @@ class ServerSection(Section):
             yield "evaluate_clients", "clients evaluate on test examples of their own"
         if not self.fraction_evaluate or config.privacy.mode == "none":
             yield "evaluate_not_covered", "no client evaluates under privacy"
+        for key in ("trimmed_share", "malicious_clients"):
+            if key in self.model_fields_set and key not in AGGREGATORS.get(self.aggregator).uses:
+                yield key, f"server.aggregator is {self.aggregator}"
         for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
             # Looked up only for keys that were set: an optimizer's module imports torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:

@@ -26,6 +26,9 @@ class Client(Mechanism):
         if server.sampling != "poisson" and server.fraction_train < 1:
             remedy = 'has no accountant for a share of the clients; use "poisson", or server.fraction_train = 1'
             raise InputError("server.sampling", server.sampling, remedy)
+        if server.aggregator != "mean":
+            remedy = f"adds noise to a sum, which {server.aggregator} is not; use the mean"
+            raise InputError("server.aggregator", server.aggregator, remedy)
 
     def check_method(self, method: type[Method], config: Config) -> None:
         """Refuse what releases more than a noisy sum of updates."""
