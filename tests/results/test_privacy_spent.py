@@ -22,14 +22,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
     return LlamaRuns(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
 @pytest.mark.parametrize(
-    ("privacy", "method", "client"),
+    ("privacy", "method", "client", "accountant"),
     [
-        (EXAMPLE, {"name": "ffa-lora", "rank": 2}, None),
-        (EXAMPLE, {"name": "ffa-lora", "rank": 2}, "1"),
-        (EXAMPLE, {"name": "flexmore"}, None),  # its start is charged too
-        (WHOLE, {"name": "fedit", "rank": 2}, None),
+        (EXAMPLE, {"name": "ffa-lora", "rank": 2}, None, "prv"),
+        (EXAMPLE, {"name": "ffa-lora", "rank": 2}, "1", "rdp"),
+        (EXAMPLE, {"name": "flexmore"}, None, "rdp"),  # its start is charged too
+        (WHOLE, {"name": "fedit", "rank": 2}, None, "rdp"),
     ],
 )
 def test_the_recorded_epsilon_comes_out_again_and_dp_accounting_agrees(
