@@ -34,7 +34,7 @@ class Client(Mechanism):
         """Refuse what releases more than a noisy sum of updates."""
         if method.reads_single_updates:
             remedy = f"needs a method whose aggregate is a mean; {method.name} makes more of single clients' updates"
-            raise InputError("privacy.mode", self.name, f"{remedy}; choose another, such as ffa-lora or fedit")
+            raise InputError("privacy.mode", self.name, f"{remedy}; choose another method")
         if has_mixed_ranks(config):
             remedy = "needs updates of one shape; leave method.ranks and method.device_profile out"
             raise InputError("privacy.mode", self.name, remedy)
