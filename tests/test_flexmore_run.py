@@ -38,6 +38,8 @@ from tests.owner import listed, write_node
 
 DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
