@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from tests.command import IN_TURN
 from tests.tiny import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -41,17 +42,6 @@ if __name__ == "__main__":
         }))
 """,
 }
-COMMANDS = """
-import json, sys
-from fedlora.cli import main
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["fedlora", *words]
-    try:
-        main()
-    except SystemExit as ended:
-        assert not ended.code, words
-"""
-"""Commands as ``fedlora`` gives them, one after the other, but with the working directory first on the path."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +99,8 @@ def test_nothing_of_ours_lies_beside_the_package(site: Path) -> None:
 
 def test_the_commands_find_their_own_modules(site: Path, here: Path) -> None:
     commands = [["methods"], ["run", "mine.toml", "--output", "runs/command"]]
-    assert "ffa-lora" in python(site, here, "-c", COMMANDS, json.dumps(commands))
+    # With -c the working directory is before everything else on the path.
+    assert "ffa-lora" in python(site, here, "-c", IN_TURN, json.dumps(commands))
     assert json.loads((here / "runs" / "command" / "summary.json").read_text())["rounds"] == 1
 
 
