@@ -44,6 +44,7 @@ PEFT_TYPES = ("VERA", "RANDLORA", "UNILORA", "SHIRA", "MISS", "FOURIERFT", "LOHA
 METHODS = [name for name in methods() if name not in ("flexmore", "peft")]
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name, "rank": 4} for name in METHODS},
+    "ravan by head": {"name": "ravan", "rank": 4, "ranks": [4, 4, 4, 4, 8, 8, 8, 16, 16, 16]},
     **{f"peft {kind}": {"name": "peft", "rank": 4, "peft_type": kind} for kind in PEFT_TYPES},
     "peft LORA": {"name": "peft", "rank": 4, "peft_type": "LORA", "peft": {"use_dora": True}},
 }

@@ -230,7 +230,7 @@ class AdaptedModel:
         parameterisation: Parameterisation = PARAMETERISATIONS.made(self.kind)
         found: dict[str, tuple[int, ...]] = {}
         for path, adapter in self.adapters.items():
-            of_layer = parameterisation.shapes(*linear_shape(adapter.base), rank)
+            of_layer = parameterisation.shapes_at(adapter, rank)
             found |= {f"{path}.{factor}": tuple(of_layer[factor]) for factor in adapter.factors}
         return found
 
