@@ -10,7 +10,7 @@ from pydantic import Field
 from fedlora.config.section import NODES, SERVER, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
 from fedlora.quantization import check_quantization
-from fedlora.registry import CLIENT_SAMPLINGS
+from fedlora.registry import CLIENT_SAMPLINGS, MECHANISMS
 from fedlora.tasks import get_task, tasks
 
 if TYPE_CHECKING:
@@ -171,6 +171,11 @@ class DataSection(Section):
         description="What becomes of a language model's examples beyond model.max_length: they are cut, or split into "
         "several rows, each of which counts as an example.",
     )
+    packing: bool = Field(
+        default=False,
+        description="Put several examples of a language model's batch into one row of at most model.max_length tokens; "
+        "batches and results are the same, with less padding. Not with privacy by example.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of what is held out and of the subsets, so that runs of several seeds can share a test set; "
@@ -223,9 +228,13 @@ class DataSection(Section):
 
     def _check_rows(self, config: Config) -> None:
         """Check what a language model's rows are made of."""
-        if get_task(config.model.task).splits and self.name == NODES and self.long_texts == "split":
+        task, mode = get_task(config.model.task), config.privacy.mode
+        if task.splits and self.name == NODES and self.long_texts == "split":
             remedy = "is not done by nodes, whose numbers of rows would tell how long their texts are; set it to cut"
             raise InputError("data.long_texts", "split", remedy)
+        if task.packs and self.packing and MECHANISMS.made(mode).clips_examples:
+            remedy = f"mode {mode} clips the gradient of each row; remove it, or set privacy.mode = none"
+            raise InputError("data.packing", True, remedy)
 
     @property
     def templated(self) -> bool:

@@ -360,7 +360,7 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
         "task": [config.model.task, *map(_source, (type(get_task(config.model.task)), ChatTemplate, Piece))],
         "max_length": config.model.max_length,
         "seed": None if _is_own(config) else draw_seed(config),
-        "data": config.data.model_dump(exclude={"seed", "partition", "client_test"}),
+        "data": config.data.model_dump(exclude={"seed", "partition", "client_test", "packing"}),
         "vocabulary": vocabulary_size(pretrained),
         "token_types": has_token_types(pretrained),
         "source": source_identity(config),

@@ -140,6 +140,8 @@ class Task(ABC):
     splits : bool
         Whether long examples may be several rows (``data.long_texts``); such a task has ``split``, which does as
         :meth:`encode` and gives :class:`Encoded` with ``of`` and ``lost``.
+    packs : bool
+        Whether a row may hold several examples (``data.packing``); such a task has ``packed_loss``.
     scores : dict of str to Metric
         The metrics beside ``loss``, and how each is shown.
     primary : str
@@ -167,6 +169,7 @@ class Task(ABC):
     words: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     splits: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     scores: ClassVar[Mapping[str, Metric]]
     primary: ClassVar[str]
     client_metric: ClassVar[str] = "loss"

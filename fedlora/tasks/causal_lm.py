@@ -26,9 +26,12 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     causal = takes_hidden_states = True
-    keys = ("data.prompt", "data.answer", "data.messages", "data.template", "data.choices", "data.long_texts")
+    keys = (
+        *("data.prompt", "data.answer", "data.messages", "data.template", "data.choices"),
+        *("data.long_texts", "data.packing"),
+    )
     labelled = classes = False
-    answers = splits = True
+    answers = splits = packs = True
     scores: ClassVar = {
         "perplexity": Metric(maximize=False, digits=2),
         "exact_match": PERCENT,
@@ -164,6 +167,22 @@ class CausalLM(Task):
         losses, counts = token_losses(logits, labels)
         return losses / counts.clamp(min=1)
 
+    def packed_loss(
+        self, logits: torch.Tensor | HiddenStates, labels: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of :meth:`loss` over the examples in each row.
+
+        Parameters
+        ----------
+        logits : Tensor [N, T, vocabulary] or HiddenStates
+        labels : Tensor [N, T]
+            As in :meth:`loss`; the first token of every example has none.
+        weights : Tensor [N, T]
+            One over the number of target tokens of each token's example.
+        """
+        losses, _ = _losses_by_token(logits, labels)
+        return (losses * weights[:, 1:].to(losses)).sum(1)
+
     def drawn_labels(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, outputs: int) -> torch.Tensor:
         """Return the tokens themselves."""
         return ids.masked_fill(~mask, IGNORED)
@@ -192,6 +211,12 @@ def _texts(examples: Mapping[str, list[Any]]) -> list[str]:
 
 def token_losses(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each example's summed token cross-entropy [N] in nats, and its number of target tokens [N]."""
+    losses, chosen = _losses_by_token(logits, labels)
+    return losses.sum(1), chosen.sum(1)
+
+
+def _losses_by_token(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy [N, T - 1] of the tokens behind the first, 0 without a target, and which are targets."""
     import torch
     from torch.nn import functional
 
@@ -209,7 +234,6 @@ def token_losses(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> t
     else:
         losses = logits.output.losses(flat, wanted).to(labels.device)
     if every:
-        return losses.reshape(targets.shape).sum(1), chosen.sum(1)
+        return losses.reshape(targets.shape), chosen
     summed = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device)
-    summed = summed.masked_scatter(chosen, losses)
-    return summed.sum(1), chosen.sum(1)
+    return summed.masked_scatter(chosen, losses), chosen
