@@ -285,6 +285,8 @@ class _Stepper:
         if self._dp is not None:
             self._dp.idle = idle
         sizes = np.array([len(r) for r in rows])
+        if self._client.group_by_length:
+            rows = [r[np.argsort(self.table.lengths[r], kind="stable")] for r in rows]
         start, longest = 0, int(sizes.max())
         while start < longest:
             size = self._memory.physical_batch_size or longest
