@@ -50,7 +50,7 @@ from fedlora.strategies.summary import (
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.answering import score_answers
-from fedlora.training.soundness import check_sound
+from fedlora.training.soundness import check_packing, check_sound
 from fedlora.transport import bases
 
 log = logging.getLogger("fedlora")
@@ -223,6 +223,8 @@ class Federation:
         if mechanism.clips_examples and self.adapted.stacked_layers():
             # Clients measure it too; here the run ends before anybody is asked.
             check_sound(self.adapted, config, self.data.train.pad_token_id)
+        elif config.data.packing and self.data.train.task.packs and self.adapted.stacked_layers():
+            check_packing(self.adapted, config, self.data.train.pad_token_id)
         for half in self.halves:
             half.know(self.adapted)
         relative = bases(type(method), self.adapted.arrays(), self.adapted.head_names)

@@ -41,7 +41,7 @@ def test_the_schema_is_the_documented_one() -> None:
         privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant
         server.fraction_train server.min_replies simulation.workers simulation.cpus_per_worker
         simulation.gpus_per_worker simulation.cohort_size simulation.address data.messages data.template data.choices
-        evaluation.kind evaluation.max_new_tokens evaluation.max_examples"""
+        data.long_texts data.packing evaluation.kind evaluation.max_new_tokens evaluation.max_examples"""
     assert set(named.split()) <= set(KEYS)
 
 

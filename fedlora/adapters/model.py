@@ -96,7 +96,7 @@ class AdaptedModel:
         self.trained: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
         self.notes: list[str] = list(getattr(model, "notes", ()))
-        self.independent: dict[tuple[int, int], str | None] = {}
+        self.independent: dict[tuple[Any, ...], str | None] = {}
         self.digests: dict[str, str] = {}
         self._other_ranks: dict[tuple[tuple[int, ...], ...], tuple[Arrays, dict[str, str]]] = {}
 
@@ -258,7 +258,7 @@ class AdaptedModel:
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits.
 
-        Batches of pairs have ``token_type_ids`` too.
+        Batches of pairs have ``token_type_ids`` too, and those of several texts in a row ``position_ids``.
         """
         mask = batch.get("attention_mask")
         if mask is not None and not self.head:
@@ -266,8 +266,8 @@ class AdaptedModel:
         if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
             mask = unhurried_mask(self.model, mask)
         with attention_kernels():
-            types = {name: batch[name] for name in ("token_type_ids",) if name in batch}
-            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **types)
+            more = {name: batch[name] for name in ("token_type_ids", "position_ids") if name in batch}
+            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **more)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -89,6 +89,11 @@ class ClientSection(Section):
         default=None,
         description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Put examples of like length into the same physical batches of a batch, which saves padding; the "
+        "batch stays the same.",
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description="Compute each transformer layer's activations again in the backward pass instead of keeping them: "
@@ -126,7 +131,7 @@ class ClientSection(Section):
             raise InputError("client.local_steps", given, "give one of the two")
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Momentum is of sgd, a batch's clipping of training without privacy."""
+        """Momentum is of sgd, a batch's clipping of training without privacy, groups of a batch that is split."""
         if MECHANISMS.get(config.privacy.mode).clips_examples:
             yield "max_grad_norm", "under DP each example is clipped instead"
         if self.optimizer == "adamw":
@@ -135,6 +140,8 @@ class ClientSection(Section):
             yield "weight_decay", "it is so small that no number changes by it"
         if self.local_steps == 1:
             yield "proximal_mu", "the only step of a round begins where the term is 0"
+        if self.physical_batch_size is None:
+            yield "group_by_length", "client.physical_batch_size does not split batches"
         if self.optimizer == "sgd" and not self.momentum:
             yield "keep_optimizer_state", "sgd without momentum remembers nothing"
 

@@ -71,6 +71,7 @@ class LocalNode:
             "label": own.label,
             "test": SERVER,
             "partition": {"kind": "iid", "clients": 1},
+            "packing": run.data.packing,
         }
         if label_names is not None:
             content["data"]["label_names"] = label_names

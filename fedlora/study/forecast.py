@@ -184,7 +184,8 @@ def estimate_seconds(
         if isinstance(expected, InputError):
             continue
         trained = get_strategy(run.config.method.name).parameterisation
-        key = f"{run.config.model!r} {trained} {run.config.client.batch_size} {run.config.privacy.mode}"
+        settings = run.config.client.batch_size, run.config.privacy.mode, run.config.data.packing
+        key = f"{run.config.model!r} {trained} {settings}"
         if key not in measured:
             measured[key] = seconds_a_step(run.config)
         batches = expected.evaluated_examples / run.config.client.batch_size
