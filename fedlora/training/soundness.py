@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -46,7 +46,7 @@ ROOM = 0.7
 BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
 """The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
 
-PACKED = ([[3, 0, 1], [4]], [[2, 1, 0, 2]])
+PACKED = ([[2, 0], [4]], [[1, 0, 1]])
 """The rows of two clients in a pass, each of several texts."""
 
 COHORT = ([0], [3, 2])
@@ -158,11 +158,13 @@ def _compare_packed(adapted: AdaptedModel, examples: _Examples) -> str | None:
             if not share <= GRADIENTS:
                 return f"the gradient of {name} of texts that share a row differs by {share:.2%} from theirs alone"
     adapted.set_clients(arrays[:1])
-    short, long = len(examples.rows[0]), len(examples.rows[-1])
-    row = _states(adapted, examples.packed([np.array([0, len(examples.rows) - 1])], adapted.device))
-    alone = _states(adapted, examples.batch([len(examples.rows) - 1], adapted.device))
-    if not (share := _share(row[:, short : short + long], alone)) <= LOGITS:
-        return f"states of a text of {long} tokens differ by {share:.2%} behind another text of its row"
+    short, long = examples.rows[0], examples.rows[-1][len(examples.rows[0]) :]
+    if not len(long):
+        return None
+    two = replace(examples, rows=[short, long])  # together of the maximal length
+    behind = _states(adapted, two.packed([np.arange(2)], adapted.device))[:, len(short) :]
+    if not (share := _share(behind, _states(adapted, two.batch([1], adapted.device)))) <= LOGITS:
+        return f"states of a text of {len(long)} tokens differ by {share:.2%} behind another text of its row"
     return None
 
 
