@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedlora.adapters import AdaptedModel, adapt
 from fedlora.config import Config
 from fedlora.devices import devices_of, move_inputs, split_by_layers
 from fedlora.errors import InputError
+from fedlora.models import load_base
 from fedlora.training import ClientResult, evaluate, train_cohort
 from fedlora.training.answering import generate
 from fedlora.training.soundness import dependence
@@ -102,6 +104,20 @@ def test_evaluation_answers_and_the_probe_of_independence(kind: str, monkeypatch
     expected = results(None)
     with TwoDevices() as mode:
         assert results(mode) == expected
+
+
+def test_a_model_is_loaded_without_hooks_of_accelerate(tmp_path: Path) -> None:
+    # Both are one device to torch, so that the model is not split; but transformers divides it.
+    config = tiny.settings("llama", model={"name": str(tiny.save_llama(tmp_path))})
+    split, whole = load_base(config, None, DEVICES), load_base(config, None)
+    for (name, first), (other, second) in zip(split.named_parameters(), whole.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(first, second)
+    for module in split.modules():
+        assert not {"forward", "to", "cuda", "_hf_hook", "_old_forward"} & set(vars(module))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(split(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
 def test_without_moving_its_inputs_a_split_model_cannot_run() -> None:
