@@ -153,7 +153,7 @@ def end_loans(loans: Iterable[Loan]) -> None:
     """
     for loan in loans:
         for handle, offset in loan.counters:
-            torch.UntypedStorage._release_ipc_counter_cuda(handle, offset)  # type: ignore[attr-defined]
+            torch.UntypedStorage._release_ipc_counter_cuda(handle, offset)
     torch.cuda.ipc_collect()
 
 

@@ -103,7 +103,7 @@ class RayGrid(SimulatedGrid):
 
     def _start_worker(self) -> Any:
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(Worker)
-        started = actor.remote(self.client_app, self.cpus)
+        started: Any = actor.remote(self.client_app, self.cpus)
         if self._loans:
             started.borrow.remote(self._loans)
         return started
