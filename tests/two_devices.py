@@ -19,7 +19,12 @@ from torch.utils import _pytree as pytree
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)
 DEVICES = [FIRST, SECOND]
 
-_CROSSING = (torch.Tensor.copy_, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+_CROSSING = (
+    torch.Tensor.copy_,
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
+    torch._has_compatible_shallow_copy_type,  # asked before the data of a moved parameter is set
+)
+"""Functions that take tensors of two devices."""
 
 
 class DeviceError(RuntimeError):

@@ -17,7 +17,9 @@ from fedlora.adapters import AdaptedModel, adapt
 from fedlora.config import Config
 from fedlora.devices import devices_of, move_inputs, split_by_layers
 from fedlora.errors import InputError
+from fedlora.methods import get_method
 from fedlora.models import load_base
+from fedlora.roles import trained_kinds
 from fedlora.training import ClientResult, evaluate, train_cohort
 from fedlora.training.answering import generate
 from fedlora.training.soundness import dependence
@@ -87,6 +89,43 @@ def test_architectures_train_under_dp(name: str) -> None:
     expected = trained(build(*parts), causal, None, private=True)
     with TwoDevices() as mode:
         check_equal(trained(build(*parts), causal, mode, private=True), expected)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fed-sb"},
+        {"name": "ravan"},
+        {"name": "flexmore"},
+        {"name": "peft", "peft_type": "LORA"},
+        {"name": "peft", "peft_type": "VERA"},
+    ],
+    ids=lambda method: "-".join(method.values()),
+)
+def test_methods_train_under_dp(method: dict[str, str]) -> None:
+    kind = get_method(method["name"])
+    config = tiny.settings("llama", method=method, client=CLIENT)
+    examples = tiny.table("llama", sum(SIZES), length=14)
+
+    def results(mode: TwoDevices | None) -> tuple[list[ClientResult], float]:
+        base = tiny.base_model("llama")
+        if mode is not None:
+            mode.put(base, split_by_layers(base, DEVICES))
+            move_inputs(base)
+        adapted = kind.adapt(base, config)
+        if method["name"] != "peft":  # PEFT draws its own
+            adapted.set_shared(adapted.drawn(0))
+        start = adapted.arrays(adapted.names(trained_kinds(kind.roles(config, 1))))
+        jobs = tiny.jobs_of([start] * 3, tiny.split(SIZES), [tiny.plan(0.5, 0.1, 0.7, 2.0)] * 3, learning_rate=0.02)
+        found = train_cohort(adapted, examples, jobs, config)
+        adapted.set_clients([found[0].arrays])
+        return found, evaluate(adapted, examples, 4)["loss"]
+
+    expected, loss = results(None)
+    with TwoDevices() as mode:
+        found, split_loss = results(mode)
+    check_equal(found, expected)
+    assert split_loss == loss
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
