@@ -14,6 +14,7 @@ import pickle
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,11 @@ def _uuid(card: int) -> str:
     return str(torch.cuda.get_device_properties(card).uuid)
 
 
-class _Pickler(pickle.Pickler):
+class _Pickler(ForkingPickler):
     """Writes handles of tensors' memory in the place of their numbers."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.counters: list[tuple[bytes, int]] = []
 
     def reducer_override(self, given: Any) -> Any:
