@@ -13,8 +13,8 @@ from fedlora.clients.participant import Participant
 from fedlora.clients.resources import client_model
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
-from fedlora.errors import InputError
 from fedlora.methods import get_method
+from fedlora.ranks import check_client_rank
 from fedlora.training import ClientJob, ClientResult, StepRule, train_cohort
 
 
@@ -57,12 +57,11 @@ class ClientHalf:
         Raises
         ------
         InputError
-            If the rank is above ``method.rank``: an owner lends no room for more than the run was described with.
+            If the run has no such rank: an owner lends no room for more than the run was described with.
         """
         if "rank" in settings:
-            rank, most = int(settings["rank"]), self.config.method.rank
-            if not 1 <= rank <= most:
-                raise InputError("method.ranks", rank, f"is no rank from 1 to method.rank = {most}; give another")
+            rank = int(settings["rank"])
+            check_client_rank(self.config.method, rank)
             self.adapted.set_rank(rank)
 
     def start(self, client: Participant) -> Arrays:

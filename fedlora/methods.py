@@ -70,6 +70,9 @@ class Method:
         Whether clients may train under DP-SGD.
     quantized : bool
         Whether the frozen layers may be quantised.
+    reads_single_updates : bool
+        Whether the aggregate is made of more than the mean of what clients send, so that noise on a sum does not cover
+        it.
     color, marker : str
         In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
@@ -99,6 +102,7 @@ class Method:
     mixed_ranks = _MixedRanks()
     dp: ClassVar[bool] = True
     quantized: ClassVar[bool] = True
+    reads_single_updates: ClassVar[bool] = False
     color: ClassVar[str] = ""
     marker: ClassVar[str] = ""
     parameterisation: ClassVar[str] = "lora"
@@ -324,11 +328,15 @@ def check_method(config: Config) -> None:
     method = get_method(config.method.name)
     if config.privacy.mode != "none" and not method.dp:
         raise InputError("privacy.mode", config.privacy.mode, f"{method.name} cannot train under privacy; use none")
+    if config.privacy.mode != "none":
+        MECHANISMS.made(config.privacy.mode).check_method(method, config)
     if config.model.quantization is not None and not method.quantized:
         remedy = f"{method.name} computes with the weights of frozen layers; leave it out, or choose another method"
         raise InputError("model.quantization", config.model.quantization, remedy)
     if config.wire.sends_updates:
         _check_updates(method, config)
+    if config.server.aggregator != "mean":
+        _check_aggregator(method, config)
     if not method.persistent:
         carries = _carries(method, config)
         for field_name, value, linear, remedy in _looking_back(config):
@@ -354,6 +362,15 @@ def _check_updates(method: type[Method], config: Config) -> None:
     if any(role.made_by == "client" and role.up == "value" for role in roles):
         remedy = f"sends updates, but clients of {method.name} make a start that the server does not hold"
         raise InputError("wire.uplink_codec", codec, f"{remedy}; choose a codec of values, without error feedback")
+
+
+def _check_aggregator(method: type[Method], config: Config) -> None:
+    """Refuse to combine what is no mean, or is of several shapes, otherwise than by the mean."""
+    name = config.server.aggregator
+    if method.reads_single_updates or has_mixed_ranks(config):
+        why = "mixed ranks have" if has_mixed_ranks(config) else f"{method.name} has"
+        remedy = f"combines updates of one shape into one, but the aggregate of {why} another form; use mean"
+        raise InputError("server.aggregator", name, remedy)
 
 
 def _check_correction(method: type[Method], config: Config) -> None:

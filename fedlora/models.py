@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -433,8 +434,10 @@ def _build(
     mean = pools_mean(config)
     model_class = _model_class(config, task, pretrained, mean)
     if devices[0].type == "meta":
-        with devices[0]:
-            return model_class(pretrained, **(_without_pooler(model_class) if mean else {})), set(), set()
+        with devices[0], no_init_weights():
+            model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
+        model.tie_weights()  # which drawing weights would have done
+        return model, set(), set()
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"

@@ -16,13 +16,16 @@ Rank = int | Literal["full"]
 FULL: Literal["full"] = "full"
 """The rank of a client that trains whole matrices."""
 
+Ranks = list[Positive | Literal["full"]] | dict[str, Positive | Literal["full"]]
+"""``method.ranks``: by the clients' order, or by their names or numbers."""
+
 _PROFILE = 7  # one stream of random numbers for each use of the run's seed
 
 
 class RankedOptions(MethodSection):
     """``[method]`` of a run whose clients may have ranks of their own."""
 
-    ranks: list[Positive | Literal["full"]] | dict[str, Positive | Literal["full"]] | None = Field(
+    ranks: Ranks | None = Field(
         default=None,
         description="Rank of each client: a list in the clients' order, or a table by their names or numbers; "
         "method.rank for all by default.",
@@ -37,6 +40,16 @@ class RankedOptions(MethodSection):
     def mixed(self) -> bool:
         """Whether ranks are given."""
         return self.ranks is not None or self.device_profile is not None
+
+    @property
+    def possible_ranks(self) -> range:
+        """Ranks of clients that hold leading blocks of the server's arrays; the last is that of these arrays."""
+        return range(1, self.rank + 1)
+
+    @property
+    def rank_rule(self) -> str:
+        """What is one of :attr:`possible_ranks`, in words."""
+        return f"rank from 1 to method.rank = {self.rank}"
 
 
 def ranked_options(config: Config) -> RankedOptions:
@@ -77,7 +90,7 @@ def check_ranks(config: Config) -> None:
 
 
 def check_nested_ranks(config: Config) -> None:
-    """Refuse a rank that is no number up to ``method.rank``: clients hold leading blocks of arrays of that rank.
+    """Refuse a rank of which the server's arrays have no leading block (:attr:`RankedOptions.possible_ranks`).
 
     Raises
     ------
@@ -93,9 +106,22 @@ def check_nested_ranks(config: Config) -> None:
             if rank == FULL:
                 remedy = f"has no use here: clients of {options.name} train factors; give a number"
                 raise InputError(f"method.{key}", rank, remedy)
-            if int(rank) > options.rank:
-                remedy = f"is above method.rank = {options.rank}, the rank of the server's arrays; raise that"
-                raise InputError(f"method.{key}", rank, remedy)
+            check_client_rank(options, int(rank), f"method.{key}")
+
+
+def check_client_rank(options: MethodSection, rank: int, field: str = "method.ranks") -> None:
+    """Refuse a rank that no client of the run can have; where clients have no ranks of their own, all but one.
+
+    Raises
+    ------
+    InputError
+        Naming the field.
+    """
+    possible, rule = range(options.rank, options.rank + 1), f"rank of a client, which is method.rank = {options.rank}"
+    if isinstance(options, RankedOptions):
+        possible, rule = options.possible_ranks, options.rank_rule
+    if rank not in possible:
+        raise InputError(field, rank, f"is no {rule}; give another")
 
 
 def has_rank(config: Config, client: int, name: str) -> bool:
@@ -113,7 +139,7 @@ def listed_ranks(config: Config) -> list[Rank]:
 
 
 def client_ranks(config: Config, names: Sequence[str], *, complete: bool = True) -> list[Rank]:
-    """Return every client's rank: from ``method.ranks``, drawn from ``method.device_profile``, or ``method.rank``.
+    """Return every client's rank: from ``method.ranks``, drawn from ``method.device_profile``, or the server's.
 
     Parameters
     ----------
@@ -150,4 +176,4 @@ def client_ranks(config: Config, names: Sequence[str], *, complete: bool = True)
             len(kinds), len(names), p=shares / shares.sum()
         )
         return [FULL if kinds[i] == FULL else int(kinds[i]) for i in drawn]
-    return [options.rank] * len(names)
+    return [options.possible_ranks[-1]] * len(names)

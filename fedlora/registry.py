@@ -140,6 +140,7 @@ SERVER_OPTIMIZERS = Registry(
     "fedlora.server.optimizers:ServerOptimizer", "fedlora.server_optimizers", "server.optimizer"
 )
 CORRECTIONS = Registry("fedlora.corrections:Correction", "fedlora.corrections", "client.correction")
+AGGREGATORS = Registry("fedlora.server.aggregators:Aggregator", "fedlora.aggregators", "server.aggregator")
 CLIENT_SAMPLINGS = Registry("fedlora.server.sampling:ClientSampling", "fedlora.client_samplings", "server.sampling")
 PARAMETERISATIONS = Registry(
     "fedlora.adapters.parameterisations:Parameterisation", "fedlora.parameterisations", "parameterisation"

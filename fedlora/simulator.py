@@ -235,6 +235,7 @@ def _check_clients(config: Config, data: FederatedData) -> None:
     """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
     for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
         mechanism_of(config).plan(config, examples)
+    mechanism_of(config).server_plan(config, len(data.partition))
 
 
 def _resolve_cohorts(config: Config) -> Config:

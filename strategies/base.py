@@ -37,10 +37,12 @@ from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
+from fedlora.server.aggregators import aggregator_of
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
 from fedlora.shared_base import shared_base
 from fedlora.strategies.aggregation import in_client_order, weighted_mean
+from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import (
     LONGEST_REASON,
@@ -50,7 +52,7 @@ from fedlora.strategies.replies import (
     is_finite,
     read_update,
 )
-from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.strategies.updates import CombinedUpdates, Shapes, Update, Updates
 from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
 from fedlora.training import evaluate
@@ -89,6 +91,8 @@ class RoundReport:
         See :class:`~strategies.aggregation.Drift`.
     uncounted : str
         Why the round gave no new arrays; "" where it did.
+    release : dict or None
+        What the run has spent after it, where the server adds the noise, by the columns of privacy.csv.
     """
 
     clients: list[int] = field(default_factory=list)
@@ -98,6 +102,7 @@ class RoundReport:
     aggregate_seconds: float = 0.0
     drift: float | None = None
     uncounted: str = ""
+    release: dict[str, float] | None = None
 
     @property
     def only_absent(self) -> bool:
@@ -223,6 +228,10 @@ class FederatedStrategy(Method, Strategy):
         Encode the arrays that a round's messages and replies carry.
     variates : Variates
         Of the clients' correction (``client.correction``); with an inactive one nothing is kept or sent.
+    noise : ClientNoise
+        Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
+    aggregator : Aggregator
+        Combines the clients' moves (``server.aggregator``).
     """
 
     def __init__(self, config: Config) -> None:
@@ -240,6 +249,8 @@ class FederatedStrategy(Method, Strategy):
         self.optimizer = server_optimizer(config)
         self.codecs = run_codecs(config)
         self.variates = Variates(config)
+        self.noise = ClientNoise(config)
+        self.aggregator = aggregator_of(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -596,14 +607,15 @@ class FederatedStrategy(Method, Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn the replies into the next global arrays, as they come."""
         started, self._waited = time.perf_counter(), 0.0
-        updates = Updates(self._read(server_round, replies), self._start())
+        updates = self._updates(self._read(server_round, replies))
         result = self.aggregate(updates)
-        for _ in updates:
-            pass  # a method may stop early; every client is counted all the same
+        updates.drain()
+        if self.noise.active:
+            self.report.release = self.noise.row()
         if not self.enough_replies():
             result = None
         elif result is None:
-            self.report.uncounted = "no client that answered holds examples"
+            self.report.uncounted = updates.missing
         else:
             result = self._stepped(result)
         record = None
@@ -615,6 +627,15 @@ class FederatedStrategy(Method, Strategy):
             record = self._next(result)
         self.report.aggregate_seconds = time.perf_counter() - started - self._waited
         return record, self.mean_metrics()
+
+    def _updates(self, stream: Iterator[Update]) -> Updates:
+        """Return the round's updates, or no more of them than what they are combined to."""
+        if not (self.noise.active or self.aggregator.robust):
+            return Updates(stream, self._start())
+        start = self._origin(self._sent, self._sent_shapes)
+        if self.noise.active:
+            return NoisyUpdates(stream, start, self._sent_shapes, self.noise)
+        return CombinedUpdates(stream, start, self._sent_shapes, self.aggregator)
 
     def _stepped(self, result: Arrays) -> Arrays | None:
         """Let the server optimiser step to an aggregate; None where a number is not finite."""
@@ -661,7 +682,7 @@ class FederatedStrategy(Method, Strategy):
                 )
                 change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
-                vector = self._values(client, vector.to(self._dtype), shapes)
+                vector = self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes)
                 update = Update(client, self.weight(client), vector, shapes, metrics)
                 self.check_update(update)
             except ReplyError as error:
@@ -688,6 +709,23 @@ class FederatedStrategy(Method, Strategy):
         found = torch.cat([torch.empty(0, dtype=self._dtype), *(array.reshape(-1) for array in values.values())])
         check_numbers(found, shapes)
         return found
+
+    def _bounded(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        """Shorten a move that is longer than ``server.max_update_norm``."""
+        bound = self.config.server.max_update_norm
+        if bound is None:
+            return vector
+        start = self._origin(self.sent_to(client), shapes).double()
+        move = vector.double() - start
+        return (start + move * min(1.0, bound / max(float(move.norm()), 1e-300))).to(vector.dtype)
+
+    def _origin(self, sent: Mapping[str, torch.Tensor], shapes: Shapes) -> torch.Tensor:
+        """Return what a client's moves are measured from, as one vector: what it was sent, or 0 for what is a move."""
+        parts = [
+            (torch.zeros(shape) if self.role(name).up == "update" else sent[name]).reshape(-1)
+            for name, shape in shapes.items()
+        ]
+        return torch.cat([torch.zeros(0, dtype=self._dtype), *parts]).to(self._dtype)
 
     def check_update(self, update: Update) -> None:
         """Refuse an update for what its numbers make.
@@ -728,6 +766,8 @@ class FederatedStrategy(Method, Strategy):
 
     def enough_replies(self) -> bool:
         """Whether the round counts; else its report says why not."""
+        if self.noise.active:
+            return True  # leaving a round out would tell how many clients were drawn
         count, least = len(self.report.metrics), self.config.server.min_replies
         if count < least:
             few = f"{count} replies are fewer than server.min_replies = {least}"

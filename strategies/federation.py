@@ -50,7 +50,7 @@ from fedlora.strategies.summary import (
 from fedlora.tasks import get_task
 from fedlora.training import evaluate_clients
 from fedlora.training.answering import score_answers
-from fedlora.training.soundness import check_sound
+from fedlora.training.soundness import check_packing, check_sound
 from fedlora.transport import bases
 
 log = logging.getLogger("fedlora")
@@ -127,6 +127,14 @@ class Federation:
         self.simulated, self.checkpoint, self.progress = simulated, folder.checkpoint, progress or Progress()
         self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
+        if not own and (method.aggregator.robust or config.server.max_update_norm is not None):
+            remedy = (
+                "combines the updates of a method; a strategy that was brought along combines them itself: use mean"
+            )
+            raise InputError("server.aggregator", config.server.aggregator, f"{remedy}, and no max_update_norm")
+        if not own and method.noise.active:
+            remedy = "adds noise to a method's own mean; a strategy that was brought along aggregates without it"
+            raise InputError("privacy.mode", config.privacy.mode, remedy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
         # Objects with a state, by their key in the checkpoint.
         self.stateful: dict[str, Any] = {"strategy": self.rounds}
@@ -135,6 +143,7 @@ class Federation:
         if isinstance(self.rounds, FederatedStrategy):
             self.stateful["optimizer"] = self.rounds.optimizer
             self.stateful["variates"] = self.rounds.variates
+            self.stateful["noise"] = self.rounds.noise
             self.halves += [] if self.rounds is method else [self.rounds]
         self.totals = Totals()
         self.dtype = wire_dtype(config.model.dtype)
@@ -192,6 +201,7 @@ class Federation:
         for half in self.halves:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
             half.replied, half.on_reply = self.method.replied, self.progress.on_client
+            half.noise.prepare(len(nodes), real)
 
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
@@ -213,6 +223,8 @@ class Federation:
         if mechanism.clips_examples and self.adapted.stacked_layers():
             # Clients measure it too; here the run ends before anybody is asked.
             check_sound(self.adapted, config, self.data.train.pad_token_id)
+        elif config.data.packing and self.data.train.task.packs and self.adapted.stacked_layers():
+            check_packing(self.adapted, config, self.data.train.pad_token_id)
         for half in self.halves:
             half.know(self.adapted)
         relative = bases(type(method), self.adapted.arrays(), self.adapted.head_names)
@@ -310,14 +322,16 @@ class Federation:
         """Return a function that takes back a round's exchanges: their arrays, and the server's states."""
         arrays, whole = self.arrays, dict(self.parts.whole)
         chains = {part: chain.copy() for part, chain in self.parts.chains.items()}
-        states = {key: deepcopy(owner.state_dict()) for key, owner in self.stateful.items()}
+        # What was released stays released.
+        owners = {key: owner for key, owner in self.stateful.items() if key != "noise"}
+        states = {key: deepcopy(owner.state_dict()) for key, owner in owners.items()}
 
         def undo() -> None:
             self.arrays, self.parts.whole, self.parts.chains = arrays, whole, chains
             self.adapted.set_shared(decode(arrays))
             self._set_residual()
             self.method.replied.pop(server_round, None)
-            for key, owner in self.stateful.items():
+            for key, owner in owners.items():
                 owner.load_state_dict(states[key])
 
         return undo

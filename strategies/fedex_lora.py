@@ -34,6 +34,7 @@ class FedExLoRA(BothFactors):
     paper = "arXiv 2410.09432"
     sends = "A and B: r (m + n) each way; down also a residual of at most m n"
     exact = True
+    reads_single_updates = True
     color, marker = "green", "plus"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}
 

@@ -58,6 +58,7 @@ class FlexLoRA(BothFactors, RankedStrategy):
     name = "flexlora"
     title = "FlexLoRA: the mean of the updates, truncated by SVD"
     paper = "arXiv 2402.11505"
+    reads_single_updates = True
     sends = "A and B of the client's rank: r (m + n) each way"
     persistent = False
     color, marker = "sky", "star"

@@ -39,6 +39,7 @@ class FLoRA(RankedStrategy):
     paper = "arXiv 2409.05976"
     sends = "up A and B: r (m + n); down the stack of all clients: at most m n"
     exact = True
+    reads_single_updates = True
     persistent = False
     color, marker = "orange", "star"
     client = "fedlora.clients.flora:FreshHalf"

@@ -32,6 +32,7 @@ class HetLoRA(BothFactors, RankedStrategy):
     name = "hetlora"
     title = "HetLoRA: factors weighted by the norm of their product"
     paper = "arXiv 2401.06432"
+    reads_single_updates = True
     sends = "A and B of the client's rank: r (m + n) each way"
     color, marker = "green", "left"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 2e-2, "sgd": 0.1}

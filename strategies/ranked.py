@@ -27,7 +27,7 @@ log = logging.getLogger("fedlora")
 
 
 class RankedStrategy(FederatedStrategy):
-    """A method whose clients may have ranks of their own, up to ``method.rank``, the rank of the global arrays.
+    """A method whose clients may have ranks of their own, up to the rank of the global arrays: ``method.rank``.
 
     A client of rank r_i holds the leading block of every factor: rows of A, columns of B, both of a square between
     them. One s = alpha / method.rank holds for all. Without ``method.ranks`` and ``method.device_profile`` nothing is
@@ -35,7 +35,7 @@ class RankedStrategy(FederatedStrategy):
 
     Notes
     -----
-    Where ranks are given, :meth:`aggregate` averages the moves from what each client was sent, with zeros where a
+    Where ranks are given, :meth:`mixed_mean` averages the moves from what each client was sent, with zeros where a
     client holds nothing. Where the update is linear in what clients train, that is exactly the mean of their updates.
     The mean of padded values would shrink what small clients do not hold.
 
@@ -65,7 +65,7 @@ class RankedStrategy(FederatedStrategy):
     def rank_of(self, client: int) -> int:
         """Return a client's rank: by default, and for a client that nobody knows, that of the global arrays."""
         known = self._mixed and 0 <= client < len(self.ranks)
-        return self.ranks[client] if known else self.options.rank
+        return self.ranks[client] if known else self.options.possible_ranks[-1]
 
     def enrol(self, names: list[str]) -> None:
         """Learn the clients' ranks by their names; real nodes may come later, and have the ranks kept for them."""
@@ -105,7 +105,11 @@ class RankedStrategy(FederatedStrategy):
         if not self._mixed:
             return None
         rank = self.rank_of(client)
-        return None if rank == self.options.rank else (rank, self._shapes_at(rank))
+        return None if rank == self.options.possible_ranks[-1] else (rank, self._shapes_at(rank))
+
+    def sizes(self, adapted: AdaptedModel) -> Sizes:
+        """Those of the global arrays' rank."""
+        return replace(super().sizes(adapted), rank=self.options.possible_ranks[-1])
 
     def client_sizes(self, sizes: Sizes, client: int) -> Sizes:
         """Those of the client's rank."""
@@ -131,9 +135,11 @@ class RankedStrategy(FederatedStrategy):
         }
 
     def aggregate(self, updates: Updates) -> Arrays | None:
-        """Return the weighted mean; of the clients' moves, where ranks are given."""
-        if not self._mixed:
-            return super().aggregate(updates)
+        """Return the weighted mean; :meth:`mixed_mean` where ranks are given."""
+        return self.mixed_mean(updates) if self._mixed else super().aggregate(updates)
+
+    def mixed_mean(self, updates: Updates) -> Arrays | None:
+        """Return the global arrays, moved by the weighted mean of the clients' moves; None where nothing came."""
         mean = WeightedMean()
         for update in updates:
             mean.add(self.moves(update), update.weight)

@@ -14,7 +14,10 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.roles import FROZEN, HEAD, TRAINED, Role, Roles
-from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Sizes
+from fedlora.strategies.aggregation import WeightedMean
+from fedlora.strategies.base import Contact, Payload, Sizes
+from fedlora.strategies.ranked import RankedStrategy
+from fedlora.strategies.updates import Updates
 from fedlora.strategies.weight_svd import weight_svd
 
 
@@ -28,7 +31,7 @@ class RavanOptions(heads.HeadsSection):
     )
 
 
-class Ravan(FederatedStrategy):
+class Ravan(RankedStrategy):
     """RAVAN: dW = s sum over h of s_h B_h H_h A_h; only the products s_h H_h travel (Raje et al., arXiv 2506.05568).
 
     B_h and A_h are frozen. A client trains the matrices H_h [r, r] and the scales s_h, and sends s_h H_h. dW is linear
@@ -42,6 +45,10 @@ class Ravan(FederatedStrategy):
     Gram-Schmidt start: a random draw whose columns are orthonormal across heads. ``svd`` (default), not in the paper,
     takes the singular vectors of W0 as Fed-SB does. With one head and ``method.train_scales = false`` the method is
     Fed-SB.
+
+    A client of a smaller rank holds, trains and sends the first heads alone: rank / r of them. Each head is averaged
+    over the clients of the round that hold it, so that its move is exactly the mean of theirs; one that no client of
+    the round holds stays as it was. In the paper such clients hold all heads, and train those of the highest score.
     """
 
     name = "ravan"
@@ -80,6 +87,23 @@ class Ravan(FederatedStrategy):
 
     def payload(self, sizes: Sizes, contact: Contact) -> Payload:
         """heads x r^2 a layer, both ways; B and A once, heads x r (m + n)."""
-        rank, number = sizes.rank, self.options.heads
-        numbers = len(sizes.layers) * number * rank * rank + sizes.head
-        return Payload(initial=sum(number * rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)
+        # The client's rank is that of all its heads.
+        numbers = len(sizes.layers) * sizes.rank * self.options.rank + sizes.head
+        return Payload(initial=sum(sizes.rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)
+
+    def mixed_mean(self, updates: Updates) -> Arrays | None:
+        """Return the weighted mean of each head over the clients that hold it, and of all else over all clients."""
+        each, rest = [WeightedMean() for _ in range(self.options.heads)], WeightedMean()
+        for update in updates:
+            blocks = {name: array for name, array in update.arrays.items() if self.kind(name) == "heads_H"}
+            rest.add({name: array for name, array in update.arrays.items() if name not in blocks}, update.weight)
+            for number in range(self.rank_of(update.client) // self.options.rank):
+                each[number].add({name: array[number] for name, array in blocks.items()}, update.weight)
+        found, means = rest.result(), [mean.result() for mean in each]
+        if found is None:
+            return None
+        for name, before in self.arrays.items():
+            if self.kind(name) == "heads_H":
+                rows = [old if mean is None else mean[name] for old, mean in zip(before, means, strict=True)]
+                found[name] = torch.stack(rows)
+        return found

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ def environment(config: Config) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -151,8 +153,11 @@ def _commit() -> str | None:
     Outside of a checkout, as in a container, it is what the environment variable FEDLORA_COMMIT says, if anything.
     """
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return os.environ.get("FEDLORA_COMMIT") or None
+    return _described(root) if (root / ".git").exists() else os.environ.get("FEDLORA_COMMIT") or None
+
+
+@cache  # what a process has imported does not change with the files
+def _described(root: Path) -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -211,7 +216,9 @@ def round_line(
 
 
 def privacy_rows(server_round: int, reports: Sequence[RoundReport]) -> list[dict[str, Any]]:
-    return [
+    """Return a round's lines of privacy.csv: of each client that adds noise, or one of all where the server does."""
+    released = [{"round": server_round, "client": "all", **each.release} for each in reports if each.release]
+    return released + [
         {
             "round": server_round,
             "client": client,

@@ -16,6 +16,8 @@ from flwr.app import MetricRecord
 
 from fedlora.arrays import Arrays
 from fedlora.communication.codecs import named
+from fedlora.errors import GuardError
+from fedlora.server.aggregators import Aggregator
 from fedlora.strategies.aggregation import Drift, WeightedMean
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,6 +67,7 @@ class Updates:
         self._mean = WeightedMean()
         self._drift = None if start is None else Drift({"all": start})
         self._shapes: Shapes = {}
+        self.missing = "no client that answered holds examples"  # said where nothing comes out
 
     def __iter__(self) -> Iterator[Update]:
         for update in self._stream:
@@ -85,9 +88,77 @@ class Updates:
         found = self._mean.result()
         return None if found is None else named(found["all"], self._shapes)
 
+    def drain(self) -> None:
+        """Take what the method left, so that every client is counted."""
+        for _ in self:
+            pass
+
     def drift(self) -> float | None:
         """How far the clients moved apart, once all updates were taken; see :class:`~strategies.aggregation.Drift`."""
         return None if self._drift is None else self._drift.result(self._mean.result())
+
+
+class OnlyCombined(Updates):
+    """The updates of a round of which a method may know no more than what they are combined to.
+
+    Parameters
+    ----------
+    stream : iterator of Update
+    start : Tensor [n]
+        What all clients started from; zeros where they send moves.
+    shapes : mapping of str to tuple of int
+    why : str
+        What single updates would break.
+    """
+
+    def __init__(self, stream: Iterator[Update], start: torch.Tensor, shapes: Shapes, why: str) -> None:
+        super().__init__(stream)
+        self._from, self._shapes, self._why = start, shapes, why
+
+    def __iter__(self) -> Iterator[Update]:
+        """Refuse to show single updates.
+
+        Raises
+        ------
+        GuardError
+        """
+        raise GuardError(f"the method reads single updates, {self._why}; it has to say reads_single_updates")
+
+    def drain(self) -> None:
+        """Do nothing: combining took all."""
+
+    def moves(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield each client's move in float64, with its weight."""
+        start = self._from.double()
+        for update in self._stream:
+            yield update.vector.double() - start, update.weight
+
+    def moved(self, move: torch.Tensor) -> Arrays:
+        """Return the start plus a move, by name."""
+        return named((self._from.double() + move).to(self._from.dtype), self._shapes)
+
+    def drift(self) -> float | None:
+        """Nothing: how far single clients moved is not told."""
+        return None
+
+
+class CombinedUpdates(OnlyCombined):
+    """Updates that are combined otherwise than by their mean (``server.aggregator``)."""
+
+    def __init__(self, stream: Iterator[Update], start: torch.Tensor, shapes: Shapes, aggregator: Aggregator) -> None:
+        super().__init__(stream, start, shapes, f"but server.aggregator is {aggregator.name}")
+        self.aggregator = aggregator
+
+    def mean(self) -> Arrays | None:
+        """Return what the aggregator makes of the moves; None where too few came."""
+        found = list(self.moves())
+        weights = torch.tensor([weight for _, weight in found], dtype=torch.float64)
+        if len(found) < self.aggregator.fewest:
+            self.missing = f"{self.aggregator.name} needs {self.aggregator.fewest} replies, and {len(found)} came"
+            return None
+        if not weights.sum():
+            return None
+        return self.moved(self.aggregator.combine(torch.stack([move for move, _ in found]), weights))
 
 
 def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:

@@ -10,6 +10,18 @@ from unittest.mock import patch
 
 from fedlora.cli import main
 
+IN_TURN = """
+import json, sys
+from fedlora.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["fedlora", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+"""Python that gives one command after the other, for a process that imports everything once; the argument is JSON."""
+
 
 @dataclass(frozen=True)
 class Done:

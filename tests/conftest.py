@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.bare_runs import bare_runs
 from tests.unaligned import unaligned_weights
 
 unaligned_weights.watch()
@@ -94,6 +95,13 @@ def cached(cache: Path) -> Iterator[None]:
     """Runs of a module use that cache, in their own processes too."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FEDLORA_CACHE", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[None]:
+    """Runs of a module draw no pictures and collect no garbage."""
+    with bare_runs():
         yield
 
 

@@ -25,6 +25,7 @@ from fedlora.results.folder import RunResult
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.server_app import resolve
 from fedlora.study.forecast import Forecast, forecast
+from tests.bare_runs import bare_runs
 from tests.packages import lay_package
 from tests.tiny import save_llama
 
@@ -92,8 +93,8 @@ class LlamaRuns:
 
     @contextmanager
     def _cache(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("FEDLORA_CACHE", str(self.folder / "cache"))
+        with bare_runs() as patch:
+            patch.setenv("FEDLORA_CACHE", str(self.folder / "cache"))
             yield
 
 

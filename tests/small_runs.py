@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fedlora.strategies.server_app import resolve
 from fedlora.strategies.updates import Update, Updates
 from fedlora.training import cohort
 from tests import tiny
+from tests.bare_runs import bare_runs
 from tests.messages import FIRST_NODE
 
 CLIENTS = {"ann": 6, "bob": 3, "cy": 8, "dee": 5}
@@ -231,12 +232,8 @@ class World:
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
     """Make a world with a cache of its own, in which nobody draws pictures."""
-    with pytest.MonkeyPatch.context() as patch:
+    with bare_runs() as patch:
         patch.setenv("FEDLORA_CACHE", str(folder / "cache"))
-        for function in ("fedlora.strategies.callbacks.plot_rounds", "fedlora.simulator.plot_partition"):
-            patch.setattr(function, lambda *_: None)
-        # Collecting garbage takes longer than such a run.
-        patch.setattr("fedlora.simulator._settled_heap", nullcontext)
         yield World(folder)
 
 

@@ -41,7 +41,7 @@ def test_the_schema_is_the_documented_one() -> None:
         privacy.target_epsilon privacy.noise_multiplier privacy.target_delta privacy.max_grad_norm privacy.accountant
         server.fraction_train server.min_replies simulation.workers simulation.cpus_per_worker
         simulation.gpus_per_worker simulation.cohort_size simulation.address data.messages data.template data.choices
-        evaluation.kind evaluation.max_new_tokens evaluation.max_examples"""
+        data.long_texts data.packing evaluation.kind evaluation.max_new_tokens evaluation.max_examples"""
     assert set(named.split()) <= set(KEYS)
 
 
@@ -348,7 +348,7 @@ EXPERTS: dict[str, Any] = {"method.name": "flexmore", "model.task": "causal-lm"}
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"privacy.mode": "client", "privacy.target_epsilon": 1.0}, "privacy.mode"),
+        ({"privacy.mode": "person", "privacy.target_epsilon": 1.0}, "privacy.mode"),
         ({"privacy.mode": "example"}, "privacy.target_epsilon"),
         (
             {"privacy.mode": "example", "privacy.target_epsilon": 1.0, "privacy.noise_multiplier": 1.0},

@@ -1,4 +1,4 @@
-"""Whole runs on the real MiniLM (its first layer), real reviews and real workers."""
+"""Whole runs on the real MiniLM (its first layer) and real reviews, on real workers and without."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import ray
 import tomli_w
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -33,6 +35,7 @@ from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.fedit import FedIT
+from tests.bare_runs import bare_runs
 from tests.command import fedlora
 
 METHODS = methods()
@@ -69,6 +72,9 @@ FORMULA = {
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "ray_here")]
 
+HERE = {"simulation.workers": 0}
+"""Without a worker, which takes seconds to start; that the bits are the same has a test of its own."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,11 +95,18 @@ def run(request: pytest.FixtureRequest, folder: Path) -> RunResult:
 
 
 def simulated(folder: Path, method: str) -> RunResult:
-    """Run a method from a script, once."""
+    """Run a method from a script, once; fed-sb, which the command runs again, on a worker."""
     path = folder / method
     if path.exists():
         return RunResult(path, json.loads((path / "summary.json").read_text()))
-    return simulate(CONFIG, {"method.name": method}, output=path)
+    return simulate(CONFIG, {"method.name": method, **({} if method == "fed-sb" else HERE)}, output=path)
+
+
+@pytest.fixture
+def bare() -> Iterator[None]:
+    """Runs of the test itself draw no pictures; those of the fixtures do."""
+    with bare_runs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +387,7 @@ def test_a_finished_run_is_not_run_again(
     assert refused.err.startswith("fedlora: run.rounds = 3: ")
 
 
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("workers", [2, 0])
 def test_two_workers_or_none_give_the_bits_of_one(folder: Path, commanded: tuple[Path, str], workers: int) -> None:
     other = simulate(CONFIG, {"simulation.workers": workers}, output=folder / f"{workers}-workers")
@@ -382,22 +396,23 @@ def test_two_workers_or_none_give_the_bits_of_one(folder: Path, commanded: tuple
         assert (other.folder / name).read_text() == (commanded[0] / name).read_text()
 
 
+@pytest.mark.usefixtures("bare")
 def test_runs_after_each_other_in_one_process_are_as_if_alone(folder: Path) -> None:
     """The second run finds the base model and data of the first; a run of another method and seed lies between."""
-    here = {"simulation.workers": 0}
-    first = simulate(CONFIG, here, output=folder / "first")
-    simulate(CONFIG, {**here, "method.name": "ffa-lora", "run.seed": 9}, output=folder / "between")
-    again = simulate(CONFIG, {**here, "privacy.target_epsilon": 2.0}, output=folder / "epsilon")
-    last = simulate(CONFIG, here, output=folder / "last")
+    first = simulate(CONFIG, HERE, output=folder / "first")
+    simulate(CONFIG, {**HERE, "method.name": "ffa-lora", "run.seed": 9}, output=folder / "between")
+    again = simulate(CONFIG, {**HERE, "privacy.target_epsilon": 2.0}, output=folder / "epsilon")
+    last = simulate(CONFIG, HERE, output=folder / "last")
     assert adapter(last.folder) == adapter(first.folder)
     assert (last.folder / "communication.csv").read_text() == (first.folder / "communication.csv").read_text()
     assert again.summary["epsilon"]["max"] < 2.0 < first.summary["epsilon"]["max"]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(
-    config_file: Path, folder: Path, commanded: tuple[Path, str], cache: Path
-) -> None:
-    killed = folder / "killed"
+def test_a_killed_run_goes_on_to_the_same_bits(folder: Path, commanded: tuple[Path, str], cache: Path) -> None:
+    killed, config_file = folder / "killed", folder / "killed.toml"
+    # On the Ray of this process, which is there already.
+    here = CONFIG["simulation"] | {"address": ray.get_runtime_context().gcs_address}
+    config_file.write_text(tomli_w.dumps({**CONFIG, "simulation": here}))
     environment = {**os.environ, "FEDLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(config_file), str(killed)]
     ended = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=600)
@@ -467,8 +482,10 @@ def reviews(count: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"snippet": texts, "verdict": ["yes" if i % 2 else "no" for i in range(count)]})
 
 
+@pytest.mark.usefixtures("bare")
 def test_own_data_own_strategy_and_a_client_that_fails(folder: Path) -> None:
     overrides = {
+        **HERE,
         "method.name": "fedit",
         "privacy.mode": "none",
         "data.text": "snippet",
@@ -506,6 +523,7 @@ def test_own_data_own_strategy_and_a_client_that_fails(folder: Path) -> None:
     assert json.loads((result.folder / "adapter" / "labels.json").read_text()) == ["no", "yes"]
 
 
+@pytest.mark.usefixtures("bare")
 def test_flowers_own_strategy_can_be_brought(folder: Path) -> None:
     class Watched(FedAvg):
         replies = 0
@@ -516,7 +534,7 @@ def test_flowers_own_strategy_can_be_brought(folder: Path) -> None:
             return super().aggregate_train(server_round, messages)
 
     strategy = Watched(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
-    result = simulate(CONFIG, {"method.name": "fedit"}, output=folder / "fedavg", strategy=strategy)
+    result = simulate(CONFIG, {**HERE, "method.name": "fedit"}, output=folder / "fedavg", strategy=strategy)
     assert Watched.replies == CLIENTS * ROUNDS
     assert all(line["failed"] == [] and line["counted"] for line in lines(result.folder))
     assert result.summary["epsilon"]["max"] <= TARGET

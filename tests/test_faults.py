@@ -19,7 +19,7 @@ from fedlora.strategies.base import NO_REPLY
 from tests.command import Done, fedlora
 from tests.faulty_clients import CULPRIT, MENDED, ROUND
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "bare")]
 
 CONFIG: dict[str, Any] = {
     "run": {"rounds": 3, "seed": 3},

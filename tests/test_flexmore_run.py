@@ -38,6 +38,8 @@ from tests.owner import listed, write_node
 
 DOMAINS = {"cats": range(5, 20), "misc+alt": range(22, 36), "sea": range(36, 48)}
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def test_a_resumed_run_gives_the_same_bits(run, content, tmp_path):
     assert tiny.difference(one.state_dict(), other.state_dict()) == 0
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_strategy_of_ones_own_can_build_on_flexmore(run, content, tmp_path):
     class Watched(FlexMoRE):
         seen = 0
@@ -156,7 +159,7 @@ def test_a_strategy_of_ones_own_can_build_on_flexmore(run, content, tmp_path):
             Watched.seen += 1
             return super().aggregate_train(server_round, replies)
 
-    # In a worker of a Ray of its own, unlike the other runs here.
+    # In a worker of Ray, unlike the other runs here.
     result = fedlora.simulate(content, {"simulation.workers": 1}, output=tmp_path / "own", strategy=Watched)
     assert Watched.seen == 2
     assert result.summary["final"] == json.loads((run / "summary.json").read_text())["final"]

@@ -99,7 +99,7 @@ def test_same_bytes_a_round_on_flowers_own_runtime(flower: dict[str, str], tmp_p
     config.write_text(CONFIG, encoding="utf-8")
     command = [
         BIN / "flwr", "run", ROOT, "local", "--stream",
-        "--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
+        "--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=1",
         "--run-config", f"config='{config}' output='{tmp_path / 'on-flower'}'",
     ]  # fmt: skip
     for _ in range(5):
@@ -108,7 +108,7 @@ def test_same_bytes_a_round_on_flowers_own_runtime(flower: dict[str, str], tmp_p
         if "Failed to start local SuperLink within" not in done.stdout + done.stderr:
             break
     assert (tmp_path / "on-flower" / "summary.json").exists(), done.stdout + done.stderr
-    ours = simulate(config, output=tmp_path / "on-ray")
+    ours = simulate(config, {"simulation.workers": 0}, output=tmp_path / "here")
     theirs = payloads(tmp_path / "on-flower")
     assert theirs == payloads(ours.folder)
     assert len(theirs) == 2 * 3 * 2 + 3

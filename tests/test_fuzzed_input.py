@@ -33,6 +33,7 @@ from fedlora.node.config import NodeConfig, load_node
 from fedlora.simulation import LocalGrid
 from fedlora.study.config import StudyConfig, load_study
 from fedlora.study.plan import make_plan
+from tests.bare_runs import bare_runs
 from tests.command import fedlora
 from tests.configs import KEYS, accepted, keys, put
 from tests.tiny import base_model, save_llama
@@ -70,13 +71,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "link.csv").symlink_to(folder / "link.csv")
     (folder / "gone.csv").symlink_to(folder / "nothing.csv")
     os.mkfifo(folder / "pipe")
-    with pytest.MonkeyPatch.context() as patch:
+    with bare_runs() as patch:
         patch.setenv("FEDLORA_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         patch.setattr("fedlora.simulation.RayGrid", grid)
         patch.setattr("fedlora.simulator.LocalGrid", grid)
-        # The picture takes most of the time, and shows no input.
-        patch.setattr("fedlora.simulator.plot_partition", lambda path, *_: path.write_bytes(b""))
         yield folder
 
 

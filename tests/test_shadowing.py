@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from tests.command import IN_TURN
 from tests.tiny import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -28,22 +29,19 @@ import strategies                      # the user's own, before fedlora
 from fedlora import simulate
 import fedlora.strategies
 import clients.client_app              # and after it
-config, workers = sys.argv[1], int(sys.argv[2])
 if __name__ == "__main__":
-    result = simulate(
-        config, {"simulation.workers": workers}, output=f"runs/{workers}",
-        strategy=strategies.Mine(), client_app="clients.client_app:app",
-    )
-    print(json.dumps({
-        "theirs": [strategies.__file__, clients.__file__],
-        "ours": [fedlora.__file__, fedlora.strategies.__file__],
-        "ray": "ray" in sys.modules,
-        "rounds": result.summary["rounds"],
-    }))
+    for workers in (0, 1):             # in this process, and on a Ray of its own
+        result = simulate(
+            sys.argv[1], {"simulation.workers": workers}, output=f"runs/{workers}",
+            strategy=strategies.Mine(), client_app="clients.client_app:app",
+        )
+        print(json.dumps({
+            "theirs": [strategies.__file__, clients.__file__],
+            "ours": [fedlora.__file__, fedlora.strategies.__file__],
+            "rounds": result.summary["rounds"],
+        }))
 """,
 }
-COMMAND = "from fedlora.cli import main; main()"
-"""As ``fedlora``, but with the working directory before everything else on the path."""
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +98,23 @@ def test_nothing_of_ours_lies_beside_the_package(site: Path) -> None:
 
 
 def test_the_commands_find_their_own_modules(site: Path, here: Path) -> None:
-    assert "ffa-lora" in python(site, here, "-c", COMMAND, "methods")
-    python(site, here, "-c", COMMAND, "run", "mine.toml", "--output", "runs/command")
+    commands = [["methods"], ["run", "mine.toml", "--output", "runs/command"]]
+    # With -c the working directory is before everything else on the path.
+    assert "ffa-lora" in python(site, here, "-c", IN_TURN, json.dumps(commands))
     assert json.loads((here / "runs" / "command" / "summary.json").read_text())["rounds"] == 1
 
 
-# In the caller's process, and on a Ray of its own.
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_modules_stay_the_users(site: Path, here: Path, workers: int) -> None:
-    found = json.loads(python(site, here, "run.py", "mine.toml", workers).splitlines()[-1])
-    assert found["theirs"] == [str(here / "strategies.py"), str(here / "clients" / "__init__.py")]
+def test_a_users_modules_stay_the_users(site: Path, here: Path) -> None:
+    printed = python(site, here, "run.py", "mine.toml").splitlines()
+    both = [json.loads(line) for line in printed if line.startswith("{")]
     package = site / "fedlora"
-    assert found["ours"] == [str(package / "__init__.py"), str(package / "strategies" / "__init__.py")]
-    assert found["rounds"] == 1
+    assert both == 2 * [
+        {
+            "theirs": [str(here / "strategies.py"), str(here / "clients" / "__init__.py")],
+            "ours": [str(package / "__init__.py"), str(package / "strategies" / "__init__.py")],
+            "rounds": 1,
+        }
+    ]
 
 
 def test_nothing_imports_them_under_names_of_their_own() -> None:

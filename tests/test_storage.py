@@ -22,7 +22,7 @@ import tomli_w
 from safetensors import SafetensorError
 
 from fedlora.storage import StorageError, is_full, storage_error, writes_to
-from tests.command import fedlora
+from tests.command import IN_TURN, fedlora
 from tests.tiny import save_llama
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -140,8 +140,8 @@ NOBODY = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 """Gives a process a user id without a name, which may read what the tests may read."""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run"], ["run", "--set", "simulation.workers=1"]])
-def test_a_user_without_a_name_and_a_home_runs(place: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_a_user_without_a_name_and_a_home_runs(place: Path, tmp_path: Path) -> None:
+    """In this process and on a worker."""
     if (
         shutil.which("unshare") is None
         or subprocess.run([*NOBODY, "true"], capture_output=True, check=False).returncode
@@ -154,16 +154,16 @@ def test_a_user_without_a_name_and_a_home_runs(place: Path, tmp_path: Path, argu
         known = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "HF_HOME")
         environment = {key: value for key, value in os.environ.items() if key not in known}
         environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": temporary, "FEDLORA_CACHE": str(tmp_path / "cache")}
-        command = [sys.executable, "-c", "from fedlora.cli import main; main()", *arguments]
-        if arguments[0] == "run":
-            command.append(str(place / "run.toml"))
+        run = ["run", str(place / "run.toml")]
+        commands = [["--help"], run, [*run, "--set", "simulation.workers=1", "--output", "runs/worker"]]
+        command = [*NOBODY, sys.executable, "-c", IN_TURN, json.dumps(commands)]
         done = subprocess.run(
-            [*NOBODY, *command], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=False
+            command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert not list(Path(temporary).glob("fedlora-home-*"))
     # No folder called ~, in particular.
-    assert {path.name for path in (tmp_path / "work").iterdir()} == ({"runs"} if arguments[0] == "run" else set())
-    if arguments[0] == "run":
-        found = tmp_path / "work" / "runs" / "small" / ADAPTER
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["runs"]
+    for name in ("small", "worker"):
+        found = tmp_path / "work" / "runs" / name / ADAPTER
         assert found.read_bytes() == (place / "whole" / ADAPTER).read_bytes()

@@ -97,7 +97,7 @@ class AdaptedModel:
         self.trained: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
         self.notes: list[str] = list(getattr(model, "notes", ()))
-        self.independent: dict[tuple[int, int], str | None] = {}
+        self.independent: dict[tuple[Any, ...], str | None] = {}
         self.digests: dict[str, str] = {}
         self._other_ranks: dict[tuple[tuple[int, ...], ...], tuple[Arrays, dict[str, str]]] = {}
 
@@ -236,7 +236,7 @@ class AdaptedModel:
         parameterisation: Parameterisation = PARAMETERISATIONS.made(self.kind)
         found: dict[str, tuple[int, ...]] = {}
         for path, adapter in self.adapters.items():
-            of_layer = parameterisation.shapes(*linear_shape(adapter.base), rank)
+            of_layer = parameterisation.shapes_at(adapter, rank)
             found |= {f"{path}.{factor}": tuple(of_layer[factor]) for factor in adapter.factors}
         return found
 
@@ -264,7 +264,7 @@ class AdaptedModel:
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the model on ``input_ids`` and ``attention_mask`` (absent: nothing is padded) and return its logits.
 
-        Batches of pairs have ``token_type_ids`` too.
+        Batches of pairs have ``token_type_ids`` too, and those of several texts in a row ``position_ids``.
         """
         mask = batch.get("attention_mask")
         if mask is not None and not self.head:
@@ -272,8 +272,8 @@ class AdaptedModel:
         if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
             mask = unhurried_mask(self.model, mask)
         with attention_kernels():
-            types = {name: batch[name] for name in ("token_type_ids",) if name in batch}
-            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **types)
+            more = {name: batch[name] for name in ("token_type_ids", "position_ids") if name in batch}
+            output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **more)
         logits: torch.Tensor = output.logits
         return logits.to(batch["input_ids"].device)
 

@@ -205,6 +205,24 @@ def export(
 
 
 @app.command()
+def privacy(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    client: Annotated[str | None, typer.Option(help="Whose epsilon; the largest by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Explain a run's epsilon step by step, and compute it again with a second library."""
+    from fedlora.cli.privacy import show_privacy
+    from fedlora.results.folder import to_json
+    from fedlora.results.privacy_spent import explain_privacy
+
+    spent = explain_privacy(folder, client)
+    if as_json:
+        typer.echo(to_json(spent.to_dict(), indent=2))
+    else:
+        show_privacy(console, spent)
+
+
+@app.command()
 def assets(
     fetch: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
 ) -> None:

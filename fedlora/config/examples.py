@@ -10,7 +10,7 @@ from pydantic import Field
 from fedlora.config.section import NODES, SERVER, FileFormat, Positive, Section, Seed, Share
 from fedlora.errors import InputError
 from fedlora.quantization import check_quantization
-from fedlora.registry import CLIENT_SAMPLINGS
+from fedlora.registry import CLIENT_SAMPLINGS, MECHANISMS
 from fedlora.tasks import get_task, tasks
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class ModelSection(Section):
         "model.dtype by default.",
     )
     max_length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
-        default=128, description="Longest example, in tokens; the rest of a longer one is cut off."
+        default=128,
+        description="Longest row, in tokens; the rest of a longer example is cut off, or split by data.long_texts.",
     )
     num_hidden_layers: Positive | None = Field(
         default=None, description="Keep only the first so many layers of the base model; all by default."
@@ -165,6 +166,16 @@ class DataSection(Section):
         description="Column of the answers to choose from, lists of texts, for evaluation.kind = choice; the right one "
         "is the answer (of messages the assistant's last turn), or the first where data.answer is not given.",
     )
+    long_texts: Literal["cut", "split"] = Field(
+        default="cut",
+        description="What becomes of a language model's examples beyond model.max_length: they are cut, or split into "
+        "several rows, each of which counts as an example.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several examples of a language model's batch into one row of at most model.max_length tokens; "
+        "batches and results are the same, with less padding. Not with privacy by example.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of what is held out and of the subsets, so that runs of several seeds can share a test set; "
@@ -195,6 +206,7 @@ class DataSection(Section):
             raise InputError("data.client_test", self.client_test, remedy)
         self._check_partition(config)
         self._check_answers()
+        self._check_rows(config)
         skewed = self.partition.kind in ("dirichlet", "pathological", "shard")
         task = get_task(config.model.task)
         if not task.one_class and skewed and self.partition.column is None:
@@ -213,6 +225,16 @@ class DataSection(Section):
         if self.messages is None and (self.prompt is None) != (given is None):
             remedy = "give prompt and answer (or choices) together, or neither for plain text"
             raise InputError("data.prompt", self.prompt, remedy)
+
+    def _check_rows(self, config: Config) -> None:
+        """Check what a language model's rows are made of."""
+        task, mode = get_task(config.model.task), config.privacy.mode
+        if task.splits and self.name == NODES and self.long_texts == "split":
+            remedy = "is not done by nodes, whose numbers of rows would tell how long their texts are; set it to cut"
+            raise InputError("data.long_texts", "split", remedy)
+        if task.packs and self.packing and MECHANISMS.made(mode).clips_examples:
+            remedy = f"mode {mode} clips the gradient of each row; remove it, or set privacy.mode = none"
+            raise InputError("data.packing", True, remedy)
 
     @property
     def templated(self) -> bool:

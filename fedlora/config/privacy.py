@@ -29,22 +29,37 @@ class PrivacySection(Section):
     """
 
     mode: Annotated[str, AfterValidator(MECHANISMS.check)] = Field(
-        default="none", description="What is protected: nothing, or one example of one client."
+        default="none",
+        description="What is protected: nothing, one example of one client, or with client a whole client.",
     )
     target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Epsilon that no client may exceed over the whole run; noise is calibrated to it."
     )
     noise_multiplier: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="Standard deviation of the noise, in units of max_grad_norm, instead of target_epsilon; 0 trains "
-        "without noise, which has no epsilon.",
+        description="Standard deviation of the noise, in units of max_grad_norm or clipping_norm, instead of "
+        "target_epsilon; 0 trains without noise, which has no epsilon.",
     )
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-5, description="Delta, which must be below 1 / n for a client of n examples."
+        default=1e-5,
+        description="Delta, which must be below 1 / n for a client of n examples; with mode client for n clients.",
     )
     # Noise in proportion to a norm that float32 hardly holds is rounded to 0.
     max_grad_norm: Annotated[float, Field(ge=1e-6)] = Field(
         default=1.0, description="Norm to which each example's gradient is clipped."
+    )
+    clipping_norm: Annotated[float, Field(ge=1e-6, le=MAX_CLIP)] = Field(
+        default=1.0,
+        description="With mode client, the norm to which the server clips each client's update; with adaptive_clipping "
+        "that of the first round.",
+    )
+    adaptive_clipping: bool = Field(
+        default=False,
+        description="With mode client, let the norm follow the clients' updates: after each round it moves towards the "
+        "norm that clipping_quantile of them are below. Their noisy count is part of epsilon.",
+    )
+    clipping_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="Share of the updates that adaptive clipping leaves as they are."
     )
     accountant: Annotated[str, AfterValidator(ACCOUNTANTS.check)] = Field(
         default="rdp", description="How epsilon is computed from the steps that were taken."
@@ -78,6 +93,17 @@ class PrivacySection(Section):
         MECHANISMS.made(self.mode).check(config)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Without privacy nothing of it counts."""
+        """Without privacy nothing of it counts; each mode clips what it protects."""
+        clipping = "clipping_norm adaptive_clipping clipping_quantile"
         if self.mode == "none":
-            yield "target_epsilon noise_multiplier target_delta max_grad_norm accountant", "privacy.mode is none"
+            keys = f"target_epsilon noise_multiplier target_delta max_grad_norm accountant {clipping}"
+            yield keys, "privacy.mode is none"
+            return
+        mechanism = MECHANISMS.get(self.mode)
+        if mechanism.noise_by != "server":
+            yield clipping, f"privacy.mode is {self.mode}"
+        else:
+            if not self.adaptive_clipping:
+                yield "clipping_quantile", "privacy.adaptive_clipping is false"
+            if not mechanism.clips_examples:
+                yield "max_grad_norm", f"privacy.mode is {self.mode}, which clips clients' updates"

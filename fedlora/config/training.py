@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from fedlora.config.section import NODES, Count, Fraction, LearningRate, Name, Norm, Positive, Section, Seed
 from fedlora.errors import InputError
-from fedlora.registry import CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
+from fedlora.registry import AGGREGATORS, CLIENT_SAMPLINGS, CODECS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -89,6 +89,11 @@ class ClientSection(Section):
         default=None,
         description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Put examples of like length into the same physical batches of a batch, which saves padding; the "
+        "batch stays the same.",
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description="Compute each transformer layer's activations again in the backward pass instead of keeping them: "
@@ -126,7 +131,7 @@ class ClientSection(Section):
             raise InputError("client.local_steps", given, "give one of the two")
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
-        """Momentum is of sgd, a batch's clipping of training without privacy."""
+        """Momentum is of sgd, a batch's clipping of training without privacy, groups of a batch that is split."""
         if MECHANISMS.get(config.privacy.mode).clips_examples:
             yield "max_grad_norm", "under DP each example is clipped instead"
         if self.optimizer == "adamw":
@@ -135,6 +140,8 @@ class ClientSection(Section):
             yield "weight_decay", "it is so small that no number changes by it"
         if self.local_steps == 1:
             yield "proximal_mu", "the only step of a round begins where the term is 0"
+        if self.physical_batch_size is None:
+            yield "group_by_length", "client.physical_batch_size does not split batches"
         if self.optimizer == "sgd" and not self.momentum:
             yield "keep_optimizer_state", "sgd without momentum remembers nothing"
 
@@ -146,6 +153,20 @@ class ServerSection(Section):
     sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
         default="fixed",
         description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
+    )
+    aggregator: Annotated[str, AfterValidator(AGGREGATORS.check)] = Field(
+        default="mean",
+        description="What the server makes of the clients' moves: their mean, or what holds if some clients send what "
+        "is wrong.",
+    )
+    trimmed_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        default=0.1, description="Share of the values that trimmed-mean leaves out at each end."
+    )
+    malicious_clients: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="How many wrong clients krum and multi-krum withstand (f); they need 2 f + 3 replies."
+    )
+    max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Norm to which the server shortens longer moves of clients; by default none is."
     )
     optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
         default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
@@ -209,6 +230,9 @@ class ServerSection(Section):
             yield "evaluate_clients", "clients evaluate on test examples of their own"
         if not self.fraction_evaluate or config.privacy.mode == "none":
             yield "evaluate_not_covered", "no client evaluates under privacy"
+        for key in ("trimmed_share", "malicious_clients"):
+            if key in self.model_fields_set and key not in AGGREGATORS.get(self.aggregator).uses:
+                yield key, f"server.aggregator is {self.aggregator}"
         for key in ("learning_rate", "momentum", "beta_1", "beta_2", "tau"):
             # Looked up only for keys that were set: an optimizer's module imports torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedlora.errors import InputError
+from fedlora.tasks import Encoded
 
 UNKNOWN_REFUSED = 0.5
 """Share of unknown tokens, or of texts without a token, from which a run would learn next to nothing."""
@@ -30,6 +31,10 @@ class Coverage:
         Of texts, and of their token ids; counted up to 2.
     cut_rows, cut_tokens : int
         What ``model.max_length`` cuts off.
+    dropped_rows : int
+        Those of which the whole answer is cut off.
+    split_rows, made_rows, most_rows : int
+        Of long texts that become several rows: how many there are, all their rows, and the most of one text.
     bare : int
         Rows that are cut to their special tokens.
     largest : int
@@ -45,26 +50,36 @@ class Coverage:
     distinct_rows: int = 0
     cut_rows: int = 0
     cut_tokens: int = 0
+    dropped_rows: int = 0
+    split_rows: int = 0
+    made_rows: int = 0
+    most_rows: int = 0
     bare: int = 0
     largest: int = 0
     _first: tuple[str, list[int]] | None = field(default=None, repr=False)
 
-    def add(self, texts: Sequence[str], ids: Sequence[list[int]], tokenizer: Any, max_length: int) -> None:
-        """Count texts and their token ids, before any is cut to ``max_length``."""
+    def add(self, encoded: Encoded, tokenizer: Any, max_length: int) -> None:
+        """Count texts and their token ids, before any is cut to ``max_length``, and the rows that they become."""
+        whole, made = encoded.whole, Counter(encoded.of if encoded.of is not None else ())
+        lost = encoded.lost if encoded.lost is not None else [max(0, len(row) - max_length) for row in whole]
+        several = [rows for rows in made.values() if rows > 1]
+        self.split_rows += len(several)
+        self.made_rows += sum(several)
+        self.most_rows = max([self.most_rows, *several])
         unknown = tokenizer.unk_token_id
         special = set(tokenizer.all_special_ids)
         if unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
             special.discard(unknown)
-        for text, row in zip(texts, ids, strict=True):
+        for text, row, cut in zip(encoded.texts, whole, lost, strict=True):
             words = [token for token in row if token not in special]
             self.rows += 1
             self.tokens += len(row)
             self.words += len(words)
             self.unknown += words.count(unknown)
             self.empty += not words
-            self.bare += 0 < len(words) <= len(row) - max_length
-            self.cut_rows += len(row) > max_length
-            self.cut_tokens += max(0, len(row) - max_length)
+            self.bare += 0 < len(words) <= cut
+            self.cut_rows += cut > 0
+            self.cut_tokens += cut
             self.largest = max(self.largest, max(row, default=0))
             if self._first is None:
                 self._first, self.distinct_texts, self.distinct_rows = (text, row), 1, 1
@@ -124,13 +139,19 @@ def check_coverage(model: str, max_length: int, tables: dict[str, Coverage], voc
 
 
 def coverage_notes(max_length: int, tables: dict[str, Coverage]) -> list[str]:
-    """Say what is cut from which tables, and what share of tokens is unknown if it is not small."""
+    """Say what is split and cut in which tables, and what share of tokens is unknown if it is not small."""
     notes = []
     for name, found in tables.items():
+        done = []
+        if found.split_rows:
+            done.append(f"splits {found.split_rows:,} of {found.rows:,} texts of {name} into {found.made_rows:,} rows")
         if found.cut_rows:
             rows = f"{found.cut_rows:,} of {found.rows:,} rows"
             tokens = f"{found.cut_tokens:,} of {found.tokens:,} tokens"
-            notes.append(f"model.max_length = {max_length} cuts {rows} of {name}: {tokens} are dropped")
+            out = f", and {found.dropped_rows:,} rows without an answer" if found.dropped_rows else ""
+            done.append(f"cuts {rows} of {name}: {tokens} are dropped{out}")
+        if done:
+            notes.append(f"model.max_length = {max_length} {' and '.join(done)}")
         if found.words and found.unknown / found.words >= UNKNOWN_NOTED:
             share = f"{found.unknown / found.words:.0%}"
             notes.append(f"the tokenizer does not know {share} of the tokens of {name}")

@@ -29,6 +29,7 @@ from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
 from fedlora.tasks.chat import ChatTemplate
+from fedlora.tasks.long_texts import Piece
 
 if TYPE_CHECKING:
     import datasets
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 _LAYOUT = 4
 _CHUNK = 1000
 _KEPT = "train.kept.npy"
-"""Which training examples have tokens, where some have none."""
+"""Which training example each row is of, where some have none or several."""
 
 _TABLES = ("train", "test", "validation", "public")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "flwr-datasets", "numpy")
@@ -287,9 +288,10 @@ def prepare_data(config: Config) -> FederatedData:
     tokenizer's special tokens. Where the tokens are the labels it is the text, or prompt and answer (only the answer
     has a loss), and the end-of-sequence token; or a conversation as the tokenizer's chat template writes it, of which
     the assistant's turns have a loss (:meth:`fedlora.tasks.chat.ChatTemplate.encode`).
-    Rows are cut to ``model.max_length``; a row whose answer is cut off wholly is dropped with a warning. A node keeps
-    it, without a loss: the number of its examples is public. So is a row that its tokenizer cannot read, or that gives
-    no token of the model's: a special token stands for it, and the node's own log says how many there are.
+    Rows are cut to ``model.max_length``, or a long example becomes several rows of one client (``data.long_texts``). A
+    row whose answer is cut off wholly is dropped, and said. A node keeps it, without a loss: the number of its examples
+    is public. So is a row that its tokenizer cannot read, or that gives no token of the model's: a special token stands
+    for it, and the node's own log says how many there are.
 
     The cache's key covers the tokenizer's files, ``data.*``, ``run.seed``, ``model.task``, ``model.max_length`` and the
     sources as :func:`~fedlora.data.sources.source_identity` sees them. Who holds which row is kept apart from the
@@ -329,6 +331,9 @@ def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) 
     if not _is_own(config):
         check_coverage(name, length, tables, vocabulary)
         data.notes.extend(coverage_notes(length, tables))
+        most = tables["train"].most_rows if "train" in tables else 0
+        if most and config.privacy.mode != "none":
+            data.notes.append(f"epsilon is that of one row, and a text of train is split into up to {most:,} rows")
         return
     try:
         check_coverage(name, length, tables, vocabulary)
@@ -352,10 +357,10 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
     parts = {
         "layout": _LAYOUT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, _source(type(get_task(config.model.task))), _source(ChatTemplate)],
+        "task": [config.model.task, *map(_source, (type(get_task(config.model.task)), ChatTemplate, Piece))],
         "max_length": config.model.max_length,
         "seed": None if _is_own(config) else draw_seed(config),
-        "data": config.data.model_dump(exclude={"seed", "partition", "client_test"}),
+        "data": config.data.model_dump(exclude={"seed", "partition", "client_test", "packing"}),
         "vocabulary": vocabulary_size(pretrained),
         "token_types": has_token_types(pretrained),
         "source": source_identity(config),
@@ -412,16 +417,25 @@ def _build(config: Config, examples: Examples, vocabulary: int | None, types: bo
 
 def _divide(config: Config, examples: Examples, folder: Path, target: Path) -> None:
     """Write who holds which row of the training examples, of which the tokens are in ``folder``."""
-    train, kept = examples.train, folder / _KEPT
+    train, kept, rows_of = examples.train, folder / _KEPT, None
     if train is not None and kept.is_file():
-        train = train.select(np.load(kept))
+        of, first, counts = np.unique(np.load(kept), return_index=True, return_counts=True)
+        train, rows_of = train.select(of), (first, counts)
     clients, names = _clients(config, train, examples.label_names)
     if isinstance(config.data.client_test, float):
         parts = [hold_out_of_client(config, client, rows) for client, rows in enumerate(clients)]
         clients = [rows for rows, _ in parts]
-        _write_partition(target, "client_test", [held for _, held in parts])
-    _write_partition(target, "partition", clients)
+        _write_partition(target, "client_test", [_rows_of(held, rows_of) for _, held in parts])
+    _write_partition(target, "partition", [_rows_of(rows, rows_of) for rows in clients])
     (target / "names.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def _rows_of(chosen: np.ndarray, where: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """Return the rows of examples that a client has: where they begin, and how many they are; else one each."""
+    if where is None:
+        return chosen
+    first, counts = where
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(first[n], first[n] + counts[n]) for n in chosen)])
 
 
 def _write_partition(target: Path, name: str, clients: list[np.ndarray]) -> None:
@@ -455,15 +469,19 @@ def _write_table(
     coverage: Coverage,
 ) -> None:
     """Write the files of one split."""
-    task, rows = get_task(config.model.task), list[list[int]]()
+    task, rows, of = get_task(config.model.task), list[list[int]](), list[int]()
+    encode = task.encode
+    if config.data.long_texts == "split" and task.splits:
+        encode = task.split  # type: ignore[attr-defined]
     starts, flat = list[int](), {"tags": list[list[int]](), "token_types": list[list[int]]()}
     for first in range(0, len(table), _CHUNK):
         examples = table[first : first + _CHUNK]
-        encoded: Encoded = task.encode(tokenizer, examples, config.model.max_length, types)
+        encoded: Encoded = encode(tokenizer, examples, config.model.max_length, types)
         if encoded.refused:
             _replace_refused(config, encoded, examples, tokenizer)
-        coverage.add(encoded.texts, encoded.whole, tokenizer, config.model.max_length)
+        coverage.add(encoded, tokenizer, config.model.max_length)
         rows += encoded.tokens
+        of += [first + number for number in (range(len(encoded.tokens)) if encoded.of is None else encoded.of)]
         starts += encoded.starts or []
         for kind, values in flat.items():
             values += getattr(encoded, kind) or []
@@ -480,11 +498,14 @@ def _write_table(
             logger.warning(
                 "%d of %d rows of %s dropped: model.max_length cuts their answers off", dropped, len(rows), name
             )
-            rows, table = [rows[row] for row in keep], table.select(keep)
+            coverage.dropped_rows = dropped
+            rows, of = [rows[row] for row in keep], [of[row] for row in keep]
             starts = [starts[row] for row in keep if starts]
             flat["tags"] = [flat["tags"][row] for row in keep if flat["tags"]]
-            if name == "train":
-                np.save(target / _KEPT, np.array(keep, np.int64))
+    if of != list(range(len(table))):
+        table = table.select(of)
+        if name == "train":
+            np.save(target / _KEPT, np.array(of, np.int64))
     if starts:
         np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
     labels = task.label_array(table["label"][:]) if task.labelled else None

@@ -71,6 +71,7 @@ class LocalNode:
             "label": own.label,
             "test": SERVER,
             "partition": {"kind": "iid", "clients": 1},
+            "packing": run.data.packing,
         }
         if label_names is not None:
             content["data"]["label_names"] = label_names
@@ -104,5 +105,5 @@ class LocalNode:
             remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
         plan = mechanism_of(run).plan(run, examples)
-        check_policy(policy, plan)
+        check_policy(policy, plan, run.privacy.mode)
         return plan

@@ -13,14 +13,16 @@ from fedlora.node.config import PolicySection
 from fedlora.privacy import PrivacyPlan
 
 
-def check_policy(policy: PolicySection, plan: PrivacyPlan | None) -> None:
+def check_policy(policy: PolicySection, plan: PrivacyPlan | None, mode: str = "none") -> None:
     """Refuse a run whose privacy is weaker than the owner accepts. The ledger enforces the ceiling.
 
     Parameters
     ----------
     policy : PolicySection
     plan : PrivacyPlan, optional
-        The run's privacy for this node's number of examples; None without privacy.
+        The run's privacy for this node's number of examples; None where the node adds no noise.
+    mode : str
+        ``privacy.mode`` of the run.
 
     Raises
     ------
@@ -29,7 +31,7 @@ def check_policy(policy: PolicySection, plan: PrivacyPlan | None) -> None:
     """
     if plan is None:
         if not policy.allow_non_private:
-            raise PolicyError("allow_non_private", False, "privacy.mode = none")
+            raise PolicyError("allow_non_private", False, f"privacy.mode = {mode}")
         return
     # A start made from the owner's examples releases information about them, as a step does.
     noise = min([plan.noise_multiplier, *(sigma for sigma, _, _ in plan.start)])

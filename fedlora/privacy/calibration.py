@@ -159,6 +159,86 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
     )
 
 
+@dataclass(frozen=True)
+class ServerPlan:
+    """The privacy of a run whose server adds noise to the sum of the clients' clipped updates.
+
+    Attributes
+    ----------
+    sample_rate : float
+        q, with which each client is drawn into a round.
+    noise_multiplier : float
+        sigma, of all that a release tells: standard deviation by the norm that one client can change.
+    update_noise_multiplier : float
+        That of the sum of updates alone; above sigma where a noisy count is released beside it.
+    count_noise : float
+        Standard deviation of the noise on the count of unclipped updates; 0 where none is released.
+    releases : int
+        Noisy sums that the run releases: one for each exchange of a round.
+    delta : float
+    accountant : str
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    update_noise_multiplier: float
+    count_noise: float
+    releases: int
+    delta: float
+    accountant: str
+
+
+COUNT_NOISE = 0.05
+"""Noise on the count of unclipped updates, as a share of the clients that a round expects (Andrew et al. 2021)."""
+
+
+def plan_server(config: Config, clients: int) -> ServerPlan:
+    """Calibrate the server's noise for all rounds of the run.
+
+    Parameters
+    ----------
+    config : Config
+        With ``privacy.mode = "client"``.
+    clients : int
+        N, the number of clients (treated as public).
+
+    Raises
+    ------
+    InputError
+        If delta >= 1 / N, no noise reaches the target epsilon, the noise that was given has no finite epsilon, or
+        clients are too few for a noisy count of them.
+
+    Notes
+    -----
+    With adaptive clipping a round releases a sum of updates, of noise z_u, and a count of the unclipped ones, of noise
+    s. Together they are one Gaussian release of noise z with z^-2 = z_u^-2 + (2 s)^-2 (Andrew et al. 2021, arXiv
+    1905.03871, theorem 1).
+    """
+    privacy, method = config.privacy, get_method(config.method.name)
+    if privacy.target_delta >= 1 / clients:
+        remedy = f"must be below 1 / N = {1 / clients:.3g} for {clients} clients; lower it"
+        raise InputError("privacy.target_delta", privacy.target_delta, remedy)
+    rate = float(config.server.fraction_train)
+    releases = sum(len(method.exchanges(config, r)) for r in range(1, config.run.rounds + 1))
+    sigma = privacy.noise_multiplier
+    if sigma is None:
+        assert privacy.target_epsilon is not None
+        sigma = noise_multiplier(privacy.target_epsilon, privacy.target_delta, rate, releases, privacy.accountant)
+    elif sigma and math.isinf(spent_epsilon(privacy.accountant, privacy.target_delta, ((sigma, rate, releases),))):
+        remedy = f"has no finite epsilon under {privacy.accountant}; raise it, or choose another accountant"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    updates, count = sigma, 0.0
+    if privacy.adaptive_clipping:
+        count = COUNT_NOISE * rate * clients
+        if sigma and sigma >= 2 * count:
+            remedy = f"needs more clients: a noise multiplier of {sigma:.3g} leaves no room for their noisy count"
+            remedy = f"{remedy} among {rate * clients:g} a round; leave it out"
+            raise InputError("privacy.adaptive_clipping", True, remedy)
+        updates = (sigma**-2 - (2 * count) ** -2) ** -0.5 if sigma else 0.0
+        count = count if sigma else 0.0
+    return ServerPlan(rate, sigma, updates, count, releases, privacy.target_delta, privacy.accountant)
+
+
 @lru_cache(maxsize=65536)
 def noise_multiplier(
     epsilon: float,

@@ -44,7 +44,7 @@ class Forecast:
     evaluated_examples : int
         Test and validation examples, counted once for each evaluation.
     noise_multipliers : list of float
-        One for each client, in order; empty without privacy.
+        One for each client, in order, or one of the server's; empty without privacy.
     ranks : list of int or "full"
         Of each client, in order; empty where clients have no ranks of their own.
     """
@@ -87,7 +87,8 @@ def forecast(config: Config) -> Forecast:
     strategy.nodes = {client: client for client in range(len(data.partition))}
     planned = strategy.planned(strategy.server_model(data, "meta"))
     sizes = [int(size) for size in data.partition.sizes]
-    plans = [mechanism_of(config).plan(config, size) for size in sizes]
+    mechanism = mechanism_of(config)
+    plans = [*(mechanism.plan(config, size) for size in sizes), mechanism.server_plan(config, len(sizes))]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round if so configured, in rounds that are due, and after the last.
     evaluations = config.server.evaluate_start + 1 + sum(server_round % every == 0 for server_round in rounds[:-1])
@@ -184,7 +185,8 @@ def estimate_seconds(
         if isinstance(expected, InputError):
             continue
         trained = get_strategy(run.config.method.name).parameterisation
-        key = f"{run.config.model!r} {trained} {run.config.client.batch_size} {run.config.privacy.mode}"
+        settings = run.config.client.batch_size, run.config.privacy.mode, run.config.data.packing
+        key = f"{run.config.model!r} {trained} {settings}"
         if key not in measured:
             measured[key] = seconds_a_step(run.config)
         batches = expected.evaluated_examples / run.config.client.batch_size

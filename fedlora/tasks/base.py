@@ -72,19 +72,23 @@ class Encoded:
     Attributes
     ----------
     tokens : list of list of int
-        Token ids of each example, cut to ``model.max_length``.
+        Token ids of each row, at most ``model.max_length`` of them. Rows are examples, unless ``of`` says otherwise.
     whole : list of list of int
-        The same before the cut, to count how much ``model.max_length`` cuts off.
+        Those of each example before the cut, to count how much ``model.max_length`` cuts off.
     texts : list of str
         The text that each example was tokenised from.
     starts : list of int, optional
-        Number of leading tokens of each example without a loss, where the tokens are the labels.
+        Number of leading tokens of each row without a loss, where the tokens are the labels.
     token_types : list of list of int, optional
         For every token, 0 or 1: the text of a pair that it belongs to.
     tags : list of list of int, optional
         The label of every token, -100 for none.
     refused : dict of int to str
         Why an example, which has no token then, cannot be used; by its number.
+    of : list of int, optional
+        The number of the example that each row is of, where long ones are several rows, one after the other.
+    lost : list of int, optional
+        How many tokens of each example are in no row; by default those behind ``model.max_length``.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -94,6 +98,8 @@ class Encoded:
     token_types: list[list[int]] | None = None
     tags: list[list[int]] | None = None
     refused: dict[int, str] = field(default_factory=dict)
+    of: list[int] | None = None
+    lost: list[int] | None = None
 
 
 class Task(ABC):
@@ -131,6 +137,11 @@ class Task(ABC):
     answers : bool
         Whether examples may be prompts with answers, which ``[evaluation]`` scores; such a task has ``prompts`` and
         ``answered``, as :class:`~fedlora.tasks.causal_lm.CausalLM` does.
+    splits : bool
+        Whether long examples may be several rows (``data.long_texts``); such a task has ``split``, which does as
+        :meth:`encode` and gives :class:`Encoded` with ``of`` and ``lost``.
+    packs : bool
+        Whether a row may hold several examples (``data.packing``); such a task has ``packed_loss``.
     scores : dict of str to Metric
         The metrics beside ``loss``, and how each is shown.
     primary : str
@@ -157,6 +168,8 @@ class Task(ABC):
     one_class: ClassVar[bool] = False
     words: ClassVar[bool] = False
     answers: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     scores: ClassVar[Mapping[str, Metric]]
     primary: ClassVar[str]
     client_metric: ClassVar[str] = "loss"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.tasks.base import IGNORED, PERCENT, Encoded, Metric, Sums, Task, upcast
 from fedlora.tasks.chat import ChatTemplate, shared_length, without_answer
+from fedlora.tasks.long_texts import lost, split_conversations, split_row
 from fedlora.tasks.texts import tokenise
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     causal = takes_hidden_states = True
-    keys = ("data.prompt", "data.answer", "data.messages", "data.template", "data.choices")
+    keys = (
+        *("data.prompt", "data.answer", "data.messages", "data.template", "data.choices"),
+        *("data.long_texts", "data.packing"),
+    )
     labelled = classes = False
-    answers = True
+    answers = splits = packs = True
     scores: ClassVar = {
         "perplexity": Metric(maximize=False, digits=2),
         "exact_match": PERCENT,
@@ -58,24 +62,52 @@ class CausalLM(Task):
 
         An end-of-sequence token closes a text and an answer.
         """
-        eos = tokenizer.eos_token_id
         if "messages" in examples:
             rows, labels, refused = ChatTemplate(tokenizer).encode(examples["messages"])
-            texts = ["\n".join(message["content"] for message in messages) for messages in examples["messages"]]
             tags = [label[:max_length] for label in labels]
-            return Encoded([ids[:max_length] for ids in rows], rows, texts, tags=tags, refused=refused)
+            return Encoded([ids[:max_length] for ids in rows], rows, _texts(examples), tags=tags, refused=refused)
+        rows, starts = self._rows(tokenizer, examples)
+        return Encoded([ids[:max_length] for ids in rows], rows, _texts(examples), starts)
+
+    def split(self, tokenizer: Any, examples: Mapping[str, list[Any]], max_length: int, token_types: bool) -> Encoded:
+        """Tokenise as :meth:`encode`, and put what is longer than ``max_length`` into several rows.
+
+        Every row of an answer begins with the prompt (:func:`~fedlora.tasks.long_texts.split_row`); conversations are
+        split between their exchanges (:func:`~fedlora.tasks.long_texts.split_conversations`).
+        """
+        if "messages" in examples:
+            found = split_conversations(ChatTemplate(tokenizer), examples["messages"], max_length)
+            found.texts = _texts(examples)
+            return found
+        rows, starts = self._rows(tokenizer, examples)
+        heads = starts
         if "text" in examples:
-            texts = examples["text"]
+            # What a tokenizer writes before every text is in front of every row.
+            (empty,) = tokenise(tokenizer, [""], None)["input_ids"]
+            first = [token for token in empty if token != tokenizer.eos_token_id]
+            heads = [shared_length(first, ids) for ids in rows]
+        pieces = [split_row(ids, head, max_length) for ids, head in zip(rows, heads, strict=True)]
+        return Encoded(
+            tokens=[piece.ids for of_one in pieces for piece in of_one],
+            whole=rows,
+            texts=_texts(examples),
+            starts=[max(piece.start, start) for of_one, start in zip(pieces, starts, strict=True) for piece in of_one],
+            of=[number for number, of_one in enumerate(pieces) for _ in of_one],
+            lost=[lost(ids, of_one) for ids, of_one in zip(rows, pieces, strict=True)],
+        )
+
+    def _rows(self, tokenizer: Any, examples: Mapping[str, list[Any]]) -> tuple[list[list[int]], list[int]]:
+        """Return the ids of texts, or of prompts and answers, and how many leading ones of each have no loss."""
+        eos = tokenizer.eos_token_id
+        if "text" in examples:
+            found = tokenise(tokenizer, examples["text"], None)["input_ids"]
             # A tokenizer may close its rows itself.
-            rows = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokenise(tokenizer, texts, None)["input_ids"]]
-            starts = [0] * len(rows)
-        else:
-            texts = [a + b for a, b in zip(examples["prompt"], examples["answer"], strict=True)]
-            prompts = self.prompts(tokenizer, examples)
-            answers = tokenise(tokenizer, examples["answer"], None, special=False)["input_ids"]
-            rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
-            starts = [len(prompt) for prompt in prompts]
-        return Encoded([ids[:max_length] for ids in rows], rows, texts, starts)
+            rows = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in found]
+            return rows, [0] * len(rows)
+        prompts = self.prompts(tokenizer, examples)
+        answers = tokenise(tokenizer, examples["answer"], None, special=False)["input_ids"]
+        rows = [[*prompt, *answer, eos] for prompt, answer in zip(prompts, answers, strict=True)]
+        return rows, [len(prompt) for prompt in prompts]
 
     def prompts(self, tokenizer: Any, examples: Mapping[str, list[Any]]) -> list[list[int]]:
         """Return the token ids that each example's answer follows; of a conversation, the assistant's last turn.
@@ -135,6 +167,22 @@ class CausalLM(Task):
         losses, counts = token_losses(logits, labels)
         return losses / counts.clamp(min=1)
 
+    def packed_loss(
+        self, logits: torch.Tensor | HiddenStates, labels: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of :meth:`loss` over the examples in each row.
+
+        Parameters
+        ----------
+        logits : Tensor [N, T, vocabulary] or HiddenStates
+        labels : Tensor [N, T]
+            As in :meth:`loss`; the first token of every example has none.
+        weights : Tensor [N, T]
+            One over the number of target tokens of each token's example.
+        """
+        losses, _ = _losses_by_token(logits, labels)
+        return (losses * weights[:, 1:].to(losses)).sum(1)
+
     def drawn_labels(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, outputs: int) -> torch.Tensor:
         """Return the tokens themselves."""
         return ids.masked_fill(~mask, IGNORED)
@@ -152,8 +200,23 @@ class CausalLM(Task):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
+def _texts(examples: Mapping[str, list[Any]]) -> list[str]:
+    """Return what each example is tokenised from."""
+    if "messages" in examples:
+        return ["\n".join(message["content"] for message in messages) for messages in examples["messages"]]
+    if "text" in examples:
+        return examples["text"]
+    return [prompt + answer for prompt, answer in zip(examples["prompt"], examples["answer"], strict=True)]
+
+
 def token_losses(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each example's summed token cross-entropy [N] in nats, and its number of target tokens [N]."""
+    losses, chosen = _losses_by_token(logits, labels)
+    return losses.sum(1), chosen.sum(1)
+
+
+def _losses_by_token(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy [N, T - 1] of the tokens behind the first, 0 without a target, and which are targets."""
     import torch
     from torch.nn import functional
 
@@ -171,7 +234,6 @@ def token_losses(logits: torch.Tensor | HiddenStates, labels: torch.Tensor) -> t
     else:
         losses = logits.output.losses(flat, wanted).to(labels.device)
     if every:
-        return losses.reshape(targets.shape).sum(1), chosen.sum(1)
+        return losses.reshape(targets.shape), chosen
     summed = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device)
-    summed = summed.masked_scatter(chosen, losses)
-    return summed.sum(1), chosen.sum(1)
+    return summed.masked_scatter(chosen, losses), chosen

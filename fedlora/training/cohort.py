@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
 from fedlora.config import ClientSection, Config
+from fedlora.data.packing import packed_batch, packed_rows
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
@@ -35,7 +37,7 @@ from fedlora.training.dp import (
 from fedlora.training.local_terms import add_local_terms
 from fedlora.training.optimizer_state import put_states, take_states
 from fedlora.training.rule import StepRule
-from fedlora.training.soundness import check_sound, dependence
+from fedlora.training.soundness import check_packing, check_sound, dependence
 from fedlora.training.step_memory import StepMemory, step_memory
 
 log = logging.getLogger("fedlora")
@@ -153,15 +155,13 @@ def train_cohort(
     ValueError
         If the jobs differ where they may not.
     InputError
-        If the jobs are private and the model's examples depend on each other, or it has no layers to checkpoint.
+        If the jobs are private and the model's examples depend on each other, or it cannot checkpoint or pack.
     GuardError
         If the optimiser holds other parameters than the model, or a trainable has no gradient.
     """
     client, private = config.client, jobs[0].plan is not None
     _check_alike(jobs)
-    if private:
-        check_sound(adapted, config, table.pad_token_id)
-    elif len(jobs) > 1 and (reason := dependence(adapted, config, table.pad_token_id)) is not None:
+    if (reason := _obstacle(adapted, table, jobs, config)) is not None:
         log.warning("clients are trained one at a time, not in cohorts: %s", reason)
         return [result for job in jobs for result in train_cohort(adapted, table, [job], config, rule)]
     steps = [local_steps(config, len(job.rows)) for job in jobs]
@@ -183,7 +183,7 @@ def train_cohort(
         if private:
             choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
             stack.enter_context(per_example_gradients(adapted))
-        stepper = _Stepper(adapted, table, client, optimizer, jobs, generators, memory, rule)
+        stepper = _Stepper(adapted, table, config, optimizer, jobs, generators, memory, rule)
         for step in range(max(steps)):
             for job, n in zip(jobs, steps, strict=True):
                 if job.on_step is not None and step < n:
@@ -207,6 +207,21 @@ def train_cohort(
     return [result for result in results if result is not None]
 
 
+def _obstacle(adapted: AdaptedModel, table: TokenTable, jobs: Sequence[ClientJob], config: Config) -> str | None:
+    """Check that the model can be trained so; say why not in one pass, or return None where it can."""
+    if jobs[0].plan is not None:
+        check_sound(adapted, config, table.pad_token_id)
+        return None
+    if _packs(table, jobs, config):
+        check_packing(adapted, config, table.pad_token_id)
+    return dependence(adapted, config, table.pad_token_id) if len(jobs) > 1 else None
+
+
+def _packs(table: TokenTable, jobs: Sequence[ClientJob], config: Config) -> bool:
+    """Whether examples share rows. Under DP-SGD an example is a row, whatever a config says that reaches a node."""
+    return config.data.packing and table.task.packs and jobs[0].plan is None
+
+
 def _check_alike(jobs: Sequence[ClientJob]) -> None:
     if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
         raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
@@ -221,20 +236,22 @@ class _Stepper:
         Each client's losses, summed over its examples so far.
     unreached : set of str
         Trained arrays that no loss has led back to so far.
+    pack_to : int or None
+        Length of the rows into which several examples are put; None where each has a row of its own.
     """
 
     def __init__(
         self,
         adapted: AdaptedModel,
         table: TokenTable,
-        client: ClientSection,
+        config: Config,
         optimizer: torch.optim.Optimizer,
         jobs: Sequence[ClientJob],
         generators: Sequence[_Generators],
         memory: StepMemory,
         rule: StepRule | None = None,
     ) -> None:
-        self._memory, self._client = memory, client
+        self._memory, self._client = memory, config.client
         self._rule = rule or StepRule()
         self._kinds = [kind_of(name, adapted.head_names) for name in adapted.trained]
         self.adapted, self.table, self.optimizer = adapted, table, optimizer
@@ -243,6 +260,7 @@ class _Stepper:
         self._guarded = False
         self.unreached = set(adapted.trained)
         private = [job.plan for job in jobs if job.plan is not None]
+        self.pack_to = config.model.max_length if _packs(table, jobs, config) else None
         if private:
             self._dp = StackedDPOptimizer(
                 optimizer,
@@ -267,6 +285,8 @@ class _Stepper:
         if self._dp is not None:
             self._dp.idle = idle
         sizes = np.array([len(r) for r in rows])
+        if self._client.group_by_length:
+            rows = [r[np.argsort(self.table.lengths[r], kind="stable")] for r in rows]
         start, longest = 0, int(sizes.max())
         while start < longest:
             size = self._memory.physical_batch_size or longest
@@ -314,12 +334,12 @@ class _Stepper:
         return True
 
     def _backward(self, chunk: list[np.ndarray], sizes: np.ndarray) -> torch.Tensor:
-        """Compute a physical batch's gradients; return the loss of each row. If it fails, the step's are as before."""
-        loss = _losses(self.adapted, self.table, chunk)
+        """Compute a physical batch's gradients; return each row's losses. If it fails, the step's are as before."""
+        loss = _losses(self.adapted, self.table, chunk, self.pack_to)
         if self._dp is not None:
             loss.sum().backward()
             return loss.detach()
-        means = np.repeat(1 / np.maximum(1, sizes), [len(r) for r in chunk])
+        means = np.repeat(1 / np.maximum(1, sizes), self.adapted.layout.counts)
         mean, parameters = (loss * torch.from_numpy(means).to(loss)).sum(), self.adapted.parameters()
         for p, gradient in zip(parameters, torch.autograd.grad(mean, parameters, allow_unused=True), strict=True):
             if gradient is not None:
@@ -404,13 +424,23 @@ def _optimizer(
     return optimizer
 
 
-def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray]) -> torch.Tensor:
-    batch = table.batch(np.concatenate(rows), adapted.device)
+def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray], pack_to: int | None) -> torch.Tensor:
+    """Return the loss of each row of a pass: an example's, or with ``pack_to`` the sum of those that share the row."""
     # Only dropout asks for lengths.
     dropout = adapted.layout.dropout_generators is not None
-    lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
-    adapted.layout.set_rows([len(r) for r in rows], lengths)
-    return table.task.loss(adapted.outputs(batch, table.task), batch["labels"])
+    if pack_to is None:
+        batch = table.batch(np.concatenate(rows), adapted.device)
+        lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
+        adapted.layout.set_rows([len(r) for r in rows], lengths)
+        return table.task.loss(adapted.outputs(batch, table.task), batch["labels"])
+    packed = [[r[places] for places in packed_rows(table.lengths[r], pack_to)] for r in rows]
+    batch = packed_batch(table, [own for client in packed for own in client])
+    batch = {name: value.to(adapted.device) for name, value in batch.items()}
+    lengths = [max((int(table.lengths[own].sum()) for own in client), default=0) for client in packed]
+    adapted.layout.set_rows([len(client) for client in packed], lengths if dropout else None)
+    task: Any = table.task
+    loss: torch.Tensor = task.packed_loss(adapted.outputs(batch, task), batch["labels"], batch["weights"])
+    return loss
 
 
 def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:

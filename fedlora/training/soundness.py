@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from fedlora.adapters import AdaptedModel
 from fedlora.adapters.stacked import RowProducts
 from fedlora.arrays import Arrays
 from fedlora.config import Config
+from fedlora.data.packing import packed_batch
+from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
 from fedlora.models import has_token_types, unchanged
 from fedlora.tasks import Task, get_task
@@ -43,6 +45,9 @@ ROOM = 0.7
 
 BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
 """The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
+
+PACKED = ([[3, 0, 1], [4]], [[2, 1, 0, 2]])
+"""The rows of two clients in a pass, each of several texts."""
 
 COHORT = ([0], [3, 2])
 """The rows of two clients in a pass."""
@@ -102,6 +107,77 @@ def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str 
     return adapted.independent[key]
 
 
+def check_packing(adapted: AdaptedModel, config: Config, pad_token_id: int) -> None:
+    """Refuse ``data.packing`` for a model of which texts in one row are not each what they are alone.
+
+    It is measured as :func:`dependence` is, and once for a model.
+
+    Raises
+    ------
+    InputError
+        Naming what differs.
+    """
+    key = ("packing", config.model.max_length, pad_token_id)
+    if key not in adapted.independent:
+        with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
+            _widen(adapted)
+            adapted.independent[key] = _measure_packing(adapted, _synthetic(adapted, config, pad_token_id))
+    found = adapted.independent[key]
+    if found is not None:
+        raise InputError("data.packing", True, f"does not work with {config.model.name}: {found}; set it to false")
+
+
+def _measure_packing(adapted: AdaptedModel, examples: _Examples) -> str | None:
+    adapted.model.train()
+    try:
+        return _compare_packed(adapted, examples)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"a pass over several texts in a row fails ({type(error).__name__}: {error})"
+
+
+def _compare_packed(adapted: AdaptedModel, examples: _Examples) -> str | None:
+    """Compare texts in the rows of two clients with each alone: losses, the clients' gradients, and a long text."""
+    arrays, task = [adapted.drawn(seed) for seed in (0, 1)], cast(Any, examples.task)
+    clients = [[np.array(row) for row in rows] for rows in PACKED]
+    expected = [_alone(adapted, examples, *own) for own in zip(arrays, clients, strict=True)]
+    adapted.set_clients(arrays)
+    batch = examples.packed([row for client in clients for row in client], adapted.device)
+    adapted.layout.set_rows([len(client) for client in clients])
+    losses = task.packed_loss(adapted.logits(batch), batch["labels"], batch["weights"])
+    if not (share := _share(losses.detach(), torch.cat([found for found, _ in expected]))) <= LOGITS:
+        return f"losses of texts that share a row differ by {share:.2%} from those of each alone"
+    together = torch.autograd.grad(losses.sum(), adapted.parameters(), allow_unused=True)
+    for client, (_, gradients) in enumerate(expected):
+        whole = float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+        for name, alone, both in zip(adapted.trained, gradients, together, strict=True):
+            if alone is None or both is None:
+                continue
+            share = float((both[client] - alone[0]).norm()) / max(float(alone.norm()), SMALL * whole, 1e-30)
+            if not share <= GRADIENTS:
+                return f"the gradient of {name} of texts that share a row differs by {share:.2%} from theirs alone"
+    adapted.set_clients(arrays[:1])
+    short, long = len(examples.rows[0]), len(examples.rows[-1])
+    row = _states(adapted, examples.packed([np.array([0, len(examples.rows) - 1])], adapted.device))
+    alone = _states(adapted, examples.batch([len(examples.rows) - 1], adapted.device))
+    if not (share := _share(row[:, short : short + long], alone)) <= LOGITS:
+        return f"states of a text of {long} tokens differ by {share:.2%} behind another text of its row"
+    return None
+
+
+def _alone(
+    adapted: AdaptedModel, examples: _Examples, arrays: Arrays, rows: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """Return each row's sum of its texts' losses, and their gradients, from passes over one text at a time."""
+    adapted.set_clients([arrays])
+    adapted.layout.set_rows([1])
+    batches = [[examples.batch([text], adapted.device) for text in row] for row in rows]
+    each = [torch.cat([examples.task.loss(adapted.logits(b), b["labels"]) for b in row]) for row in batches]
+    losses = torch.stack([values.sum() for values in each])
+    return losses.detach(), torch.autograd.grad(losses.sum(), adapted.parameters(), allow_unused=True)
+
+
 @dataclass
 class _Pass:
     """What a batch gave.
@@ -135,7 +211,7 @@ def _measure(adapted: AdaptedModel, examples: _Examples) -> str | None:
 def _compare(adapted: AdaptedModel, examples: _Examples, arrays: list[Arrays]) -> str | None:
     adapted.set_clients(arrays[:1])
     # The longest first: a model may change for good with the first short row, as BigBird's attention does.
-    longest = _states(adapted, examples, [len(examples.rows) - 1])
+    longest = _states(adapted, examples.batch([len(examples.rows) - 1], adapted.device))
     alone: dict[tuple[int, int], _Pass] = {}
     for client, rows in enumerate(([4, 3, 2, 1, 0], COHORT[1])):
         adapted.set_clients([arrays[client]])
@@ -168,8 +244,8 @@ def _compare_values(adapted: AdaptedModel, examples: _Examples, longest: torch.T
     last = len(examples.rows) - 1
     for training, batch in ((False, [3, 1, 0]), (True, [0, last]), (True, [0, 1] * 20 + [0])):
         adapted.model.train(training)
-        alone = {0: _states(adapted, examples, [0]), last: longest}
-        company = _states(adapted, examples, batch)
+        alone = {0: _states(adapted, examples.batch([0], adapted.device)), last: longest}
+        company = _states(adapted, examples.batch(batch, adapted.device))
         for place, row in enumerate(batch):
             if row not in alone:
                 continue
@@ -180,15 +256,14 @@ def _compare_values(adapted: AdaptedModel, examples: _Examples, longest: torch.T
 
 
 @torch.no_grad()
-def _states(adapted: AdaptedModel, examples: _Examples, rows: Sequence[int]) -> torch.Tensor:
+def _states(adapted: AdaptedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return logits [N, classes], or the last hidden states [N, T, d], whose logits would cost more than all else."""
-    batch = examples.batch(rows, adapted.device)
-    adapted.layout.set_rows([len(rows)])
+    adapted.layout.set_rows([len(batch["input_ids"])])
     body: Any = adapted.model
     while not adapted.head and getattr(body, "base_model", body) is not body:
         body = body.base_model
     if isinstance(body, PreTrainedModel) and not adapted.head:
-        states: torch.Tensor = body(input_ids=batch["input_ids"])[0]
+        states: torch.Tensor = body(**{n: batch[n] for n in ("input_ids", "position_ids") if n in batch})[0]
         return states
     return adapted.logits(batch)
 
@@ -287,6 +362,12 @@ class _Examples:
         if device.type == "cpu" or not mask.all():
             batch["attention_mask"] = mask.long()
         return {name: value.to(device) for name, value in batch.items()}
+
+    def packed(self, rows: Sequence[np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return rows that hold several of these, of a task whose labels are the tokens."""
+        starts, offsets = np.zeros(len(self.rows), np.int64), np.cumsum([0, *map(len, self.rows)])
+        table = TokenTable(np.concatenate(self.rows), offsets, None, starts, None, self.pad_token_id, self.task)
+        return {name: value.to(device) for name, value in packed_batch(table, rows).items()}
 
 
 def _synthetic(adapted: AdaptedModel, config: Config, pad_token_id: int) -> _Examples:

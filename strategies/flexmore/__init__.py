@@ -79,6 +79,7 @@ class FlexMoRE(FederatedStrategy):
     paper = "arXiv 2602.08818"
     sends = "an expert of the owner's rank: r (m + n) or m n each way"
     exact = True
+    reads_single_updates = True
     persistent = False
     color, marker = "purple", "up"
     Options = ExpertOptions

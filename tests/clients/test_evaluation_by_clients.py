@@ -36,6 +36,8 @@ FORECAST = {"initial": "initial_bytes", "down": "downlink_bytes", "up": "uplink_
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 PRIVATE = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

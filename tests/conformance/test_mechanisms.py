@@ -45,6 +45,12 @@ def test_clients_plan_the_noise_that_they_add(mechanism: Mechanism) -> None:
     assert plan is None or (plan.noise_multiplier > 0 and plan.ceiling == 8.0)
 
 
+def test_the_server_plans_the_noise_that_it_adds(mechanism: Mechanism) -> None:
+    plan = mechanism.server_plan(load_config(private(mechanism)), 100)
+    assert (plan is not None) == (mechanism.noise_by == "server")
+    assert plan is None or plan.noise_multiplier > 0
+
+
 def test_a_reply_says_what_its_client_spent(mechanism: Mechanism) -> None:
     assert bool(mechanism.reply_metrics) == (mechanism.noise_by == "client")
     spent = dict.fromkeys(mechanism.reply_metrics, 0.5)
@@ -66,5 +72,5 @@ def test_a_key_that_clipping_of_examples_replaces_is_noted(mechanism: Mechanism)
 
 
 def test_other_modes_are_refused() -> None:
-    with pytest.raises(InputError, match=r"privacy\.mode = 'client': should be .*'none'"):
-        load_config(override("privacy.mode", "client"))
+    with pytest.raises(InputError, match=r"privacy\.mode = 'person': should be .*'none'"):
+        load_config(override("privacy.mode", "person"))

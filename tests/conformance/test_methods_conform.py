@@ -472,7 +472,8 @@ def others(given: dict[str, Any], method: type[Method], key: str) -> Iterator[di
     values = COMMON.get(key) if key in MethodSection.model_fields else option.examples
     if values is None:
         kinds, words = accepted(dict(keys(method.Options))[key])
-        values = [*sorted(words), True, False, 1, 2, 0, 0.5, 0.25, [1] * len(CLIENTS), {"1": 1.0}]
+        ranks = [[1] * len(CLIENTS), {"1": 1.0}, [2] * len(CLIENTS), {"2": 1.0}]  # 2 is the rank of one head
+        values = [*sorted(words), True, False, 1, 2, 0, 0.5, 0.25, *ranks]
         values = [v for v in values if isinstance(v, str) or type(v) in kinds]
     before = given["method"].get(key, option.default)
     for value in values:

@@ -119,8 +119,9 @@ def test_flexmore(federation: Federation, posts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("owners")
-def test_ffa_lora(federation: Federation, posts: Path, tmp_path: Path) -> None:
-    here, there = on_both(federation, posts, tmp_path, {"name": "ffa-lora", "rank": 4, "ranks": NESTED})
+@pytest.mark.parametrize("method", [{"name": "ffa-lora", "rank": 4}, {"name": "ravan", "rank": 1, "heads": 4}])
+def test_ranks_by_owner(federation: Federation, posts: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    here, there = on_both(federation, posts, tmp_path, {**method, "ranks": NESTED})
     found = column(there, "client", "direction", "payload_bytes")
     assert len({size for _, direction, size in found if direction == "up"}) == len(NESTED)
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (here, there))

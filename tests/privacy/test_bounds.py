@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import mpmath
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -196,6 +197,27 @@ def test_a_steps_divergence_is_the_integral_that_defines_it(rate, sigma):
             points = [k * s for k in range(-12, 13, 2)]
             exact = mpmath.quad(density, sorted({*points, *(float(alpha) + p for p in points)}))
             assert found[alpha] == pytest.approx(float(mpmath.log1p(exact) / (alpha - 1)), rel=1e-9)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.1, 4.0), st.one_of(st.floats(1e-3, 1.0), st.just(1.0)), st.integers(1, 10**4)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.floats(1e-9, 1e-2),
+)
+@example([(0.5, 0.12, 4)], 1e-3)  # the best order is between two whole ones
+@pytest.mark.filterwarnings("ignore:Optimal order is the")
+def test_orders_that_are_left_out_change_no_bit(history, delta):
+    every = [sum(rdp._divergence(sigma, q, k) * n for sigma, q, n in history) for k in range(len(rdp._ORDERS))]
+    assert rdp.Rdp().epsilon(delta, tuple(history)) == rdp._convert(np.array(every), delta)
+
+
+def test_most_orders_are_left_out():
+    rdp._divergence.cache_clear()
+    rdp.Rdp().epsilon(1e-3, ((0.5, 0.12, 4),))
+    assert 0 < rdp._divergence.cache_info().misses < len(rdp._BETWEEN) / 4
 
 
 @pytest.mark.parametrize(("rate", "sigma"), [(0.5, 0.99), (0.04, 0.6), (0.9, 0.8)])

@@ -25,6 +25,8 @@ from tests.tiny import save_llama, save_tokenizer
 
 KINDS = ("default", "mean", "causal-lm")
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 def write_texts(path: Path, labels=("no", "yes", "perhaps")) -> None:
     rows = [f"w{5 + i % 7} w{6 + i % 5} w9,{labels[i % len(labels)]},{'ab'[i % 2]}" for i in range(24)]

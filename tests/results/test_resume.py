@@ -22,6 +22,7 @@ from fedlora import InputError, simulate
 from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
 from fedlora.results.outputs import SUMS
 from fedlora.strategies.callbacks import Progress
+from tests.bare_runs import bare_runs
 from tests.command import fedlora as command
 from tests.tiny import save_llama
 
@@ -84,10 +85,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         "privacy": {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-2},
         "simulation": {"workers": 0},
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with bare_runs() as patch:
         patch.setenv("FEDLORA_CACHE", str(place / "cache"))
-        for function in ("fedlora.strategies.callbacks.plot_rounds", "fedlora.simulator.plot_partition"):
-            patch.setattr(function, lambda *_: None)
         found = Runs(place, config)
         simulate(config, output=found.whole)
         with pytest.raises(KeyboardInterrupt):

@@ -162,10 +162,10 @@ def config(place: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.usefixtures("bare")
 def test_reports_tell_runs_with_different_strategies_apart(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two was left out as the same run again."""
     monkeypatch.setenv("FEDLORA_CACHE", str(place / "cache"))
-    monkeypatch.setattr("fedlora.simulator.plot_partition", lambda *_: None)
     runs = place / "runs"
     of = {"method": None, "half": Kept(0.5), "quarter": Kept(0.25), "again": Kept(0.25)}
     for name, strategy in of.items():

@@ -41,4 +41,6 @@ def test_a_checkout_says_its_own_commit(tree: Path) -> None:
     commit = git("rev-parse", "HEAD")
     assert summary._commit() == commit
     (tree / "file").write_text("2")
+    assert summary._commit() == commit  # the process has imported what was there
+    summary._described.cache_clear()
     assert summary._commit() == f"{commit}-dirty"

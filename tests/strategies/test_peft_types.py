@@ -410,7 +410,7 @@ def test_every_other_type_is_exported_as_stock_peft_reads_it(here: World, peft_t
     assert {Peft.roles(config, 1)[kind].trained for kind in (TRAINED_KIND, HEAD)} == {True}
 
 
-@pytest.mark.usefixtures("cached")
+@pytest.mark.usefixtures("cached", "bare")
 def test_on_the_real_minilm(tmp_path: Path) -> None:
     """RandLoRA under privacy, on real reviews."""
     given = {

@@ -34,12 +34,19 @@ NESTED = ["fed-sb", "fedsvd", "ffa-lora"]
 RANKS = [1, 3, 2]
 OWNED = {"ranks": [1, 3, 2, 1], "rank": 3}
 """Of the owners in a run; rank 3 is the server's."""
+BY_HEAD = {"ranks": [2, 6, 4, 2], "rank": 2, "heads": 3}
+"""The same for ravan: one head of rank 2, three, two and one."""
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with world(tmp_path_factory.mktemp("ranked")) as made:
         yield made
+
+
+def owned(method: str) -> dict[str, Any]:
+    """Return the keys that give the owners ranks of their own."""
+    return BY_HEAD if method == "ravan" else OWNED
 
 
 def drawn(method: str, kind: str = "bert", dtype: str = "float64") -> DrawnRounds:
@@ -159,7 +166,8 @@ def test_values_are_padded_where_the_paper_does() -> None:
 @pytest.mark.parametrize("name", RANKED)
 def test_runs_of_unlike_ranks(here: World, name: str) -> None:
     """Bytes are the formula's at every client's own rank, and the forecast's; a resumed run is an uninterrupted one."""
-    given = here.content(name, "bert", server={"fraction_train": 0.5}, method=OWNED)
+    ranks = owned(name)["ranks"]
+    given = here.content(name, "bert", server={"fraction_train": 0.5}, method=owned(name))
     whole, again = here.run(given), here.run(given, stops=(1, 2))
     rows = whole.rows("communication.csv")
     assert rows == again.rows("communication.csv")
@@ -170,10 +178,10 @@ def test_runs_of_unlike_ranks(here: World, name: str) -> None:
     sizes = {"initial": expected.initial_bytes, "down": expected.downlink_bytes, "up": expected.uplink_bytes}
     for way, size in sizes.items():
         assert size == sum(row["payload_bytes"] for row in rows if row["direction"] == way)
-    assert expected.ranks == OWNED["ranks"]
+    assert expected.ranks == ranks
     ups = {(row["client"], row["payload_bytes"]) for row in rows if row["direction"] == "up"}
     assert len(ups) == len({client for client, _ in ups}), "a client sends as much in every round"
-    by_rank = {OWNED["ranks"][client]: size for client, size in ups}  # type: ignore[index]
+    by_rank = {ranks[client]: size for client, size in ups}
     assert sorted(by_rank.values()) == [size for _, size in sorted(by_rank.items())]
     assert len(set(by_rank.values())) == len(by_rank) > 1
 
@@ -208,6 +216,15 @@ def test_formulas_hold_for_a_codec_and_clients_are_measured_from_what_they_got(h
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["ffa-lora", "ravan"])
+def test_updates_that_are_sent_whole_give_the_same_result(here: World, name: str) -> None:
+    """The server adds to each client's update what it sent to that client."""
+    given = here.content(name, "bert", method=owned(name), server={"fraction_train": 0.5})
+    run = here.run(given | {"wire": {"uplink_codec": "topk", "topk_fraction": 1.0}})
+    assert all(row["payload_bytes"] == row["formula_bytes"] for row in run.rows("communication.csv"))
+    assert tiny.difference(run.arrays(), here.run(given).arrays()) <= 1e-5
+
+
 def test_another_strategy_would_not_know_the_ranks() -> None:
     config = resolve(tiny.settings("bert", method={"name": "ffa-lora", "rank": 3, "ranks": {"0": 1, "1": 3}}))
     with pytest.raises(InputError, match="no plain averaging"):
@@ -229,22 +246,23 @@ def test_another_strategy_may_average(name: str) -> None:
 
 
 @pytest.mark.parametrize("privacy", [False, True])
-@pytest.mark.parametrize("name", ["ffa-lora", "fed-sb", "flora"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fed-sb", "flora", "ravan"])
 def test_clients_of_one_cohort_are_grouped_by_rank(here: World, name: str, privacy: bool) -> None:
     noise = {"mode": "example", "noise_multiplier": 1.0, "max_grad_norm": 0.5, "target_delta": 1e-2}
     mode = {"privacy": noise} if privacy else {}
-    given = here.content(name, "bert", model={"dtype": "float64"}, method=OWNED, **mode)
+    given = here.content(name, "bert", model={"dtype": "float64"}, method=owned(name), **mode)
     alone, together = here.run(given), here.run(given | {"simulation": {"workers": 0, "cohort_size": 4}})
     assert alone.rows("communication.csv") == together.rows("communication.csv")
     assert tiny.difference(alone.arrays(), together.arrays()) <= 1e-9
-    assert max(alone.errors) <= 1e-12, "the mean of the clients' updates"
+    if name != "ravan":  # each head is averaged over those that hold it
+        assert max(alone.errors) <= 1e-12, "the mean of the clients' updates"
 
 
-@pytest.mark.parametrize("name", ["fedsvd", "hetlora"])
-def test_the_servers_rank_for_all_is_no_ranks(here: World, name: str) -> None:
+@pytest.mark.parametrize(("name", "rank"), [("fedsvd", 2), ("hetlora", 2), ("ravan", 8)])
+def test_the_servers_rank_for_all_is_no_ranks(here: World, name: str, rank: int) -> None:
     """To the bit, where the method does not go by moves; else to rounding."""
     plain = here.content(name, "bert", model={"dtype": "float64"})
-    same = plain | {"method": {**plain["method"], "ranks": [2] * len(CLIENTS)}}
+    same = plain | {"method": {**plain["method"], "ranks": [rank] * len(CLIENTS)}}
     assert tiny.difference(here.run(plain).arrays(), here.run(same).arrays()) <= 1e-6
 
 
@@ -259,10 +277,13 @@ def test_ranks_by_name_and_by_profile(here: World) -> None:
     assert len(sizes) == 2
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ffa-lora", "bert"), ("flora", "llama"), ("flexlora", "llama")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ffa-lora", "bert"), ("flora", "llama"), ("flexlora", "llama"), ("ravan", "bert")]
+)
 def test_clients_evaluate_the_model_that_they_hold(here: World, name: str, kind: str) -> None:
     server = {"fraction_evaluate": 1.0, "fraction_train": 0.5}
-    given = here.content(name, kind, server=server, run={"rounds": 2}, method={"rank": 3, "ranks": [1, 3, 2]})
+    method = {**owned(name), "ranks": owned(name)["ranks"][:3]}
+    given = here.content(name, kind, server=server, run={"rounds": 2}, method=method)
     del given["data"]["test"]
     given["data"] |= {"client_test": 0.3, "partition": {"clients": 3}}
     run = here.run(given)
@@ -278,10 +299,10 @@ def test_clients_evaluate_the_model_that_they_hold(here: World, name: str, kind:
 @pytest.mark.parametrize(
     ("options", "field", "words"),
     [
-        ({"ranks": [1, 2, 3, 4]}, "method.ranks", "above method.rank = 3"),
+        ({"ranks": [1, 2, 3, 4]}, "method.ranks", "no rank from 1 to method.rank = 3"),
         ({"ranks": [1, 2, 3, "full"]}, "method.ranks", "give a number"),
         ({"ranks": [1, 2]}, "method.ranks", "one rank for each of the 4 clients"),
-        ({"device_profile": {"4": 1.0}}, "method.device_profile", "above method.rank = 3"),
+        ({"device_profile": {"4": 1.0}}, "method.device_profile", "no rank from 1 to method.rank = 3"),
         ({"device_profile": {"2": 0.5}}, "method.device_profile", "sum to 1"),
         ({"ranks": [1, 2, 3, 1], "device_profile": {"2": 1.0}}, "method.ranks", "not both"),
     ],
@@ -329,24 +350,30 @@ def test_a_model_at_a_rank_is_one_with_zeros_beyond_it(kind: str) -> None:
     assert not any(model.parameter(n).any() for n in model.shapes_at(1))
 
 
-def test_noise_and_clipping_are_those_of_a_model_of_that_rank() -> None:
+@pytest.mark.parametrize("name", ["ffa-lora", "ravan"])
+def test_noise_and_clipping_are_those_of_a_model_of_that_rank(name: str) -> None:
     """The steps are, to the bit, those of a model that never had more: nothing reaches what a client does not hold."""
 
-    def trained(config_rank: int, alpha: float) -> Arrays:
-        method = {"name": "ffa-lora", "rank": config_rank, "alpha": alpha}
+    def trained(**method: float) -> Arrays:
         privacy = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-2}
         client = {"optimizer": "sgd", "local_steps": 3, "batch_size": 4}
-        config = resolve(tiny.settings("bert", method=method, privacy=privacy, client=client))
-        model = adapt(tiny.base_model("bert"), config, "lora")
+        sections = {"method": {"name": name, **method}, "privacy": privacy, "client": client}
+        config = resolve(tiny.settings("bert", **sections))
+        strategy = get_strategy(name)(config)
+        model = strategy.adapt(tiny.base_model("bert"), config)
         model.set_rank(2)
         generator = torch.Generator().manual_seed(0)
         values = {n: torch.randn(shape, generator=generator) for n, shape in model.shapes_at(2).items()}
         model.set_shared(values)
-        start = {n: values[n] for n in model.names(["lora_B"])} | model.arrays(model.head_names)
+        start = values | model.arrays(model.head_names)
+        start = {n: start[n] for n in strategy.trained_names(model)}
         jobs = tiny.jobs_of([start], [np.arange(8)], [tiny.plan(sigma=1.0, clip=0.1, rate=0.5, batch=4.0)])
         return train_cohort(model, tiny.table("bert", 8), jobs, config)[0].arrays
 
-    small, cut = trained(2, 2.0), trained(4, 4.0)
+    if name == "ravan":
+        small, cut = trained(rank=1, alpha=1.0, heads=2), trained(rank=1, alpha=1.0, heads=4)
+    else:
+        small, cut = trained(rank=2, alpha=2.0), trained(rank=4, alpha=4.0)
     assert small.keys() == cut.keys()
     assert all(torch.equal(array, cut[name]) for name, array in small.items())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from fedlora.adapters.layers import FactoredLinear
 from fedlora.adapters.model import dense_weight, linear_shape
 from fedlora.adapters.parameterisations import heads
 from fedlora.adapters.parameterisations.heads import Heads
-from fedlora.arrays import Arrays
+from fedlora.arrays import Arrays, leading, padded
 from fedlora.clients.ravan import ScalingHalf
 from fedlora.errors import InputError
 from fedlora.strategies.base import Contact, Payload
+from fedlora.strategies.ranked import RankedStrategy
 from tests import tiny
-from tests.small_runs import WEIGHTS, DrawnRounds, World, world
+from tests.small_runs import WEIGHTS, DrawnRounds, World, weights, world
 
 SHARES = [weight / sum(WEIGHTS) for weight in WEIGHTS]
 ONE_HEAD = {"name": "ravan", "heads": 1, "train_scales": False}
@@ -207,6 +208,92 @@ def test_bytes() -> None:
     assert rounds.strategy.payload(sizes, Contact(1, 0, None, {})) == Payload(once, numbers, numbers)
     # Four times the numbers of a square matrix of rank 3, for four times its rank.
     assert rounds.strategy.trained_numbers(rounds.adapted) == numbers + 4 * len(shapes)
+
+
+# Clients with some of the heads.
+
+
+def by_head(ranks: Sequence[int], **options: Any) -> DrawnRounds:
+    """Return rounds of three clients of these ranks, of three heads of rank 2."""
+    rounds = DrawnRounds("ravan", rank=2, heads=3, ranks=dict(zip("012", ranks, strict=True)), **options)
+    assert isinstance(rounds.strategy, RankedStrategy)
+    rounds.strategy.enrol(["0", "1", "2"])
+    return rounds
+
+
+@pytest.mark.parametrize("train_scales", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_a_head_moves_by_the_mean_of_those_who_hold_it(dtype: str, tolerance: float, train_scales: bool) -> None:
+    """In dW, against plain sums: head by head, and a head that nobody of the round holds stays to the bit."""
+    rounds = by_head([2, 6, 4], dtype=dtype, alpha=3.0, train_scales=train_scales)
+    for server_round, answering in enumerate([(0, 1, 2), (0, 2), (0,), (1,)], 1):
+        before = dict(rounds.arrays)
+        sent, result = rounds.round(server_round, answering)
+        for path in rounds.adapted.adapters:
+            b, a = (before[f"{path}.{factor}"].double() for factor in ("heads_B", "heads_A"))
+            for head in range(3):
+                part = slice(2 * head, 2 * head + 2)
+                old, new = before[f"{path}.heads_H"][head], result[f"{path}.heads_H"][head]
+                holders = [
+                    (WEIGHTS[client], arrays[f"{path}.heads_H"][head])
+                    for client, arrays in zip(answering, sent, strict=True)
+                    if len(arrays[f"{path}.heads_H"]) > head
+                ]
+                if not holders:
+                    assert torch.equal(new, old)
+                    continue
+                total = sum(weight for weight, _ in holders)
+                moves = [w / total * 1.5 * b[:, part] @ (h - old).double() @ a[part] for w, h in holders]
+                found = 1.5 * b[:, part] @ (new - old).double() @ a[part]
+                torch.testing.assert_close(found, torch.stack(moves).sum(0), rtol=0, atol=10 * tolerance)
+        shares = [WEIGHTS[client] / sum(WEIGHTS[c] for c in answering) for client in answering]
+        for name in rounds.adapted.head_names:
+            mean = torch.stack([p * arrays[name] for p, arrays in zip(shares, sent, strict=True)]).sum(0)
+            torch.testing.assert_close(result[name], mean, rtol=0, atol=10 * tolerance)
+
+
+def test_all_heads_for_all_clients_is_the_plain_mean_to_the_bit() -> None:
+    plain, same = DrawnRounds("ravan", dtype="float32", rank=2, heads=3), by_head([6, 6, 6], dtype="float32")
+    for server_round in (1, 2):
+        for rounds in (plain, same):
+            rounds.round(server_round)
+        assert all(torch.equal(array, same.arrays[name]) for name, array in plain.arrays.items())
+
+
+def test_a_client_has_the_first_heads_and_pays_for_them_alone() -> None:
+    rounds = by_head([2, 6, 4])
+    strategy, layers = rounds.strategy, len(rounds.adapted.adapters)
+    strategy.enter(1, 1)
+    sizes = strategy.sizes(rounds.adapted)
+    shapes = [linear_shape(adapter.base) for adapter in rounds.adapted.adapters.values()]
+    for client, held in enumerate([1, 3, 2]):
+        numbers = layers * held * 2 * 2 + 3 * 32 + 3
+        once = sum(held * 2 * (m + n) for m, n in shapes)
+        own = strategy.client_sizes(sizes, client)
+        assert strategy.payload(own, Contact(1, client, None, {})) == Payload(once, numbers, numbers)
+        sent = strategy.client_shapes(client)
+        assert {sent[name] for name in rounds.adapted.names(["heads_H"])} == {(held, 2, 2)}
+    # Its model is the whole one with the other heads' matrices at 0, and it may scale what it holds.
+    model = rounds.adapted
+    values = model.drawn(0) | {n: torch.ones(3) for n in model.names(["heads_s"])}
+    cut = {n: padded(a[:1], a.shape) if n.endswith("heads_H") else a for n, a in values.items()}
+    model.set_shared(cut)
+    whole = weights(model)
+    half = ScalingHalf(model, rounds.config)
+    half.prepare({"rank": 2})
+    small = {n: leading(values[n], shape) for n, shape in model.shapes_at(2).items()}
+    model.set_shared(half.begin({n: a for n, a in small.items() if not n.endswith("heads_s")}))
+    assert tiny.difference(weights(model), whole) <= 1e-12
+    for rank in (0, 1, 3, 8):
+        with pytest.raises(InputError, match=r"no multiple of method\.rank = 2 up to 6, the rank of all heads"):
+            half.prepare({"rank": rank})
+
+
+@pytest.mark.parametrize("option", [{"ranks": [2, 3]}, {"ranks": [2, 8]}, {"device_profile": {"1": 1.0}}])
+def test_ranks_that_are_no_heads_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"no multiple of method\.rank = 2 up to 6") as caught:
+        tiny.settings("bert", method={"name": "ravan", "rank": 2, "heads": 3, **option})
+    assert caught.value.field == f"method.{next(iter(option))}"
 
 
 def test_more_ranks_than_a_layer_has_are_refused() -> None:

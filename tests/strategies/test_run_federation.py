@@ -27,6 +27,8 @@ CONFIG = {
     "simulation": {"workers": 0},
 }
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 def run(folder: Path, privacy: dict[str, Any], *, resume: bool, stop: bool = False) -> RunResult:
     """Run on a grid whose clients forget their state with the run, as those of Flower's own runtimes do."""

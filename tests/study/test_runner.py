@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import tomli_w
 
 from fedlora.errors import InputError
@@ -26,6 +27,19 @@ from tests.study.mortal import Mortal
 from tests.study.studies import TINY, tiny
 
 ROOT = Path(__file__).parents[2]
+OTHER = """
+import sys
+from filelock import FileLock, Timeout
+lock = FileLock(sys.argv[1])
+try:
+    lock.acquire(timeout=0)
+except Timeout:
+    print("Timeout", flush=True)
+input()
+lock.acquire(timeout=0)
+print("locked", flush=True)
+input()
+"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "ray_here")]
 
@@ -140,17 +154,21 @@ def test_a_finished_study_is_left_as_it_is(commanded: tuple[Path, str], study_fi
 
 
 def test_a_killed_study_goes_on_to_the_same_table(commanded: tuple[Path, str], study_file: Path) -> None:
-    folder = study_file.parent / "killed"
-    command = [sys.executable, "-m", "tests.killed_study", str(study_file), str(folder)]
+    folder, file = study_file.parent / "killed", study_file.parent / "killed.toml"
+    # One method's half of the study, on the Ray of this process, which is there already.
+    base = TINY["base"] | {"simulation": {"address": ray.get_runtime_context().gcs_address}}
+    file.write_text(tomli_w.dumps(TINY | {"base": base, "axes": TINY["axes"] | {"method.name": ["fed-sb"]}}))
+    command = [sys.executable, "-m", "tests.killed_study", str(file), str(folder)]
     killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     before = changed_at(folder)
-    assert 3 <= len(before) < 8
+    assert 2 <= len(before) < 4
     assert "running" in {entry["status"] for entry in all_entries(read_state(folder))}
-    done = fedlora("study", study_file, "--output", folder)
+    # One process is enough for what is left.
+    done = fedlora("study", file, "--output", folder, "--set", "budget.runs=1")
     assert (done.code, done.err) == (0, "")
     assert {path: at for path, at in changed_at(folder).items() if path in before} == before
-    assert table(folder) == table(commanded[0])
+    assert table(folder) == {name: run for name, run in table(commanded[0]).items() if "fed-sb" in name}
     assert not (folder / "replaced").exists()
 
 
@@ -226,11 +244,22 @@ def test_a_folder_of_another_kind_is_refused_and_one_in_use_too(tmp_path: Path, 
     assert (done.code, done.err.split(" = ")[0]) == (2, "fedlora: --output")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
     held = StudyFolder(tmp_path / "held")
-    # The lock is the process's: another one asks.
-    script = f"from fedlora.study.state import StudyFolder; StudyFolder({str(tmp_path / 'held')!r})"
-    other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "another process is at this study" in other.stderr
-    held.close()
+    # The lock is the process's: another one, which needs nothing else of ours, asks, and then has it.
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, tmp_path / "held" / ".lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "Timeout\n"
+        held.close()
+        other.stdin.write("again\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match="another process is at this study"):
+            StudyFolder(tmp_path / "held")
+        other.communicate("end\n")
+    StudyFolder(tmp_path / "held").close()
 
 
 @pytest.mark.parametrize(

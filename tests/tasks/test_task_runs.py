@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, str], str, bool]] = {
 }
 LAYERS = 2
 
-pytestmark = pytest.mark.usefixtures("cached")
+pytestmark = pytest.mark.usefixtures("cached", "bare")
 
 
 def content(case: str) -> dict[str, Any]:

@@ -293,11 +293,13 @@ def mixing_run(tmp_path: Path, name: str, **sections: dict) -> RunResult:
     return simulate({**content, **sections}, output=tmp_path / f"run{len(list(tmp_path.iterdir()))}")
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_run_refuses_epsilon_for_a_model_that_mixes_rows(tmp_path):
     with pytest.raises(InputError, match=r"model\.name = '.*model': examples depend on their batch.*privacy\.mode"):
         mixing_run(tmp_path, "convbert", privacy={"mode": "example", "target_epsilon": 8.0, "target_delta": 1e-2})
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_run_in_cohorts_equals_one_client_at_a_time_and_says_so_once(tmp_path):
     together = mixing_run(tmp_path, "convbert")
     alone = mixing_run(tmp_path, "convbert", simulation={"workers": 0, "cohort_size": 1})

@@ -38,6 +38,10 @@ class Parameterisation(ABC):
     def shapes(self, out_features: int, in_features: int, rank: int) -> Mapping[str, tuple[int, ...]]:
         """Return the kinds of its arrays and their shapes, in the order in which the input meets them."""
 
+    def shapes_at(self, adapter: AdapterLayer, rank: int) -> Mapping[str, tuple[int, ...]]:
+        """Return :meth:`shapes` of a layer for a client of a rank: leading blocks of those for a larger one."""
+        return self.shapes(*linear_shape(adapter.base), rank)
+
     @abstractmethod
     def layer(self, path: str, base: nn.Module, config: Config, layout: RowLayout) -> AdapterLayer:
         """Return what takes the place of the frozen layer at a module path; all its arrays are zero.

@@ -13,23 +13,39 @@ from opacus.grad_sample import register_grad_sampler
 from pydantic import Field
 from torch import nn
 
-from fedlora.adapters.layers import FactoredLinear, adapter_dtype
+from fedlora.adapters.layers import AdapterLayer, FactoredLinear, adapter_dtype
 from fedlora.adapters.parameterisations import LowRank
 from fedlora.adapters.stacked import RowLayout, StackedLayer, row_pairs, stacked_product
 from fedlora.arrays import Arrays
-from fedlora.config import Config, MethodSection, Positive
+from fedlora.config import Config, Positive
 from fedlora.errors import InputError
 from fedlora.models import linear_shape
+from fedlora.ranks import RankedOptions, Ranks
 from fedlora.svd import TruncatedSVD
 
 
-class HeadsSection(MethodSection):
+class HeadsSection(RankedOptions):
     """``[method]`` of a run whose layers have heads."""
 
+    ranks: Ranks | None = Field(
+        default=None,
+        description="Rank of each client: method.rank times the number of heads that it holds, of all by default. "
+        "A list in the clients' order, or a table by their names or numbers.",
+    )
     heads: Positive = Field(default=4, description="Number of heads of a layer, each of rank r.")
     train_scales: bool = Field(
         default=True, description="Train a scale for each head beside its matrix; it is multiplied in before sending."
     )
+
+    @property
+    def possible_ranks(self) -> range:
+        """Ranks of one head, of two, and so on to all."""
+        return range(self.rank, self.heads * self.rank + 1, self.rank)
+
+    @property
+    def rank_rule(self) -> str:
+        """What is one of :attr:`possible_ranks`, in words."""
+        return f"multiple of method.rank = {self.rank} up to {self.heads * self.rank}, the rank of all heads"
 
 
 class Heads(LowRank):
@@ -46,6 +62,13 @@ class Heads(LowRank):
             "heads_s": (heads,),
             "heads_B": (out_features, width),
         }
+
+    def shapes_at(self, adapter: AdapterLayer, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes for a client of the first rank / r heads, each of rank r."""
+        blocks = adapter.get_submodule("heads_H").weight
+        assert isinstance(blocks, torch.Tensor)
+        own = blocks.shape[-1]
+        return self.shapes(*linear_shape(adapter.base), own, rank // own)
 
     def layer(self, path: str, base: nn.Module, config: Config, layout: RowLayout) -> FactoredLinear:
         """Return the frozen layer with a branch; refuse more ranks than the layer has."""

@@ -24,6 +24,7 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.models import MeanPoolingClassifier, head_of
+from fedlora.registry import MECHANISMS
 
 TRAINED_KIND, DRAWN_KIND = "trained", "drawn"
 """Kinds of an adapter's arrays: those that PEFT trains, and those that it makes once and never trains."""
@@ -153,7 +154,7 @@ def adapt_peft(model: nn.Module, config: Config, peft_type: str, given: Mapping[
         model.set_submodule(path, layer)
     adapted = PeftAdaptedModel(model, layout, adapters, stacked_head(model, head, layout), held, probed)
     adapted.notes += notes
-    if config.privacy.mode != "none" and probed.way == ROWS:
+    if MECHANISMS.get(config.privacy.mode).clips_examples and probed.way == ROWS:
         adapted.notes.append(
             f"per-example gradients of {peft_type} are taken {ROWS}: it does not run under torch's vmap"
         )

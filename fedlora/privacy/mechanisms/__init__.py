@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 from fedlora.config import Config
-from fedlora.privacy.calibration import PrivacyPlan
+from fedlora.methods import Method
+from fedlora.privacy.calibration import PrivacyPlan, ServerPlan
 from fedlora.registry import MECHANISMS
 
 
@@ -49,8 +50,27 @@ class Mechanism(ABC):
         """
         return
 
+    def check_method(self, method: type[Method], config: Config) -> None:
+        """Refuse a method that this mechanism cannot protect, or options of it; none by default.
+
+        Raises
+        ------
+        InputError
+        """
+        return
+
     def plan(self, config: Config, examples: int) -> PrivacyPlan | None:
         """Return the privacy plan of a client with this number of examples; None if the client adds no noise.
+
+        Raises
+        ------
+        InputError
+            If the budget cannot be kept.
+        """
+        return None
+
+    def server_plan(self, config: Config, clients: int) -> ServerPlan | None:
+        """Return the privacy plan of a run with this number of clients; None if the server adds no noise.
 
         Raises
         ------

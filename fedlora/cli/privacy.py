@@ -1,0 +1,35 @@
+"""``fedlora privacy``: a run's epsilon explained, and computed by a second library."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from fedlora.results.privacy_spent import Spent
+
+
+def show_privacy(console: Console, spent: Spent) -> None:
+    """Print what the epsilon of a run is made of."""
+    whose = "all clients" if spent.client == "all" else f"client {spent.client}, of {spent.clients}"
+    lines = [
+        ("run", spent.run),
+        ("protects", spent.unit),
+        ("neighbours", f"data sets {spent.neighbours}"),
+        ("mechanism", spent.mechanism),
+        ("epsilon of", whose),
+    ]
+    for sigma, rate, steps in spent.history:
+        drawn = "all" if rate == 1 else f"sample rate {rate:.6g}"
+        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}"))
+    lines += [
+        ("delta", f"{spent.delta:g}"),
+        ("recorded", f"{spent.recorded:.6g} (privacy.csv)"),
+        ("recomputed", f"{spent.epsilon:.6g} by {spent.accountant}"),
+    ]
+    for name, epsilon in spent.others.items():
+        compared = f", {100 * spent.difference:+.2f} %" if name == spent.compared else ""
+        lines.append(("dp-accounting", f"{epsilon:.6g} by {name}{compared}"))
+    if spent.explanation:
+        lines.append(("difference", spent.explanation))
+    lines += [("not covered", text) for text in spent.not_covered]
+    for name, text in lines:
+        console.print(f"{name:<15}{text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,238 @@
+"""A run's epsilon, step by step: what was noised, what another library makes of it, and what it leaves out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config, read_config
+from fedlora.errors import InputError
+from fedlora.methods import get_method
+from fedlora.privacy.accountants import History, get_accountant
+from fedlora.privacy.calibration import spent_epsilon
+from fedlora.privacy.mechanisms import mechanism_of
+
+AGREES = 0.02
+"""By how much two accountants of one kind may differ, as a share of epsilon."""
+
+_KINDS = {"rdp": "rdp", "prv": "pld", "gdp": "pld"}
+"""Of dp-accounting's accountants, the one that computes as ours does. GDP is an approximation of what PLD computes."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The epsilon of a run, or of one of its clients, explained.
+
+    Attributes
+    ----------
+    run, mode, unit, neighbours, mechanism : str
+        What is protected, from the view of whom, and by what noise.
+    client : str
+        Whose epsilon this is; ``all`` where one holds for all.
+    clients : int
+        How many have an epsilon of their own.
+    history : list of (float, float, int)
+        Noise multiplier, sample rate and number of the noisy steps that were released.
+    delta : float
+    accountant : str
+    recorded, epsilon : float
+        As the run wrote it, and as the run's accountant computes it now.
+    others : dict of str to float
+        Epsilon by dp-accounting's accountants.
+    compared : str
+        Which of them computes as the run's accountant does.
+    explanation : str
+        Why they differ by more than 2 %; "" where they do not.
+    not_covered : list of str
+        What was read or shown that epsilon does not count.
+    """
+
+    run: str
+    mode: str
+    unit: str
+    neighbours: str
+    mechanism: str
+    client: str
+    clients: int
+    history: list[tuple[float, float, int]]
+    delta: float
+    accountant: str
+    recorded: float
+    epsilon: float
+    others: dict[str, float]
+    compared: str
+    explanation: str
+    not_covered: list[str]
+
+    @property
+    def difference(self) -> float:
+        """How far the other library's epsilon lies from the run's, as a share of that."""
+        other = self.others[self.compared]
+        return 0.0 if other == self.epsilon else (other - self.epsilon) / self.epsilon if self.epsilon else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-compatible values."""
+        steps = [dict(zip(("noise_multiplier", "sample_rate", "steps"), each, strict=True)) for each in self.history]
+        return asdict(self) | {"history": steps, "difference": self.difference}
+
+
+def explain_privacy(folder: Path, client: str | None = None) -> Spent:
+    """Explain the epsilon of a run, and compute it again.
+
+    Parameters
+    ----------
+    folder : Path
+        A run folder; the run need not have ended.
+    client : str, optional
+        By default the one with the largest epsilon.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run under privacy, it has no such client, or dp-accounting is not installed.
+    """
+    config, rows = read_config(folder / "config.toml"), _rows(folder)
+    if not rows:
+        remedy = "holds no run under privacy: privacy.csv has no lines; give the folder of another"
+        raise InputError("RUN", str(folder), remedy)
+    last = {row["client"]: row for row in rows}
+    chosen = max(last, key=lambda name: float(last[name]["epsilon"])) if client is None else client
+    if chosen not in last:
+        names = list(last)
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise InputError("--client", client, f"has no line in privacy.csv; choose one of {shown}")
+    history = _history(config, [row for row in rows if row["client"] == chosen], folder)
+    privacy, mechanism = config.privacy, mechanism_of(config)
+    epsilon = spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
+    others = second_opinion(privacy.target_delta, tuple(history))
+    compared = _KINDS.get(privacy.accountant, "pld")
+    norm = "clipping_norm" if mechanism.noise_by == "server" else "max_grad_norm"
+    return Spent(
+        run=str(folder),
+        mode=privacy.mode,
+        unit=mechanism.unit,
+        neighbours=f"with and without {mechanism.unit} (add or remove)",
+        mechanism=_mechanism(config, norm),
+        client=chosen,
+        clients=len(last),
+        history=history,
+        delta=privacy.target_delta,
+        accountant=privacy.accountant,
+        recorded=float(last[chosen]["epsilon"]),
+        epsilon=epsilon,
+        others=others,
+        compared=compared,
+        explanation=_explanation(privacy.accountant, epsilon, others[compared]),
+        not_covered=_not_covered(config, folder),
+    )
+
+
+def second_opinion(delta: float, history: History) -> dict[str, float]:
+    """Compute epsilon by Google's dp-accounting: by Renyi divergences, and by privacy loss distributions.
+
+    Raises
+    ------
+    InputError
+        If it is not installed.
+    """
+    try:
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError:
+        remedy = "is needed for a second opinion; install it: pip install 'fedlora[accounting]'"
+        raise InputError("dp-accounting", None, remedy) from None
+    if any(sigma == 0 for sigma, _, _ in history):
+        return {"rdp": math.inf, "pld": math.inf}
+    found = {}
+    for name, accountant in (("rdp", RdpAccountant()), ("pld", PLDAccountant())):
+        for sigma, rate, steps in history:
+            event = dp_accounting.GaussianDpEvent(sigma)
+            drawn = event if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, event)
+            accountant.compose(drawn, steps)
+        found[name] = float(accountant.get_epsilon(delta))
+    return found
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    try:
+        with (folder / "privacy.csv").open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+    except OSError as error:
+        remedy = f"has no privacy.csv that can be read ({error.strerror}); give the folder of a run"
+        raise InputError("RUN", str(folder), remedy) from None
+
+
+def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> list[tuple[float, float, int]]:
+    """Add up a client's steps of one noise and one rate, after a start that reads its examples."""
+    steps: dict[tuple[float, float], int] = {}
+    for row in rows:
+        key = float(row["noise_multiplier"]), float(row["sample_rate"])
+        steps[key] = steps.get(key, 0) + int(row["steps"])
+    history = [(sigma, rate, count) for (sigma, rate), count in steps.items()]
+    if not get_method(config.method.name).start_examples(config):
+        return history
+    plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
+    return [*(plan.start if plan is not None else []), *history]
+
+
+def _examples(config: Config, row: dict[str, str], folder: Path) -> int:
+    """Return a client's number of examples: by the run's partition, or by its sample rate."""
+    path, rate = folder / "partition.csv", float(row["sample_rate"])
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as stream:
+            return sum(int(line["examples"]) for line in csv.DictReader(stream) if line["client"] == row["client"])
+    if rate == 1:
+        remedy = f"does not tell how many examples {config.method.name}'s start drew from; explain another client"
+        raise InputError("RUN", str(folder), remedy)
+    return round(config.client.batch_size / rate)
+
+
+def _mechanism(config: Config, norm: str) -> str:
+    clipped = getattr(config.privacy, norm)
+    if norm == "clipping_norm":
+        follows = ", which follows the updates" if config.privacy.adaptive_clipping else ""
+        return (
+            f"the server clips each client's update to {norm} = {clipped:g}{follows}, and adds Gaussian noise to their "
+            "sum; each client takes part with the sample rate"
+        )
+    return (
+        f"DP-SGD: clients clip each example's gradient to {norm} = {clipped:g}, and add Gaussian noise to the sum; "
+        "each example enters a step with the sample rate"
+    )
+
+
+def _explanation(accountant: str, ours: float, theirs: float) -> str:
+    if ours == theirs or (ours and abs(theirs - ours) <= AGREES * ours):
+        return ""
+    if accountant == "gdp":
+        return "gdp is an approximation for many steps at small rates, and may give too small an epsilon"
+    if math.isinf(ours) or math.isinf(theirs):
+        return "one of the two has no finite bound for this noise"
+    if ours > theirs:
+        return f"{accountant} is an upper bound, and looser here; the smaller value holds too"
+    return "dp-accounting's orders, or its grid, are coarser here; both are upper bounds, so the run's holds"
+
+
+def _not_covered(config: Config, folder: Path) -> list[str]:
+    """Say what the run showed or read of the examples without noise."""
+    found = ["the clients' training losses, which a simulation shows (train_loss in rounds.jsonl)"]
+    if get_method(config.method.name).start_reads(config) == "private":
+        found.append(f"the start: method.init = {getattr(config.method, 'init', '')} reads the clients' examples")
+    if config.server.evaluate_clients or config.server.fraction_evaluate:
+        found.append("the scores on the clients' own examples (clients.csv)")
+    if (folder / "partition.csv").exists():
+        found.append("partition.csv and the partition's picture, which count the clients' examples by class")
+    try:
+        study = json.loads((folder.resolve().parents[1] / "study.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, IndexError):
+        study = {}
+    if isinstance(study, dict) and study.get("tuning"):
+        found.append("the study's tuning runs, by whose validation scores a value was chosen")
+    if not get_accountant(config.privacy.accountant).is_bound:
+        found.append(f"{config.privacy.accountant} is no upper bound")
+    return found

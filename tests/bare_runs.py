@@ -1,0 +1,18 @@
+"""Runs of a test without what takes longer than they do: pictures, and collecting garbage before the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+
+
+@contextmanager
+def bare_runs() -> Iterator[pytest.MonkeyPatch]:
+    """Let runs in this process draw no pictures and not collect garbage; yield what undoes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("fedlora.strategies.callbacks.plot_rounds", "fedlora.simulator.plot_partition"):
+            patch.setattr(function, lambda *_: None)
+        patch.setattr("fedlora.simulator._settled_heap", nullcontext)
+        yield patch
