@@ -8,13 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedlora.adapters import AdaptedModel
 from fedlora.config import Config, MethodSection, RunSection, ServerSection, SimulationSection, load_config
 from fedlora.data.tokens import FederatedData, prepare_data
+from fedlora.devices import gpus
 from fedlora.methods import get_method
-from fedlora.models import load_base
+from fedlora.shared_base import shared_base
 from fedlora.training.fuse import fuse_blocks
 
 _NO_METHOD = MethodSection(name="none")
@@ -66,8 +65,7 @@ def forget_data() -> None:
 @lru_cache(maxsize=1)
 def _model(config_text: str) -> AdaptedModel:
     config = Config.model_validate_json(config_text)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(config, client_data(config).label_names, device)
+    base = shared_base(config, client_data(config).label_names, gpus(config))
     adapted = get_method(config.method.name).adapt(base, config)
     if config.simulation.compile:
         fuse_blocks(adapted)
@@ -84,14 +82,15 @@ def forget_model() -> None:
 
 
 def client_model(config: Config) -> AdaptedModel:
-    """Return the base model with adapters, loaded once a process; on the GPU if this process was given one.
+    """Return the base model with adapters, loaded once a process; on the GPUs that this process was given, if any.
 
     Runs that differ in what is no part of the model share it: every array that is not the base's comes in a message.
     """
     # As for the data: not for every client of a cohort.
     if not _last_model or _last_model[0][0] is not config:
         server = ServerSection(batch_size=config.server.batch_size)
-        simulation = SimulationSection(compile=config.simulation.compile)
+        placed = config.simulation
+        simulation = SimulationSection(compile=placed.compile, gpus_per_worker=placed.gpus_per_worker)
         run = RunSection(seed=config.run.seed)
         part = Config(
             run=run, model=config.model, data=config.data, method=config.method, server=server, simulation=simulation

@@ -7,6 +7,10 @@ anywhere, and so do views; what is to give the same bits again is brought here f
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,9 +31,13 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def align_weights(model: Model) -> Model:
     """Bring all parameters and buffers of a model to multiples of :data:`ALIGNMENT`, in place, and return it."""
+    mapped = _mapped_weights()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = aligned(tensor.data)
+            before = tensor.data
+            tensor.data = aligned(before)
+            if tensor.data_ptr() != before.data_ptr():
+                _unmap_pages(before, mapped)
     return model
 
 
@@ -38,3 +46,22 @@ def align_loaded(loaded: Any) -> Any:
     if isinstance(loaded, tuple):
         return (align_weights(loaded[0]), *loaded[1:])
     return align_weights(loaded)
+
+
+def _mapped_weights() -> list[tuple[int, int]]:
+    """Return where this process has mapped files of weights, as first address and the one behind; none but on Linux."""
+    maps = Path("/proc/self/maps")
+    if sys.platform != "linux" or not maps.exists():
+        return []
+    lines = [line.split(maxsplit=5) for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [line[0].split("-") for line in lines if len(line) == 6 and line[5].endswith(".safetensors")]
+    return [(int(first, 16), int(behind, 16)) for first, behind in found]
+
+
+def _unmap_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Let go of the pages of a file that hold a tensor: it would be in memory twice. They are read again if needed."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    # Only of a file: other memory would be lost.
+    if size > 0 and any(start <= first and first + size <= behind for start, behind in mapped):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

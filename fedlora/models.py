@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
+from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.paths import find_path
@@ -115,7 +116,7 @@ class MeanPoolingClassifier(PreTrainedModel):
         if attention_mask is None:
             pooled = hidden.mean(dim=1)
         else:
-            weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            weight = attention_mask.unsqueeze(-1).to(hidden)  # its dtype, and its device where the model is split
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
@@ -336,7 +337,7 @@ def _has_embedding(token: Any, vocabulary: int | None) -> bool:
     return _is_token(token) and (vocabulary is None or token < vocabulary)
 
 
-def load_base(config: Config, label_names: list[str] | None, device: str | torch.device = "cpu") -> nn.Module:
+def load_base(config: Config, label_names: list[str] | None, device: Placement = "cpu") -> nn.Module:
     """Load the base model with every parameter frozen and every dropout at 0.
 
     Parameters
@@ -346,8 +347,9 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         ``initializer_range``, bias 0), in every process alike.
     label_names : list of str, optional
         The classes; None for tasks without classes.
-    device : str or torch.device
-        Where the model goes. On ``meta`` it is a skeleton without weights, of which nothing is read.
+    device : str, torch.device or sequence of these
+        Where the model goes, straight from the file. Over several devices it is split by layers
+        (:mod:`fedlora.devices`). On ``meta`` it is a skeleton without weights, of which nothing is read.
 
     Returns
     -------
@@ -360,6 +362,7 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
     InputError
         If the model cannot be loaded or does not fit the task.
     """
+    devices = cards_of(device)
     pretrained, task, mean = model_config(config), get_task(config.model.task), pools_mean(config)
     whole = vars(pretrained).pop("mean_pooled", False)  # the checkpoint is a classifier of ours, head and all
     known = _labels(pretrained)
@@ -367,13 +370,14 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         label_names = _set_labels(config, task, pretrained, label_names, mean)
     with torch.random.fork_rng(devices=[]), _loading(config):
         torch.manual_seed(config.run.seed)
-        model, missing, mismatched = _build(config, task, pretrained, torch.device(device), whole)
+        model, missing, mismatched = _build(config, task, pretrained, devices, whole)
         if mean and not isinstance(model, MeanPoolingClassifier):
             labels: dict[str, Any] = {"id2label": pretrained.id2label, "label2id": pretrained.label2id}
             if task.problem_type is not None:
                 labels["problem_type"] = task.problem_type
             width = _hidden_size(config, model)
             model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
+            model.classifier.to(devices[-1])  # beside the last layer
     head = None if task.causal else head_of(model)
     if not task.causal and head is None:
         remedy = "use pooling mean" if "mean" in task.poolings else "choose another model"
@@ -397,8 +401,9 @@ def load_base(config: Config, label_names: list[str] | None, device: str | torch
         if "dropout" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float):
             module.p = 0.0
     model.requires_grad_(False)
-    # A quantised model was loaded onto the device, and int8 layers cannot be moved.
-    return align_weights(model if config.model.quantization else model.to(device))
+    if len(devices) == 1 and not config.model.quantization:
+        model.to(devices[0])  # what the checkpoint does not hold
+    return align_weights(move_inputs(model))
 
 
 def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[str] | None, mean: bool) -> list[str]:
@@ -420,7 +425,7 @@ def _set_labels(config: Config, task: Task, pretrained: Any, label_names: list[s
 
 
 def _build(
-    config: Config, task: Task, pretrained: Any, device: torch.device, whole: bool
+    config: Config, task: Task, pretrained: Any, devices: tuple[torch.device, ...], whole: bool
 ) -> tuple[Any, set[str], set[str]]:
     """Return the model, the parameters that its checkpoint lacks, and those that it has in other shapes, by name.
 
@@ -428,15 +433,12 @@ def _build(
     """
     mean = pools_mean(config)
     model_class = _model_class(config, task, pretrained, mean)
-    if device.type == "meta":
-        with device, no_init_weights():
+    if devices[0].type == "meta":
+        with devices[0], no_init_weights():
             model = model_class(pretrained, **(_without_pooler(model_class) if mean else {}))
         model.tie_weights()  # which drawing weights would have done
         return model, set(), set()
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "output_loading_info": True}
-    if config.model.quantization is not None:
-        with torch.device("meta"):
-            options |= quantized_loading(config, model_class(pretrained), device)
     if getattr(model_class, "_supports_sdpa", False):
         options["attn_implementation"] = "sdpa"
     if mean and not whole:
@@ -449,13 +451,32 @@ def _build(
         loaded = MeanPoolingConfig.from_pretrained(source, trust_remote_code=False)
         loaded.encoder = pretrained.to_dict()
         loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
+    options |= _placing(config, model_class, loaded, devices)
     model, report = model_class.from_pretrained(
         source, config=loaded, revision=_revision(config), trust_remote_code=False, **options
     )
     if config.model.quantization is not None:
         keep_layout(model)
+    if len(devices) > 1:
+        move_inputs(without_accelerate(model))
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]}
     return model, set(report["missing_keys"]), mismatched
+
+
+def _placing(config: Config, model_class: Any, pretrained: Any, devices: tuple[torch.device, ...]) -> dict[str, Any]:
+    """Return the options with which ``from_pretrained`` reads each weight straight onto its device."""
+    options: dict[str, Any] = {}
+    quantized = config.model.quantization is not None
+    if quantized or len(devices) > 1:
+        with torch.device("meta"):
+            skeleton = model_class(pretrained)
+    if quantized:
+        options |= quantized_loading(config, skeleton)
+    if len(devices) > 1:
+        options["device_map"] = split_by_layers(skeleton, devices)
+    elif quantized or devices[0].type != "cpu":
+        options["device_map"] = {"": devices[0]}
+    return options
 
 
 def _without_pooler(model_class: Any) -> dict[str, bool]:

@@ -39,8 +39,8 @@ def check_quantization(config: Config) -> None:
         raise InputError(KEY, kind, 'needs the package bitsandbytes; install it: pip install "fedlora[quantized]"')
 
 
-def quantized_loading(config: Config, skeleton: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Return the options with which ``from_pretrained`` quantises a model, on its way to a device.
+def quantized_loading(config: Config, skeleton: nn.Module) -> dict[str, Any]:
+    """Return the options with which ``from_pretrained`` quantises a model, on its way to its device.
 
     Parameters
     ----------
@@ -50,7 +50,6 @@ def quantized_loading(config: Config, skeleton: nn.Module, device: torch.device)
         for each token; Dettmers et al., arXiv 2208.07339).
     skeleton : torch.nn.Module
         The model on the device ``meta``, for its layers' names.
-    device : torch.device
 
     Notes
     -----
@@ -82,7 +81,7 @@ def quantized_loading(config: Config, skeleton: nn.Module, device: torch.device)
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     else:
         options |= {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": device}}
+    return {"quantization_config": BitsAndBytesConfig(**options)}
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -216,9 +216,13 @@ def _make_strategy(given: Strategy | Callable[[Config], Strategy] | None, config
 
 
 def _check_device(config: Config) -> None:
-    wanted = config.simulation.gpus_per_worker
-    if wanted and config.simulation.address is None and not torch.cuda.is_available():
-        raise InputError("simulation.gpus_per_worker", wanted, "this machine has no GPU; set it to 0 to run on the CPU")
+    section, key = config.simulation, "simulation.gpus_per_worker"
+    if not section.gpus_per_worker or section.address is not None:
+        return
+    if not torch.cuda.is_available():
+        raise InputError(key, section.gpus_per_worker, "this machine has no GPU; set it to 0 to run on the CPU")
+    if section.gpus_per_worker > (there := torch.cuda.device_count()):
+        raise InputError(key, section.gpus_per_worker, f"this machine has {there}; lower it")
 
 
 def _ghost_norms(chosen: Mapping[str, bool]) -> str:

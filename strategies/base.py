@@ -32,14 +32,15 @@ from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
 from fedlora.corrections import VARIATES
 from fedlora.data.tokens import FederatedData
+from fedlora.devices import Placement, gpus
 from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
 from fedlora.methods import Method, get_method
-from fedlora.models import load_base
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.server.aggregators import aggregator_of
 from fedlora.server.optimizers import server_optimizer
 from fedlora.server.sampling import get_sampling
+from fedlora.shared_base import shared_base
 from fedlora.strategies.aggregation import in_client_order, weighted_mean
 from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
@@ -533,13 +534,16 @@ class FederatedStrategy(Method, Strategy):
 
     # The model on the server.
 
-    def server_device(self) -> str:
-        """Where the server's model is: on the GPU where the simulation uses one."""
-        return "cuda" if self.config.simulation.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+    def server_device(self) -> Placement:
+        """Where the server's model is: on the first worker's GPUs where the simulation uses some."""
+        return gpus(self.config) if self.config.simulation.gpus_per_worker > 0 else "cpu"
 
-    def server_model(self, data: FederatedData, device: str | None = None) -> AdaptedModel:
-        """Load the base model with the method's adapters in it; on the device ``meta`` its skeleton."""
-        return self.adapt(load_base(self.config, data.label_names, device or self.server_device()), self.config)
+    def server_model(self, data: FederatedData, device: Placement | None = None) -> AdaptedModel:
+        """Load the base model with the method's adapters in it; on the device ``meta`` its skeleton.
+
+        Its frozen weights are those of the clients' models, where these are on the same device.
+        """
+        return self.adapt(shared_base(self.config, data.label_names, device or self.server_device()), self.config)
 
     # One round, through Flower's interface.
 

@@ -16,6 +16,7 @@ from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays, padded
 from fedlora.config import Config, MethodSection
 from fedlora.data.tokens import FederatedData
+from fedlora.devices import Placement
 from fedlora.errors import InputError
 from fedlora.ranks import RankedOptions, check_nested_ranks, check_ranks, client_ranks, has_rank
 from fedlora.strategies.aggregation import WeightedMean
@@ -77,7 +78,7 @@ class RankedStrategy(FederatedStrategy):
         remedy = f"has no rank for node {name}, which does not take part; add it"
         return InputError("method.ranks", self.options.ranks, remedy)
 
-    def server_model(self, data: FederatedData, device: str | None = None) -> AdaptedModel:
+    def server_model(self, data: FederatedData, device: Placement | None = None) -> AdaptedModel:
         """Load the model; learn the clients' ranks."""
         adapted = super().server_model(data, device)
         self.enrol(self.names or data.client_names)

@@ -79,7 +79,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "privacy.target_delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "server.timeout": st.floats(0, 1e6, exclude_min=True),
     "simulation.cohort_size": st.integers(1, 99) | st.just("auto"),
-    "simulation.gpus_per_worker": st.floats(0, 8),
+    "simulation.gpus_per_worker": st.floats(0, 1) | st.integers(0, 8),
     "simulation.address": word,
     "tracking.tensorboard": st.booleans(),
 }
@@ -266,6 +266,7 @@ def test_every_key_refuses_a_table(key: str) -> None:
         ("simulation.cohort_size", "all"),
         ("client.gradient_checkpointing", "on"),
         ("simulation.gpus_per_worker", -1.0),
+        ("simulation.gpus_per_worker", 1.5),
         ("data.partition.alpha", 0.0),
         ("data.partition.clients", 0),
         ("data.partition.kind", "dirichlett"),

@@ -42,7 +42,7 @@ def measure(tokens: int, out_features: int, in_features: int, rows: int, clients
     """Time both ways of clipping and summing by client, on the same Poisson-like batch."""
     layout = RowLayout()
     counts = [rows // clients + (1 if k % 2 else -1) for k in range(clients)]
-    layout.set_rows(counts, device=device)
+    layout.set_rows(counts)
     g = torch.randn(sum(counts), tokens, out_features, device=device)
     x = torch.randn(sum(counts), tokens, in_features, device=device)
 

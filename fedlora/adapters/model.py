@@ -23,6 +23,7 @@ from fedlora.adapters.stacked import RowLayout, StackedLayer, StackedLinear
 from fedlora.adapters.targets import ALL_LINEAR, beyond_linear, target_paths
 from fedlora.arrays import Arrays
 from fedlora.config import Config
+from fedlora.devices import devices_of, move_inputs
 from fedlora.errors import InputError
 from fedlora.models import (
     SHORT_TEXTS,
@@ -83,7 +84,7 @@ class AdaptedModel:
         adapters: dict[str, AdapterLayer],
         head: dict[str, StackedLinear],
     ) -> None:
-        self.model, self.layout, self.kind, self.adapters, self.head = model, layout, kind, adapters, head
+        self.model, self.layout, self.kind, self.adapters, self.head = move_inputs(model), layout, kind, adapters, head
         self._layers: dict[str, tuple[StackedLayer, str]] = {}
         for path, adapter in adapters.items():
             for factor in adapter.factors:
@@ -102,8 +103,13 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where batches go and logits come from: the first device of a model that is split over several."""
         return next(self.model.parameters()).device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All devices of the model, the first one first."""
+        return devices_of(self.model)
 
     def _name_layers(self) -> None:
         """Tell layers their names, for errors."""
@@ -144,8 +150,8 @@ class AdaptedModel:
     def trained_arrays(self, clients: Sequence[int]) -> list[Arrays]:
         """Copy the trained arrays of some clients to the CPU, in one transfer; they are views of one tensor."""
         parameters = [self.parameter(name).detach() for name in self.trained]
-        chosen = torch.tensor(clients, device=self.device)
-        flat = torch.cat([p.index_select(0, chosen).flatten(1) for p in parameters], 1).cpu()
+        home, chosen = self.device, torch.tensor(clients, device=self.device)
+        flat = torch.cat([p.index_select(0, chosen.to(p.device)).flatten(1).to(home) for p in parameters], 1).cpu()
         parts = [part.unbind() for part in flat.split([p[0].numel() for p in parameters], 1)]
         shapes = [p.shape[1:] for p in parameters]
         return [
@@ -269,7 +275,7 @@ class AdaptedModel:
             more = {name: batch[name] for name in ("token_type_ids", "position_ids") if name in batch}
             output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **more)
         logits: torch.Tensor = output.logits
-        return logits
+        return logits.to(batch["input_ids"].device)
 
     def outputs(self, batch: Mapping[str, torch.Tensor], task: Task) -> Any:
         """Run the model on a batch; return what the task's loss is taken from.
@@ -296,7 +302,7 @@ class AdaptedModel:
             self.logits(batch)
         finally:
             hook.remove()
-        return HiddenStates(states[0], self._output)
+        return HiddenStates(states[0].to(batch["input_ids"].device), self._output)
 
     @cached_property
     def _output(self) -> OutputLayer | None:
@@ -305,7 +311,7 @@ class AdaptedModel:
         with torch.no_grad(), unchanged(self.model), torch.compiler.set_stance("force_eager"):
             self.model.eval()
             # All rows are the first client's.
-            self.layout.set_rows([SHORT_TEXTS, *[0] * (len(self.layout.counts) - 1)], device=self.device)
+            self.layout.set_rows([SHORT_TEXTS, *[0] * (len(self.layout.counts) - 1)])
             try:
                 return output_layer.find_output_layer(self.model, lambda: run_short_text(self.model))
             finally:

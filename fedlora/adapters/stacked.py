@@ -50,22 +50,28 @@ class RowLayout:
         self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])
 
-    def set_rows(
-        self, counts: Sequence[int], lengths: Sequence[int] | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def set_rows(self, counts: Sequence[int], lengths: Sequence[int] | None = None) -> None:
         """Announce the next batch: ``counts[k]`` rows of client k, at most ``lengths[k]`` tokens long."""
         self.counts = tuple(int(count) for count in counts)
         self.lengths = tuple(lengths) if lengths is not None else (0,) * len(self.counts)
         self.equal = len(set(self.counts)) == 1
-        self._padded: torch.Tensor | None = None
-        if self.equal:
-            self.clients = self.sizes = None
-        else:
+        self._on_devices: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def sizes(self, device: torch.device) -> torch.Tensor:
+        """Return the clients' numbers of rows [K], on a device."""
+        return self._on("sizes", lambda: self.counts, device)
+
+    def clients(self, device: torch.device) -> torch.Tensor:
+        """Return each row's client [N], on a device."""
+        return self._on("clients", lambda: np.repeat(np.arange(len(self.counts)), self.counts), device)
+
+    def _on(self, name: str, make: Callable[[], Any], device: torch.device) -> torch.Tensor:
+        """Return numbers of the batch, which are made and copied once for each device."""
+        key = name, device
+        if key not in self._on_devices:
             # A blocking copy would wait for all work that is queued on a GPU.
-            self.sizes = torch.tensor(self.counts).to(device, non_blocking=True)
-            self.clients = torch.repeat_interleave(
-                torch.arange(len(self.counts), device=device), self.sizes, output_size=sum(self.counts)
-            )
+            self._on_devices[key] = torch.as_tensor(make()).to(device, non_blocking=True)
+        return self._on_devices[key]
 
     def check_rows(self, rows: int, layer: str) -> None:
         """Refuse rows that are not those announced, where it matters whose a row is.
@@ -101,22 +107,25 @@ class RowLayout:
         if self.equal or len(values) == 1:
             values = values.repeat_interleave(len(x) // len(values), 0)
         else:
-            values = values[self.clients]
+            values = values[self.clients(values.device)]
         return values.reshape(len(x), *(1,) * (x.dim() - 2), -1)
 
     def by_client(self, values: torch.Tensor) -> torch.Tensor:
         """Gather rows [N, T, d] by client, [K, longest * T, d]; clients with fewer rows than the longest get zeros."""
         clients, _, width = len(self.counts), *values.shape[1:]
         if not self.equal:
-            if self._padded is None:
-                longest = max(self.counts)
-                starts = np.cumsum([0, *self.counts[:-1]])
-                places = starts[:, None] + np.arange(longest)
-                # The place after the last holds zeros.
-                places[np.arange(longest) >= np.array(self.counts)[:, None]] = sum(self.counts)
-                self._padded = torch.from_numpy(places.ravel()).to(values.device, non_blocking=True)
-            values = torch.cat([values, values.new_zeros(1, *values.shape[1:])])[self._padded]
+            places = self._on("padded", self._padded, values.device)
+            values = torch.cat([values, values.new_zeros(1, *values.shape[1:])])[places]
         return values.reshape(clients, -1, width)
+
+    def _padded(self) -> np.ndarray:
+        """Return the rows of each client one client after the other, as many for each as the longest has."""
+        longest = max(self.counts)
+        starts = np.cumsum([0, *self.counts[:-1]])
+        places = starts[:, None] + np.arange(longest)
+        # The place after the last holds zeros.
+        places[np.arange(longest) >= np.array(self.counts)[:, None]] = sum(self.counts)
+        return places.ravel()
 
     def sum_rows(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Sum rows by client, each row times its weight.
@@ -144,7 +153,7 @@ class RowLayout:
             flat = flat * weights[:, None]
         # segment_reduce adds in the dtype that it is given: in bf16 a sum soon stops growing.
         wide = flat if flat.dtype == torch.float64 else flat.float()
-        summed = torch.segment_reduce(wide, "sum", lengths=self.sizes, axis=0, unsafe=True)
+        summed = torch.segment_reduce(wide, "sum", lengths=self.sizes(flat.device), axis=0, unsafe=True)
         return summed.to(flat.dtype).reshape(clients, *values.shape[1:])
 
 
@@ -217,7 +226,7 @@ class _StackedProduct(torch.autograd.Function):
             y = torch.bmm(rows, weight.transpose(1, 2)).reshape(*x.shape[:-1], out_features)
         else:
             rows = x.reshape(len(x), -1, in_features)
-            y = torch.bmm(rows, weight[layout.clients].transpose(1, 2)).reshape(*x.shape[:-1], out_features)
+            y = torch.bmm(rows, weight[layout.clients(x.device)].transpose(1, 2)).reshape(*x.shape[:-1], out_features)
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
         return y
@@ -231,7 +240,8 @@ class _StackedProduct(torch.autograd.Function):
         g = gradient.reshape(groups, -1, weight.shape[1])
         gradient_x = gradient_weight = None
         if ctx.needs_input_grad[0]:
-            gradient_x = torch.bmm(g, weight if layout.equal else weight[layout.clients]).reshape(x.shape)
+            own = weight if layout.equal else weight[layout.clients(x.device)]
+            gradient_x = torch.bmm(g, own).reshape(x.shape)
         if ctx.needs_input_grad[1] and not layout.per_example:
             products = torch.bmm(g.transpose(1, 2), x.reshape(groups, -1, weight.shape[2]))
             gradient_weight = products if layout.equal else layout.sum_rows(products)
@@ -396,7 +406,8 @@ class ClientDropout(nn.Module):
         generators = self.layout.dropout_generators
         if self.p == 0 or not self.training or generators is None:
             return x
-        draws = torch.ones(x.shape, device=x.device)
+        # A client's generator is on one device, where a split model's draws are made for all layers.
+        draws = torch.ones(x.shape, device=next((g.device for g in generators if g is not None), x.device))
         start = 0
         # A client's mask has its own longest length, so that padding to another client's length draws nothing more.
         for count, length, generator in zip(self.layout.counts, self.layout.lengths, generators, strict=True):
@@ -409,4 +420,4 @@ class ClientDropout(nn.Module):
                 else:
                     drawn.uniform_(generator=generator)
             start += count
-        return x * (draws >= self.p).to(x.dtype) / (1 - self.p)
+        return x * (draws >= self.p).to(x) / (1 - self.p)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from fedlora.config.section import Count, Section, Seed
+from fedlora.errors import InputError
 
 if TYPE_CHECKING:
     from fedlora.config.schema import Config
@@ -25,7 +26,9 @@ class SimulationSection(Section):
         default=1, description="Cores, and threads, of a worker."
     )
     gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = Field(
-        default=0.0, description="GPUs of a worker; a part of one, such as 0.5, is shared."
+        default=0.0,
+        description="GPUs of a worker; a part of one, such as 0.5, is shared. Over several the base model is split by "
+        "layers.",
     )
     cohort_size: Count | Literal["auto"] = Field(
         default="auto",
@@ -36,6 +39,12 @@ class SimulationSection(Section):
     address: str | None = Field(
         default=None, description="Address of a running Ray cluster; a local one is started by default."
     )
+
+    def check(self, config: Config) -> None:
+        """Several GPUs are whole ones."""
+        gpus = self.gpus_per_worker
+        if gpus > 1 and gpus != int(gpus):
+            raise InputError("simulation.gpus_per_worker", gpus, "several GPUs are whole ones; round it")
 
 
 class NetworkSection(Section):

@@ -6,7 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from flwr.app import Message
@@ -18,6 +18,9 @@ from fedlora.simulation.ray_cluster import start_ray
 from fedlora.simulation.ray_exchange import RayExchange
 from fedlora.simulation.simulated_grid import SimulatedGrid
 from fedlora.simulation.worker import Worker
+
+if TYPE_CHECKING:
+    from fedlora.shared_base import Loan
 
 log = logging.getLogger("fedlora")
 
@@ -34,11 +37,12 @@ class RayGrid(SimulatedGrid):
     -----
     At most a few batches a worker are under way, so that memory does not grow with the number of clients. An array
     record that several messages carry travels once a round and worker. At a timeout the workers that are late are
-    replaced.
+    replaced. Workers on the GPUs of this process use the base model that it has loaded.
     """
 
     def _start(self, address: str | None, workers: int | None) -> None:
         self.actors: list[Any] = []
+        self._loans: list[Loan] = []
         self._started_ray = start_ray(address)
         try:
             self.num_workers = count_workers(workers, self.cpus, self.gpus)
@@ -59,6 +63,11 @@ class RayGrid(SimulatedGrid):
             ray.kill(actor)
         self.actors = []
         _OPEN.discard(self)
+        if self._loans:
+            from fedlora.shared_base import end_loans
+
+            end_loans(self._loans)
+            self._loans = []
         if self._started_ray:
             ray.shutdown()
 
@@ -84,11 +93,20 @@ class RayGrid(SimulatedGrid):
         return [unpack(envelope) for envelope in envelopes]
 
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
+        if self.gpus and not self._loans:
+            from fedlora.shared_base import lend
+
+            self._loans = lend()
+            for actor in self.actors if self._loans else ():
+                actor.borrow.remote(self._loans)
         yield from RayExchange(self, messages).replies(deadline)
 
     def _start_worker(self) -> Any:
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(Worker)
-        return actor.remote(self.client_app, self.cpus)
+        started: Any = actor.remote(self.client_app, self.cpus)
+        if self._loans:
+            started.borrow.remote(self._loans)
+        return started
 
 
 def _held() -> tuple[float, float]:

@@ -15,7 +15,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
@@ -25,6 +25,9 @@ from fedlora.errors import ClientErrorCode
 from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.simulation.envelope import Envelope, pack, unpack, unpack_record
 from fedlora.simulation.notes import collected_warnings
+
+if TYPE_CHECKING:
+    from fedlora.shared_base import Loan
 
 log = logging.getLogger("fedlora")
 
@@ -109,6 +112,12 @@ class Worker:
             gc.collect()
             gc.freeze()
             self._settled = True
+
+    def borrow(self, loans: list[Loan]) -> None:
+        """Use the base models of another process, where they are on this one's GPUs."""
+        from fedlora.shared_base import borrow  # imports transformers, which apps of others may do without
+
+        borrow(loans)
 
     def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
         """Measure how many clients fit into one pass; 1 where the app cannot say."""

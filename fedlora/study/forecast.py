@@ -12,6 +12,7 @@ import torch
 from fedlora.clients.resources import client_data
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
+from fedlora.devices import gpus
 from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
@@ -143,14 +144,14 @@ def seconds_a_step(config: Config) -> float:
     On a GPU the clients of a cohort train together, as they do in the run.
     """
     data = client_data(config)
-    device = "cuda" if config.simulation.gpus_per_worker and torch.cuda.is_available() else "cpu"
+    device = gpus(config) if config.simulation.gpus_per_worker else (torch.device("cpu"),)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.simulation.cpus_per_worker)
     try:
         method = get_strategy(config.method.name)
         adapted = method.adapt(load_base(config, data.label_names, device), config)
         arrays = method(config).probe(adapted, data)
-        jobs = _jobs(config, data, arrays, 1 if device == "cpu" else _PROBED_CLIENTS)
+        jobs = _jobs(config, data, arrays, 1 if device[0].type == "cpu" else _PROBED_CLIENTS)
         one_step = config.model_copy(
             update={"client": config.client.model_copy(update={"local_steps": 1, "local_epochs": None})}
         )

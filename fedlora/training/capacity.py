@@ -1,4 +1,4 @@
-"""How many clients fit into one pass on this device."""
+"""How many clients fit into one pass on this device, or on these GPUs."""
 
 from __future__ import annotations
 
@@ -45,11 +45,14 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
     client = config.client.model_copy(update={"local_steps": 1, "local_epochs": None})
     one_step = config.model_copy(update={"client": client})
 
-    def peak(clients: int) -> int:
+    cards = adapted.devices
+
+    def peak(clients: int) -> np.ndarray:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(adapted.device)
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
         train_cohort(adapted, table, [probe] * clients, one_step)
-        return torch.cuda.max_memory_allocated(adapted.device)
+        return np.array([torch.cuda.max_memory_allocated(card) for card in cards])
 
     # Where a client alone does not fit, its step lowers its own needs.
     peak(1)  # what the first pass allocates for good (kernels' workspaces, the token table) is not a client's
@@ -59,7 +62,7 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
     except torch.cuda.OutOfMemoryError:
         return 1
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(adapted.device)
+    free = np.array([torch.cuda.mem_get_info(card)[0] for card in cards])
     # The model itself is part of `one`, and no longer part of `free`.
-    room = SHARE * free + torch.cuda.memory_allocated(adapted.device) - one
-    return max(1, 1 + int(room / max(1, two - one)))
+    room = SHARE * free + [torch.cuda.memory_allocated(card) for card in cards] - one
+    return max(1, 1 + int((room / np.maximum(1, two - one)).min()))

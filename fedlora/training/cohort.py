@@ -431,13 +431,13 @@ def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray], pa
     if pack_to is None:
         batch = table.batch(np.concatenate(rows), adapted.device)
         lengths = [int(table.lengths[r].max()) if len(r) else 0 for r in rows] if dropout else None
-        adapted.layout.set_rows([len(r) for r in rows], lengths, adapted.device)
+        adapted.layout.set_rows([len(r) for r in rows], lengths)
         return table.task.loss(adapted.outputs(batch, table.task), batch["labels"])
     packed = [[r[places] for places in packed_rows(table.lengths[r], pack_to)] for r in rows]
     batch = packed_batch(table, [own for client in packed for own in client])
     batch = {name: value.to(adapted.device) for name, value in batch.items()}
     lengths = [max((int(table.lengths[own].sum()) for own in client), default=0) for client in packed]
-    adapted.layout.set_rows([len(client) for client in packed], lengths if dropout else None, adapted.device)
+    adapted.layout.set_rows([len(client) for client in packed], lengths if dropout else None)
     task: Any = table.task
     loss: torch.Tensor = task.packed_loss(adapted.outputs(batch, task), batch["labels"], batch["weights"])
     return loss
@@ -446,10 +446,11 @@ def _losses(adapted: AdaptedModel, table: TokenTable, rows: list[np.ndarray], pa
 def _clip_by_client(parameters: list[torch.nn.Parameter], max_norm: float) -> None:
     """Clip each client's own gradient norm, as ``clip_grad_norm_`` would for a client alone."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]).norm(dim=0)
+    home = parameters[0].device
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1).to(home) for g in gradients]).norm(dim=0)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for g in gradients:
-        g *= factors.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
+        g *= factors.to(g).reshape(-1, *(1,) * (g.dim() - 1))
 
 
 def _check_held(optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]) -> None:

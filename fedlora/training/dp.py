@@ -206,11 +206,12 @@ class StackedDPOptimizer(DPOptimizer):
         params = [p for p in self.params if getattr(p, "grad_sample", None) is not None and id(p) not in idle]
         if not params:
             return
-        norms = torch.stack([_norms(p.grad_sample) for p in params]).norm(dim=0)
+        # A split model's norms and factors meet on the first parameter's device.
+        norms = torch.stack([_norms(p.grad_sample).to(params[0].device) for p in params]).norm(dim=0)
         # A gradient that overflowed is left out: the NaN that it would make of the sum tells that its example is there.
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
         for p in params:
-            sample, weights = p.grad_sample, factors.to(p.dtype)
+            sample, weights = p.grad_sample, factors.to(p)
             if isinstance(sample, RowProducts):
                 sample = RowProducts(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (sample.g, sample.x)))
                 summed = sample.sum_rows(self.layout, weights)
@@ -231,14 +232,15 @@ class StackedDPOptimizer(DPOptimizer):
             if id(p) in idle:
                 p.grad = None
                 continue
-            part = part.reshape(p.shape)
+            part = part.to(p.device).reshape(p.shape)
             p.grad = part.clone() if p.summed_grad is None else p.summed_grad + part
 
     def _draw_noise(self, size: int) -> torch.Tensor:
         """Draw several steps' noise, [steps, K, size]: a launch a client and step would cost more than the noise."""
         first = self.params[0]
+        device = next((g.device for g in self.generators if g is not None), first.device)
         steps = max(1, min(NOISE_STEPS, NOISE_NUMBERS // size))
-        noise = torch.zeros(len(self.generators), steps, size, dtype=first.dtype, device=first.device)
+        noise = torch.zeros(len(self.generators), steps, size, dtype=first.dtype, device=device)
         for block, sigma, generator in zip(noise, self.noise_multipliers, self.generators, strict=True):
             if sigma and generator is None:
                 entropy.fill_normal(block)
@@ -249,12 +251,12 @@ class StackedDPOptimizer(DPOptimizer):
 
     def scale_grad(self) -> None:
         """Divide each client's noised sum by its expected batch size."""
-        first = self.params[0]
-        divisors = torch.tensor(self.expected_batch_sizes, dtype=first.dtype).to(first.device, non_blocking=True)
+        made = torch.tensor(self.expected_batch_sizes, dtype=self.params[0].dtype)
+        on = {d: made.to(d, non_blocking=True) for d in {p.device for p in self.params}}
         for p in self.params:
             if p.grad is None:
                 continue
-            p.grad /= divisors.reshape(-1, *(1,) * (p.dim() - 1))
+            p.grad /= on[p.device].reshape(-1, *(1,) * (p.dim() - 1))
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """As in Opacus, but a cohort of empty Poisson batches, without per-example gradients, still gets its noise."""

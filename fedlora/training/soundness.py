@@ -144,7 +144,7 @@ def _compare_packed(adapted: AdaptedModel, examples: _Examples) -> str | None:
     expected = [_alone(adapted, examples, *own) for own in zip(arrays, clients, strict=True)]
     adapted.set_clients(arrays)
     batch = examples.packed([row for client in clients for row in client], adapted.device)
-    adapted.layout.set_rows([len(client) for client in clients], device=adapted.device)
+    adapted.layout.set_rows([len(client) for client in clients])
     losses = task.packed_loss(adapted.logits(batch), batch["labels"], batch["weights"])
     if not (share := _share(losses.detach(), torch.cat([found for found, _ in expected]))) <= LOGITS:
         return f"losses of texts that share a row differ by {share:.2%} from those of each alone"
@@ -173,7 +173,7 @@ def _alone(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """Return each row's sum of its texts' losses, and their gradients, from passes over one text at a time."""
     adapted.set_clients([arrays])
-    adapted.layout.set_rows([1], device=adapted.device)
+    adapted.layout.set_rows([1])
     batches = [[examples.batch([text], adapted.device) for text in row] for row in rows]
     each = [torch.cat([examples.task.loss(adapted.logits(b), b["labels"]) for b in row]) for row in batches]
     losses = torch.stack([values.sum() for values in each])
@@ -260,7 +260,7 @@ def _compare_values(adapted: AdaptedModel, examples: _Examples, longest: torch.T
 @torch.no_grad()
 def _states(adapted: AdaptedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return logits [N, classes], or the last hidden states [N, T, d], whose logits would cost more than all else."""
-    adapted.layout.set_rows([len(batch["input_ids"])], device=adapted.device)
+    adapted.layout.set_rows([len(batch["input_ids"])])
     body: Any = adapted.model
     while not adapted.head and getattr(body, "base_model", body) is not body:
         body = body.base_model
@@ -274,7 +274,7 @@ def _run(adapted: AdaptedModel, examples: _Examples, clients: Sequence[Sequence[
     """Run a batch forwards and backwards as training does."""
     rows = [row for mine in clients for row in mine]
     batch = examples.batch(rows, adapted.device)
-    adapted.layout.set_rows([len(mine) for mine in clients], device=adapted.device)
+    adapted.layout.set_rows([len(mine) for mine in clients])
     logits = adapted.logits(batch)
     examples.task.loss(logits, batch["labels"]).sum().backward()
     samples = {}
@@ -402,7 +402,7 @@ def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
     """Put back whatever running the model changes: parameters, buffers, modes, the layout, and all generators."""
     model, trained, layout = adapted.model, adapted.trained, dict(vars(adapted.layout))
     chance = random.getstate(), np.random.get_state()
-    devices = [adapted.device] if adapted.device.type == "cuda" else []
+    devices = [device for device in adapted.devices if device.type == "cuda"]
     try:
         with torch.random.fork_rng(devices=devices), unchanged(model):
             yield
@@ -416,21 +416,22 @@ def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
 
 def _widen(adapted: AdaptedModel) -> None:
     """Put float32 copies in the place of parameters and buffers in half precision; :func:`_unchanged` undoes it."""
-    model, device = adapted.model, adapted.device
+    model, to_cpu = adapted.model, False
     narrow = {
         id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.element_size() < 4
     }
     if not narrow:
         return
-    if device.type == "cuda":
-        needed = 4 * sum(t.numel() for t in narrow.values())
-        if needed > ROOM * torch.cuda.mem_get_info(device)[0]:
-            device = torch.device("cpu")
-            narrow = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for device in adapted.devices:
+        needed = 4 * sum(t.numel() for t in narrow.values() if t.device == device)
+        to_cpu |= device.type == "cuda" and needed > ROOM * torch.cuda.mem_get_info(device)[0]
+    if to_cpu:
+        narrow = {id(t): t for t in (*model.parameters(), *model.buffers())}
     wide: dict[int, torch.Tensor] = {}
     for key, tensor in narrow.items():
         value = tensor.detach().to(
-            device, torch.float32 if tensor.element_size() < 4 and tensor.is_floating_point() else tensor.dtype
+            "cpu" if to_cpu else tensor.device,
+            torch.float32 if tensor.element_size() < 4 and tensor.is_floating_point() else tensor.dtype,
         )
         wide[key] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     for module in model.modules():

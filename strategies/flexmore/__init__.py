@@ -21,6 +21,7 @@ from fedlora.arrays import Arrays
 from fedlora.communication.wire import decode
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
+from fedlora.devices import Placement
 from fedlora.errors import InputError, plain_text
 from fedlora.experts.expert import FULL, Expert, Rank, array_shapes, break_even_rank, combine, numbers
 from fedlora.experts.expert_model import FACTORS, ExpertModel, adapt_experts, check_rank, trained_rank
@@ -30,9 +31,10 @@ from fedlora.experts.merged import PUBLIC, MergedModel, expert_of, split_owners
 from fedlora.experts.mixture import Mixture
 from fedlora.experts.options import ExpertOptions, expert_options
 from fedlora.experts.router import tune_router
-from fedlora.models import load_base, load_tokenizer, pretrained_source, quiet
+from fedlora.models import load_tokenizer, pretrained_source, quiet
 from fedlora.ranks import check_ranks, client_ranks, has_rank, listed_ranks
 from fedlora.roles import FROZEN, Role, Roles
+from fedlora.shared_base import shared_base
 from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned, Sizes
 from fedlora.strategies.flexmore.opting_out import opt_out
 from fedlora.strategies.replies import ReplyError
@@ -152,9 +154,9 @@ class FlexMoRE(FederatedStrategy):
 
     # What a client is.
 
-    def server_model(self, data: FederatedData, device: str | None = None) -> MergedModel:
+    def server_model(self, data: FederatedData, device: Placement | None = None) -> MergedModel:
         """Load the public model as a mixture without experts; learn the clients' ranks and owners."""
-        public = load_base(self.config, None, device or self.server_device())
+        public = shared_base(self.config, None, device or self.server_device())
         mixture = Mixture.of(
             public, num_experts_per_tok=self.options.num_experts_per_tok, norm_topk_prob=self.options.norm_topk_prob
         )

@@ -97,7 +97,7 @@ def test_the_noise_of_a_step_is_that_of_its_arrays(monkeypatch: pytest.MonkeyPat
 def _flat(adapted: Any, rows: Any) -> torch.Tensor:
     """Return losses without a gradient: what moves is the noise."""
     batch = {"input_ids": torch.full((sum(map(len, rows)), 3), 4)}
-    adapted.layout.set_rows([len(r) for r in rows], None, adapted.device)
+    adapted.layout.set_rows([len(r) for r in rows])
     return adapted.logits(batch).sum(-1) * 0
 
 

@@ -147,7 +147,8 @@ def test_the_size_of_cohorts_is_measured(free: int, clients: int, monkeypatch: p
             raise torch.cuda.OutOfMemoryError("out of memory")
         peaks.append(50 + 20 * len(jobs))
 
-    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    # The second card of a split model holds less.
+    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), devices=["cuda:0", "cuda:1"])
     _, config = made()
     (job,) = tiny.jobs_of([{}], [np.arange(8)])
     monkeypatch.setattr(capacity, "train_cohort", train)
@@ -156,7 +157,7 @@ def test_the_size_of_cohorts_is_measured(free: int, clients: int, monkeypatch: p
     for name, function in {
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda _: None,
-        "max_memory_allocated": lambda _: peaks[-1],
+        "max_memory_allocated": lambda card: peaks[-1] if card == "cuda:0" else 50 + (peaks[-1] - 50) // 2,
         "mem_get_info": lambda _: (free, 0),
         "memory_allocated": lambda _: 50,
     }.items():
