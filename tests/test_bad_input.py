@@ -80,7 +80,12 @@ BEFORE_THE_DATA = {
     "name that leads elsewhere": ({"run.name": "../precious"}, "run.name", ["../precious"]),
     "both budgets": ({"privacy.noise_multiplier": "1.0"}, "privacy.target_epsilon", ["8.0", "noise_multiplier = 1.0"]),
     "no budget": ({"privacy.target_epsilon": ""}, "privacy.target_epsilon", ["required"]),
-    "client-level privacy": ({"privacy.mode": "client"}, "privacy.mode", ["'client'"]),
+    "privacy of persons": ({"privacy.mode": "person"}, "privacy.mode", ["'person'"]),
+    "a share of whole clients": (
+        {"privacy.mode": "client", "server.fraction_train": "0.5"},
+        "server.sampling",
+        ["'fixed'", "poisson"],
+    ),
     "steps and epochs": ({"client.local_epochs": "1"}, "client.local_steps", ["local_epochs = 1"]),
     "unknown method": ({"method.name": "fedsb"}, "method.name", ["'fedsb'", "did you mean fed-sb?"]),
     "start without examples": ({"method.init": "public"}, "method.init", ["data.public"]),

@@ -17,7 +17,7 @@ LIMIT = 2_500_000
 """Bytes of all committed results and pictures together."""
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 STUDIES = ROOT / "experiments" / "studies"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
 
 
 def results() -> list[Path]:
@@ -51,9 +51,11 @@ def test_results_that_a_page_names_exist(page: Path) -> None:
     assert not missing
 
 
-def rows(page: Path, heading: str) -> list[list[str]]:
-    """Rows of the first table below a heading, without its head."""
-    section = page.read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
+def rows(page: Path, heading: str = "") -> list[list[str]]:
+    """Rows of the first table below a heading, or of the page, without its head."""
+    section = page.read_text(encoding="utf-8")
+    if heading:
+        section = section.split(f"\n## {heading}")[1].split("\n## ")[0]
     table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
     assert table, heading
     return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[0].splitlines()[2:]]
@@ -104,10 +106,11 @@ def test_the_wires_table_is_what_its_differences_and_groups_say() -> None:
             assert shown.replace("-0.00", "0.00") == f"{found.mean:.2f} ± {found.half:.2f}".replace("-0.00", "0.00")
 
 
-def test_the_comparisons_table_is_what_its_groups_say() -> None:
-    with (STUDIES / "results" / "comparison" / "groups.csv").open(encoding="utf-8", newline="") as file:
+@pytest.mark.parametrize("study", ["comparison", "comparison_20newsgroups"])
+def test_the_comparisons_tables_are_what_their_groups_say(study: str) -> None:
+    with (STUDIES / "results" / study / "groups.csv").open(encoding="utf-8", newline="") as file:
         groups = {(row["method"], row["privacy"]): row for row in csv.DictReader(file)}
-    table = rows(STUDIES / "README.md", "Eight methods")
+    table = rows(STUDIES / f"{study}.md")
     assert len(table) == 8
     for name, private, free, megabytes, up, seconds in table:
         method = name.split(", ")[0]

@@ -83,7 +83,7 @@ def test_a_step_is_that_of_the_trained_arrays_alone() -> None:
 
 def test_the_noise_of_a_step_is_that_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of one factor have unlike noise, and what a step does not train has none."""
-    monkeypatch.setattr(training, "_losses", lambda adapted, table, rows: _flat(adapted, rows))
+    monkeypatch.setattr(training, "_losses", lambda adapted, table, rows, pack_to: _flat(adapted, rows))
     start, one = trained(1, Alternating(False), private=True, sigma=2.0)
     three = trained(3, Alternating(False), private=True, sigma=2.0)[1]
     for name, array in start["lora_B"].items():
