@@ -131,10 +131,16 @@ def _run(
     config = folder.resolved
     # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
     whole = rounds if isinstance(rounds, method) else method(config)
-    with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
-        return Federation(
-            config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
-        ).run()
+    try:
+        with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
+            return Federation(
+                config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
+            ).run()
+    except KeyboardInterrupt:
+        from fedlora.clients.resources import forget_model
+
+        forget_model()  # which may have been stopped amid a change; the next run of this process would go on with it
+        raise
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:

@@ -138,7 +138,7 @@ class ExpertModel(ExpertShapes, AdaptedModel):
         if rank == self.rank:
             return
         check_rank(rank, self.projections(), "method.ranks" if expert_options(self.config).ranks else "method.rank")
-        self.rank, trained = rank, trained_rank(self.config, rank)
+        trained = trained_rank(self.config, rank)
         scaling = expert_scaling(self.config, trained)
         self.adapters, self._layers = {}, {}
         for form, block in zip(self.forms, self.blocks, strict=True):
@@ -153,7 +153,7 @@ class ExpertModel(ExpertShapes, AdaptedModel):
             for name in ("router", "router_bias", "public_router"):
                 self._layers[f"{form.path}.{name}"] = (getattr(block, name), "weight")
         self._name_layers()
-        self.trained = ()
+        self.trained, self.rank = (), rank  # the rank last: if this is stopped before, it is done again
 
     def set_public(self) -> None:
         """Make the blocks compute what the public model does."""
