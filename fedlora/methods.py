@@ -27,7 +27,7 @@ from pydantic import ConfigDict, ValidationError
 from fedlora.config import Config, MethodSection, unknown_key
 from fedlora.errors import InputError
 from fedlora.ranks import has_mixed_ranks
-from fedlora.registry import CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
+from fedlora.registry import AGGREGATORS, CORRECTIONS, MECHANISMS, SERVER_OPTIMIZERS
 from fedlora.roles import Exchange, Roles, trained_kinds
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def check_method(config: Config) -> None:
         raise InputError("model.quantization", config.model.quantization, remedy)
     if config.wire.sends_updates:
         _check_updates(method, config)
-    if config.server.aggregator != "mean":
+    if AGGREGATORS.get(config.server.aggregator).robust:
         _check_aggregator(method, config)
     if not method.persistent:
         carries = _carries(method, config)

@@ -61,8 +61,21 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     """Return seconds a client step, of each round after the first."""
     from fedlora import simulate
 
-    private = {"mode": "example", "noise_multiplier": settings["noise_multiplier"], "target_delta": 1e-3}
-    content: dict[str, Any] = {
+    content = run_config(settings, case, folder)
+    content["simulation"] = {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0}
+    if "private" not in run:
+        del content["privacy"]
+    if "nf4" in run:
+        content["model"]["quantization"] = "nf4"
+    with tempfile.TemporaryDirectory() as place:
+        simulate(content, output=Path(place) / "run")
+        lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
+    return [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]]
+
+
+def run_config(settings: dict[str, Any], case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the config of a private run on the model and the examples in a folder; where it runs is left open."""
+    return {
         "run": {"rounds": settings["rounds"]},
         "model": {"name": str(folder), "task": "causal-lm", "dtype": "bfloat16", "max_length": case["tokens"]},
         "data": {
@@ -73,16 +86,13 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         "method": {"name": "fedit", "rank": settings["rank"], "target_modules": settings["target_modules"]},
         "client": {"batch_size": case["batch"], "local_steps": settings["steps"]},
         "server": {"evaluate_every": settings["rounds"]},
-        "simulation": {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0},
+        "privacy": {
+            "mode": "example",
+            "noise_multiplier": settings["noise_multiplier"],
+            "target_delta": 1e-3,
+            "max_grad_norm": settings["max_grad_norm"],
+        },
     }
-    if "private" in run:
-        content["privacy"] = private | {"max_grad_norm": settings["max_grad_norm"]}
-    if "nf4" in run:
-        content["model"]["quantization"] = "nf4"
-    with tempfile.TemporaryDirectory() as place:
-        simulate(content, output=Path(place) / "run")
-        lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
-    return [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]]
 
 
 def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> list[float]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora.experiments.benchmarks.llm import make_model, make_texts
+from fedlora.experiments.benchmarks.llm import make_model, make_texts, run_config
 from fedlora.experiments.benchmarks.machine import machine
 
 SECONDS = 300
@@ -42,29 +42,12 @@ PLACES = {"one GPU": (0, 1), "two GPUs": (0, 2), "one worker": (1, 1), "two work
 def content(settings: dict[str, Any], case: dict[str, Any], folder: Path, run: str = "one GPU") -> dict[str, Any]:
     """Return the config of a run."""
     workers, gpus = PLACES[run]
-    return {
-        "run": {"rounds": settings["rounds"]},
-        "model": {"name": str(folder), "task": "causal-lm", "dtype": "bfloat16", "max_length": case["tokens"]},
-        "data": {
-            "name": str(folder / "train.jsonl"),
-            "test": str(folder / "test.jsonl"),
-            "partition": {"clients": settings["clients"]},
-        },
-        "method": {"name": "fedit", "rank": settings["rank"], "target_modules": settings["target_modules"]},
-        "client": {"batch_size": case["batch"], "local_steps": settings["steps"]},
-        "server": {"evaluate_every": settings["rounds"]},
-        "privacy": {
-            "mode": "example",
-            "noise_multiplier": settings["noise_multiplier"],
-            "target_delta": 1e-3,
-            "max_grad_norm": settings["max_grad_norm"],
-        },
-        "simulation": {
-            "workers": workers,
-            "gpus_per_worker": float(gpus) if torch.cuda.is_available() else 0.0,
-            "cohort_size": 1,  # so that the rows divide the same work
-        },
+    placed = {
+        "workers": workers,
+        "gpus_per_worker": float(gpus) if torch.cuda.is_available() else 0.0,
+        "cohort_size": 1,  # so that the rows divide the same work
     }
+    return {**run_config(settings, case, folder), "simulation": placed}
 
 
 def equality(settings: dict[str, Any], case: dict[str, Any], folder: Path) -> dict[str, Any]:

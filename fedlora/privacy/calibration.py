@@ -129,22 +129,15 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
             f"with {local} local steps each is more than {MAX_STEPS:.0e} steps, which no accountant resolves; lower it"
         )
         raise InputError("run.rounds", config.run.rounds, remedy)
-    sigma = privacy.noise_multiplier
     start, start_rate = None, 0.0
     if read := get_method(config.method.name).start_examples(config):
         start_rate = min(1.0, read / examples)
         epsilon = privacy.target_epsilon
-        start = sigma
+        start = privacy.noise_multiplier
         if epsilon is not None:
             share = START_SHARE * epsilon
             start = noise_multiplier(share, privacy.target_delta, start_rate, 1, privacy.accountant)
-    if sigma is None:
-        assert privacy.target_epsilon is not None
-        spent = () if start is None else ((start, start_rate, 1),)
-        sigma = noise_multiplier(privacy.target_epsilon, privacy.target_delta, rate, steps, privacy.accountant, spent)
-    elif sigma and math.isinf(spent_epsilon(privacy.accountant, privacy.target_delta, ((sigma, rate, steps),))):
-        remedy = f"has no finite epsilon under {privacy.accountant}; raise it, or choose another accountant"
-        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    sigma = _noise(privacy, rate, steps, () if start is None else ((start, start_rate, 1),))
     return PrivacyPlan(
         sample_rate=rate,
         noise_multiplier=sigma,
@@ -157,6 +150,24 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         start_noise_multiplier=start,
         start_sample_rate=start_rate,
     )
+
+
+def _noise(privacy: PrivacySection, rate: float, steps: int, spent: History = ()) -> float:
+    """Return the noise multiplier that was given, or the one that the target needs beside what else is spent.
+
+    Raises
+    ------
+    InputError
+        If the one that was given has no finite epsilon, or none reaches the target.
+    """
+    sigma, delta, accountant = privacy.noise_multiplier, privacy.target_delta, privacy.accountant
+    if sigma is None:
+        assert privacy.target_epsilon is not None
+        return noise_multiplier(privacy.target_epsilon, delta, rate, steps, accountant, spent)
+    if sigma and math.isinf(spent_epsilon(accountant, delta, ((sigma, rate, steps),))):
+        remedy = f"has no finite epsilon under {accountant}; raise it, or choose another accountant"
+        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    return sigma
 
 
 @dataclass(frozen=True)
@@ -220,13 +231,7 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
         raise InputError("privacy.target_delta", privacy.target_delta, remedy)
     rate = float(config.server.fraction_train)
     releases = sum(len(method.exchanges(config, r)) for r in range(1, config.run.rounds + 1))
-    sigma = privacy.noise_multiplier
-    if sigma is None:
-        assert privacy.target_epsilon is not None
-        sigma = noise_multiplier(privacy.target_epsilon, privacy.target_delta, rate, releases, privacy.accountant)
-    elif sigma and math.isinf(spent_epsilon(privacy.accountant, privacy.target_delta, ((sigma, rate, releases),))):
-        remedy = f"has no finite epsilon under {privacy.accountant}; raise it, or choose another accountant"
-        raise InputError("privacy.noise_multiplier", sigma, remedy)
+    sigma = _noise(privacy, rate, releases)
     updates, count = sigma, 0.0
     if privacy.adaptive_clipping:
         count = COUNT_NOISE * rate * clients

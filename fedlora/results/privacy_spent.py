@@ -19,9 +19,6 @@ from fedlora.privacy.mechanisms import mechanism_of
 AGREES = 0.02
 """By how much two accountants of one kind may differ, as a share of epsilon."""
 
-_KINDS = {"rdp": "rdp", "prv": "pld", "gdp": "pld"}
-"""Of dp-accounting's accountants, the one that computes as ours does. GDP is an approximation of what PLD computes."""
-
 
 @dataclass(frozen=True)
 class Spent:
@@ -109,14 +106,13 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     privacy, mechanism = config.privacy, mechanism_of(config)
     epsilon = spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
     others = second_opinion(privacy.target_delta, tuple(history))
-    compared = _KINDS.get(privacy.accountant, "pld")
-    norm = "clipping_norm" if mechanism.noise_by == "server" else "max_grad_norm"
+    compared = get_accountant(privacy.accountant).kind
     return Spent(
         run=str(folder),
         mode=privacy.mode,
         unit=mechanism.unit,
         neighbours=f"with and without {mechanism.unit} (add or remove)",
-        mechanism=_mechanism(config, norm),
+        mechanism=mechanism.describe(config),
         client=chosen,
         clients=len(last),
         history=history,
@@ -192,25 +188,11 @@ def _examples(config: Config, row: dict[str, str], folder: Path) -> int:
     return round(config.client.batch_size / rate)
 
 
-def _mechanism(config: Config, norm: str) -> str:
-    clipped = getattr(config.privacy, norm)
-    if norm == "clipping_norm":
-        follows = ", which follows the updates" if config.privacy.adaptive_clipping else ""
-        return (
-            f"the server clips each client's update to {norm} = {clipped:g}{follows}, and adds Gaussian noise to their "
-            "sum; each client takes part with the sample rate"
-        )
-    return (
-        f"DP-SGD: clients clip each example's gradient to {norm} = {clipped:g}, and add Gaussian noise to the sum; "
-        "each example enters a step with the sample rate"
-    )
-
-
 def _explanation(accountant: str, ours: float, theirs: float) -> str:
     if ours == theirs or (ours and abs(theirs - ours) <= AGREES * ours):
         return ""
-    if accountant == "gdp":
-        return "gdp is an approximation for many steps at small rates, and may give too small an epsilon"
+    if not get_accountant(accountant).is_bound:
+        return f"{accountant} is an approximation, and may give too small an epsilon"
     if math.isinf(ours) or math.isinf(theirs):
         return "one of the two has no finite bound for this noise"
     if ours > theirs:

@@ -21,12 +21,15 @@ class Accountant(ABC):
         ``privacy.accountant``, and the name of the file.
     is_bound : bool
         Whether epsilon is an upper bound. A data owner's policy only takes accountants that give one.
+    kind : str
+        Which accountant of Google's dp-accounting computes as it does: ``rdp`` or ``pld``.
     note : str
         Warning for users who choose it; "" for none.
     """
 
     name: ClassVar[str]
     is_bound: ClassVar[bool]
+    kind: ClassVar[str] = "pld"
     note: ClassVar[str] = ""
 
     @abstractmethod

@@ -23,7 +23,7 @@ _BETWEEN = np.flatnonzero(np.array(_ORDERS) % 1 != 0)
 class Rdp(Accountant):
     """As Opacus' accountant, but with more orders, with a step's divergences cached, and without needless ones."""
 
-    name = "rdp"
+    name = kind = "rdp"
     is_bound = True
 
     def epsilon(self, delta: float, history: History) -> float:

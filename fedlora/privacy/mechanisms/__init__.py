@@ -41,6 +41,10 @@ class Mechanism(ABC):
         """Whether anything is protected."""
         return self.noise_by != "nobody"
 
+    def describe(self, config: Config) -> str:
+        """Say in a sentence what is clipped and noised; "" where nothing is."""
+        return ""
+
     def check(self, config: Config) -> None:
         """Refuse a config that this mechanism cannot protect; none by default.
 

@@ -8,6 +8,7 @@ from fedlora.methods import Method
 from fedlora.privacy.calibration import ServerPlan, plan_server
 from fedlora.privacy.mechanisms import Mechanism
 from fedlora.ranks import has_mixed_ranks
+from fedlora.registry import AGGREGATORS, CLIENT_SAMPLINGS
 
 
 class Client(Mechanism):
@@ -23,10 +24,10 @@ class Client(Mechanism):
     def check(self, config: Config) -> None:
         """Refuse samples of clients whose epsilon the accountants do not know."""
         server = config.server
-        if server.sampling != "poisson" and server.fraction_train < 1:
+        if not CLIENT_SAMPLINGS.get(server.sampling).independent and server.fraction_train < 1:
             remedy = 'has no accountant for a share of the clients; use "poisson", or server.fraction_train = 1'
             raise InputError("server.sampling", server.sampling, remedy)
-        if server.aggregator != "mean":
+        if AGGREGATORS.get(server.aggregator).robust:
             remedy = f"adds noise to a sum, which {server.aggregator} is not; use the mean"
             raise InputError("server.aggregator", server.aggregator, remedy)
 
@@ -41,6 +42,15 @@ class Client(Mechanism):
         if method.start_examples(config):
             remedy = "adds no noise to a start that is made from clients' examples; choose another method.init"
             raise InputError("privacy.mode", self.name, remedy)
+
+    def describe(self, config: Config) -> str:
+        """Say what is clipped and noised."""
+        privacy = config.privacy
+        follows = ", which follows the updates" if privacy.adaptive_clipping else ""
+        return (
+            f"the server clips each client's update to clipping_norm = {privacy.clipping_norm:g}{follows}, and adds "
+            "Gaussian noise to their sum; each client takes part with the sample rate"
+        )
 
     def server_plan(self, config: Config, clients: int) -> ServerPlan:
         """Calibrate the noise of the whole run."""

@@ -16,6 +16,13 @@ class Example(Mechanism):
     clips_examples = True
     reply_metrics = LOCAL_SPENT
 
+    def describe(self, config: Config) -> str:
+        """Say what is clipped and noised."""
+        return (
+            f"DP-SGD: clients clip each example's gradient to max_grad_norm = {config.privacy.max_grad_norm:g}, and "
+            "add Gaussian noise to the sum; each example enters a step with the sample rate"
+        )
+
     def plan(self, config: Config, examples: int) -> PrivacyPlan:
         """Calibrate the client's noise."""
         return plan_privacy(config, examples)

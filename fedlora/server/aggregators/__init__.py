@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from fedlora.config import Config, ServerSection
 from fedlora.registry import AGGREGATORS
+
+if TYPE_CHECKING:
+    import torch  # configs are checked without it
 
 
 class Aggregator(ABC):

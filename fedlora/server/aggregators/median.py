@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from fedlora.server.aggregators import Aggregator
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Median(Aggregator):

@@ -16,9 +16,12 @@ class ClientSampling(ABC):
     ----------
     name : str
         ``server.sampling``, and the name of the file.
+    independent : bool
+        Whether each client is drawn by itself, as accountants of sampled clients assume.
     """
 
     name: ClassVar[str]
+    independent: ClassVar[bool] = False
 
     @abstractmethod
     def sample(self, present: Collection[int], server_round: int, seed: int, fraction: float) -> list[int]:

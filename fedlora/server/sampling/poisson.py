@@ -13,6 +13,7 @@ class Poisson(ClientSampling):
     """Each client takes part with probability ``fraction``. A round may have no client at all."""
 
     name = "poisson"
+    independent = True
 
     def sample(self, present: Collection[int], server_round: int, seed: int, fraction: float) -> list[int]:
         """Draw for each client by its number, whoever else is there."""
