@@ -27,11 +27,9 @@ from fedlora.devices import devices_of, move_inputs
 from fedlora.errors import InputError
 from fedlora.models import (
     SHORT_TEXTS,
-    MeanPoolingClassifier,
     head_of,
     run_short_text,
     unchanged,
-    unhurried_mask,
 )
 from fedlora.models import dense_weight as dense_weight
 from fedlora.models import linear_shape as linear_shape
@@ -269,8 +267,6 @@ class AdaptedModel:
         mask = batch.get("attention_mask")
         if mask is not None and not self.head:
             mask = None  # a causal model's tokens never see the padding on their right
-        if mask is not None and not isinstance(self.model, MeanPoolingClassifier):
-            mask = unhurried_mask(self.model, mask)
         with attention_kernels():
             more = {name: batch[name] for name in ("token_type_ids", "position_ids") if name in batch}
             output: Any = self.model(input_ids=batch["input_ids"], attention_mask=mask, **more)
