@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.attention import use_short_attention
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
@@ -403,6 +404,8 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
     model.requires_grad_(False)
     if len(devices) == 1 and not config.model.quantization:
         model.to(devices[0])  # what the checkpoint does not hold
+    if devices[0].type == "cuda":
+        use_short_attention(model)
     return align_weights(move_inputs(model))
 
 

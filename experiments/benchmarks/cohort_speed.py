@@ -25,6 +25,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlora.adapters import adapt
+from fedlora.attention import use_short_attention
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.experiments.benchmarks.machine import machine
@@ -86,7 +87,10 @@ def measure_cohort(
 ) -> dict[str, Any]:
     """Time train_cohort, the code that simulated workers run."""
     config = run_config(settings, size)
-    adapted = adapt(build_model(size, _dtype(device), device), config, "lora")
+    base = build_model(size, _dtype(device), device)
+    if device == "cuda":
+        use_short_attention(base)
+    adapted = adapt(base, config, "lora")
     if fuse != "none":
         fuse_blocks(adapted, fuse)
     _draw_factors(adapted.parameter, adapted.names(("lora_A",)))
