@@ -33,10 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.alignment import align_loaded, align_weights
 from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
-from fedlora.attention import use_short_attention
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
+from fedlora.kernels.attention import use_short_attention
 from fedlora.methods import get_method
 from fedlora.paths import find_path
 from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlora.adapters import adapt
-from fedlora.attention import use_short_attention
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.experiments.benchmarks.machine import machine
+from fedlora.kernels.attention import use_short_attention
 from fedlora.privacy import PrivacyPlan
 from fedlora.tasks import get_task
 from fedlora.training import ClientJob, train_cohort

@@ -225,10 +225,7 @@ class _StackedProduct(torch.autograd.Function):
             raise ValueError(f"the weights are those of {clients} clients, the rows those of {len(layout.counts)}")
         groups, own = (clients, weight) if layout.equal else (len(x), weight[layout.clients(x.device)])
         rows, own = x.reshape(groups, -1, in_features), own.transpose(1, 2)
-        if onto is None:
-            y = torch.bmm(rows, own)
-        else:
-            y = torch.baddbmm(onto.reshape(groups, -1, out_features), rows, own)
+        y = torch.bmm(rows, own) if onto is None else torch.baddbmm(onto.reshape(groups, -1, out_features), rows, own)
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
         return y.reshape(*x.shape[:-1], out_features)

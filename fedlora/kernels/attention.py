@@ -100,7 +100,7 @@ def short_attention_forward(
 
 
 def carried(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the kernels carry an attention: short rows of half precision, a key and a value for every query's head."""
+    """Whether the kernels carry an attention: short rows of half precision, as many keys' heads as queries'."""
     rows, heads, tokens, width = query.shape
     return (
         query.is_cuda
@@ -189,10 +189,11 @@ def _arguments(query: torch.Tensor, mask: torch.Tensor | None, scale: float, cau
         "WIDTH": width,
         "T": size,
         "D": max(16, triton.next_power_of_2(width)),
-        "BLOCK": min(size, 64),
+        # Measured on an H200, with rows of 64 tokens of 12 heads of 32, and of 128 tokens of 16 heads of 64.
+        "BLOCK": size,
         "CAUSAL": causal,
         "MASKED": mask is not None,
-        "num_warps": 4,
+        "num_warps": 4 if size < 128 else 8,
     }
 
 
