@@ -36,6 +36,7 @@ from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
+from fedlora.kernels.attention import use_short_attention
 from fedlora.methods import get_method
 from fedlora.paths import find_path
 from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading
@@ -424,6 +425,7 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
         model.to(devices[0])  # what the checkpoint does not hold
     if devices[0].type == "cuda":
         give_boolean_masks(model)
+        use_short_attention(model)
     return align_weights(move_inputs(model))
 
 

@@ -149,7 +149,9 @@ class AdaptedModel:
         """Copy the trained arrays of some clients to the CPU, in one transfer; they are views of one tensor."""
         parameters = [self.parameter(name).detach() for name in self.trained]
         home, chosen = self.device, torch.tensor(clients, device=self.device)
-        flat = torch.cat([p.index_select(0, chosen.to(p.device)).flatten(1).to(home) for p in parameters], 1).cpu()
+        flat = torch.cat([p.index_select(0, chosen.to(p.device)).flatten(1).to(home) for p in parameters], 1)
+        # A GPU copies into pinned memory several times as fast.
+        flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda).copy_(flat)
         parts = [part.unbind() for part in flat.split([p[0].numel() for p in parameters], 1)]
         shapes = [p.shape[1:] for p in parameters]
         return [
