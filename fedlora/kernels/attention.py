@@ -103,6 +103,7 @@ def short_attention_forward(
 def carried(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether the kernels carry an attention: short rows of half precision, as many keys' heads as queries'."""
     rows, heads, tokens, width = query.shape
+    shapes = (rows, 1, tokens, tokens), (rows, 1, 1, tokens)
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
