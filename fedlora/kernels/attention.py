@@ -112,10 +112,7 @@ def carried(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
         and width <= HEAD_DIM
         and rows * heads > 0
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        and (
-            mask is None
-            or (mask.dtype == torch.bool and mask.shape in ((rows, 1, tokens, tokens), (rows, 1, 1, tokens)))
-        )
+        and (mask is None or (mask.dtype == torch.bool and mask.shape in shapes))
     )
 
 
