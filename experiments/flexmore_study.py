@@ -33,6 +33,7 @@ from fedlora.config import Config, load_config
 from fedlora.data.tokens import FederatedData, TokenTable, prepare_data
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.experiments.flexmore_plot import RANKS, add_seeds, join, plot
+from fedlora.experiments.reasoning_problems import problems
 from fedlora.experts.expert import FULL, Rank, break_even_rank, numbers, truncate
 from fedlora.experts.expert_model import ALPHA, adapt_experts
 from fedlora.experts.expert_start import mean_states, router_row, start_expert
@@ -66,7 +67,6 @@ Validation posts come from the later time that test posts come from.
 def export(output: Path, model: str, tests: int, reasoning: int) -> None:
     """Write train, validation, public and test as JSONL with text and domain, the two tasks' files, and the model."""
     import datasets
-    import reasoning_gym
 
     from fedlora.data.sources import load_examples
 
@@ -101,12 +101,9 @@ def export(output: Path, model: str, tests: int, reasoning: int) -> None:
         shares = _shares_known(parts[name], parts["train"])
         print(f"{name}: sequences of eight words that training posts hold:", ", ".join(shares))
     for split, seed, count in (("train", 0, reasoning), ("validation", 10**7, tests * 2), ("test", 10**6, tests * 2)):
-        # Different seeds make different problems.
-        found = []
-        for k, task in enumerate(TASKS):
-            for item in reasoning_gym.create_dataset(task, size=-(-count // len(TASKS)), seed=seed + k):
-                found.append({"prompt": item["question"].strip() + "\n", "answer": str(item["answer"])})
-        _write(output / f"reasoning-{split}.jsonl", found)
+        found = problems(TASKS, count, seed)
+        lines = [{"prompt": row["text"] + "\n", "answer": row["answer"]} for row in found]
+        _write(output / f"reasoning-{split}.jsonl", lines)
     shutil.copytree(pretrained_source(config), output / "model")
 
 

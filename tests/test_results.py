@@ -35,8 +35,8 @@ def test_committed_results_stay_small_and_are_all_named_on_a_page() -> None:
     assert sum(path.stat().st_size for path in found) <= LIMIT
     text = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for path in found:
-        # Of a study's groups both forms are kept: the one to read is named.
-        name = path.with_suffix(".md").name if path.name == "groups.csv" else path.name
+        # Of a study's groups and changes both forms are kept: the one to read is named.
+        name = path.with_suffix(".md").name if path.name in ("groups.csv", "changes.csv") else path.name
         here = [page for page in PAGES if page.parent in path.parents or page.parent == ROOT]
         assert any(name in text[page] for page in here), f"no page names {path.relative_to(ROOT)}: remove it"
 
@@ -121,6 +121,25 @@ def test_the_comparisons_tables_are_what_their_groups_say(study: str) -> None:
         assert megabytes == f"{float(group['total_bytes']) / 1e6:.1f}"
         assert up == f"{float(group['uplink_bytes']) / 1e6:.1f}"
         assert seconds == f"{float(group['wall_seconds']):.0f}"
+
+
+def not_as_written(folder: Path) -> list[Path]:
+    """Return the tables of changes below ``results`` that no page of the folder has as the report wrote them."""
+    text = [page.read_text(encoding="utf-8") for page in folder.glob("*.md")]
+    tables = sorted(folder.glob("results/*/changes.md"))
+    return [path for path in tables if not any(path.read_text(encoding="utf-8") in page for page in text)]
+
+
+def test_tables_of_changes_are_on_a_page_as_the_report_wrote_them(tmp_path: Path) -> None:
+    assert not not_as_written(STUDIES)
+    table = tmp_path / "results" / "chat" / "changes.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("| metric | after |\n| --- | --- |\n| rougeL | 55.0 ± 12.4 % |\n")
+    page = tmp_path / "chat.md"
+    page.write_text(f"# Chat\n\n{table.read_text()}\nAnd so on.\n")
+    assert not not_as_written(tmp_path)
+    page.write_text(page.read_text().replace("55.0", "55.1"))
+    assert not_as_written(tmp_path) == [table]
 
 
 def test_the_cohorts_table_is_what_the_raw_figures_say() -> None:

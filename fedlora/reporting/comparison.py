@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,13 @@ _NOT_AXES = (
     "server.evaluate_start",
 )
 _PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
+_START = "start_"
+"""Before the name of a metric: its value before the first round."""
 PRIVACY = "privacy"
 """The axis that stands for the privacy mode and its target."""
+
+NAMES = ("model.name", "data.name")
+"""Keys whose values may be paths."""
 
 Value = Any
 
@@ -103,6 +109,12 @@ class Group:
     def task(self) -> Task:
         """Task of all its runs."""
         return self.runs[0].task
+
+    @property
+    def tested_on(self) -> tuple[str | None, ...]:
+        """The examples that its runs are scored on. Scores on different ones do not compare."""
+        data = self.runs[0].config.data
+        return data.name, data.subset, data.test
 
     @property
     def privacy(self) -> str:
@@ -252,7 +264,8 @@ def quantities(run: FinishedRun) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``socket_bytes``
+        Shares in [0, 1], bytes, seconds. Missing where the run has none, as epsilon without privacy. ``start_...`` is
+        a metric before the first round. ``socket_bytes``
         is what Flower moved, and ``socket_overhead`` by what share that is more than the messages in it, of runs on
         real nodes (of one that was resumed, since then). ``drift`` is the mean over the rounds that have one;
         ``seconds_NAME`` is what all rounds' messages take on the links of a profile; ``client_...`` describes the
@@ -261,6 +274,7 @@ def quantities(run: FinishedRun) -> dict[str, float]:
     summary, sent = run.summary, run.summary.communication
     row: dict[str, float | None] = {
         **run.scores,
+        **{f"{_START}{name}": value for name, value in run.start.items()},
         "epsilon_max": summary.epsilon.max if summary.epsilon else None,
         "epsilon_mean": summary.epsilon.mean if summary.epsilon else None,
         "total_bytes": sent.initial_bytes + sent.downlink_bytes + sent.uplink_bytes,
@@ -297,6 +311,8 @@ def quantity_form(task: Task, quantity: str) -> str:
     """Return the format of a quantity: percent, bytes, seconds, integer or number."""
     if quantity == "socket_overhead":
         return "percent"
+    if quantity.startswith(_START):
+        return task.form(quantity.removeprefix(_START))
     if quantity.startswith("client_"):
         return task.form(task.client_metric)
     if quantity.endswith("_bytes"):
@@ -352,16 +368,25 @@ def axis_label(axis: str, value: Value) -> str:
         return str(value)
     if axis == "privacy.target_epsilon":
         return f"ε {value:g}" if isinstance(value, int | float) else f"ε {value}"
+    if axis in NAMES:
+        return str(in_a_cell(axis, value))
     if axis == "data.partition.clients":
         return f"{value} clients"
     if axis == "data.partition.alpha":
         return f"α {value}"
-    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(in_a_cell(value))
+    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(in_a_cell(axis, value))
     return f"{axis.rpartition('.')[2].replace('_', ' ')} {shown}"
 
 
-def in_a_cell(value: Value) -> Value:
-    """Return a value as a table cell: lists and dicts become text."""
+def short_name(name: str) -> str:
+    """Return an asset's or a hub's name as it is, and a path's last part: paths differ on the reader's machine."""
+    return Path(name).name if name.startswith("/") else name
+
+
+def in_a_cell(key: str, value: Value) -> Value:
+    """Return a config key's value as a table cell: lists and dicts become text, paths of a model or data short."""
+    if key in NAMES:
+        return short_name(value)
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else value

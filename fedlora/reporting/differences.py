@@ -23,15 +23,15 @@ class Difference:
     Attributes
     ----------
     first, second : Group
-        Of one level of privacy; by its mean the first is no worse.
+        Of one level of privacy, tested on the same data; by its mean the first is no worse.
     seeds : list of int
     mean : Mean
         Of the differences by seed.
     p : float
         Of the two-sided paired t test that the mean difference is 0.
     adjusted_p : float
-        The same by Holm's method over all pairs of the level of privacy (Scandinavian Journal of Statistics 6, 1979):
-        among many pairs some differ by chance.
+        The same by Holm's method over all pairs of that level and those data (Scandinavian Journal of Statistics 6,
+        1979): among many pairs some differ by chance.
     """
 
     first: Group
@@ -50,11 +50,12 @@ class Difference:
 def differences(comparison: Comparison) -> list[Difference]:
     """Return all pairs of groups of one level of privacy with two common seeds or more, the best groups first.
 
-    A group with a score that is not finite has no differences.
+    Groups that were tested on different data are no pair. A group with a score that is not finite has no differences.
     """
     found: list[Difference] = []
-    for level in comparison.privacy_levels:
-        ranked = comparison.ranked(level)
+    data = dict.fromkeys(group.tested_on for group in comparison.groups)
+    for level, tested_on in itertools.product(comparison.privacy_levels, data):
+        ranked = [group for group in comparison.ranked(level) if group.tested_on == tested_on]
         scores = [_scores(comparison, group) for group in ranked]
         pairs = []
         for (first, own), (second, others) in itertools.combinations(zip(ranked, scores, strict=True), 2):
@@ -68,9 +69,11 @@ def differences(comparison: Comparison) -> list[Difference]:
 
 
 def to_best(found: Sequence[Difference]) -> list[Difference]:
-    """Return the differences to the best group of each level of privacy, in their order."""
-    best: dict[str, Group] = {}
-    return [each for each in found if best.setdefault(each.first.privacy, each.first) is each.first]
+    """Return the differences to the best group of each level of privacy and data, in their order."""
+    best: dict[object, Group] = {}
+    return [
+        each for each in found if best.setdefault((each.first.privacy, each.first.tested_on), each.first) is each.first
+    ]
 
 
 def holm(p: Sequence[float]) -> list[float]:

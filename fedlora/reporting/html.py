@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -15,15 +14,14 @@ from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
 from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
+from fedlora.reporting.changes import Change
 from fedlora.reporting.charts import Chart, format_value
-from fedlora.reporting.comparison import Comparison, Group, Mean, flatten, quantities, quantity_form
+from fedlora.reporting.comparison import NAMES, Comparison, Group, Mean, flatten, quantities, quantity_form, short_name
 from fedlora.reporting.differences import Difference, to_best
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import FinishedRun
 from fedlora.reporting.study_results import StudyResults
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
-
-_NAMES = ("model.name", "data.name")
 
 
 def page(
@@ -33,6 +31,7 @@ def page(
     studies: Sequence[StudyResults] = (),
     answers: Answers | None = None,
     pairs: Sequence[Difference] = (),
+    changes: Sequence[Change] = (),
 ) -> str:
     """Return the content of report.html.
 
@@ -49,6 +48,8 @@ def page(
         To budgets and targets.
     pairs : sequence of Difference
         Of groups that share seeds.
+    changes : sequence of Change
+        Of groups that were evaluated before training.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
@@ -79,6 +80,8 @@ def page(
         studies=studies,
         answers=answers or Answers(),
         pairs=to_best(pairs),
+        changes=changes,
+        change_cells=_change_cells,
         difference_cell=_difference_cell,
         score_cell=_score_cell,
         cost_cell=_cost_cell,
@@ -212,8 +215,7 @@ def _setting(comparison: Comparison) -> list[str]:
         values = {str(row[key]) for row in flat}
         return flat[0][key] if len(values) == 1 else None
 
-    # Paths are long, and differ on the reader's machine.
-    names = [name and (Path(name).name if name.startswith("/") else name) for name in map(common, _NAMES)]
+    names = [name and short_name(name) for name in map(common, NAMES)]
     words = [*names, common("data.partition.kind")]
     clients, rounds = {run.summary.clients for run in comparison.runs}, common("run.rounds")
     words += [f"{min(clients)} clients" if len(clients) == 1 else None, f"{rounds} rounds" if rounds else None]
@@ -275,6 +277,12 @@ def _difference_cell(row: Difference) -> Markup:
     """Show how much worse a group is than the best."""
     form = row.first.task.form(row.first.task.primary)
     return _mean_cell(row.second, f"minus.{row.first.name}", row.mean, form)
+
+
+def _change_cells(row: Change) -> list[tuple[str, Markup]]:
+    """Show a metric before and after training, and what it moved by."""
+    means = {"before": row.before, "after": row.after, "change": row.change}
+    return [(part, _mean_cell(row.group, f"{part}.{row.metric}", mean, row.form)) for part, mean in means.items()]
 
 
 def _cost_cell(row: TargetRow) -> Markup:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.reporting.budgets import Questions, answer_questions, budgets_table, targets_table
+from fedlora.reporting.changes import changes, changes_shown, changes_table
 from fedlora.reporting.charts import charts
 from fedlora.reporting.comparison import Comparison, compare
 from fedlora.reporting.differences import differences, differences_table
@@ -42,9 +43,10 @@ def write_reports(
         Each a run folder, a study, or a folder of runs.
     output : str or Path, optional
         Where to; the first folder by default. It gets ``report.html`` and the folder ``report`` with the tables
-        (``runs``, ``groups``, ``differences`` where groups share seeds, and ``budgets`` and ``targets`` where asked
-        for; CSV, Parquet and Markdown) and ``figures`` (PNG and SVG). Beside runs of global models, those of clients'
-        own models are in ``personalised.html`` and ``report/personalised``.
+        (``runs``, ``groups``, ``changes`` where runs were evaluated before training, ``differences`` where groups share
+        seeds, and ``budgets`` and ``targets`` where asked for; CSV, Parquet and Markdown) and ``figures`` (PNG and
+        SVG). Beside runs of global models, those of clients' own models are in ``personalised.html`` and
+        ``report/personalised``.
     command : str
         Shown on the page.
     questions : Questions, optional
@@ -71,12 +73,14 @@ def write_reports(
         comparison = compare(found)
         below = "report" if name == "report" else f"report/{name}"
         made = charts(comparison)
-        answers, pairs = answer_questions(comparison, questions), differences(comparison)
+        answers, pairs, moved = answer_questions(comparison, questions), differences(comparison), changes(comparison)
         # Like unfinished runs, studies are told once. They tune global models alone.
         told = studies if name == "report" else []
-        files[f"{name}.html"] = page(comparison, made, command, told, answers, pairs).encode()
+        files[f"{name}.html"] = page(comparison, made, command, told, answers, pairs, moved).encode()
         tables = table_files("runs", runs_table(comparison))
         tables |= table_files("groups", groups_table(comparison), groups_shown(comparison))
+        if moved:
+            tables |= table_files("changes", changes_table(moved), changes_shown(moved))
         if pairs:
             tables |= table_files("differences", differences_table(pairs))
         if answers.budgets:

@@ -82,6 +82,7 @@ class Summary(_Content):
     seed: int
     rounds: Count
     clients: Count
+    start: dict[str, Any] | None = None
     final: dict[str, Any]
     personalised: bool = False
     trainable_parameters: Count
@@ -153,6 +154,8 @@ class FinishedRun:
     summary : Summary
     scores : dict of str to float
         Metrics of the final model: those of its task, and the loss.
+    start : dict of str to float
+        Likewise, before the first round; empty where the run did not evaluate then.
     rounds : list of RoundLine
     messages : list of MessageLine
     clients, partition, privacy : list
@@ -164,6 +167,7 @@ class FinishedRun:
     config: Config
     summary: Summary
     scores: dict[str, float]
+    start: dict[str, float]
     rounds: list[RoundLine]
     messages: list[MessageLine]
     clients: list[ClientLine]
@@ -293,13 +297,16 @@ def _read(path: Path, name: str) -> FinishedRun:
     if summary.personalised and not summary.final:
         remedy = "has models of its clients' own, which nobody scored; run it again with server.fraction_evaluate, or "
         raise InputError("DIR", str(path), f"{remedy}leave it out of the report")
-    scores = _scores(path, summary.final, task)
+    for metric in ("loss", task.primary):
+        if metric not in summary.final:
+            raise _damaged(path, "summary.json", f"final.{metric} is missing")
+    scores, start = _scores(path, "final", summary.final, task), _scores(path, "start", summary.start or {}, task)
     optional: dict[str, Any] = {
         field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []
         for field, line in (("clients", _client_line(task)), ("partition", PartitionLine), ("privacy", PrivacyLine))
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
-    return FinishedRun(name, path, config, summary, scores, lines, messages, **optional)
+    return FinishedRun(name, path, config, summary, scores, start, lines, messages, **optional)
 
 
 def _kind(task: Task, metric: str) -> Any:
@@ -307,17 +314,14 @@ def _kind(task: Task, metric: str) -> Any:
     return Share if task.form(metric) == "percent" else Annotated[float, _not_finite]
 
 
-def _scores(path: Path, final: dict[str, Any], task: Task) -> dict[str, float]:
-    for metric in ("loss", task.primary):
-        if metric not in final:
-            raise _damaged(path, "summary.json", f"final.{metric} is missing")
+def _scores(path: Path, field: str, metrics: dict[str, Any], task: Task) -> dict[str, float]:
     scores: dict[str, float] = {}
     for metric in (*task.scores, "loss"):
-        if metric in final:
+        if metric in metrics:
             try:
-                scores[metric] = TypeAdapter(_kind(task, metric)).validate_python(final[metric])
+                scores[metric] = TypeAdapter(_kind(task, metric)).validate_python(metrics[metric])
             except ValidationError as error:
-                raise _damaged(path, "summary.json", f"final.{metric}: {error.errors()[0]['msg']}") from None
+                raise _damaged(path, "summary.json", f"{field}.{metric}: {error.errors()[0]['msg']}") from None
     return scores
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fedlora
+from fedlora.reporting.changes import changes
 from fedlora.reporting.comparison import compare
 from fedlora.reporting.runs import read_runs
 from fedlora.reporting.tables import runs_table
@@ -71,9 +72,12 @@ def test_generated_answers_are_those_of_the_exported_model(runs: LlamaRuns) -> N
     assert {name: final[name] for name in expected} == pytest.approx(expected)
     # Only the last round's line has them; a report shows them.
     assert ["exact_match" in line["metrics"] for line in lines(result)] == [False, True]
-    line = runs_table(compare(read_runs([result.folder]))).iloc[0]
+    comparison = compare(read_runs([result.folder]))
+    line = runs_table(comparison).iloc[0]
     assert float(line["bleu"]) == pytest.approx(final["bleu"])
     assert float(line["exact_match"]) == pytest.approx(final["exact_match"])
+    moved = {each.metric: (each.before.mean, each.after.mean) for each in changes(comparison)}
+    assert moved == {name: (start[name], final[name]) for name in final if name != "loss"}
 
 
 def test_choices_are_those_of_the_exported_model_and_a_stopped_run_makes_the_same(runs: LlamaRuns) -> None:
