@@ -170,8 +170,9 @@ def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> list[t
         key = float(row["noise_multiplier"]), float(row["sample_rate"])
         steps[key] = steps.get(key, 0) + int(row["steps"])
     history = [(sigma, rate, count) for (sigma, rate), count in steps.items()]
-    if not get_method(config.method.name).start_examples(config):
-        return history
+    method = get_method(config.method.name)
+    if not method.start_examples(config) or method.start_exchanges(config):
+        return history  # the steps of exchanges before the first round have lines of their own
     plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
     return [*(plan.start if plan is not None else []), *history]
 
