@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from fedlora.strategies.summary import privacy_rows, round_seconds
 
 if TYPE_CHECKING:
     from fedlora.strategies.federation import Federation
+
+log = logging.getLogger("fedlora")
 
 
 def gather_start(federation: Federation) -> None:
@@ -63,6 +66,9 @@ def _ask(federation: Federation, starter: FederatedStrategy, exchange: int) -> A
     if answered is None:
         why = starter.report.uncounted or "there was no answer"
         raise RunError(f"exchange {exchange} of the start gave nothing: {why}; go on with --resume")
+    text = "exchange %d before the first round: %d of %d clients answered in %.1f s"
+    clients, seconds = len(starter.report.clients), starter.report.seconds
+    log.info(text, exchange, len(starter.report.metrics), clients, seconds)
     return answered
 
 
