@@ -174,18 +174,20 @@ def test_clients_may_have_ranks_of_their_own(runs: LlamaRuns, starts: list[Array
     assert not any(line["failed"] for line in lines(result))
 
 
-def test_its_bytes_are_the_formulas_and_the_forecasts(runs: LlamaRuns) -> None:
+@pytest.mark.parametrize("asked", [OWNERS, OWNERS // 2])
+def test_its_bytes_are_the_formulas_and_the_forecasts(runs: LlamaRuns, asked: int) -> None:
     """k (m + n) numbers up for each client and layer, k m down; once, and apart from the rounds."""
-    result, expected = runs.run(method=METHOD), runs.forecast(method=METHOD)
+    sections = {"method": METHOD, "server": {"fraction_train": asked / OWNERS}}
+    result, expected = runs.run(**sections), runs.forecast(**sections)
     said = {"initial": expected.initial_bytes, "down": expected.downlink_bytes, "up": expected.uplink_bytes}
     assert {direction: payload(result, direction) for direction in said} == said
     strategy = FedSB(runs.config(method=METHOD))
     layers = strategy.sizes(strategy.server_model(client_data(strategy.config))).layers
     rows = [row for row in table(result, "communication.csv") if row["round"] == "0"]
     sent = {way: sum(int(row["payload_bytes"]) for row in rows if row["direction"] == way) for way in ("down", "up")}
-    assert sent["up"] == 4 * OWNERS * WIDTH * sum(m + n for m, n in layers)
-    assert sent["down"] == 4 * OWNERS * WIDTH * sum(m for m, _ in layers)
-    assert expected.steps == OWNERS * (2 + 3)
+    assert sent["up"] == 4 * asked * WIDTH * sum(m + n for m, n in layers)
+    assert sent["down"] == 4 * asked * WIDTH * sum(m for m, _ in layers)
+    assert expected.steps == asked * (2 + 3)
 
 
 # One client's answer.
