@@ -86,9 +86,10 @@ def _describe_node(message: Message, context: Context) -> Message:
     load_tokenizer(config)
     examples = count_own(config)
     plan = node.admit(config, examples)
-    # A resumed run has made its start already.
-    made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
-    start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
+    # A resumed run has made its start already, or a part of it.
+    made = {(sigma, rate): count for sigma, rate, count in node.ledger.history(federation)}
+    left = [(*step[:2], step[2] - made.get(step[:2], 0)) for step in (plan.start if plan is not None else ())]
+    start = [step for step in left if step[2] > 0]
     node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
     node.ledger.register(federation, run, label_names, sent_digest(context))
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
@@ -146,8 +147,7 @@ def _train(messages: Sequence[Message], contexts: Sequence[Context], held: ExitS
         try:
             # All clients of a simulation have one config, and a real node is alone.
             table = client_data(first.client.config).train
-            training = first.client.exchange.training(first.client.config)
-            results = half.train(table, [work[i].job for i in group], training)
+            results = half.train(table, [work[i].job for i in group], first.client.config)
         except (GuardError, BudgetError, InputError) as error:
             if len(group) > 1:
                 raise  # one client's failure must not be the others': they run again one by one

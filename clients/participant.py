@@ -43,7 +43,7 @@ class Participant(ABC):
     Attributes
     ----------
     config : Config
-        The run's, as it holds for this client.
+        The run's, as it holds for this client in this exchange.
     client : int
         Its number in the run.
     exchange : Exchange
@@ -124,11 +124,12 @@ class SimulatedClient(Participant):
 
     def __init__(self, message: Message, context: Context) -> None:
         self.context = context
-        self.config = run_config(context.run_config)
-        self.number, self.exchange = _exchange(self.config, message)
+        config = run_config(context.run_config)
+        self.number, self.exchange = _exchange(config, message)
         self.client = int(context.node_config["partition-id"])
-        self.rows = client_data(self.config).partition[self.client]
-        self.plan = mechanism_of(self.config).plan(self.config, len(self.rows))
+        self.rows = client_data(config).partition[self.client]
+        self.plan = _plan_of(message, mechanism_of(config).plan(config, len(self.rows)))
+        self.config = self.exchange.training(config)
         self.starts = _starts(self.exchange, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)
@@ -136,7 +137,7 @@ class SimulatedClient(Participant):
     def admit(self, held: ExitStack) -> None:
         """Check the run's ceiling."""
         if self.plan is not None:
-            steps = local_steps(self.exchange.training(self.config), len(self.rows))
+            steps = local_steps(self.config, len(self.rows))
             self._ledger(self.plan).check(self.plan, steps, self.starts)
 
     def make_room(self, needed: int, *used: Path) -> None:
@@ -184,14 +185,15 @@ class NodeClient(Participant):
             self.node.ledger.check_round(self.run, self.turn)
         if evaluating:
             self._admit_evaluation(sent_config(context))
-        self.config = self.node.own_config(sent_config(context), label_names)
-        self.number, self.exchange = _exchange(self.config, message)
+        config = self.node.own_config(sent_config(context), label_names)
+        self.number, self.exchange = _exchange(config, message)
         self.client = int(about["client"])
         make_room(self.node.config, used=self._kept())
-        data = client_data(self.config)
+        data = client_data(config)
         make_room(self.node.config, used=(data.folder, *self._kept()))
         self.folder, self.rows = data.folder, data.partition[0]
-        self.plan = self.node.admit(self.config, len(self.rows))
+        self.plan = _plan_of(message, self.node.admit(config, len(self.rows)))
+        self.config = self.exchange.training(config)
         self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
         # By a clock that does not jump.
@@ -200,7 +202,7 @@ class NodeClient(Participant):
 
     def admit(self, held: ExitStack) -> None:
         """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
-        steps = local_steps(self.exchange.training(self.config), len(self.rows))
+        steps = local_steps(self.config, len(self.rows))
         also = self.plan.start if self.starts and self.plan is not None else ()
         admitted = self.node.ledger.round(self.federation, self.run, self.turn, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
@@ -305,7 +307,7 @@ def _exchange(config: Config, message: Message) -> tuple[int, Exchange]:
     """
     settings: Any = message.content["config"]
     number, server_round = int(settings.get("exchange", 1)), int(settings["server-round"])
-    exchanges = get_method(config.method.name).exchanges(config, server_round)
+    exchanges = get_method(config.method.name).exchanges_of(config, server_round)
     if not 1 <= number <= len(exchanges):
         raise StaleError(f"round {server_round} has no exchange {number}")
     return number, exchanges[number - 1]
@@ -315,12 +317,18 @@ def _turn(config: Config, message: Message) -> int:
     """Count the exchanges of a run up to a message's, as a node's ledger does; rounds, where each has one exchange."""
     settings: Any = message.content["config"]
     method, server_round = get_method(config.method.name), int(settings["server-round"])
-    if method.has_one_exchange():
-        return server_round
+    if server_round and method.has_one_exchange():
+        return len(method.start_exchanges(config)) + server_round
     if server_round > config.run.rounds:
         raise StaleError(f"the run has no round {server_round}")
-    before = sum(len(method.exchanges(config, r)) for r in range(1, server_round))
+    before = sum(len(method.exchanges_of(config, r)) for r in range(server_round))
     return before + _exchange(config, message)[0]
+
+
+def _plan_of(message: Message, plan: PrivacyPlan | None) -> PrivacyPlan | None:
+    """Return a client's plan for the exchange of a message."""
+    settings: Any = message.content["config"]
+    return plan.for_start() if plan is not None and not int(settings["server-round"]) else plan
 
 
 def _starts(exchange: Exchange, message: Message) -> bool:

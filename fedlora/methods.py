@@ -140,6 +140,21 @@ class Method:
         return (Exchange(cls.roles(config, server_round)),)
 
     @classmethod
+    def start_exchanges(cls, config: Config) -> Sequence[Exchange]:
+        """Say by which exchanges before the first round clients help to make the start; none by default.
+
+        Their messages are of round 0, and the sections of the first are those of all. A client trains for one step in
+        each. Under DP by example, that step reads :meth:`start_examples` and has noise of its own, which
+        :meth:`fedlora.privacy.calibration.PrivacyPlan.for_start` says.
+        """
+        return ()
+
+    @classmethod
+    def exchanges_of(cls, config: Config, server_round: int) -> Sequence[Exchange]:
+        """Return the exchanges of a round, or those before the first as round 0."""
+        return cls.exchanges(config, server_round) if server_round else cls.start_exchanges(config)
+
+    @classmethod
     def transport(cls, kind: str) -> Transport | None:
         """Say how arrays of a kind are carried into the coordinates of a later round (:mod:`fedlora.transport`).
 
@@ -196,6 +211,11 @@ class Method:
     def start_examples(cls, config: Config) -> int:
         """How many of its own examples a client's start reads, under noise that its ledger is charged for; 0: none."""
         return 0
+
+    @classmethod
+    def start_share(cls, config: Config) -> float:
+        """Return the share of a client's target epsilon for such a start."""
+        return 0.1
 
     @classmethod
     def start_reads(cls, config: Config) -> Literal["nothing", "public", "private"]:

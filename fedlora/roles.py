@@ -7,10 +7,10 @@ Arrays are grouped by kind: the name of an adapter's factor (``lora_A`` of ``enc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from fedlora.config import Config
+from fedlora.config import Config, Section
 
 HEAD = "head"
 """The kind of all arrays of the trained head."""
@@ -82,7 +82,7 @@ Roles = Mapping[str, Role]
 
 @dataclass(frozen=True)
 class Exchange:
-    """One exchange of a round: a message to each of its clients, and their replies.
+    """One exchange of a round, or of those before the first: a message to each of its clients, and their replies.
 
     Attributes
     ----------
@@ -90,13 +90,19 @@ class Exchange:
         How arrays travel in it. One exchange of a round at most makes increments.
     local_steps : int or None
         Steps that a client takes in it, and is charged for; None for those of the config.
+    sections : mapping of str to Section
+        Sections that take the place of the config's in it.
     """
 
     roles: Roles
     local_steps: int | None = None
+    sections: Mapping[str, Section] = field(default_factory=dict)
 
     def training(self, config: Config) -> Config:
         """Return the config by which clients train in it."""
+        if self.local_steps is None and not self.sections:
+            return config
+        config = config.model_copy(update=dict(self.sections))
         if self.local_steps is None:
             return config
         client = config.client.model_copy(update={"local_steps": self.local_steps, "local_epochs": None})

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -232,6 +232,8 @@ class FederatedStrategy(Method, Strategy):
         Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
     aggregator : Aggregator
         Combines the clients' moves (``server.aggregator``).
+    gathered : dict of str to Tensor
+        Means of what clients answered in exchanges before the first round; :meth:`start_arrays` may use them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -251,6 +253,7 @@ class FederatedStrategy(Method, Strategy):
         self.variates = Variates(config)
         self.noise = ClientNoise(config)
         self.aggregator = aggregator_of(config)
+        self.gathered: Arrays = {}
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -359,6 +362,27 @@ class FederatedStrategy(Method, Strategy):
             shapes = {name: blocks[1].get(name, shape) for name, shape in shapes.items()}
         return {name: shape for name, shape in shapes.items() if self.role(name).down == "round"}
 
+    def start_request(self, adapted: AdaptedModel, exchange: int) -> Arrays:
+        """Return the arrays of an exchange before the first round: what it sends, and zeros where clients answer.
+
+        What clients answered before is in :attr:`gathered`.
+
+        Parameters
+        ----------
+        adapted : AdaptedModel
+            On the server.
+        exchange : int
+            From 1, of :meth:`~fedlora.methods.Method.start_exchanges`.
+        """
+        raise NotImplementedError("a method whose clients help to make the start says what they are asked")
+
+    def starting(self) -> Self:
+        """Return the strategy of the exchanges before the first round: by their config, for this one's clients."""
+        made = type(self)(self.start_exchanges(self.config)[0].training(self.config))
+        made.nodes, made.names, made.examples = self.nodes, self.names, self.examples
+        made.waits = self.waits
+        return made
+
     def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
         """Return what a message says to a client beside its arrays."""
         return {"server-round": server_round, "learning-rate": self.learning_rate(server_round)}
@@ -442,7 +466,7 @@ class FederatedStrategy(Method, Strategy):
     def enter(self, server_round: int, exchange: int) -> None:
         """Take on the roles of an exchange of a round."""
         self.exchange = exchange
-        self._roles = self.exchanges(self.config, server_round)[exchange - 1].roles
+        self._roles = self.exchanges_of(self.config, server_round)[exchange - 1].roles
         self._sent_shapes = {name: shape for name, shape in self._shapes.items() if self.role(name).up != "never"}
 
     def changing(self) -> frozenset[str]:
@@ -507,6 +531,15 @@ class FederatedStrategy(Method, Strategy):
         sizes, sent = self.sizes(adapted), dict.fromkeys(("initial", "down", "up"), 0)
         last: dict[int, int] = {}
         replied: dict[int, list[int]] = {}
+        if begun := self.start_exchanges(self.config):
+            starter = self.starting()
+            starter.know(adapted)
+            for exchange in range(1, len(begun) + 1):
+                starter.enter(0, exchange)
+                for client in starter.sample(0):
+                    size = starter.payload_bytes(sizes, Contact(0, client, None, {}, exchange))
+                    sent["down"] += size["down"]
+                    sent["up"] += size["up"]
         for server_round in range(1, self.config.run.rounds + 1):
             clients = self.sample(server_round)
             for exchange in range(1, len(self.exchanges(self.config, server_round)) + 1):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from fedlora.adapters import AdaptedModel
+from fedlora.adapters.model import linear_shape
 from fedlora.adapters.parameterisations import sb
 from fedlora.arrays import Arrays
-from fedlora.config import NODES, Config, LearningRate, Positive
+from fedlora.config import NODES, ClientSection, Config, Count, LearningRate, Section, Share, WireSection
 from fedlora.data.tokens import FederatedData, TokenTable
 from fedlora.errors import InputError
 from fedlora.ranks import RankedOptions
-from fedlora.roles import FROZEN, HEAD, TRAINED, Roles
+from fedlora.registry import MECHANISMS
+from fedlora.roles import FROZEN, HEAD, TRAINED, Exchange, Role, Roles
 from fedlora.strategies.base import Contact, Payload, Sizes
 from fedlora.strategies.ranked import RankedStrategy
 from fedlora.strategies.weight_svd import weight_svd
@@ -25,23 +28,40 @@ _READ_BY_START: dict[str, Literal["nothing", "public", "private"]] = {
     "svd": "nothing",
     "public": "public",
     "pooled": "private",
+    "federated": "nothing",  # clients read, and clip and noise what they answer
 }
 """By ``method.init``."""
+
+_ANSWER = Role(trained=True, down="never", up="value")
 
 
 class FedSBOptions(RankedOptions):
     """``[method]`` of a run of Fed-SB."""
 
-    init: Literal["svd", "public", "pooled"] = Field(
+    init: Literal["svd", "public", "pooled", "federated"] = Field(
         default="svd",
-        description="What B and A start from: the weights (svd), or a gradient on data.public (public) or on the "
-        "clients' pooled training examples (pooled), which no privacy covers.",
+        description="What B and A start from: the weights (svd), a gradient on data.public (public), one that the "
+        "clients sum up in two exchanges, which privacy covers (federated), or one on their pooled training examples, "
+        "which no privacy covers (pooled).",
     )
-    init_examples: Positive = Field(default=500, description="At most so many examples that the gradient is taken on.")
+    init_examples: Count = Field(
+        default=500,
+        description="At most so many examples that the gradient is taken on; of each client, where init is federated.",
+    )
     init_learning_rate: LearningRate = Field(default=1e-4, description="Step along the gradient that dW starts at.")
+    init_oversampling: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=8, description="Vectors with which the federated start samples the gradient, beyond the rank."
+    )
+    init_share: Share = Field(
+        default=0.3, description="Share of privacy.target_epsilon that the federated start may spend."
+    )
     init_not_covered: bool = Field(
         default=False, description="Allow the pooled start under privacy: epsilon does not cover what it reads."
     )
+
+    def sketch_width(self, layers: Iterable[tuple[int, int]]) -> int:
+        """Return k, the columns of the federated start's sketches, for layers of these shapes."""
+        return min(self.rank + self.init_oversampling, *(min(shape) for shape in layers))
 
 
 class FedSB(RankedStrategy):
@@ -56,6 +76,27 @@ class FedSB(RankedStrategy):
     LoRA-XS; no data is read. Of a large W0 they are nearly the leading ones (:func:`fedlora.svd.truncated_svd`).
     ``public``: the published gradient start, on ``data.public``. ``pooled``: the published start, on the clients'
     pooled training examples, as the paper does; no privacy budget covers it.
+
+    ``federated``, not in the paper, is a randomised SVD of the clients' mean gradient G [m, n] of each layer, in two
+    exchanges before the first round. The server sends the seed of a Gaussian Omega [n, k], with k = r +
+    ``method.init_oversampling``; clients answer with the mean of g_b Omega over their examples b. The server sends an
+    orthonormal basis Q [m, k] of the weighted mean G Omega; clients answer with the mean of Q^T g_b. The SVD of
+    Q Q^T G gives B and A. Only sums of clients are used. R starts as the singular values along -G, scaled so that dW
+    has the norm eta sqrt(m n) of the sign step, whose signs no sum of gradients can give.
+
+    Each answer is a step of DP-SGD (:func:`~fedlora.adapters.parameterisations.sb.sketching_factors`), and private as
+    any other. An example enters with probability q, independently in both exchanges. Its g_b Omega, of all layers as
+    one vector, is shortened to at most C = ``privacy.max_grad_norm``; so is its Q^T g_b. Each depends on that example
+    alone, given Omega or Q. With an example more or less, a sum of such vectors therefore moves by at most C: that is
+    its sensitivity, whatever Omega, Q, the ranks and the number of layers are. The client adds Gaussian noise of
+    standard deviation sigma C to each number. Omega is independent of all data. Q is made of noisy sums alone, so that
+    it costs nothing by itself, and the second exchange composes with the first adaptively. So the start costs two
+    Poisson-sampled Gaussian steps of sample rate q = min(1, ``method.init_examples`` / n) and noise multiplier sigma.
+    Sigma is calibrated so that they stay within ``method.init_share`` of the target epsilon; then the noise of the
+    rounds is calibrated for both together, so that the whole run stays within the target. Variance adds up: a share of
+    0.3 costs about 0.3^2 of what the rounds may release, which is 5 % more noise there.
+
+    Under privacy of clients, a client's answer is clipped as one vector, and noised by the server, as its updates are.
     """
 
     name = "fed-sb"
@@ -67,6 +108,7 @@ class FedSB(RankedStrategy):
     Options = FedSBOptions
     options: FedSBOptions
     parameterisation = "sb"
+    client = "fedlora.clients.fed_sb:SketchingHalf"
     learning_rates: ClassVar[dict[str, float]] = {"adamw": 6e-2, "sgd": 1.0}
 
     @classmethod
@@ -96,8 +138,15 @@ class FedSB(RankedStrategy):
     def unused(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Only a start from a gradient reads examples."""
         assert isinstance(config.method, FedSBOptions)
-        if config.method.init == "svd":
+        options, mode = config.method, config.privacy.mode
+        if options.init == "svd":
             yield "init_examples init_learning_rate init_not_covered", "init svd needs no data"
+        if options.init != "federated":
+            yield "init_oversampling init_share", f"init {options.init} has no exchanges with clients"
+            return
+        yield "init_not_covered", "privacy covers the federated start"
+        if not MECHANISMS.get(mode).clips_examples or config.privacy.target_epsilon is None:
+            yield "init_share", "there is no target epsilon of a client's own"
 
     @classmethod
     def start_reads(cls, config: Config) -> Literal["nothing", "public", "private"]:
@@ -105,17 +154,89 @@ class FedSB(RankedStrategy):
         assert isinstance(config.method, FedSBOptions)
         return _READ_BY_START[config.method.init]
 
+    @classmethod
+    def start_exchanges(cls, config: Config) -> Sequence[Exchange]:
+        """The federated start has two: for G Omega, where B's gradient comes back, and for Q^T G, where A's does."""
+        options = config.method
+        assert isinstance(options, FedSBOptions)
+        if options.init != "federated":
+            return ()
+        sections: dict[str, Section] = {
+            "client": ClientSection(
+                optimizer="sgd",
+                local_steps=1,
+                batch_size=options.init_examples,
+                physical_batch_size=config.client.physical_batch_size or config.client.batch_size,
+                group_by_length=config.client.group_by_length,
+                gradient_checkpointing=config.client.gradient_checkpointing,
+            ),
+            "wire": WireSection(),
+            "server": config.server.model_copy(update={"optimizer": "fedavg", "learning_rate": None}),
+            "method": options.model_copy(update={"dropout": 0.0, "ranks": None, "device_profile": None}),
+        }
+        head = {HEAD: Role(down="round")}
+        sketch = Exchange({"sb_B": _ANSWER, **head}, sections=sections)
+        return sketch, Exchange({"sb_A": _ANSWER, "sb_B": Role(down="round"), **head}, sections=sections)
+
+    @classmethod
+    def start_examples(cls, config: Config) -> int:
+        """Of the federated start, in each exchange."""
+        assert isinstance(config.method, FedSBOptions)
+        return config.method.init_examples if config.method.init == "federated" else 0
+
+    @classmethod
+    def start_share(cls, config: Config) -> float:
+        """As configured."""
+        assert isinstance(config.method, FedSBOptions)
+        return config.method.init_share
+
+    def start_request(self, adapted: AdaptedModel, exchange: int) -> Arrays:
+        """Zeros for G Omega; Q, and zeros for Q^T G. The head that the gradient depends on goes with both."""
+        found: Arrays = dict(adapted.arrays(adapted.head_names))
+        shapes = {path: linear_shape(adapter.base) for path, adapter in adapted.adapters.items()}
+        width = self.options.sketch_width(shapes.values())
+        for path, (m, n) in shapes.items():
+            if exchange == 1:
+                found[f"{path}.sb_B"] = torch.zeros(m, width)
+            else:
+                found[f"{path}.sb_B"] = sb.sketch_basis(self.gathered[f"{path}.sb_B"])
+                found[f"{path}.sb_A"] = torch.zeros(width, n)
+        return found
+
+    def client_settings(self, client: int, server_round: int) -> dict[str, str | int | float | bool]:
+        """Before the first round, the seed of Omega."""
+        settings = super().client_settings(client, server_round)
+        return settings if server_round else settings | {"sketch": self.config.run.seed}
+
+    def learning_rate(self, server_round: int) -> float:
+        """Before the first round it is 1, so that a step is the direction of descent itself."""
+        return super().learning_rate(server_round) if server_round else 1.0
+
     def start_arrays(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
         """Return B, A and R for every layer, by ``method.init``."""
         rank = self.options.rank
+        # s multiplies R as well: dW = s B R A is to start at the step, whatever alpha.
+        rate = self.options.init_learning_rate / self.config.scaling()
         if self.options.init == "svd":
             factors = {path: sb.factors_from_pairs(pairs) for path, pairs in weight_svd(adapted, rank).items()}
+        elif self.options.init == "federated":
+            factors = {}
+            for path, adapter in adapted.adapters.items():
+                basis = sb.sketch_basis(self.gathered[f"{path}.sb_B"])
+                norm = rate * math.sqrt(math.prod(linear_shape(adapter.base)))
+                factors[path] = sb.factors_from_projection(basis, self.gathered[f"{path}.sb_A"], rank, norm)
         else:
             gradients = mean_gradients(adapted, *self._start_examples(data), self.config.server.batch_size)
-            # s multiplies R as well: dW = s B R A is to start at the step, whatever alpha.
-            rate = self.options.init_learning_rate / self.config.scaling()
             factors = {path: sb.factors_from_gradient(g, rank, rate) for path, g in gradients.items()}
         return {f"{path}.{name}": value for path, parts in factors.items() for name, value in parts.items()}
+
+    def probe(self, adapted: AdaptedModel, data: FederatedData) -> Arrays:
+        """A forecast has no clients that could help to make the start: drawn arrays take its place."""
+        if self.options.init != "federated":
+            return super().probe(adapted, data)
+        arrays = adapted.drawn(self.config.run.seed)
+        adapted.set_shared(arrays)
+        return {name: arrays[name] for name in self.trained_names(adapted)}
 
     def _start_examples(self, data: FederatedData) -> tuple[TokenTable, np.ndarray]:
         table = data.public if self.options.init == "public" else data.train
@@ -129,7 +250,13 @@ class FedSB(RankedStrategy):
         return table, np.sort(rng.permutation(rows)[: self.options.init_examples])
 
     def payload(self, sizes: Sizes, contact: Contact) -> Payload:
-        """r^2 a layer, both ways; B and A once, r (m + n)."""
+        """r^2 a layer, both ways; B and A once, r (m + n); in the federated start k m up, then k m down and k n up."""
+        if not contact.round:
+            width = self.options.sketch_width(sizes.layers)
+            left, right = (width * sum(sides) for sides in zip(*sizes.layers, strict=True))
+            if contact.exchange == 1:
+                return Payload(initial=0, down=sizes.head, up=left)
+            return Payload(initial=0, down=sizes.head + left, up=right)
         rank = sizes.rank
         numbers = len(sizes.layers) * rank * rank + sizes.head
         return Payload(initial=sum(rank * (m + n) for m, n in sizes.layers), down=numbers, up=numbers)

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,13 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdaptedModel
 from fedlora.arrays import Arrays
-from fedlora.communication.broadcast import Broadcast, group_of
+from fedlora.communication.broadcast import Broadcast
 from fedlora.communication.meter import MeteredGrid
 from fedlora.communication.parts import INITIAL, Chain, Parts
 from fedlora.communication.wire import COUNTED, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
-from fedlora.flower import set_reason
-from fedlora.node.names import NODE_RECORD
 from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
@@ -35,8 +33,9 @@ from fedlora.roles import Roles
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
 from fedlora.strategies.evaluation import stale_kinds
+from fedlora.strategies.gathering import gather_start
 from fedlora.strategies.guest import Guest
-from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.nodes import AddressedGrid, Roster, in_round, told
 from fedlora.strategies.personal import export_own
 from fedlora.strategies.summary import (
     environment,
@@ -168,6 +167,11 @@ class Federation:
             self.gather()
             self.load()
         self.connect()
+        if self._helped:
+            self.roster.refresh()
+            self._present()
+            gather_start(self)
+            self.begin(time.perf_counter())
         self.rounds.summary()
         for callback in self.callbacks:
             callback.on_start(self)
@@ -204,7 +208,7 @@ class Federation:
             half.noise.prepare(len(nodes), real)
 
     def load(self) -> None:
-        """Load the model on the server, and put the arrays into it: a start, or the checkpoint's."""
+        """Load the model on the server, and put the arrays into it if they do not wait for clients to help."""
         config, method = self.config, self.method
         self.adapted: AdaptedModel = method.server_model(self.data)
         check_model(self.folder, config, self.adapted)
@@ -232,6 +236,19 @@ class Federation:
         for note in memory_notes(config, *numbers, self.dtype.itemsize):
             log.info(note)
         self.done = int(self.checkpoint.get("round", 0))
+        if self._helped:
+            self.totals.seconds["load"] += time.perf_counter() - self.clock
+        else:
+            self.begin(self.clock)
+
+    @property
+    def _helped(self) -> bool:
+        """Whether the run is before its first round, and clients help to make the start."""
+        return not self.done and bool(self.method.start_exchanges(self.config))
+
+    def begin(self, since: float) -> None:
+        """Put the arrays into the model: a start, which is evaluated, or the checkpoint's. It loads since then."""
+        method, personalised = self.method, self.method.personalised(self.config)
         frozen, changing = self._restore() if self.done else self._begin()
         self.adapted.set_shared(frozen | changing)
         self._set_residual()
@@ -241,10 +258,10 @@ class Federation:
         order = [name for name in self.adapted.names(method.changing()) if name in changing]
         self.arrays = encode({name: changing[name] for name in order} | changing, self.dtype)
         self._keep_stale(self.done)
-        self.totals.seconds["load"] += time.perf_counter() - self.clock
+        self.totals.seconds["load"] += time.perf_counter() - since
         if not self.done:
             began = time.perf_counter()
-            scored = config.server.evaluate_start and not personalised
+            scored = self.config.server.evaluate_start and not personalised
             start = method.evaluate(self.adapted, self.data, 0) | self._score_answers() if scored else {}
             self.checkpoint["start"] = start
             self.totals.seconds["evaluate"] += time.perf_counter() - began
@@ -256,6 +273,8 @@ class Federation:
         moves = {name for name in start if self.method.kind(name) in changing}
         frozen = {name: array for name, array in start.items() if name not in moves}
         self.checkpoint.set_arrays("frozen", frozen)
+        if self.method.gathered:
+            self.checkpoint.set_arrays("gathered", {})  # once the first round is committed, nothing asks for them
         return frozen, {name: array for name, array in start.items() if name in moves}
 
     def _restore(self) -> tuple[Arrays, Arrays]:
@@ -304,10 +323,7 @@ class Federation:
         due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
         metrics = self._evaluate(server_round) if due else {}
         seconds = round_seconds(reports, time.perf_counter() - began)
-        for name, value in seconds.items():
-            self.totals.seconds[name] += value
-        for row in privacy_rows(server_round, reports):
-            self.totals.epsilon[str(row["client"])] = [float(row["epsilon"]), float(row["delta"])]
+        self.count(seconds, privacy_rows(server_round, reports))
         line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
         line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
         line["communication"] = dict(self.meter.totals)
@@ -317,6 +333,13 @@ class Federation:
         outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
         for callback in self.callbacks:
             callback.on_round(self, outcome)
+
+    def count(self, seconds: Mapping[str, float], spent: Iterable[Mapping[str, Any]]) -> None:
+        """Add to the totals what a round, or an exchange before the first, took and spent."""
+        for name, value in seconds.items():
+            self.totals.seconds[name] += value
+        for row in spent:
+            self.totals.epsilon[str(row["client"])] = [float(row["epsilon"]), float(row["delta"])]
 
     def _undo(self, server_round: int) -> Callable[[], None]:
         """Return a function that takes back a round's exchanges: their arrays, and the server's states."""
@@ -345,11 +368,11 @@ class Federation:
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
-        messages, timeout = _in_round(messages, server_round, self.roster, exchange), self.config.server.timeout
+        messages, timeout = in_round(messages, server_round, self.roster, exchange), self.config.server.timeout
         if self.method.codecs.feedback:
             messages = self._counted(messages)
         replies = self.wire.send_and_receive(messages, timeout=timeout)
-        found = self.rounds.aggregate_train(server_round, _told(replies, self.roster))
+        found = self.rounds.aggregate_train(server_round, told(replies, self.roster))
         self.rounds.report.seconds = time.perf_counter() - began
         self.roster.after_round(self.rounds.report)
         return found
@@ -397,8 +420,8 @@ class Federation:
         self.wire.wanted = (INITIAL, *stale_kinds(method, server_round), *self.parts.chains)
         messages = method.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.timeout
-        replies = self.wire.send_and_receive(_in_round(messages, server_round, self.roster), timeout=timeout)
-        method.aggregate_evaluate(server_round, _told(replies, self.roster))
+        replies = self.wire.send_and_receive(in_round(messages, server_round, self.roster), timeout=timeout)
+        method.aggregate_evaluate(server_round, told(replies, self.roster))
         if method.evaluation.rows:
             self.folder.write_clients(method.evaluation.rows)
         return {"clients": method.evaluation.metrics(self.config)}
@@ -484,32 +507,6 @@ class Federation:
             log.info("note: server.evaluate_clients is not used: only a simulation holds the clients' examples")
         self.totals.seconds["total"] += time.perf_counter() - self.clock
         return folder.finish(summarise(self) | {"fairness": spread})
-
-
-def _told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
-    """Replace the text of a node's error by the server's own words."""
-    for reply in replies:
-        if reply.has_error():
-            node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
-            set_reason(reply.error, roster.told(node, code, reason))
-        yield reply
-
-
-def _in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
-    """Set round and time limit of messages; for real nodes, also the federation and their client number."""
-    clients = roster.clients()
-    for message in messages:
-        settings = message.content.get("config")
-        if isinstance(settings, ConfigRecord):  # a strategy that knows no rounds does not say it
-            settings["server-round"] = server_round
-        message.metadata.group_id = group_of(server_round, exchange)
-        message.metadata.ttl = roster.config.server.timeout
-        if roster.real:
-            client = clients.get(message.metadata.dst_node_id, -1)
-            about = ConfigRecord({"federation": roster.federation, "client": client})
-            # The content may be one object shared by all of a round's messages, so it is not changed in place.
-            message.content = RecordDict({**message.content, NODE_RECORD: about})
-        yield message
 
 
 def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:

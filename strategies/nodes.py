@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.communication.broadcast import group_of
 from fedlora.communication.decorator import GridDecorator
 from fedlora.config import NODES, Config
 from fedlora.errors import ClientErrorCode, InputError, LabelError, RefusedError, RunError, plain_text
-from fedlora.flower import set_source
+from fedlora.flower import set_reason, set_source
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.strategies.base import UNAVAILABLE, RoundReport
 from fedlora.strategies.replies import ReplyError, first_replies, read_description
@@ -361,3 +362,29 @@ def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Me
         if reply.has_error() and node is not None and reply.metadata.src_node_id not in asked.values():
             set_source(reply, node)
         yield reply
+
+
+def told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
+    """Replace the text of a node's error by the server's own words."""
+    for reply in replies:
+        if reply.has_error():
+            node, code, reason = reply.metadata.src_node_id, reply.error.code, reply.error.reason or ""
+            set_reason(reply.error, roster.told(node, code, reason))
+        yield reply
+
+
+def in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
+    """Set round and time limit of messages; for real nodes, also the federation and their client number."""
+    clients = roster.clients()
+    for message in messages:
+        settings = message.content.get("config")
+        if isinstance(settings, ConfigRecord):  # a strategy that knows no rounds does not say it
+            settings["server-round"] = server_round
+        message.metadata.group_id = group_of(server_round, exchange)
+        message.metadata.ttl = roster.config.server.timeout
+        if roster.real:
+            client = clients.get(message.metadata.dst_node_id, -1)
+            about = ConfigRecord({"federation": roster.federation, "client": client})
+            # The content may be one object shared by all of a round's messages, so it is not changed in place.
+            message.content = RecordDict({**message.content, NODE_RECORD: about})
+        yield message

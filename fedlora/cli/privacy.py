@@ -17,9 +17,10 @@ def show_privacy(console: Console, spent: Spent) -> None:
         ("mechanism", spent.mechanism),
         ("epsilon of", whose),
     ]
-    for sigma, rate, steps in spent.history:
+    for number, (sigma, rate, steps) in enumerate(spent.history):
         drawn = "all" if rate == 1 else f"sample rate {rate:.6g}"
-        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}"))
+        where = ", for the start before the first round" if number < len(spent.start) else ""
+        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}{where}"))
     lines += [
         ("delta", f"{spent.delta:g}"),
         ("recorded", f"{spent.recorded:.6g} (privacy.csv)"),

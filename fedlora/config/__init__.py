@@ -16,6 +16,7 @@ from fedlora.config.schema import ANY_METHOD, Config
 from fedlora.config.section import (
     NODES,
     SERVER,
+    Count,
     FileFormat,
     Fraction,
     LearningRate,
@@ -36,6 +37,7 @@ __all__ = [
     "SERVER",
     "ClientSection",
     "Config",
+    "Count",
     "DataSection",
     "EvaluationSection",
     "FileFormat",

@@ -132,8 +132,10 @@ class DataSection(Section):
         description="Share of each client's examples that it does not train on, but tests on; none by default. Real "
         "nodes hold test examples of their own.",
     )
-    public: str | None = Field(
-        default=None, description="Examples that the server may read: a split or another source; none by default."
+    public: str | Share | None = Field(
+        default=None,
+        description="Examples that the server may read: a split, another source, or a share of the training examples, "
+        "which no client has then; none by default.",
     )
     text: str = Field(default="text", description="Column of the texts.")
     text_pair: str | None = Field(default=None, description="Column of the second text of each pair; none by default.")
@@ -198,9 +200,10 @@ class DataSection(Section):
         if self.name == NODES and self.test is None:
             remedy = "is required with data.name = nodes: the examples that the server tests on"
             raise InputError("data.test", None, remedy)
-        if self.name == NODES and isinstance(self.validation, float):
-            remedy = "is a share of the training examples, which nodes keep; name a file"
-            raise InputError("data.validation", self.validation, remedy)
+        for key in ("validation", "public"):
+            if self.name == NODES and isinstance(share := getattr(self, key), float):
+                remedy = "is a share of the training examples, which nodes keep; name a file"
+                raise InputError(f"data.{key}", share, remedy)
         if isinstance(self.client_test, str) and self.test != SERVER:
             remedy = "is no share of each client's examples; give a number between 0 and 1"
             raise InputError("data.client_test", self.client_test, remedy)

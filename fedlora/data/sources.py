@@ -51,7 +51,7 @@ PLACE = "place"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One stream of random numbers for each use of the run's seed.
-_HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST, QUESTIONS = 1, 2, 3, 4, 5
+_HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST, QUESTIONS, _PUBLIC = 1, 2, 3, 4, 5, 6
 
 
 @dataclass
@@ -86,10 +86,11 @@ def load_examples(config: Config) -> Examples:
     """Load the examples that ``data.*`` describes.
 
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
-    stratified). ``data.validation`` as a number holds that share of the rest out. With ``data.max_examples`` a random
-    subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples`` does so
-    for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped.
-    Classes are in the order of ``data.label_names``, of a ``ClassLabel``, or sorted (numbers by value).
+    stratified). ``data.validation`` as a number holds that share of the rest out, and ``data.public`` that of what is
+    left then. With ``data.max_examples`` a random subset of the remaining training examples is kept, in the order of
+    the source; ``data.max_test_examples`` does so for the test set. All follow ``data.seed`` alone, which is
+    ``run.seed`` by default. Rows without text are dropped. Classes are in the order of ``data.label_names``, of a
+    ``ClassLabel``, or sorted (numbers by value).
 
     Parameters
     ----------
@@ -131,14 +132,14 @@ def load_examples(config: Config) -> Examples:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
         train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
-    if isinstance(data.validation, float):
-        held = round(data.validation * len(train))
-        if not 0 < held < len(train):
-            remedy = (
-                f"leaves {len(train) - held} of {len(train)} training examples and {held} to validate on; change it"
-            )
-            raise InputError("data.validation", data.validation, remedy)
-        train, other["validation"] = _hold_out(train, held, [seed, _VALIDATION])
+    for key, stream, use in (("validation", _VALIDATION, "to validate on"), ("public", _PUBLIC, "for the server")):
+        share = getattr(data, key)
+        if isinstance(share, float):
+            held = round(share * len(train))
+            if not 0 < held < len(train):
+                remedy = f"leaves {len(train) - held} of {len(train)} training examples and {held} {use}; change it"
+                raise InputError(f"data.{key}", share, remedy)
+            train, other[key] = _hold_out(train, held, [seed, stream])
     if data.max_examples is not None and data.max_examples < len(train):
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))

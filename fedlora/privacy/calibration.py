@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +42,8 @@ class PrivacyPlan:
         sigma of a start that is made from the client's own examples; None where the start reads none.
     start_sample_rate : float
         The probability with which each example enters that start.
+    start_steps : int
+        Noisy sums of which that start is made.
     """
 
     sample_rate: float
@@ -54,16 +56,33 @@ class PrivacyPlan:
     ceiling: float | None
     start_noise_multiplier: float | None = None
     start_sample_rate: float = 0.0
+    start_steps: int = 1
 
     @property
     def start(self) -> list[tuple[float, float, int]]:
         """The start from the client's examples, as a ledger's history holds it; empty where it reads none."""
         sigma = self.start_noise_multiplier
-        return [] if sigma is None else [(sigma, self.start_sample_rate, 1)]
+        return [] if sigma is None else [(sigma, self.start_sample_rate, self.start_steps)]
 
+    def for_start(self) -> PrivacyPlan:
+        """Return the plan of a start's exchanges, each of which is one step at the start's noise and rate.
 
-START_SHARE = 0.1
-"""Share of a client's epsilon for a start that is made from its examples."""
+        Raises
+        ------
+        ValueError
+            If the start reads no examples, so that no noise was calibrated for it.
+        """
+        if self.start_noise_multiplier is None:
+            raise ValueError("a start that the plan says nothing of has no noise")
+        return replace(
+            self,
+            sample_rate=self.start_sample_rate,
+            noise_multiplier=self.start_noise_multiplier,
+            expected_batch_size=self.start_sample_rate * self.expected_batch_size / self.sample_rate,
+            steps=self.start_steps,
+            start_noise_multiplier=None,
+            start_sample_rate=0.0,
+        )
 
 
 def local_steps(config: Config, examples: int) -> int:
@@ -129,15 +148,8 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
             f"with {local} local steps each is more than {MAX_STEPS:.0e} steps, which no accountant resolves; lower it"
         )
         raise InputError("run.rounds", config.run.rounds, remedy)
-    start, start_rate = None, 0.0
-    if read := get_method(config.method.name).start_examples(config):
-        start_rate = min(1.0, read / examples)
-        epsilon = privacy.target_epsilon
-        start = privacy.noise_multiplier
-        if epsilon is not None:
-            share = START_SHARE * epsilon
-            start = noise_multiplier(share, privacy.target_delta, start_rate, 1, privacy.accountant)
-    sigma = _noise(privacy, rate, steps, () if start is None else ((start, start_rate, 1),))
+    start, start_rate, start_steps = _start_noise(config, examples)
+    sigma = _noise(privacy, rate, steps, () if start is None else ((start, start_rate, start_steps),))
     return PrivacyPlan(
         sample_rate=rate,
         noise_multiplier=sigma,
@@ -149,7 +161,24 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         ceiling=privacy.target_epsilon,
         start_noise_multiplier=start,
         start_sample_rate=start_rate,
+        start_steps=start_steps,
     )
+
+
+def _start_noise(config: Config, examples: int) -> tuple[float | None, float, int]:
+    """Return noise multiplier, sample rate and number of the noisy sums of which a client's start is made, if any.
+
+    The start alone stays within its share of epsilon. The noise of the rounds is then calibrated for both together.
+    """
+    method, privacy = get_method(config.method.name), config.privacy
+    read = method.start_examples(config)
+    if not read:
+        return None, 0.0, 1
+    rate, steps = min(1.0, read / examples), max(1, len(method.start_exchanges(config)))
+    if privacy.target_epsilon is None:
+        return privacy.noise_multiplier, rate, steps
+    share = method.start_share(config) * privacy.target_epsilon
+    return noise_multiplier(share, privacy.target_delta, rate, steps, privacy.accountant), rate, steps
 
 
 def _noise(privacy: PrivacySection, rate: float, steps: int, spent: History = ()) -> float:
@@ -185,7 +214,7 @@ class ServerPlan:
     count_noise : float
         Standard deviation of the noise on the count of unclipped updates; 0 where none is released.
     releases : int
-        Noisy sums that the run releases: one for each exchange of a round.
+        Noisy sums that the run releases: one for each exchange of a round, or before the first.
     delta : float
     accountant : str
     """
@@ -230,7 +259,7 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
         remedy = f"must be below 1 / N = {1 / clients:.3g} for {clients} clients; lower it"
         raise InputError("privacy.target_delta", privacy.target_delta, remedy)
     rate = float(config.server.fraction_train)
-    releases = sum(len(method.exchanges(config, r)) for r in range(1, config.run.rounds + 1))
+    releases = sum(len(method.exchanges_of(config, r)) for r in range(config.run.rounds + 1))
     sigma = _noise(privacy, rate, releases)
     updates, count = sigma, 0.0
     if privacy.adaptive_clipping:

@@ -174,8 +174,8 @@ class RunFolder:
         self.notes.append(note)
 
     def discard(self) -> None:
-        """Close, and delete the folder if it holds no round, so that the same command can be repeated."""
-        done = self.checkpoint.get("round", 0)
+        """Close, and delete the folder if it holds no round or part of a start, so that the command can be repeated."""
+        done = self.checkpoint.get("round", 0) or self.checkpoint.get("gathered", 0)
         self.close()
         if not done:
             shutil.rmtree(self.path)
@@ -193,11 +193,13 @@ class RunFolder:
         privacy: Iterable[Mapping[str, Any]],
     ) -> None:
         """Commit a round to the checkpoint, then append it to the growing files."""
-        new = {
-            "rounds.jsonl": [to_json(line)],
-            "communication.csv": csv_lines(COMMUNICATION, communication),
-            "privacy.csv": csv_lines(PRIVACY, privacy),
-        }
+        self._add({"rounds.jsonl": [to_json(line)], **_rows(communication, privacy)})
+
+    def add_start(self, communication: Iterable[Mapping[str, Any]], privacy: Iterable[Mapping[str, Any]]) -> None:
+        """Do so with an exchange before the first round, which has no line in rounds.jsonl."""
+        self._add(_rows(communication, privacy))
+
+    def _add(self, new: Mapping[str, list[str]]) -> None:
         for file, lines in new.items():
             self.checkpoint.add_lines(file, lines)
         self.checkpoint.commit()
@@ -392,6 +394,13 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _rows(communication: Iterable[Mapping[str, Any]], privacy: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    return {
+        "communication.csv": csv_lines(COMMUNICATION, communication),
+        "privacy.csv": csv_lines(PRIVACY, privacy),
+    }
 
 
 def _header(file: str) -> str:

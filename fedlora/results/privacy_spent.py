@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from fedlora.methods import get_method
 from fedlora.privacy.accountants import History, get_accountant
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
+
+Steps = list[tuple[float, float, int]]
+"""Noise multiplier, sample rate and number."""
 
 AGREES = 0.02
 """By how much two accountants of one kind may differ, as a share of epsilon."""
@@ -33,7 +37,9 @@ class Spent:
     clients : int
         How many have an epsilon of their own.
     history : list of (float, float, int)
-        Noise multiplier, sample rate and number of the noisy steps that were released.
+        Noise multiplier, sample rate and number of the noisy steps that were released, those of the start first.
+    start : list of (float, float, int)
+        Those of the start, before the first round; empty where it read no examples.
     delta : float
     accountant : str
     recorded, epsilon : float
@@ -55,7 +61,8 @@ class Spent:
     mechanism: str
     client: str
     clients: int
-    history: list[tuple[float, float, int]]
+    history: Steps
+    start: Steps
     delta: float
     accountant: str
     recorded: float
@@ -73,8 +80,12 @@ class Spent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-compatible values."""
-        steps = [dict(zip(("noise_multiplier", "sample_rate", "steps"), each, strict=True)) for each in self.history]
-        return asdict(self) | {"history": steps, "difference": self.difference}
+        names = "noise_multiplier", "sample_rate", "steps"
+        steps = {
+            key: [dict(zip(names, each, strict=True)) for each in history]
+            for key, history in (("history", self.history), ("start", self.start))
+        }
+        return asdict(self) | {**steps, "difference": self.difference}
 
 
 def explain_privacy(folder: Path, client: str | None = None) -> Spent:
@@ -102,7 +113,7 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
         names = list(last)
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise InputError("--client", client, f"has no line in privacy.csv; choose one of {shown}")
-    history = _history(config, [row for row in rows if row["client"] == chosen], folder)
+    start, history = _history(config, [row for row in rows if row["client"] == chosen], folder)
     privacy, mechanism = config.privacy, mechanism_of(config)
     epsilon = spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
     others = second_opinion(privacy.target_delta, tuple(history))
@@ -116,6 +127,7 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
         client=chosen,
         clients=len(last),
         history=history,
+        start=start,
         delta=privacy.target_delta,
         accountant=privacy.accountant,
         recorded=float(last[chosen]["epsilon"]),
@@ -163,17 +175,24 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         raise InputError("RUN", str(folder), remedy) from None
 
 
-def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> list[tuple[float, float, int]]:
-    """Add up a client's steps of one noise and one rate, after a start that reads its examples."""
+def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> tuple[Steps, Steps]:
+    """Add up a client's steps of one noise and one rate; return those of a start that read its examples, and all."""
+    before = _steps(row for row in rows if row["round"] == "0")
+    rounds = _steps(row for row in rows if row["round"] != "0")
+    method = get_method(config.method.name)
+    if method.start_examples(config) and not method.start_exchanges(config):
+        # The start was charged with the client's first steps, in one line.
+        plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
+        before = plan.start if plan is not None else []
+    return before, [*before, *rounds]
+
+
+def _steps(rows: Iterable[dict[str, str]]) -> Steps:
     steps: dict[tuple[float, float], int] = {}
     for row in rows:
         key = float(row["noise_multiplier"]), float(row["sample_rate"])
         steps[key] = steps.get(key, 0) + int(row["steps"])
-    history = [(sigma, rate, count) for (sigma, rate), count in steps.items()]
-    if not get_method(config.method.name).start_examples(config):
-        return history
-    plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
-    return [*(plan.start if plan is not None else []), *history]
+    return [(sigma, rate, count) for (sigma, rate), count in steps.items()]
 
 
 def _examples(config: Config, row: dict[str, str], folder: Path) -> int:

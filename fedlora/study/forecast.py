@@ -102,8 +102,8 @@ def forecast(config: Config) -> Forecast:
         uplink_bytes=planned.uplink_bytes,
         steps=sum(
             local_steps(exchange.training(config), sizes[client])
-            for server_round in rounds
-            for exchange in strategy.exchanges(config, server_round)
+            for server_round in (0, *rounds)
+            for exchange in strategy.exchanges_of(config, server_round)
             for client in strategy.sample(server_round)
         ),
         evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,

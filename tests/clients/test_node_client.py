@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.adapters.parameterisations.sb import sketch_basis
 from fedlora.arrays import Arrays
 from fedlora.clients import client_app, half
 from fedlora.clients.client_app import app
@@ -171,6 +172,75 @@ def test_a_start_that_the_ceiling_does_not_cover_is_refused(tmp_path: Path, cach
     refused(app(server.describe(), server.context(node_file)), ClientErrorCode.BUDGET)
     LocalNode.open(node_file).ledger.register("f1", str(server.run), None, sent_digest(server.context(node_file)))
     refused(app(server.train(1), server.context(node_file)), ClientErrorCode.BUDGET)
+    assert steps(node_file) == 0
+
+
+def starting_server(tmp_path: Path, **options: Any) -> Server:
+    """Make a server of a run of Fed-SB whose start is federated."""
+    server = Server(tmp_path / "server")
+    method = server.config.method.model_copy(update={"init": "federated", **options})
+    server.config = server.config.model_copy(update={"method": method})
+    return server
+
+
+def asking_for_start(server: Server, exchange: int, sent: Arrays) -> Message:
+    """Make a message of an exchange before the first round."""
+    message = server.train(0)
+    head = {name: array for name, array in decode(server.arrays).items() if not name.endswith("sb_R")}
+    settings = {"server-round": 0, "exchange": exchange, "learning-rate": 1.0, "sketch": 3}
+    about = {NODE_RECORD: message.content[NODE_RECORD]}
+    message.content = RecordDict({"arrays": encode(head | sent), "config": ConfigRecord(settings), **about})
+    return message
+
+
+def test_a_node_helps_to_make_a_start_with_noise_of_its_own_and_charges_it_once(
+    tmp_path: Path, node_file: Path
+) -> None:
+    server = starting_server(tmp_path)
+    here, plan = server.context(node_file), plan_privacy(server.config, 60)
+    start, step = (plan.start_noise_multiplier, 1.0), (plan.noise_multiplier, 12 / 60)
+    assert metrics_of(app(server.describe(), here)) == {"num-examples": 60}
+    first = app(asking_for_start(server, 1, {}), here)
+    assert {name.rpartition(".")[2] for name in arrays_of(first)} == {"sb_B"}
+    assert "loss" not in metrics_of(first)
+    assert (metrics_of(first)["noise-multiplier"], metrics_of(first)["sample-rate"]) == start
+    refused(app(asking_for_start(server, 1, {}), here), ClientErrorCode.STALE)
+    basis = {name: sketch_basis(array) for name, array in arrays_of(first).items()}
+    second = app(asking_for_start(server, 2, basis), here)
+    assert {name.rpartition(".")[2] for name in arrays_of(second)} == {"sb_A"}
+    assert all(array.shape[0] == 4 + 8 for array in arrays_of(second).values())
+    assert LocalNode.open(node_file).ledger.history() == [(*start, 2)]
+    # Another run that goes on after the start does not need it in its budget again.
+    app(server.describe(), here)
+    assert metrics_of(app(server.train(1), here))["total-steps"] == 2 + 3
+    assert set(LocalNode.open(node_file).ledger.history()) == {(*start, 2), (*step, 3)}
+    refused(app(asking_for_start(server, 2, basis), here), ClientErrorCode.STALE)
+
+
+def test_an_answer_to_a_start_cannot_be_computed_from_what_the_server_knows(tmp_path: Path, cache: Path) -> None:
+    server, answers = starting_server(tmp_path), []
+    for name in ("one", "two"):
+        here = server.context(write_node(tmp_path / name, cache))
+        app(server.describe(), here)
+        answers.append(arrays_of(app(asking_for_start(server, 1, {}), here)))
+    assert all(float((array - answers[1][name]).abs().min()) > 0 for name, array in answers[0].items())
+
+
+def test_a_node_bounds_the_noise_of_a_start(tmp_path: Path, cache: Path) -> None:
+    server = starting_server(tmp_path, init_share=0.99)
+    plan = plan_privacy(server.config, 60)
+    assert plan.start_noise_multiplier is not None
+    assert plan.start_noise_multiplier < plan.noise_multiplier
+    least = (plan.start_noise_multiplier + plan.noise_multiplier) / 2
+    node_file = write_node(tmp_path / "clinic", cache, policy={"min_noise_multiplier": least})
+    refused(app(server.describe(), server.context(node_file)), ClientErrorCode.POLICY)
+    refused(app(asking_for_start(server, 1, {}), server.context(node_file)), ClientErrorCode.STALE)
+    assert steps(node_file) == 0
+
+
+def test_a_run_without_such_a_start_has_no_exchange_before_its_rounds(server: Server, node_file: Path) -> None:
+    app(server.describe(), server.context(node_file))
+    refused(app(asking_for_start(server, 1, {}), server.context(node_file)), ClientErrorCode.STALE)
     assert steps(node_file) == 0
 
 

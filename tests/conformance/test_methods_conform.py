@@ -416,7 +416,8 @@ OPTIONS = [(name, key) for name, method in METHODS.items() for key in method.Opt
 def test_an_option_changes_something_or_is_said_to_have_no_use(here: World, name: str, key: str) -> None:
     """Some other value changes the result, its scores or what travels, in some setting of the method's other keys.
 
-    Or it allows what is refused without it. A key that all methods share may have no use, and be noted.
+    Or it allows what is refused without it, or has its use under privacy. A key that all methods share may have no use,
+    and be noted.
     """
     noted = False
     for given in variants(here, name, besides=key):
@@ -431,7 +432,8 @@ def test_an_option_changes_something_or_is_said_to_have_no_use(here: World, name
     if key in MethodSection.model_fields:
         assert noted, f"method.{key} changed nothing: read it, or yield it in unused()"
     else:
-        assert allows_more(here, name, key), f"method.{key} changed nothing: read it, or give its Field examples"
+        used = allows_more(here, name, key) or changes_private_runs(here, name, key)
+        assert used, f"method.{key} changed nothing: read it, or give its Field examples"
 
 
 def allows_more(here: World, name: str, key: str) -> bool:
@@ -441,6 +443,17 @@ def allows_more(here: World, name: str, key: str) -> bool:
         private = given | {"privacy": noisy()}
         if not _accepted(private) and any(True for _ in others(private, method, key)):
             return True
+    return False
+
+
+def changes_private_runs(here: World, name: str, key: str) -> bool:
+    """Say whether another value changes a run that has a target epsilon, where it is not noted that it has no use."""
+    privacy = {"privacy": {"mode": "example", "target_epsilon": 8.0, "target_delta": 1e-3}}
+    for given in filter(_accepted, (given | privacy for given in variants(here, name, besides=key))):
+        for changed in filter(_accepted, others(given, METHODS[name], key)):
+            noted = any(note.startswith(f"method.{key} ") for note in unused_keys(load_config(changed)))
+            if not noted and here.run(_short(changed)).seen() != here.run(_short(given)).seen():
+                return True
     return False
 
 

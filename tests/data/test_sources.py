@@ -82,6 +82,19 @@ def test_a_share_of_train_validates_and_the_datas_own_seed_holds_out_alike(tmp_p
     assert load_examples(config(path, validation=0.25)).validation["text"][:] != first.validation["text"][:]
 
 
+def test_a_share_of_train_is_public_and_nobody_elses(tmp_path):
+    path = write(table(), tmp_path / "a.csv")
+    found = load_examples(config(path, validation=0.25, public=1 / 3))
+    assert (len(found.train), len(found.validation), len(found.public), len(found.test)) == (18, 9, 9, 4)
+    assert set().union(*(set(part["text"]) for part in (found.train, found.validation, found.public))) == (
+        set(TEXTS) - set(found.test["text"])
+    )
+    # What validates is the same with and without it.
+    assert load_examples(config(path, validation=0.25)).validation["text"][:] == found.validation["text"][:]
+    with pytest.raises(InputError, match=r"data.public = 0.001: leaves 36 of 36 training examples and 0 for the"):
+        load_examples(config(path, public=0.001))
+
+
 def test_a_share_that_leaves_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"data.validation = 0.001: leaves 36 of 36 training examples"):
         load_examples(config(write(table(), tmp_path / "a.csv"), validation=0.001))

@@ -28,6 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
         (EXAMPLE, {"name": "ffa-lora", "rank": 2}, None, "prv"),
         (EXAMPLE, {"name": "ffa-lora", "rank": 2}, "1", "rdp"),
         (EXAMPLE, {"name": "flexmore"}, None, "rdp"),  # its start is charged too
+        (EXAMPLE, {"name": "fed-sb", "rank": 2, "init": "federated"}, None, "prv"),
+        (WHOLE, {"name": "fed-sb", "rank": 2, "init": "federated"}, None, "rdp"),
         (WHOLE, {"name": "fedit", "rank": 2}, None, "rdp"),
     ],
 )

@@ -6,6 +6,8 @@ one sign step along an averaged gradient.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fedlora.adapters.parameterisations import LowRank
@@ -55,6 +57,67 @@ def factors_from_gradient(gradient: torch.Tensor, rank: int, learning_rate: floa
     """
     pairs = truncated_svd(torch.sign(gradient), rank, scale=-learning_rate).signed().to(_kept(gradient.dtype))
     return {"sb_A": pairs.vh, "sb_R": torch.diag(pairs.s), "sb_B": pairs.u}
+
+
+def sketching_factors(shape: tuple[int, int], width: int, scaling: float, generator: torch.Generator) -> Arrays:
+    """Return factors beside which the gradients of the third are sketches of the frozen layer's gradient g [m, n].
+
+    With A = Omega^T and B = 0 the gradient of B is g Omega; with B = Q and A = 0 that of A is Q^T g. In both cases
+    dW = 0, so that g is that of the layer as it was loaded.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        (m, n).
+    width : int
+        k, columns of Omega.
+    scaling : float
+        s; the branch multiplies by it.
+    generator : torch.Generator
+        Successive calls give every layer a draw of its own.
+
+    Returns
+    -------
+    dict
+        sb_A = Omega^T [k, n], drawn from N(0, 1/k) so that g Omega has the norm of g on average, and sb_R = I/s.
+    """
+    omega = torch.randn(width, shape[1], generator=generator) / math.sqrt(width)
+    return {"sb_A": omega, "sb_R": torch.eye(width) / scaling}
+
+
+def sketch_basis(sketch: torch.Tensor) -> torch.Tensor:
+    """Return Q = orth(Y), the orthonormal columns [m, k] that span a sketch Y [m, k]."""
+    return torch.linalg.qr(sketch.double())[0].to(sketch.dtype)
+
+
+def factors_from_projection(basis: torch.Tensor, projection: torch.Tensor, rank: int, norm: float) -> Arrays:
+    """Finish a randomised SVD (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 5.1).
+
+    Parameters
+    ----------
+    basis : Tensor [m, k]
+        Q, with orthonormal columns.
+    projection : Tensor [k, n]
+        Q^T D, with D the direction of descent: minus the gradient.
+    rank : int
+        r, at most k.
+    norm : float
+        Of R.
+
+    Returns
+    -------
+    dict
+        sb_B = U_r, sb_A = V_r^T and sb_R = diag(S_r) times norm / |S_r|, of U S V^T = Q Q^T D. R is 0 where D is.
+
+    Notes
+    -----
+    Q Q^T D is D to rounding where D's rank is at most k.
+    """
+    u, s, vh = torch.linalg.svd(projection.double(), full_matrices=False)
+    pairs = TruncatedSVD((basis.double() @ u)[:, :rank], s[:rank], vh[:rank], 0.0).signed()
+    length = float(pairs.s.norm())
+    found = {"sb_A": pairs.vh, "sb_R": torch.diag(pairs.s * (norm / length if length else 0.0)), "sb_B": pairs.u}
+    return {name: array.to(_kept(projection.dtype)).contiguous() for name, array in found.items()}
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

@@ -39,7 +39,7 @@ class Client(Mechanism):
         if has_mixed_ranks(config):
             remedy = "needs updates of one shape; leave method.ranks and method.device_profile out"
             raise InputError("privacy.mode", self.name, remedy)
-        if method.start_examples(config):
+        if method.start_examples(config) and not method.start_exchanges(config):
             remedy = "adds no noise to a start that is made from clients' examples; choose another method.init"
             raise InputError("privacy.mode", self.name, remedy)
 
