@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test golden test-unaligned test-deployment clean
+.PHONY: help install quickstart test docs golden test-unaligned test-deployment clean
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: .venv/.installed-dev  ## Install with the development tools, then run ever
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(OFFLINE) $(PYTEST)
+
+docs: .venv/.installed-docs  ## Build the documentation into build/site; warnings are errors.
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 golden: .venv/.installed-dev  ## Compare short runs, bit for bit, with the commit in tests/golden/REFERENCE.
 	$(OFFLINE) $(BIN)/python -m tests.golden
@@ -50,4 +53,8 @@ clean:  ## Remove .venv, build output and caches; runs/ stays.
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP_INSTALL) --editable ".[dev,tensorboard,evaluation]"
+	touch $@ .venv/.installed
+
+.venv/.installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) --editable ".[docs]"
 	touch $@ .venv/.installed

@@ -1,5 +1,5 @@
-"""The command line: ``fedlora run | study | report | export | config | methods | assets | server | node | digest |
-keys``."""
+"""The command line: ``fedlora run | study | report | show | runs | export | privacy | assets | init | config | methods
+| server | node | digest | keys``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import signal
 import sqlite3
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.cli import deployment, reference
+from fedlora.cli import deployment, init, reference, runs
+from fedlora.cli.examples import add_examples
 from fedlora.errors import InputError, RunError
 from fedlora.storage import StorageError, storage_error, writes_to
 
@@ -24,15 +26,8 @@ app = typer.Typer(
     name="fedlora",
     help="Federated fine-tuning of transformers, private and measured.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(reference.config)
-app.command()(reference.methods)
-app.command()(deployment.server)
-app.command()(deployment.node)
-app.command()(deployment.digest)
-app.add_typer(deployment.keys, name="keys")
 console = Console()
 
 
@@ -72,6 +67,21 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedlora {version('fedlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of transformers, private and measured."""
+
+
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A TOML file that describes the run.")],
@@ -82,7 +92,12 @@ def run(
     output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="NAME", help="Run on real nodes: [superlink.NAME] in Flower's config.")
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="NAME",
+            help="Run on real nodes: a server that Flower's config.toml names as superlink.NAME.",
+        ),
     ] = None,
 ) -> None:
     """Simulate a federation, or run one on real nodes."""
@@ -242,6 +257,15 @@ def assets(
         row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
         table.add_row(f"asset:{name}", *row)
     console.print(table)
+
+
+for command in (
+    *(init.init, runs.show, runs.runs, reference.config, reference.methods),
+    *(deployment.server, deployment.node, deployment.digest),
+):
+    app.command()(command)
+app.add_typer(deployment.keys, name="keys")
+add_examples(app)
 
 
 def _budgets(pairs: list[str]) -> dict[str, list[float]]:

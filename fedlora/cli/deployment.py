@@ -95,7 +95,9 @@ def node_key(
 @keys.command("register")
 def register(
     public_key: Annotated[Path, typer.Argument(metavar="PUBLIC_KEY", help="The node's .pub file.")],
-    on: Annotated[str, typer.Option("--on", metavar="NAME", help="[superlink.NAME] in Flower's config.toml.")],
+    on: Annotated[
+        str, typer.Option("--on", metavar="NAME", help="A server that Flower's config.toml names as superlink.NAME.")
+    ],
     name: Annotated[str | None, typer.Option(help="The node's name; the file's name by default.")] = None,
 ) -> None:
     """Let a node in, on a running server."""
@@ -110,7 +112,9 @@ def register(
 
 @keys.command("list")
 def list_nodes(
-    on: Annotated[str, typer.Option("--on", metavar="NAME", help="[superlink.NAME] in Flower's config.toml.")],
+    on: Annotated[
+        str, typer.Option("--on", metavar="NAME", help="A server that Flower's config.toml names as superlink.NAME.")
+    ],
 ) -> None:
     """List the nodes that are registered on a running server, and whether they are online."""
     from fedlora.deployment.control import Server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora.config import Key, MethodSection, all_keys, find_keys, section_title
+from fedlora.config import Config, Key, MethodSection, all_keys, find_keys, section_title
+from fedlora.tasks import tasks
 
 if TYPE_CHECKING:
     from fedlora.methods import Method
@@ -20,40 +21,131 @@ if TYPE_CHECKING:
 console = Console()
 
 
+def _complete(begun: str) -> list[str]:
+    """Return the keys and sections that begin so; keys of single methods are left out, whose import takes seconds."""
+    keys = all_keys({})
+    return [name for name in dict.fromkeys([*(k.section for k in keys), *(k.name for k in keys)]) if begun in name]
+
+
 def config(
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="A key or a section; all of them by default.")
+        str | None,
+        typer.Argument(
+            metavar="[KEY]",
+            help="A key or a section; all of them by default.",
+            autocompletion=_complete,
+            show_default=False,
+        ),
     ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of the documentation.")] = False,
 ) -> None:
-    """Describe the keys of a config: their types, defaults and meaning."""
+    """Describe the keys of a config: their types, defaults, units and meaning, and which methods read them."""
     # Methods have keys of their own. Their import takes seconds.
     from fedlora.methods import methods as find_methods
 
     found = find_methods()
     keys = all_keys({name: method.Options for name, method in found.items()})
     chosen = keys if key is None else find_keys(key, keys)
+    if as_markdown:
+        typer.echo(config_page(chosen, found))
+        return
     if key is not None and all(one.name == key for one in chosen):
         for one in chosen:
-            _details(one)
+            _details(one, found)
         return
-    for (section, method), rows in groupby(chosen, lambda one: (one.name.rpartition(".")[0], one.method)):
-        title = f"{found[method].title} (method.name = {method})" if method else section_title(section)
-        console.print(f"[bold]\\[{section}][/bold] {escape(title.partition(': ')[2] or title)}")
+    for title, rows in _by_section(chosen, found):
+        section, _, meaning = title.partition(" ")
+        console.print(f"[bold]{escape(section)}[/bold] {escape(meaning)}")
         table = Table("key", "default", "type", "meaning", box=None, pad_edge=False)
         for row in rows:
-            name = row.name.rpartition(".")[2]
-            table.add_row(*map(escape, (name, row.default, row.type, row.description)))
+            default = f"{row.default} {row.unit}" if row.default and row.unit else row.default
+            table.add_row(*map(escape, (row.last, default, row.type, row.description)))
         console.print(table, "")
 
 
-def _details(key: Key) -> None:
+def _by_section(keys: Iterable[Key], methods: Mapping[str, type[Method]]) -> Iterator[tuple[str, list[Key]]]:
+    """Yield the title of each section, and of each method's part of ``[method]``, with its keys."""
+    for (section, method), rows in groupby(keys, lambda key: (key.section, key.method)):
+        title = f"{methods[method].title} (method.name = {method})" if method else section_title(section)
+        yield f"[{section}] {title.partition(': ')[2] or title}", list(rows)
+
+
+def _details(key: Key, methods: Mapping[str, type[Method]]) -> None:
     of = f" (method.name = {key.method})" if key.method else ""
     console.print(f"[bold]{escape(key.name)}[/bold]{of}", highlight=False)
-    for title, text in (("type", key.type), ("range", key.bounds), ("default", key.default or "none")):
+    facts = (
+        ("type", key.type),
+        ("range", key.bounds),
+        ("unit", key.unit),
+        ("default", key.default or "none"),
+        ("read by", readers(key, methods)),
+    )
+    for title, text in facts:
         if text:
             console.print(f"  {title:<8} {escape(text)}", highlight=False)
     console.print(f"  {escape(key.description)}", highlight=False)
 
+
+def readers(key: Key, methods: Mapping[str, type[Method]]) -> str:
+    """Say which methods read a key, and with which tasks.
+
+    Parameters
+    ----------
+    key : Key
+    methods : Mapping of str to type of Method
+        All methods by name.
+    """
+    reading = [name for name, method in methods.items() if _reads(method, key)]
+    left = [name for name in methods if name not in reading]
+    if not left:
+        words = "all methods"
+    elif len(left) < len(reading):
+        words = f"all methods but {', '.join(left)}"
+    else:
+        words = ", ".join(reading)
+    of = [name for name, task in tasks().items() if key.name in task.keys]
+    return f"{words}; tasks {', '.join(of)}" if of else words
+
+
+def _reads(method: type[Method], key: Key) -> bool:
+    """Whether a method reads a key; with the defaults of its other keys, if that matters."""
+    if key.method:
+        return key.last in _own_keys(method)
+    if key.name == "model.quantization":
+        return method.quantized
+    if key.section != "method":
+        return True
+    sections = {"model": {"name": "model"}, "data": {"name": "data"}, "method": {"name": method.name}}
+    unused = method.unused(Config.model_validate(sections))
+    return not any(key.last in names.split() for names, _ in unused)
+
+
+_CONFIG_HEAD = """\
+# Config keys
+
+`fedlora config --markdown` writes this page from the code. `fedlora config KEY` describes one key in the terminal.
+
+A config is a TOML file. `--set section.key=value` overrides a key of it. A key without a default is either required, or
+its meaning says what holds without it."""
+
+
+def config_page(keys: Iterable[Key], methods: Mapping[str, type[Method]]) -> str:
+    """Return the reference of config keys as Markdown: one table for each section."""
+    lines = [_CONFIG_HEAD]
+    for title, rows in _by_section(keys, methods):
+        section, _, meaning = title.partition(" ")
+        of = f" of {rows[0].method}" if rows[0].method else ""
+        sentence = meaning[0].upper() + meaning[1:].removesuffix(".") + "."
+        lines += ["", f"## `{section}`{of}", "", sentence, "", _cells(*_COLUMNS), "|---" * len(_COLUMNS) + "|"]
+        for row in rows:
+            kind = f"{row.type}, {row.bounds}" if row.bounds else row.type
+            default = f"`{row.default}`" if row.default not in ("", "required") else row.default
+            cells = (f"`{row.last}`", row.description, kind, default, row.unit, readers(row, methods))
+            lines.append(_cells(*(cell.replace("|", "\\|") for cell in cells)))
+    return "\n".join(lines)
+
+
+_COLUMNS = ("key", "meaning", "type", "default", "unit", "read by")
 
 _PAGE = """\
 # Methods

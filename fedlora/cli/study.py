@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.cli.display import format_bytes, format_epsilon
+from fedlora.cli.formats import format_bytes, format_epsilon
 from fedlora.errors import InputError
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, PlannedRun

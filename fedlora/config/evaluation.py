@@ -24,10 +24,12 @@ class EvaluationSection(Section):
         "data.choices, on the server's test examples before the first round and after the last.",
     )
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        default=64, description="Longest answer that is generated, in tokens."
+        default=64, description="Longest answer that is generated, in tokens.", json_schema_extra={"unit": "tokens"}
     )
     max_examples: Positive | None = Field(
-        default=None, description="Score at most so many test examples, drawn at random; all by default."
+        default=None,
+        description="Score at most so many test examples, drawn at random; all by default.",
+        json_schema_extra={"unit": "examples"},
     )
 
     def check(self, config: Config) -> None:

@@ -41,9 +41,12 @@ class ModelSection(Section):
     max_length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=128,
         description="Longest row, in tokens; the rest of a longer example is cut off, or split by data.long_texts.",
+        json_schema_extra={"unit": "tokens"},
     )
     num_hidden_layers: Positive | None = Field(
-        default=None, description="Keep only the first so many layers of the base model; all by default."
+        default=None,
+        description="Keep only the first so many layers of the base model; all by default.",
+        json_schema_extra={"unit": "layers"},
     )
     revision: str | None = Field(
         default=None, description="Branch, tag or commit of a model on the hub; the newest by default."
@@ -87,7 +90,9 @@ class PartitionSection(Section):
         description="Column to divide by: the owner with kind natural, else what is skewed; the label by default.",
     )
     min_examples: Positive = Field(
-        default=1, description="Fewest examples that a client may have; a partition with fewer is refused."
+        default=1,
+        description="Fewest examples that a client may have; a partition with fewer is refused.",
+        json_schema_extra={"unit": "examples"},
     )
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
@@ -184,10 +189,14 @@ class DataSection(Section):
         "run.seed by default.",
     )
     max_examples: Positive | None = Field(
-        default=None, description="At most so many training examples, drawn at random; all by default."
+        default=None,
+        description="At most so many training examples, drawn at random; all by default.",
+        json_schema_extra={"unit": "examples"},
     )
     max_test_examples: Positive | None = Field(
-        default=None, description="At most so many test examples, drawn at random; all by default."
+        default=None,
+        description="At most so many test examples, drawn at random; all by default.",
+        json_schema_extra={"unit": "examples"},
     )
     partition: PartitionSection = Field(
         default=PartitionSection(), description="How the training examples are divided among the clients."

@@ -18,6 +18,7 @@ from fedlora.config.training import MethodSection
 from fedlora.errors import InputError
 
 _KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", list: "list", dict: "table"}
+_POWERS = {2**31: "2^31", 2**63: "2^63"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -37,6 +38,8 @@ class Key:
         Range of a number; "" where there is none.
     default : str
         As in TOML; "required", or "" where it is computed or there is none.
+    unit : str
+        What a number counts, from the field's ``json_schema_extra={"unit": ...}``; "" where it has no unit.
     description : str
     """
 
@@ -45,7 +48,18 @@ class Key:
     type: str
     bounds: str
     default: str
+    unit: str
     description: str
+
+    @property
+    def section(self) -> str:
+        """The section's name."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def last(self) -> str:
+        """The name without its section."""
+        return self.name.rpartition(".")[2]
 
 
 def all_keys(options: Mapping[str, type[MethodSection]]) -> list[Key]:
@@ -80,10 +94,10 @@ def find_keys(name: str, keys: list[Key]) -> list[Key]:
     if found:
         return found
     # A key may be meant without its section; of two sections with such a key both are told.
-    whole = {key.name for key in keys} | {key.name.rpartition(".")[0] for key in keys}
-    words = difflib.get_close_matches(name, sorted(whole | {_last(key.name) for key in keys}), 1)
+    whole = {key.name for key in keys} | {key.section for key in keys}
+    words = difflib.get_close_matches(name, sorted(whole | {key.last for key in keys}), 1)
     close = [word for word in words if word in whole]
-    close = close or list(dict.fromkeys(key.name for key in keys if _last(key.name) in words))
+    close = close or list(dict.fromkeys(key.name for key in keys if key.last in words))
     hint = f"did you mean {' or '.join(close[:3])}?" if close else "fedlora config lists all keys"
     raise InputError("KEY", name, f"there is no such key; {hint}")
 
@@ -102,11 +116,9 @@ def _keys(model: type[BaseModel], prefix: str, method: str = "") -> Iterator[Key
             yield from _keys(field.annotation, f"{prefix}.{name}", method)
             continue
         words, bounds = _type(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
-        yield Key(f"{prefix}.{name}", method, words, bounds, _default(field), field.description or "")
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+        extra = field.json_schema_extra
+        unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+        yield Key(f"{prefix}.{name}", method, words, bounds, _default(field), unit, field.description or "")
 
 
 def _default(field: FieldInfo) -> str:
@@ -141,4 +153,4 @@ def _limits(metadata: Iterable[Any]) -> Iterator[str]:
             continue
         for name, sign in _BOUNDS.items():
             if (value := getattr(limit, name, None)) is not None:
-                yield f"{sign} {value}"
+                yield f"{sign} {_POWERS.get(value, value)}"

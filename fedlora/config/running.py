@@ -23,12 +23,13 @@ class SimulationSection(Section):
         "fit by default.",
     )
     cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=1, description="Cores, and threads, of a worker."
+        default=1, description="Cores, and threads, of a worker.", json_schema_extra={"unit": "cores"}
     )
     gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = Field(
         default=0.0,
         description="GPUs of a worker; a part of one, such as 0.5, is shared. Over several the base model is split by "
         "layers.",
+        json_schema_extra={"unit": "GPUs"},
     )
     cohort_size: Count | Literal["auto"] = Field(
         default="auto",
@@ -59,13 +60,19 @@ class NetworkSection(Section):
     )
     seed: Seed | None = Field(default=None, description="Seed of the clients' links; run.seed by default.")
     download_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = Field(
-        default=None, description="Median rate to a client, in 10^6 bit/s; the profile's by default."
+        default=None,
+        description="Median rate to a client, in 10^6 bit/s; the profile's by default.",
+        json_schema_extra={"unit": "10^6 bit/s"},
     )
     upload_mbps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = Field(
-        default=None, description="Median rate from a client, in 10^6 bit/s; the profile's by default."
+        default=None,
+        description="Median rate from a client, in 10^6 bit/s; the profile's by default.",
+        json_schema_extra={"unit": "10^6 bit/s"},
     )
     latency_ms: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
-        default=None, description="Median latency there and back, in milliseconds; the profile's by default."
+        default=None,
+        description="Median latency there and back, in milliseconds; the profile's by default.",
+        json_schema_extra={"unit": "milliseconds"},
     )
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,9 @@ class RunSection(Section):
 
     name: Name = Field(default="run", description="Name of the run; its folder is runs/NAME.")
     seed: Seed = Field(default=0, description="Seed of everything that is drawn.")
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(default=10, description="Number of rounds.")
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=10, description="Number of rounds.", json_schema_extra={"unit": "rounds"}
+    )
     strategy: str | None = Field(
         default=None, description="A user's own strategy: class, arguments, digest; written by simulate()."
     )
@@ -74,7 +76,9 @@ class ClientSection(Section):
         description="How the learning rate falls over the rounds: not at all, linearly to 0, or by half a cosine.",
     )
     warmup_rounds: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        default=0, description="Number of first rounds over which the learning rate rises linearly."
+        default=0,
+        description="Number of first rounds over which the learning rate rises linearly.",
+        json_schema_extra={"unit": "rounds"},
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Momentum of sgd.")
     weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(default=0.0, description="Weight decay.")
@@ -83,11 +87,14 @@ class ClientSection(Section):
         description="Norm to which a batch's gradient is clipped, without privacy; no clipping by default.",
     )
     batch_size: Count = Field(
-        default=32, description="Number of examples in a local step; under privacy the expected number."
+        default=32,
+        description="Number of examples in a local step; under privacy the expected number.",
+        json_schema_extra={"unit": "examples"},
     )
     physical_batch_size: Count | None = Field(
         default=None,
         description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
+        json_schema_extra={"unit": "examples"},
     )
     group_by_length: bool = Field(
         default=False,
@@ -101,10 +108,14 @@ class ClientSection(Section):
         "not fit, and then splits the batch where it must.",
     )
     local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        default=None, description="Number of steps that a client takes in a round, instead of local_epochs."
+        default=None,
+        description="Number of steps that a client takes in a round, instead of local_epochs.",
+        json_schema_extra={"unit": "steps a round"},
     )
     local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        default=None, description="Number of passes over its examples that a client takes in a round; 1 by default."
+        default=None,
+        description="Number of passes over its examples that a client takes in a round; 1 by default.",
+        json_schema_extra={"unit": "epochs a round"},
     )
     proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0,
@@ -186,12 +197,16 @@ class ServerSection(Section):
     )
     min_replies: Positive = Field(default=1, description="Fewest replies with which a round counts.")
     evaluate_every: Positive = Field(
-        default=1, description="Evaluate after every so many rounds, and after the last one."
+        default=1,
+        description="Evaluate after every so many rounds, and after the last one.",
+        json_schema_extra={"unit": "rounds"},
     )
     evaluate_start: bool = Field(default=True, description="Evaluate before the first round too.")
-    batch_size: Count = Field(default=64, description="Number of examples at once in evaluation.")
+    batch_size: Count = Field(
+        default=64, description="Number of examples at once in evaluation.", json_schema_extra={"unit": "examples"}
+    )
     timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = Field(
-        default=3600.0, description="Seconds that a round waits for its replies."
+        default=3600.0, description="Seconds that a round waits for its replies.", json_schema_extra={"unit": "seconds"}
     )
     evaluate_clients: bool = Field(
         default=False,

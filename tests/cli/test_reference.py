@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli.reference import METHODS_HEAD
+from fedlora.cli.reference import METHODS_HEAD, config_page, readers
 from fedlora.config import Config, all_keys
 from fedlora.methods import methods
 from tests.command import fedlora
@@ -30,9 +30,61 @@ def test_every_key_is_listed_with_its_default_and_meaning(monkeypatch: pytest.Mo
         assert (f"(method.name = {name})" in words) == has_options
 
 
+def test_every_key_has_a_meaning_a_default_and_readers_in_the_reference() -> None:
+    """A key without one of them fails here by its name."""
+    found = methods()
+    keys = all_keys({name: method.Options for name, method in found.items()})
+    page = config_page(keys, found)
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in page.splitlines()]
+    told = [row for row in rows if row and re.fullmatch(r"`\w+`", row[0])]
+    assert [row[0].strip("`") for row in told] == [key.last for key in keys]
+    for key, (_, meaning, kind, default, unit, read_by) in zip(keys, told, strict=True):
+        assert len(meaning.split()) >= 2, f"{key.name} says nothing in its description"
+        assert meaning[0].isupper(), key.name
+        assert meaning.endswith((".", ")")), key.name
+        assert kind, key.name
+        assert read_by, key.name
+        assert (unit, default.strip("`")) == (key.unit, key.default)
+        if not default and not key.method:
+            assert re.search("None|Optional", str(KEYS[key.name])), (
+                f"{key.name} has neither a default nor the choice of none"
+            )
+
+
+def test_keys_that_measure_something_name_their_unit() -> None:
+    keys = all_keys({name: method.Options for name, method in methods().items()})
+    for key in keys:
+        measures = re.search(r"_(mbps|ms|gb|seconds|tokens)$", key.name) or re.search(
+            r"\b(seconds|milliseconds|bit/s|in tokens)\b", key.description, re.IGNORECASE
+        )
+        if measures and ("integer" in key.type or "number" in key.type):
+            assert key.unit, f"{key.name} needs json_schema_extra={{'unit': ...}}"
+    assert {key.unit for key in keys} >= {"seconds", "milliseconds", "tokens", "rounds", "examples", "10^6 bit/s"}
+
+
+@pytest.mark.parametrize(
+    ("key", "read_by"),
+    [
+        ("run.seed", "all methods"),
+        ("method.dropout", "all methods but peft"),
+        ("method.target_modules", "all methods but flexmore"),
+        ("model.quantization", "all methods but flexmore, peft"),
+        ("method.init_examples", "fed-sb"),
+        ("data.long_texts", "all methods; tasks causal-lm"),
+    ],
+)
+def test_a_key_says_who_reads_it(key: str, read_by: str) -> None:
+    found = methods()
+    (one,) = (k for k in all_keys({name: method.Options for name, method in found.items()}) if k.name == key)
+    assert readers(one, found) == read_by
+    done = fedlora("config", key)
+    assert f"read by  {read_by}" in " ".join(done.out.split("\n"))
+
+
 @pytest.mark.parametrize(
     ("key", "told"),
     [
+        ("server.timeout", ["unit seconds", "default 3600.0", "read by all methods"]),
         ("method.rank", ["integer", ">= 1", "default 8", "Rank r of the adapters."]),
         ("method.init", ["fed-sb", '"svd" | "public" | "pooled"', 'default "svd"']),
         ("method.alpha", ["number", ">= 0.0001 and <= 1000000.0", "default none"]),

@@ -1,0 +1,120 @@
+"""``fedlora init``: what it asks, what it finds out by itself, and that what it writes is a config that runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from fedlora.config import Config, load_config, unused_keys
+from tests.command import fedlora
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reviews.csv").write_text(
+        "review,stars,clinic\n" + "".join(f"word {i},{'good' if i % 2 else 'bad'},{'abc'[i % 3]}\n" for i in range(9))
+    )
+    return tmp_path
+
+
+def written(*arguments: object) -> Config:
+    done = fedlora("init", *arguments)
+    assert (done.code, done.err) == (0, "")
+    file = next((str(a) for a in arguments if str(a).endswith(".toml")), "fedlora.toml")
+    assert done.out.splitlines()[-1] == f"{file} is written; run it with: fedlora run {file}"
+    config = load_config(file)
+    assert unused_keys(config) == []
+    return config
+
+
+def test_without_a_terminal_nothing_is_asked() -> None:
+    config = written()
+    assert (config.model.name, config.data.name) == ("asset:minilm-l6", "asset:rotten-tomatoes")
+    assert (config.data.partition.clients, config.privacy.target_epsilon) == (10, 8.0)
+    assert config.model.pooling == "mean"
+
+
+def test_columns_are_found_by_their_names() -> None:
+    config = written("mine.toml", "--data", "reviews.csv")
+    assert (config.data.text, config.data.label) == ("review", "stars")
+    assert config.model.task == "sequence-classification"
+    assert config.run.name == "mine"
+
+
+def test_options_say_all_of_it() -> None:
+    options = ["--data", "reviews.csv", "--text", "clinic", "--label", "stars", "--model", "models/own"]
+    config = written(*options, "--owner", "clinic", "--epsilon", "0")
+    assert (config.data.text, config.model.name, config.model.pooling) == ("clinic", "models/own", "default")
+    assert (config.data.partition.kind, config.data.partition.column) == ("natural", "clinic")
+    assert config.privacy.mode == "none"
+
+
+def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    answers = ["reviews.csv", "", "", "models/own", "clinic", "3"]  # data, text, label, model, owner, epsilon
+    monkeypatch.setattr("sys.stdin", Terminal("".join(f"{answer}\n" for answer in answers)))
+    done = fedlora("init")
+    assert done.code == 0, done.err
+    assert "reviews.csv: 9 rows, columns review, stars, clinic" in done.out
+    assert "3 owners" in done.out
+    config = load_config("fedlora.toml")
+    assert (config.data.text, config.data.label) == ("review", "stars")
+    assert (config.data.partition.column, config.privacy.target_epsilon) == ("clinic", 3.0)
+    assert config.model.name == "models/own"
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "columns"),
+    [
+        ([{"text": "a", "score": 0.5}, {"text": "b", "score": 2}], "regression", {"text": "text", "label": "score"}),
+        ([{"text": "a", "stars": 1}, {"text": "b", "stars": 2}], "sequence-classification", {"label": "stars"}),
+        ([{"note": "a"}, {"note": "b"}], "causal-lm", {"text": "note"}),
+        ([{"prompt": "a", "answer": "b"}], "causal-lm", {"prompt": "prompt", "answer": "answer"}),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "causal-lm", {"messages": "messages"}),
+    ],
+)
+def test_the_task_follows_from_the_columns(rows: list[object], task: str, columns: dict[str, str]) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = written("--data", "rows.jsonl", "--model", "m")
+    assert config.model.task == task
+    assert {key: getattr(config.data, key) for key in columns} == columns
+
+
+def test_delta_is_below_one_over_the_rows_of_a_large_file() -> None:
+    Path("many.csv").write_text("text,label\n" + "a,1\nb,2\n" * 60_000)
+    assert written("--data", "many.csv").privacy.target_delta < 1 / 120_000
+
+
+def test_each_key_has_its_meaning_above_it() -> None:
+    written()
+    lines = Path("fedlora.toml").read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if " = " in line and not line.startswith("#")]
+    assert len(keys) > 15
+    assert all(lines[i - 1].startswith("# ") for i in keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data", "missing.csv"], "--data = 'missing.csv': there is no such file"),
+        (["--data", "reviews.csv", "--text", "txt"], "--text = 'txt': there is no such column; columns: review"),
+        (["--data", "reviews.csv", "--label", "l"], "--label = 'l': there is no such column"),
+        (["--data", "reviews.csv", "--owner", "o"], "--owner = 'o': there is no such column"),
+        (["--owner", "a", "--clients", "3"], "--clients = 3: goes by --owner already"),
+        (["--epsilon", "2000"], "privacy.target_epsilon = 2000.0"),
+        (["reviews.csv"], "FILE = 'reviews.csv': exists already"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(arguments: list[str], told: str) -> None:
+    done = fedlora("init", *arguments)
+    assert done.code == 2
+    assert told in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not Path("fedlora.toml").exists()
