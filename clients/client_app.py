@@ -64,11 +64,11 @@ def describe(message: Message, context: Context) -> Message:
             return _error_reply(error, message, context)
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
-    partition = client_data(config).partition
-    if client >= len(partition):
-        reason = f"partition-id = {client}: the run has {len(partition)} clients; start fewer nodes"
+    data = client_data(config)
+    if client >= len(data.partition):
+        reason = f"partition-id = {client}: the run has {len(data.partition)} clients; start fewer nodes"
         return Message(Error(code=ClientErrorCode.INPUT, reason=reason), reply_to=message)
-    metrics = MetricRecord({"partition-id": client, "num-examples": len(partition[client])})
+    metrics = MetricRecord({"partition-id": client, "num-examples": data.drawn_from(client, config.privacy)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
@@ -87,7 +87,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     examples = count_own(config)
     plan = node.admit(config, examples)
     # A resumed run has made its start already.
-    made = {(sigma, rate) for sigma, rate, _ in node.ledger.history(federation)}
+    made = {entry[:2] for entry in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]
     node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
     node.ledger.register(federation, run, label_names, sent_digest(context))

@@ -52,6 +52,8 @@ class Participant(ABC):
         Of the exchange in its round, from 1.
     rows : ndarray of int
         Its examples in the token table.
+    examples : int
+        How many of them, or of its persons where steps draw these, a step draws from.
     plan : PrivacyPlan or None
         Its DP-SGD, if any.
     starts : bool
@@ -67,6 +69,7 @@ class Participant(ABC):
     exchange: Exchange
     number: int
     rows: np.ndarray
+    examples: int
     plan: PrivacyPlan | None
     starts: bool
     secret: bool
@@ -127,8 +130,10 @@ class SimulatedClient(Participant):
         self.config = run_config(context.run_config)
         self.number, self.exchange = _exchange(self.config, message)
         self.client = int(context.node_config["partition-id"])
-        self.rows = client_data(self.config).partition[self.client]
-        self.plan = mechanism_of(self.config).plan(self.config, len(self.rows))
+        data = client_data(self.config)
+        self.rows = data.partition[self.client]
+        self.examples = data.drawn_from(self.client, self.config.privacy)
+        self.plan = mechanism_of(self.config).plan(self.config, self.examples)
         self.starts = _starts(self.exchange, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)
@@ -136,7 +141,7 @@ class SimulatedClient(Participant):
     def admit(self, held: ExitStack) -> None:
         """Check the run's ceiling."""
         if self.plan is not None:
-            steps = local_steps(self.exchange.training(self.config), len(self.rows))
+            steps = local_steps(self.exchange.training(self.config), self.examples)
             self._ledger(self.plan).check(self.plan, steps, self.starts)
 
     def make_room(self, needed: int, *used: Path) -> None:
@@ -191,7 +196,8 @@ class NodeClient(Participant):
         data = client_data(self.config)
         make_room(self.node.config, used=(data.folder, *self._kept()))
         self.folder, self.rows = data.folder, data.partition[0]
-        self.plan = self.node.admit(self.config, len(self.rows))
+        self.examples = data.drawn_from(0, self.config.privacy)
+        self.plan = self.node.admit(self.config, self.examples)
         self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
         # By a clock that does not jump.
@@ -200,7 +206,7 @@ class NodeClient(Participant):
 
     def admit(self, held: ExitStack) -> None:
         """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
-        steps = local_steps(self.exchange.training(self.config), len(self.rows))
+        steps = local_steps(self.exchange.training(self.config), self.examples)
         also = self.plan.start if self.starts and self.plan is not None else ()
         admitted = self.node.ledger.round(self.federation, self.run, self.turn, self.plan, steps, also)
         self._charge = held.enter_context(admitted)

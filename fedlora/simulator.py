@@ -154,7 +154,8 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
-        log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
+        longest, units = int(tokens.train.lengths.max()), config.privacy.samples_units
+        log.info(_ghost_norms(choose_ghost_norms(skeleton, names, longest, units)))
     counts = tokens.label_counts()
     folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
     if not (folder.path / "partition.png").exists():
@@ -182,7 +183,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
         address=section.address,
         run_config={"config": config.to_toml()},
         states=folder.checkpoint.states,
-        work=lambda client: local_steps(config, int(tokens.partition.sizes[client])),
+        work=lambda client: local_steps(config, tokens.drawn_from(client, config.privacy)),
         on_cohort_size=keep_cohort_size,
     )
 
@@ -239,7 +240,8 @@ def _ghost_norms(chosen: Mapping[str, bool]) -> str:
 
 def _check_clients(config: Config, data: FederatedData) -> None:
     """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
-    for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
+    sizes = data.drawn_sizes(config.privacy)
+    for examples in (max(sizes), min(sizes)):
         mechanism_of(config).plan(config, examples)
     mechanism_of(config).server_plan(config, len(data.partition))
 

@@ -110,8 +110,8 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     return Spent(
         run=str(folder),
         mode=privacy.mode,
-        unit=mechanism.unit,
-        neighbours=f"with and without {mechanism.unit} (add or remove)",
+        unit=mechanism.protects(config),
+        neighbours=f"with and without {mechanism.protects(config)} (add or remove)",
         mechanism=mechanism.describe(config),
         client=chosen,
         clients=len(last),

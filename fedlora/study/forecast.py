@@ -86,7 +86,7 @@ def forecast(config: Config) -> Forecast:
     strategy = get_strategy(config.method.name)(config)
     strategy.nodes = {client: client for client in range(len(data.partition))}
     planned = strategy.planned(strategy.server_model(data, "meta"))
-    sizes = [int(size) for size in data.partition.sizes]
+    sizes = data.drawn_sizes(config.privacy)
     mechanism = mechanism_of(config)
     plans = [*(mechanism.plan(config, size) for size in sizes), mechanism.server_plan(config, len(sizes))]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
@@ -199,7 +199,7 @@ def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[C
     jobs = []
     for client in range(min(most, len(data.partition))):
         rows = data.partition[client]
-        plan = mechanism_of(config).plan(config, len(rows))
+        plan = mechanism_of(config).plan(config, data.drawn_from(client, config.privacy))
         assert config.client.learning_rate is not None
         jobs.append(ClientJob(client, 1, rows, arrays, config.client.learning_rate, plan))
     return jobs
