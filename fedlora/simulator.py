@@ -24,6 +24,7 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.privacy.units import compare_units, unit_advice
 from fedlora.results.folder import RunFolder, RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
@@ -156,6 +157,8 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
         longest, units = int(tokens.train.lengths.max()), config.privacy.samples_units
         log.info(_ghost_norms(choose_ghost_norms(skeleton, names, longest, units)))
+    if advice := unit_advice(compare_units(config, tokens.typical_units())):
+        tokens.notes.append(advice)
     counts = tokens.label_counts()
     folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
     if not (folder.path / "partition.png").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from fedlora.privacy.accountants import group_of
 from fedlora.results.privacy_spent import Spent
 
 
@@ -17,9 +18,11 @@ def show_privacy(console: Console, spent: Spent) -> None:
         ("mechanism", spent.mechanism),
         ("epsilon of", whose),
     ]
-    for sigma, rate, steps in spent.history:
+    for entry in spent.history:
+        sigma, rate, steps, group = *entry[:3], group_of(entry)
         drawn = "all" if rate == 1 else f"sample rate {rate:.6g}"
-        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}"))
+        several = f", up to {group} examples of a person" if group > 1 else ""
+        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}{several}"))
     lines += [
         ("delta", f"{spent.delta:g}"),
         ("recorded", f"{spent.recorded:.6g} (privacy.csv)"),

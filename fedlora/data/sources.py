@@ -92,8 +92,8 @@ def load_examples(config: Config) -> Examples:
     stratified). ``data.validation`` as a number holds that share of the rest out. With ``privacy.unit`` persons are
     held out, with all their examples: as many as it takes to reach that number of examples. With ``data.max_examples``
     a random subset of the remaining training examples is kept, in the order of the source; ``data.max_test_examples``
-    does so for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are dropped.
-    Classes are in the order of ``data.label_names``, of a ``ClassLabel``, or sorted (numbers by value).
+    does so for the test set. All follow ``data.seed`` alone, which is ``run.seed`` unless told. Rows without text are
+    dropped. Classes are in the order of ``data.label_names``, of a ``ClassLabel``, or sorted (numbers by value).
 
     Parameters
     ----------

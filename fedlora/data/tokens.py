@@ -291,6 +291,14 @@ class FederatedData:
         """Return :meth:`drawn_from` of every client."""
         return [self.drawn_from(client, privacy) for client in range(len(self.partition))]
 
+    def typical_units(self) -> np.ndarray:
+        """Count the examples of each person of the client with the median number of persons; none without persons."""
+        if self.train.units is None:
+            return np.empty(0, np.int64)
+        counts = [np.unique(self.train.units[rows], return_counts=True)[1] for rows in self.partition]
+        found: np.ndarray = sorted(counts, key=len)[len(counts) // 2]
+        return found
+
     @property
     def counted_names(self) -> list[str] | None:
         """The classes that :meth:`label_counts` counts; None where examples as a whole have none."""

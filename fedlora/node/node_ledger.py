@@ -359,11 +359,8 @@ class NodeLedger:
                 yield Charge(database, federation, run, server_round, admitted, self.unit)
 
     def _epsilon(self, history: Sequence[Steps]) -> float:
-        taken = tuple(
-            steps_of(sigma, rate, steps, group)
-            for (sigma, rate, group), steps in sorted(_merged(history).items())
-            if steps
-        )
+        merged = sorted(_merged(history).items())
+        taken = tuple(steps_of(sigma, rate, steps, group) for (sigma, rate, group), steps in merged if steps)
         return spent_epsilon(self.policy.accountant, self.policy.delta, taken)
 
     @contextmanager
@@ -456,8 +453,9 @@ class Charge:
             row = self._rows.get(kind)
             if row is None:
                 row = database.execute(
-                    "INSERT INTO charges (run, federation, round, noise_multiplier, sample_rate, steps, group_size, unit) "
-                    "VALUES (?, ?, ?, ?, ?, 1, ?, ?)",
+                    "INSERT INTO charges "
+                    "(run, federation, round, noise_multiplier, sample_rate, group_size, unit, steps) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, 1)",
                     (self.run, self.federation, self.server_round, *kind, self._unit),
                 ).lastrowid
             else:

@@ -274,8 +274,8 @@ def noise_multiplier(
 ) -> float:
     """Smallest sigma, to a share ``tolerance``, whose ``steps`` Poisson-sampled Gaussian steps stay within epsilon.
 
-    ``spent`` are other steps (noise multiplier, sample rate, number) that epsilon has to cover too, and ``group`` is the
-    most examples of a protected unit in a step. Sigma is at least ``MIN_NOISE``, however large epsilon is.
+    ``spent`` are other steps (noise multiplier, sample rate, number) that epsilon has to cover too, and ``group`` is
+    the most examples of a protected unit in a step. Sigma is at least ``MIN_NOISE``, however large epsilon is.
 
     Notes
     -----

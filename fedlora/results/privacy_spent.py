@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binom
+
 from fedlora.config import Config, read_config
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.privacy.accountants import History, get_accountant
+from fedlora.privacy.accountants import Steps, get_accountant, group_of, steps_of
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
 
@@ -32,8 +34,9 @@ class Spent:
         Whose epsilon this is; ``all`` where one holds for all.
     clients : int
         How many have an epsilon of their own.
-    history : list of (float, float, int)
-        Noise multiplier, sample rate and number of the noisy steps that were released.
+    history : list of tuple
+        Noise multiplier, sample rate and number of the noisy steps that were released, and where a unit has several
+        examples in a step at most how many.
     delta : float
     accountant : str
     recorded, epsilon : float
@@ -55,7 +58,7 @@ class Spent:
     mechanism: str
     client: str
     clients: int
-    history: list[tuple[float, float, int]]
+    history: list[Steps]
     delta: float
     accountant: str
     recorded: float
@@ -73,7 +76,8 @@ class Spent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-compatible values."""
-        steps = [dict(zip(("noise_multiplier", "sample_rate", "steps"), each, strict=True)) for each in self.history]
+        names = ("noise_multiplier", "sample_rate", "steps", "examples_per_unit")
+        steps = [dict(zip(names, each, strict=False)) for each in self.history]
         return asdict(self) | {"history": steps, "difference": self.difference}
 
 
@@ -106,7 +110,8 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     privacy, mechanism = config.privacy, mechanism_of(config)
     epsilon = spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
     others = second_opinion(privacy.target_delta, tuple(history))
-    compared = get_accountant(privacy.accountant).kind
+    kind = get_accountant(privacy.accountant).kind
+    compared = kind if kind in others else "pld"
     return Spent(
         run=str(folder),
         mode=privacy.mode,
@@ -127,8 +132,10 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     )
 
 
-def second_opinion(delta: float, history: History) -> dict[str, float]:
+def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]:
     """Compute epsilon by Google's dp-accounting: by Renyi divergences, and by privacy loss distributions.
+
+    Of units with several examples in a step, mixtures of Gaussians, it has privacy loss distributions alone.
 
     Raises
     ------
@@ -142,16 +149,21 @@ def second_opinion(delta: float, history: History) -> dict[str, float]:
     except ImportError:
         remedy = "is needed for a second opinion; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
-    if any(sigma == 0 for sigma, _, _ in history):
-        return {"rdp": math.inf, "pld": math.inf}
-    found = {}
-    for name, accountant in (("rdp", RdpAccountant()), ("pld", PLDAccountant())):
-        for sigma, rate, steps in history:
-            event = dp_accounting.GaussianDpEvent(sigma)
-            drawn = event if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, event)
-            accountant.compose(drawn, steps)
-        found[name] = float(accountant.get_epsilon(delta))
-    return found
+    grouped = any(group_of(entry) > 1 for entry in history)
+    accountants = {"pld": PLDAccountant()} if grouped else {"rdp": RdpAccountant(), "pld": PLDAccountant()}
+    if any(entry[0] == 0 for entry in history):
+        return dict.fromkeys(accountants, math.inf)
+    for entry in history:
+        sigma, rate, steps, group = *entry[:3], group_of(entry)
+        event = dp_accounting.GaussianDpEvent(sigma)
+        if group > 1:
+            j = range(group + 1)
+            event = dp_accounting.MixtureOfGaussiansDpEvent(sigma, list(j), list(binom.pmf(j, group, rate)))
+        elif rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(rate, event)
+        for accountant in accountants.values():
+            accountant.compose(event, steps)
+    return {name: float(accountant.get_epsilon(delta)) for name, accountant in accountants.items()}
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
@@ -163,13 +175,13 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         raise InputError("RUN", str(folder), remedy) from None
 
 
-def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> list[tuple[float, float, int]]:
+def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> list[Steps]:
     """Add up a client's steps of one noise and one rate, after a start that reads its examples."""
     steps: dict[tuple[float, float], int] = {}
     for row in rows:
         key = float(row["noise_multiplier"]), float(row["sample_rate"])
         steps[key] = steps.get(key, 0) + int(row["steps"])
-    history = [(sigma, rate, count) for (sigma, rate), count in steps.items()]
+    history = [steps_of(sigma, rate, count, config.privacy.group) for (sigma, rate), count in steps.items()]
     if not get_method(config.method.name).start_examples(config):
         return history
     plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
@@ -209,6 +221,8 @@ def _not_covered(config: Config, folder: Path) -> list[str]:
         found.append("the scores on the clients' own examples (clients.csv)")
     if (folder / "partition.csv").exists():
         found.append("partition.csv and the partition's picture, which count the clients' examples by class")
+    if config.privacy.protects_units:
+        found.append("what other clients made of a person's examples, if there are some elsewhere")
     try:
         study = json.loads((folder.resolve().parents[1] / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, IndexError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.privacy.units import UnitNoise, compare_units
 from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import PlannedRun
 from fedlora.training import ClientJob, train_cohort
@@ -47,6 +48,8 @@ class Forecast:
         One for each client, in order, or one of the server's; empty without privacy.
     ranks : list of int or "full"
         Of each client, in order; empty where clients have no ranks of their own.
+    unit_noise : list of UnitNoise
+        Where persons are protected: the noise of the run's way to do so, then of the other way, for a typical client.
     """
 
     clients: int
@@ -58,6 +61,7 @@ class Forecast:
     evaluated_examples: int
     noise_multipliers: list[float]
     ranks: list[int | Literal["full"]]
+    unit_noise: list[UnitNoise] = field(default_factory=list)
 
     @property
     def payload_bytes(self) -> int:
@@ -109,6 +113,7 @@ def forecast(config: Config) -> Forecast:
         evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,
         noise_multipliers=[plan.noise_multiplier for plan in plans if plan is not None],
         ranks=list(planned.ranks),
+        unit_noise=compare_units(config, data.typical_units()),
     )
 
 

@@ -13,8 +13,8 @@ from fedlora.adapters import RowLayout
 class UnitBatch:
     """Which rows of a physical batch are of one unit, and which units go on in the next physical batch of the step.
 
-    A unit's gradient is the mean over its rows in the step. Its rows follow each other, so that in a physical batch only
-    a client's first unit may go on from the one before, and only its last into the next.
+    A unit's gradient is the mean over its rows in the step. Its rows follow each other, so that in a physical batch
+    only a client's first unit may go on from the one before, and only its last into the next.
 
     Parameters
     ----------

@@ -109,7 +109,7 @@ def test_a_person_whose_gradient_overflowed_is_left_out() -> None:
     units = [np.array([0, 0, 0, 1])]
     sample = torch.ones(4, 3, dtype=torch.float64)
     sample[0, 1] = float("nan")
-    first, carried = UnitBatch(units, 0, 2).sums(sample[:2], None)
+    _, carried = UnitBatch(units, 0, 2).sums(sample[:2], None)
     assert not torch.isfinite(carried).all()
     then, _ = UnitBatch(units, 2, 2).sums(sample[2:], carried)
     assert not torch.isfinite(then[0]).all()

@@ -9,15 +9,24 @@ Charles et al. 2024, arXiv 2407.07737). Outcomes x are in units of sigma here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import logsumexp
+from opacus.accountants.analysis.prv import (
+    Domain,
+    TruncatedPrivacyRandomVariable,
+    compose_heterogeneous,
+    discretize,
+)
+from scipy.special import logsumexp, ndtr
 from scipy.stats import binom
 
 _TAIL = 12.0
 """Beyond so many standard deviations an integral has nothing left that a double would show."""
 _REACH = 1000.0
 """How far out an integral is taken; orders whose mass lies beyond count as infinite."""
+_FINE = 1 / 32
+"""Spacing of the outcomes between which a loss is inverted by Newton's method."""
 
 
 class GroupStep:
@@ -72,3 +81,57 @@ class GroupStep:
         log_a = np.array([logsumexp(power * loss + base) for power in powers])
         found: np.ndarray = np.maximum(log_a, 0) / (orders - 1)
         return found
+
+
+class GroupLoss:
+    """The privacy loss of a step as a random variable, for Opacus' numerical composition (Gopi et al. 2021).
+
+    Parameters
+    ----------
+    step : GroupStep
+    removes : bool
+        log P / Q of an outcome of P; else log Q / P of an outcome of Q.
+    """
+
+    def __init__(self, step: GroupStep, removes: bool) -> None:
+        self._step, self._removes = step, removes
+        self._weights = np.exp(step.log_weights)
+        self._x = np.arange(-40.0, step.shifts[-1] + 40, _FINE)
+        self._t = step.loss(self._x)
+
+    def cdf(self, t: np.ndarray | float) -> np.ndarray:
+        """Return the probability of a loss of at most t."""
+        t = np.asarray(t, float)
+        if self._removes:
+            x = self._outcome(t)
+            found: np.ndarray = ndtr(x[..., None] - self._step.shifts) @ self._weights
+        else:
+            found = ndtr(-self._outcome(-t))
+        return found
+
+    def _outcome(self, t: np.ndarray) -> np.ndarray:
+        """Return the outcome x whose log P / Q is t; infinite where no outcome that happens has it."""
+        near = np.interp(t, self._t, self._x)
+        terms = self._step.log_weights + near[..., None] * self._step.shifts - self._step.shifts**2 / 2
+        loss = logsumexp(terms, axis=-1)
+        slope = np.maximum(np.exp(terms - loss[..., None]) @ self._step.shifts, 1e-300)
+        x = near - np.clip((loss - t) / slope, -_FINE, _FINE)
+        return np.where(t < self._t[0], -np.inf, np.where(t > self._t[-1], np.inf, x))
+
+
+def composed_epsilon(
+    delta: float, steps: Sequence[tuple[GroupStep, int]], removes: bool, reach: float, error: float
+) -> float:
+    """Return an upper bound of epsilon of steps, so many of each, on a grid of losses up to ``reach``.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        If the grid is too coarse, or too long for delta.
+    """
+    slack, counts = delta / 1000, [count for _, count in steps]
+    mesh = error / math.sqrt(sum(counts) * math.log(12 / slack) / 2)
+    domain = Domain.create_aligned(-reach, reach, mesh)
+    losses = [TruncatedPrivacyRandomVariable(GroupLoss(s, removes), domain.t_min, domain.t_max) for s, _ in steps]
+    composed = compose_heterogeneous([discretize(loss, domain) for loss in losses], counts)
+    return float(composed.compute_epsilon(delta, slack, error)[2])
