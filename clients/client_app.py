@@ -32,7 +32,7 @@ from fedlora.clients.participant import (
 from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
 from fedlora.corrections import VARIATES
-from fedlora.data.sources import count_own
+from fedlora.data.sources import count_own, count_own_units
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
@@ -85,7 +85,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     model_config(config)
     load_tokenizer(config)
     examples = count_own(config)
-    plan = node.admit(config, examples)
+    plan = node.admit(config, examples, count_own_units(config))
     # A resumed run has made its start already.
     made = {entry[:2] for entry in node.ledger.history(federation)}
     start = [step for step in (plan.start if plan is not None else ()) if step[:2] not in made]

@@ -133,7 +133,8 @@ class SimulatedClient(Participant):
         data = client_data(self.config)
         self.rows = data.partition[self.client]
         self.examples = data.drawn_from(self.client, self.config.privacy)
-        self.plan = mechanism_of(self.config).plan(self.config, self.examples)
+        units = data.units_of(self.client, self.config.privacy)
+        self.plan = mechanism_of(self.config).plan(self.config, self.examples, units)
         self.starts = _starts(self.exchange, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
         self.secret = self.plan is not None and not context.node_config.get("simulated", False)
@@ -197,7 +198,7 @@ class NodeClient(Participant):
         make_room(self.node.config, used=(data.folder, *self._kept()))
         self.folder, self.rows = data.folder, data.partition[0]
         self.examples = data.drawn_from(0, self.config.privacy)
-        self.plan = self.node.admit(self.config, self.examples)
+        self.plan = self.node.admit(self.config, self.examples, data.units_of(0, self.config.privacy))
         self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
         # By a clock that does not jump.

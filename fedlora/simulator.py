@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
@@ -244,8 +245,8 @@ def _ghost_norms(chosen: Mapping[str, bool]) -> str:
 def _check_clients(config: Config, data: FederatedData) -> None:
     """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
     sizes = data.drawn_sizes(config.privacy)
-    for examples in (max(sizes), min(sizes)):
-        mechanism_of(config).plan(config, examples)
+    for client in (int(np.argmax(sizes)), int(np.argmin(sizes))):
+        mechanism_of(config).plan(config, sizes[client], data.units_of(client, config.privacy))
     mechanism_of(config).server_plan(config, len(data.partition))
 
 

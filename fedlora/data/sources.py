@@ -237,11 +237,24 @@ def count_own(config: Config) -> int:
         count_own(tests)
     if units is None:
         return len(labels) - held_out(config, len(labels))
-    left, _ = hold_out_of_client(config, 0, np.arange(len(labels)), units)
+    sizes = _own_sizes(config, units)
     if config.privacy.samples_units:
-        return len(np.unique(units[left]))
+        return len(sizes)
     most = config.privacy.group_cap
-    return len(left) if most is None else int(np.minimum(most, np.unique(units[left], return_counts=True)[1]).sum())
+    return int((sizes if most is None else np.minimum(most, sizes)).sum())
+
+
+def count_own_units(config: Config) -> int | None:
+    """Count the persons that a node trains on, where steps draw single examples of them; after :func:`count_own`."""
+    units = _last_own[config.data.name][2]
+    return None if units is None or config.privacy.group_cap is None else len(_own_sizes(config, units))
+
+
+def _own_sizes(config: Config, units: np.ndarray) -> np.ndarray:
+    """Count the training examples of each person of a node."""
+    left, _ = hold_out_of_client(config, 0, np.arange(len(units)), units)
+    sizes: np.ndarray = np.unique(units[left], return_counts=True)[1]
+    return sizes
 
 
 _last_own: dict[str, tuple[tuple[Any, ...], list[Any], np.ndarray | None]] = {}

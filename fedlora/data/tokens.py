@@ -281,11 +281,15 @@ class FederatedData:
 
     def drawn_from(self, client: int, privacy: PrivacySection) -> int:
         """Return of how many a client's steps draw: persons (``privacy.unit``) or examples. Its weight follows."""
-        rows = self.partition[client]
-        if not privacy.samples_units:
-            return len(rows)
+        return self._persons(client) if privacy.samples_units else len(self.partition[client])
+
+    def units_of(self, client: int, privacy: PrivacySection) -> int | None:
+        """Return of how many persons a client's examples are, where its steps draw single examples of them."""
+        return self._persons(client) if privacy.group_cap is not None else None
+
+    def _persons(self, client: int) -> int:
         assert self.train.units is not None
-        return len(np.unique(self.train.units[rows]))
+        return len(np.unique(self.train.units[self.partition[client]]))
 
     def drawn_sizes(self, privacy: PrivacySection) -> list[int]:
         """Return :meth:`drawn_from` of every client."""

@@ -92,8 +92,8 @@ class LocalNode:
             content.pop(section)
         return Config.model_validate(content)
 
-    def admit(self, run: Config, examples: int) -> PrivacyPlan | None:
-        """Plan a run's privacy with the node's number of examples, and check it against the owner's policy.
+    def admit(self, run: Config, examples: int, units: int | None = None) -> PrivacyPlan | None:
+        """Plan a run's privacy with the node's number of examples or persons, and check it against the owner's policy.
 
         Returns
         -------
@@ -104,10 +104,11 @@ class LocalNode:
         ------
         PolicyError, InputError
         """
-        policy = self.config.policy
-        if policy.max_epsilon is not None and policy.delta >= 1 / examples:
-            remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
+        policy, protected = self.config.policy, examples if units is None else units
+        if policy.max_epsilon is not None and policy.delta >= 1 / protected:
+            what = "examples" if self.config.data.unit is None else "persons"
+            remedy = f"must be below 1 / n = {1 / protected:.3g} for {protected} {what}; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
-        plan = mechanism_of(run).plan(run, examples)
+        plan = mechanism_of(run).plan(run, examples, units)
         check_policy(policy, plan, run.privacy.mode)
         return plan

@@ -101,23 +101,24 @@ def run_steps(config: Config, examples: int) -> int:
     return sum(round_steps(config, examples, server_round) for server_round in range(1, rounds + 1))
 
 
-def check_delta(privacy: PrivacySection, examples: int) -> None:
-    """Refuse a delta that would allow to publish an example outright.
+def check_delta(privacy: PrivacySection, units: int) -> None:
+    """Refuse a delta that would allow to publish an example, or a person's, outright.
 
     Raises
     ------
     InputError
         If ``target_delta`` >= 1 / n.
     """
-    if privacy.target_delta >= 1 / examples:
+    if privacy.target_delta >= 1 / units:
         raise InputError(
             "privacy.target_delta",
             privacy.target_delta,
-            f"must be below 1 / n = {1 / examples:.3g} for a client of {examples} examples; lower it",
+            f"must be below 1 / n = {1 / units:.3g} for a client of {units} "
+            f"{'persons' if privacy.protects_units else 'examples'}; lower it",
         )
 
 
-def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
+def plan_privacy(config: Config, examples: int, units: int | None = None) -> PrivacyPlan:
     """Calibrate one client's noise for all its steps in the run.
 
     Parameters
@@ -126,6 +127,8 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         With ``privacy.mode = "example"``.
     examples : int
         n, the client's number of examples, or of units where these are drawn (treated as public).
+    units : int, optional
+        How many units the examples are of, for delta; by default as many as ``examples``.
 
     Raises
     ------
@@ -134,7 +137,7 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         was given has no finite epsilon.
     """
     privacy = config.privacy
-    check_delta(privacy, examples)
+    check_delta(privacy, examples if units is None else units)
     rate = min(1.0, config.client.batch_size / examples)
     local, steps = local_steps(config, examples), run_steps(config, examples)
     if steps > MAX_STEPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +56,10 @@ def compare_units(config: Config, sizes: np.ndarray) -> list[UnitNoise]:
 
     Notes
     -----
-    As Charles et al. 2024 (arXiv 2407.07737) compare them: equal epsilon, steps and gradients, and the noise on the mean
-    gradient. The clipping norm is the same for both, though a person's mean gradient is shorter than a single one where
-    its examples differ, which speaks for uls beyond these figures. Where ``examples_per_unit`` is not given, els takes
-    the median number of examples.
+    As Charles et al. 2024 (arXiv 2407.07737) compare them: equal epsilon, steps and gradients, and the noise on the
+    mean gradient. The clipping norm is the same for both, though a person's mean gradient is shorter than a single one
+    where its examples differ, which speaks for uls beyond these figures. Where ``examples_per_unit`` is not given, els
+    takes the median number of examples.
     """
     own, most = config.privacy.user_mechanism, config.privacy.examples_per_unit
     if not config.privacy.protects_units or config.privacy.target_epsilon is None:
@@ -70,10 +71,8 @@ def compare_units(config: Config, sizes: np.ndarray) -> list[UnitNoise]:
     found = [_noise(config, own, config.client.batch_size, sizes, most)]
     limit = most or max(1, min(MAX_GROUP, round(float(np.median(sizes)))))
     batch = max(1, round(gradients if other == "els" else gradients / each))
-    try:
+    with suppress(InputError):
         found.append(_noise(config, other, batch, sizes, limit if other == "els" else most))
-    except InputError:
-        pass
     return found
 
 
@@ -82,7 +81,9 @@ def _noise(config: Config, mechanism: str, batch: int, sizes: np.ndarray, most: 
     client = config.client.model_copy(update={"batch_size": batch})
     capped = sizes if most is None else np.minimum(sizes, most)
     drawn = len(sizes) if mechanism == "uls" else int(capped.sum())
-    plan: PrivacyPlan = plan_privacy(config.model_copy(update={"privacy": privacy, "client": client}), drawn)
+    plan: PrivacyPlan = plan_privacy(
+        config.model_copy(update={"privacy": privacy, "client": client}), drawn, len(sizes)
+    )
     expected = plan.expected_batch_size
     gradients = expected * (float(capped.mean()) if mechanism == "uls" else 1.0)
     return UnitNoise(mechanism, plan.noise_multiplier, batch, most, plan.noise_multiplier / expected, gradients)

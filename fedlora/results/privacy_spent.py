@@ -143,7 +143,7 @@ def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]
         If it is not installed.
     """
     try:
-        import dp_accounting
+        from dp_accounting import dp_event
         from dp_accounting.pld import PLDAccountant
         from dp_accounting.rdp import RdpAccountant
     except ImportError:
@@ -155,12 +155,12 @@ def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]
         return dict.fromkeys(accountants, math.inf)
     for entry in history:
         sigma, rate, steps, group = *entry[:3], group_of(entry)
-        event = dp_accounting.GaussianDpEvent(sigma)
+        event: dp_event.DpEvent = dp_event.GaussianDpEvent(sigma)
         if group > 1:
             j = range(group + 1)
-            event = dp_accounting.MixtureOfGaussiansDpEvent(sigma, list(j), list(binom.pmf(j, group, rate)))
+            event = dp_event.MixtureOfGaussiansDpEvent(sigma, list(j), list(binom.pmf(j, group, rate)))
         elif rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(rate, event)
+            event = dp_event.PoissonSampledDpEvent(rate, event)
         for accountant in accountants.values():
             accountant.compose(event, steps)
     return {name: float(accountant.get_epsilon(delta)) for name, accountant in accountants.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,8 @@ def forecast(config: Config) -> Forecast:
     planned = strategy.planned(strategy.server_model(data, "meta"))
     sizes = data.drawn_sizes(config.privacy)
     mechanism = mechanism_of(config)
-    plans = [*(mechanism.plan(config, size) for size in sizes), mechanism.server_plan(config, len(sizes))]
+    units = [data.units_of(client, config.privacy) for client in range(len(sizes))]
+    plans = [*map(partial(mechanism.plan, config), sizes, units), mechanism.server_plan(config, len(sizes))]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round if so configured, in rounds that are due, and after the last.
     evaluations = config.server.evaluate_start + 1 + sum(server_round % every == 0 for server_round in rounds[:-1])
@@ -204,7 +206,8 @@ def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[C
     jobs = []
     for client in range(min(most, len(data.partition))):
         rows = data.partition[client]
-        plan = mechanism_of(config).plan(config, data.drawn_from(client, config.privacy))
+        drawn, units = data.drawn_from(client, config.privacy), data.units_of(client, config.privacy)
+        plan = mechanism_of(config).plan(config, drawn, units)
         assert config.client.learning_rate is not None
         jobs.append(ClientJob(client, 1, rows, arrays, config.client.learning_rate, plan))
     return jobs

@@ -67,10 +67,16 @@ class Mechanism(ABC):
         """
         return
 
-    def plan(self, config: Config, examples: int) -> PrivacyPlan | None:
-        """Return the privacy plan of a client with this number of examples, or of units where steps draw these.
+    def plan(self, config: Config, examples: int, units: int | None = None) -> PrivacyPlan | None:
+        """Return the privacy plan of a client; None if the client adds no noise.
 
-        None if the client adds no noise.
+        Parameters
+        ----------
+        config : Config
+        examples : int
+            Of how many examples, or units where steps draw these, a step draws.
+        units : int, optional
+            How many units they are of, where steps draw single examples of them.
 
         Raises
         ------

@@ -48,6 +48,6 @@ class Example(Mechanism):
             f"add Gaussian noise to the sum; {drawn} enters a step with the sample rate"
         )
 
-    def plan(self, config: Config, examples: int) -> PrivacyPlan:
+    def plan(self, config: Config, examples: int, units: int | None = None) -> PrivacyPlan:
         """Calibrate the client's noise."""
-        return plan_privacy(config, examples)
+        return plan_privacy(config, examples, units)
