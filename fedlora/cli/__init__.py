@@ -30,8 +30,8 @@ app = typer.Typer(
 app.command()(reference.config)
 app.command()(reference.methods)
 app.command()(deployment.server)
-app.command()(deployment.node)
 app.command()(deployment.digest)
+app.add_typer(deployment.node, name="node")
 app.add_typer(deployment.keys, name="keys")
 console = Console()
 

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,30 @@ _SEALED = {
 }
 _SEALED_BEFORE_UNITS = _SEALED | {"charges": f"SELECT {_CHARGES} FROM charges WHERE number >= ? ORDER BY number"}
 """Queries for the rows that each seal covers: its SHA-256 shows a row that is missing or changed."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a node did for one federation: a run folder of a server, over all its resumes.
+
+    Attributes
+    ----------
+    federation : str
+    rounds : int
+        The last round, or exchange, that was begun here.
+    steps : int
+    epsilon : float
+        Of its steps alone.
+    described_at, begun_at : str or None
+        When a server first described it, and when its last round began, in UTC; None where no round did.
+    """
+
+    federation: str
+    rounds: int
+    steps: int
+    epsilon: float
+    described_at: str
+    begun_at: str | None
 
 
 class NodeLedger:
@@ -263,6 +288,21 @@ class NodeLedger:
             ).fetchall()
         return [steps_of(float(sigma), float(rate), int(steps), int(group)) for sigma, rate, steps, group in rows]
 
+    def served(self) -> list[Served]:
+        """Return what every federation was given, in the order in which they were first described."""
+        with self._transaction() as database:
+            rows = database.execute(
+                "SELECT federation, MAX(last_round), MIN(described_at), "
+                "(SELECT MAX(begun_at) FROM charges WHERE charges.federation = runs.federation) "
+                "FROM runs GROUP BY federation ORDER BY MIN(number)"
+            ).fetchall()
+        found = []
+        for federation, rounds, described, begun in rows:
+            history = self.history(federation)
+            steps = sum(entry[2] for entry in history)
+            found.append(Served(federation, int(rounds), steps, self._epsilon(history), described, begun))
+        return found
+
     def steps(self) -> int:
         """Return the number of steps ever begun."""
         return sum(entry[2] for entry in self.history())
@@ -290,7 +330,7 @@ class NodeLedger:
         InputError
             If earlier steps protect another unit than these, so that the epsilon of both together is unknown.
         """
-        self._check_unit()
+        self.check_unit()
         ceiling, left = self.policy.max_epsilon, self.left()
         if ceiling is not None:
             after = self._epsilon([*self.history(), *also, _charged(plan, steps)])
@@ -303,7 +343,14 @@ class NodeLedger:
         if plan is not None:
             Ledger(plan.accountant, plan.delta, [*self.history(federation), *also]).check(plan, steps)
 
-    def _check_unit(self) -> None:
+    def check_unit(self) -> None:
+        """Refuse to count steps that protect different units.
+
+        Raises
+        ------
+        InputError
+            If earlier steps protect another unit than the owner's, so that the epsilon of all together is unknown.
+        """
         with self._transaction() as database:
             units = {unit for (unit,) in database.execute("SELECT DISTINCT unit FROM charges")}
         if units - {self.unit}:
