@@ -15,10 +15,12 @@ from typer.core import TyperGroup
 class _Node(TyperGroup):
     """``fedlora node NODE.toml`` is the command ``run``: a file's name stands where those of others do."""
 
+    default = "run"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the command's name before what is none, and no request for help."""
         if args and args[0] not in {*self.commands, *ctx.help_option_names}:
-            args = ["run", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 

@@ -371,7 +371,7 @@ def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) 
         check_coverage(name, length, tables, vocabulary)
         data.notes.extend(coverage_notes(length, tables))
         most = tables["train"].most_rows if "train" in tables else 0
-        if most and config.privacy.mode != "none":
+        if most and config.privacy.mode != "none" and not config.privacy.protects_units:
             data.notes.append(f"epsilon is that of one row, and a text of train is split into up to {most:,} rows")
         return
     try:
@@ -473,7 +473,7 @@ def _divide(config: Config, examples: Examples, folder: Path, target: Path) -> N
         clients = [rows for rows, _ in parts]
         _write_partition(target, "client_test", [_rows_of(held, rows_of) for _, held in parts])
     members = [_rows_of(rows, rows_of) for rows in clients]
-    if (most := config.privacy.group_cap) is not None:
+    if units is not None and (most := config.privacy.group_cap) is not None:
         of, seed = np.load(folder / "train.units.npy"), 0 if _is_own(config) else draw_seed(config)
         members = [rows[at_most(of[rows], most, [seed, client])] for client, rows in enumerate(members)]
     _write_partition(target, "partition", members)

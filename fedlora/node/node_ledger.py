@@ -352,7 +352,9 @@ class NodeLedger:
             If earlier steps protect another unit than the owner's, so that the epsilon of all together is unknown.
         """
         with self._transaction() as database:
-            units = {unit for (unit,) in database.execute("SELECT DISTINCT unit FROM charges")}
+            units = {
+                unit for (unit,) in database.execute("SELECT DISTINCT unit FROM charges WHERE noise_multiplier > 0")
+            }
         if units - {self.unit}:
             before = " and ".join(sorted(unit or "single examples" for unit in units - {self.unit}))
             remedy = f"is not what earlier steps in {self.path} protect ({before}), so that their epsilon together is"

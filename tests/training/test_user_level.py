@@ -93,6 +93,20 @@ def test_a_person_changes_the_sum_by_no_more_than_the_norm(person: int) -> None:
     assert 0.9 * CLIP < change <= CLIP * (1 + 1e-9)
 
 
+def test_a_person_with_500_examples_counts_as_one() -> None:
+    config, adapted, start, _ = setting("bert", physical_batch_size=64)
+    table = tiny.table("bert", 504)
+    table.units = np.array([0, 0, 1, *[2] * 500, 3])
+    few = np.array([0, 1, 2, 503])
+    sums = []
+    for rows in (few, np.arange(504)):
+        (result,) = train_cohort(
+            adapted, table, tiny.jobs_of([start], [rows], [per_person(1)], learning_rate=1.0), config
+        )
+        sums.append(torch.cat([(start[name] - array).flatten() for name, array in result.arrays.items()]))
+    assert 0.9 * CLIP < float((sums[1] - sums[0]).norm()) <= CLIP * (1 + 1e-9)
+
+
 def test_a_clients_result_does_not_depend_on_the_pass() -> None:
     config, adapted, start, table = setting("bert", local_steps=3, physical_batch_size=2)
     plans = [per_person(4, 0.6, 0.8, 2), per_person(2, 0.6, 0.8, 2)]
