@@ -32,7 +32,8 @@ def unit_notes(privacy: PrivacySection, units: np.ndarray, partition: Sequence[n
     members = [np.unique(units[rows]) for rows in partition]
     sizes = np.bincount(units[np.concatenate([np.empty(0, np.int64), *partition])])
     sizes = sizes[sizes > 0]
-    notes = [f"{privacy.unit} names {len(sizes):,} persons with {np.median(sizes):g} examples, at most {sizes.max():,}"]
+    middle = f"the median has {np.median(sizes):g} examples, the largest {sizes.max():,}"
+    notes = [f"{privacy.unit} names {len(sizes):,} persons; {middle}"]
     several = np.count_nonzero(np.bincount(np.concatenate(members)) > 1)
     if several:
         notes.append(

@@ -96,7 +96,7 @@ def test_steps_draw_persons_and_the_largest_one_counts_once(folder: Path) -> Non
     assert data.drawn_sizes(uls.privacy) == [len(found) for found in counted]
     assert data.units_of(0, uls.privacy) is None
     assert max(max(found.values()) for found in counted) == SIZES[HEAVY]
-    assert "author names 41 persons with 4 examples, at most 500" in data.notes
+    assert "author names 41 persons; the median has 3 examples, the largest 500" in data.notes
     assert any("persons have examples at several clients" in note for note in data.notes)
     assert sum(data.typical_units()) == sum(sorted(counted, key=len)[1].values())
 

@@ -37,7 +37,8 @@ def _chi_squared(sigma: float, q: float, group: int) -> float:
     """Return E exp(i j / sigma^2) - 1 over independent i, j ~ Binomial(group, q)."""
     j = np.arange(group + 1)
     weights = binom.pmf(j, group, q)
-    return float(weights @ np.expm1(np.outer(j, j) / sigma**2) @ weights)
+    found = float(weights @ np.expm1(np.outer(j, j) / sigma**2) @ weights)
+    return math.inf if math.isnan(found) else found  # a weight of 0 times an overflow
 
 
 def _epsilon(delta: float, mu: float) -> float:
