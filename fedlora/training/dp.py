@@ -234,7 +234,7 @@ class StackedDPOptimizer(DPOptimizer):
                 summed = layout.sum_rows(sample.nan_to_num_(0.0, 0.0, 0.0), weights)
             p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
 
-    def _by_unit(self, params: list[torch.nn.Parameter], units: UnitBatch) -> list[torch.Tensor]:
+    def _by_unit(self, params: list[Any], units: UnitBatch) -> list[torch.Tensor]:
         """Add up the rows of each unit; keep of a unit that goes on what is to be added in the next physical batch."""
         found = []
         for p in params:

@@ -50,4 +50,6 @@ def _epsilon(delta: float, mu: float) -> float:
         first, second = log_ndtr(-epsilon / mu + mu / 2), log_ndtr(-epsilon / mu - mu / 2)
         return float(first + np.log(-np.expm1(min(epsilon + second - first, -1e-300))) - math.log(delta))
 
-    return float(brentq(excess, 0.0, mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))))
+    most = mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))
+    # Of a huge mu, doubles keep too few digits to solve for more than this.
+    return most if excess(most) > 0 else float(brentq(excess, 0.0, most))
