@@ -12,6 +12,9 @@ from fedlora.config import PrivacySection
 def at_most(units: np.ndarray, most: int, seed: list[int]) -> np.ndarray:
     """Draw up to ``most`` of each person's rows; return their places, in order.
 
+    Which of a person's rows are drawn depends on the number of them alone: who else there is must not change it, or a
+    person that leaves would change more than its own part of what is trained on.
+
     Parameters
     ----------
     units : ndarray of int [rows]
@@ -19,10 +22,11 @@ def at_most(units: np.ndarray, most: int, seed: list[int]) -> np.ndarray:
     most : int
     seed : list of int
     """
-    order = np.random.default_rng(seed).permutation(len(units))
-    order = order[np.argsort(units[order], kind="stable")]  # by person, at random within
+    order = np.argsort(units, kind="stable")
     _, starts, counts = np.unique(units[order], return_index=True, return_counts=True)
-    return np.sort(order[np.arange(len(order)) - np.repeat(starts, counts) < most])
+    chosen = {count: np.random.default_rng([*seed, count]).permutation(count)[:most] for count in set(counts.tolist())}
+    places = [order[start + chosen[count]] for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *places]))
 
 
 def unit_notes(privacy: PrivacySection, units: np.ndarray, partition: Sequence[np.ndarray]) -> list[str]:

@@ -146,3 +146,7 @@ def test_up_to_so_many_of_each(units: list[int], most: int, seed: int) -> None:
     assert sorted(set(places.tolist())) == places.tolist()
     kept = Counter(units[place] for place in places)
     assert kept == {unit: min(most, count) for unit, count in Counter(units).items()}
+    # Who else is there changes nothing.
+    others = [place for place, unit in enumerate(units) if unit != 0]
+    alone = at_most(np.array([units[place] for place in others], np.int64), most, [seed])
+    assert [others[place] for place in alone] == [place for place in places if units[place] != 0]
