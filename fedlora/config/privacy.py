@@ -34,7 +34,8 @@ class PrivacySection(Section):
 
     mode: Annotated[str, AfterValidator(MECHANISMS.check)] = Field(
         default="none",
-        description="What is protected: nothing, one example of one client, or with client a whole client.",
+        description="What is protected: nothing, one example of one client (with unit one person), or with client a "
+        "whole client.",
     )
     unit: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,

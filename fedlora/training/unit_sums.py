@@ -30,13 +30,8 @@ class UnitBatch:
     """
 
     def __init__(self, units: Sequence[np.ndarray], start: int, size: int) -> None:
-        lengths, weights, begun, goes_on, counts = (
-            list[int](),
-            list[np.ndarray](),
-            list[int](),
-            list[int](),
-            list[int](),
-        )
+        lengths, counts, weights = list[int](), list[int](), list[np.ndarray]()
+        begun, goes_on = list[int](), list[int]()
         for client, own in enumerate(units):
             part, first = own[start : start + size], len(lengths)
             _, inverse, totals = np.unique(own, return_inverse=True, return_counts=True)
