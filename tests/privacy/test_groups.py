@@ -50,9 +50,9 @@ def test_unlike_steps_of_groups_and_of_single_examples_add_up() -> None:
     assert exact <= spent_epsilon("rdp", 1e-5, history) <= 1.2 * exact
 
 
-@pytest.mark.parametrize(("accountant", "tolerance"), [("rdp", 2e-3), ("prv", 1e-5), ("gdp", 1e-9)])
+@pytest.mark.parametrize(("accountant", "tolerance"), [("rdp", 1e-3), ("prv", 1e-5), ("gdp", 1e-9)])
 def test_a_group_of_one_is_a_single_example(accountant: str, tolerance: float) -> None:
-    """rdp's orders are fewer for groups, gdp's formula is the same."""
+    """rdp has fewer orders for groups."""
     from fedlora.privacy.accountants import get_accountant
 
     for sigma, rate, count in ((1.0, 0.05, 200), (2.0, 1.0, 10), (0.7, 0.01, 500)):

@@ -17,8 +17,8 @@ _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 80, 128, 256, 512]
 """Opacus' own orders end at 63, at which no noise comes below epsilon 0.1 for delta 1e-5, a start's share of 1."""
 
 _WHOLE = np.flatnonzero(np.array(_ORDERS) % 1 == 0)
-_SPREAD = np.unique(np.searchsorted(_ORDERS, np.geomspace(0.1, _ORDERS[-1] - 1, 78) + 1 - 1e-9))
-"""Places of orders that grow by some twelfth: those for groups, whose divergences are integrals."""
+_SPREAD = np.unique(np.searchsorted(_ORDERS, np.geomspace(0.1, _ORDERS[-1] - 1, 156) + 1 - 1e-9))
+"""Places of orders that grow by some 6 %: those for groups, whose divergences are integrals."""
 
 _BETWEEN = np.flatnonzero(np.array(_ORDERS) % 1 != 0)
 """Places of the whole orders, and of the others, whose series take nearly all the time."""
