@@ -19,7 +19,7 @@ _ERROR, _MAX_ERROR = 0.01, 0.1
 _MAX_STEPS, _MAX_NOISE = 10**5, 50.0
 """Beyond these Opacus' accountant rounds too much or is too slow."""
 _COMPONENTS = 64
-"""Gaussians of all mixtures together, beyond which a call takes seconds."""
+"""Gaussians of all kinds of steps together, beyond which a call takes seconds."""
 _RDP = Rdp()
 
 
