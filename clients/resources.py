@@ -14,7 +14,7 @@ from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.devices import gpus
 from fedlora.methods import get_method
 from fedlora.shared_base import shared_base
-from fedlora.training.fuse import fuse_blocks
+from fedlora.training.fuse import compiles, fuse_blocks
 
 _NO_METHOD = MethodSection(name="none")
 
@@ -68,7 +68,7 @@ def _model(config_text: str) -> AdaptedModel:
     config = Config.model_validate_json(config_text)
     base = shared_base(config, client_data(config).label_names, gpus(config))
     adapted = get_method(config.method.name).adapt(base, config)
-    if config.simulation.compile:
+    if config.simulation.compile is True:
         fuse_blocks(adapted)
     return adapted
 
@@ -91,7 +91,8 @@ def client_model(config: Config) -> AdaptedModel:
     if not _last_model or _last_model[0][0] is not config:
         server = ServerSection(batch_size=config.server.batch_size)
         placed = config.simulation
-        simulation = SimulationSection(compile=placed.compile, gpus_per_worker=placed.gpus_per_worker)
+        fused = compiles(config, client_data(config))
+        simulation = SimulationSection(compile=fused, gpus_per_worker=placed.gpus_per_worker)
         run = RunSection(seed=config.run.seed)
         part = Config(
             run=run,

@@ -36,6 +36,7 @@ from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
+from fedlora.kernels.attention import use_short_attention
 from fedlora.methods import get_method
 from fedlora.paths import find_path
 from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading
@@ -111,8 +112,7 @@ class MeanPoolingClassifier(PreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         """Return the logits [N, num_labels] of token ids [N, T] with mask [N, T] (1 token, 0 padding)."""
-        mask = attention_mask if attention_mask is None else unhurried_mask(self.encoder, attention_mask)
-        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         if attention_mask is None:
             pooled = hidden.mean(dim=1)
         else:
@@ -121,14 +121,34 @@ class MeanPoolingClassifier(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
-def unhurried_mask(model: nn.Module, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask [N, T] in the form of which transformers need not read the values, which would wait for the GPU.
+def give_boolean_masks(model: Any) -> bool:
+    """Let a model's body on a GPU get masks in the form of which transformers need not read the values.
 
-    That is a boolean [N, 1, 1, T], for models whose tokens see each other both ways; others keep theirs.
+    Reading them would wait for the GPU. That form is a boolean [N, 1, 1, T], which a model has to take: its tokens see
+    each other both ways and at any distance, and it attends by PyTorch's function alone. One that computes attention
+    itself adds its mask to the scores, where a boolean hides nothing; one with windows would lose them.
+
+    Returns
+    -------
+    bool
+        Whether the model is such a one; others keep their masks.
     """
-    if not attention_mask.is_cuda or any(getattr(module, "is_causal", False) for module in model.modules()):
-        return attention_mask
-    return attention_mask[:, None, None, :].bool()
+    body = model.encoder if isinstance(model, MeanPoolingClassifier) else getattr(model, "base_model", model)
+    configs = [module.config for module in body.modules() if hasattr(module, "config")]
+    ways = {getattr(config, "_attn_implementation", None) for config in configs}
+    layers = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
+    causal = any(getattr(module, "is_causal", False) for module in body.modules())
+    if ways != {"sdpa"} or causal or layers - {"full_attention"}:
+        return False
+    body.register_forward_pre_hook(_with_boolean_mask, with_kwargs=True)
+    return True
+
+
+def _with_boolean_mask(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    mask = named.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        named = {**named, "attention_mask": mask[:, None, None, :].bool()}
+    return given, named
 
 
 AutoConfig.register(MeanPoolingConfig.model_type, MeanPoolingConfig)
@@ -403,6 +423,9 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
     model.requires_grad_(False)
     if len(devices) == 1 and not config.model.quantization:
         model.to(devices[0])  # what the checkpoint does not hold
+    if devices[0].type == "cuda":
+        give_boolean_masks(model)
+        use_short_attention(model)
     return align_weights(move_inputs(model))
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedlora.kernels import cross_entropy
+
 CHUNK = 2**26
 """Logits at once: 256 MiB in float32. Every chunk reads the layer's weight, so that small ones would be slow."""
 
@@ -77,6 +79,11 @@ class _ChunkedLosses(torch.autograd.Function):
         size, wanted = max(1, CHUNK // output.layer.out_features), ctx.needs_input_grad[0]
         losses, gradients = [], []
         for part, target in zip(states.split(size), targets.split(size), strict=True):
+            if output.cap is None and cross_entropy.carried(part):
+                numbers = functional.linear(part, output.layer.weight, output.layer.bias)
+                losses.append(cross_entropy.cross_entropy_(numbers, target, output.scale))
+                gradients += [numbers @ output.layer.weight] if wanted else []
+                continue
             leaf = part.detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = output.finish(functional.linear(leaf, output.layer.weight, output.layer.bias))

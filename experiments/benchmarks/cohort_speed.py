@@ -28,6 +28,7 @@ from fedlora.adapters import adapt
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.experiments.benchmarks.machine import machine
+from fedlora.kernels.attention import use_short_attention
 from fedlora.privacy import PrivacyPlan
 from fedlora.tasks import get_task
 from fedlora.training import ClientJob, train_cohort
@@ -86,7 +87,10 @@ def measure_cohort(
 ) -> dict[str, Any]:
     """Time train_cohort, the code that simulated workers run."""
     config = run_config(settings, size)
-    adapted = adapt(build_model(size, _dtype(device), device), config, "lora")
+    base = build_model(size, _dtype(device), device)
+    if device == "cuda":
+        use_short_attention(base)
+    adapted = adapt(base, config, "lora")
     if fuse != "none":
         fuse_blocks(adapted, fuse)
     _draw_factors(adapted.parameter, adapted.names(("lora_A",)))

@@ -214,25 +214,24 @@ def ghost_norms_pay(tokens: int, out_features: int, in_features: int) -> bool:
 
 
 class _StackedProduct(torch.autograd.Function):
-    """y_n = x_n W_{c(n)}^T for every row n, with c(n) the row's client."""
+    """y_n = x_n W_{c(n)}^T (+ onto_n) for every row n, with c(n) the row's client."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, layout: RowLayout, onto: torch.Tensor | None
+    ) -> torch.Tensor:
         clients, out_features, in_features = weight.shape
         if clients != len(layout.counts):
             raise ValueError(f"the weights are those of {clients} clients, the rows those of {len(layout.counts)}")
-        if layout.equal:
-            rows = x.reshape(clients, -1, in_features)
-            y = torch.bmm(rows, weight.transpose(1, 2)).reshape(*x.shape[:-1], out_features)
-        else:
-            rows = x.reshape(len(x), -1, in_features)
-            y = torch.bmm(rows, weight[layout.clients(x.device)].transpose(1, 2)).reshape(*x.shape[:-1], out_features)
+        groups, own = (clients, weight) if layout.equal else (len(x), weight[layout.clients(x.device)])
+        rows, own = x.reshape(groups, -1, in_features), own.transpose(1, 2)
+        y = torch.bmm(rows, own) if onto is None else torch.baddbmm(onto.reshape(groups, -1, out_features), rows, own)
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
-        return y
+        return y.reshape(*x.shape[:-1], out_features)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         layout: RowLayout = ctx.layout
@@ -245,10 +244,12 @@ class _StackedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1] and not layout.per_example:
             products = torch.bmm(g.transpose(1, 2), x.reshape(groups, -1, weight.shape[2]))
             gradient_weight = products if layout.equal else layout.sum_rows(products)
-        return gradient_x, gradient_weight, None
+        return gradient_x, gradient_weight, None, gradient if ctx.needs_input_grad[3] else None
 
 
-def stacked_product(x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+def stacked_product(
+    x: torch.Tensor, weight: torch.Tensor, layout: RowLayout, onto: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return y_n = x_n W_{c(n)}^T for every row n, with c(n) the row's client.
 
     Parameters
@@ -257,15 +258,19 @@ def stacked_product(x: torch.Tensor, weight: torch.Tensor, layout: RowLayout) ->
     weight : Tensor [K, m, n]
         One for each client, or one [1, m, n] that all share, which then has no gradient.
     layout : RowLayout
+    onto : Tensor [N, ..., m], optional
+        What the products are added to, in the same pass over memory.
 
     Returns
     -------
     Tensor [N, ..., m]
     """
     if not weight.requires_grad and len(weight) == 1:
-        return functional.linear(x, weight[0])
-    product: torch.Tensor = _StackedProduct.apply(x, weight, layout)
-    return product
+        if onto is None:
+            return functional.linear(x, weight[0])
+        return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight[0].T).view_as(onto)
+    stacked: torch.Tensor = _StackedProduct.apply(x, weight, layout, onto)
+    return stacked
 
 
 class StackedLayer(nn.Module):
@@ -339,8 +344,10 @@ class StackedLinear(StackedLayer):
         """Width of the input."""
         return self.weight.shape[2]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [N, ..., in_features] to [N, ..., out_features], each row with its own client's weights.
+
+        The result is added to ``onto``, if that is given. It has to be given by name: hooks see what comes by place.
 
         Raises
         ------
@@ -348,7 +355,7 @@ class StackedLinear(StackedLayer):
             If x has other rows than the layout says, where it matters whose a row is.
         """
         self.layout.check_rows(len(x), self.name)
-        y = stacked_product(x, self.weight.to(x.dtype), self.layout)
+        y = stacked_product(x, self.weight.to(x.dtype), self.layout, onto)
         if self.bias is None:
             return y
         return y + self.layout.by_row(self.bias.to(x.dtype), x)

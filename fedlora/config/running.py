@@ -35,7 +35,11 @@ class SimulationSection(Section):
         description="Number of clients that train together in one pass; auto measures what fits a GPU, and is 1 on "
         "the CPU.",
     )
-    compile: bool = Field(default=False, description="Fuse the frozen layers on a GPU, which pays in long runs.")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Fuse the frozen layers on a GPU by torch.compile, which takes up to a minute; auto does where a "
+        "run's training would take longer than a few.",
+    )
     address: str | None = Field(
         default=None, description="Address of a running Ray cluster; a local one is started by default."
     )

@@ -8,13 +8,56 @@ take their inputs and gradients there.
 from __future__ import annotations
 
 import logging
+import sys
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedlora.adapters import AdaptedModel, AdapterLayer, StackedLayer
+from fedlora.config import Config
+from fedlora.data.tokens import FederatedData
+from fedlora.models import model_config
+from fedlora.privacy.calibration import run_steps
 
 log = logging.getLogger("fedlora")
+
+RATE = 2e14
+"""FLOP/s at which a data centre's GPU trains without fusing, about: a quarter of an H100's matrix rate."""
+
+LONG = 150.0
+"""Seconds of a run's training above which fusing pays: it saves a quarter of them, and takes up to half a minute."""
+
+
+def compiles(config: Config, data: FederatedData) -> bool:
+    """Say whether a run's frozen layers are fused: as the config says, or where the run is long.
+
+    Parameters
+    ----------
+    config : Config
+        Of a whole run.
+    data : FederatedData
+    """
+    chosen = config.simulation.compile
+    if chosen != "auto":
+        return chosen
+    if config.simulation.gpus_per_worker == 0 or not len(data.train):
+        return False
+    # Four FLOPs for each frozen number and token: the forward pass, and the gradient of its inputs.
+    work = 4 * _frozen_numbers(model_config(config)) * float(np.mean(data.train.lengths)) * config.client.batch_size
+    steps = sum(run_steps(config, int(size)) for size in data.partition.sizes if size) * config.server.fraction_train
+    return work * steps / RATE > LONG
+
+
+def _frozen_numbers(pretrained: Any) -> int:
+    """Return about how many numbers of a transformer take part in each token's products, by its config's shape."""
+    text = pretrained.get_text_config()
+    width = getattr(text, "hidden_size", 0)
+    wide = getattr(text, "intermediate_size", None) or 4 * width
+    layer = 4 * width**2 + (3 if getattr(text, "num_key_value_heads", None) else 2) * width * wide
+    vocabulary = text.vocab_size if getattr(text, "num_key_value_heads", None) else 0
+    return int(getattr(text, "num_hidden_layers", 0) * layer + vocabulary * width)
 
 
 def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
@@ -48,7 +91,16 @@ def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
         adapter.forward = torch.compiler.disable(adapter.forward)
     for module in modules:
         module.compile(dynamic=True)
+    _fuse_rotary(adapted.model)
     return len(modules)
+
+
+def _fuse_rotary(model: nn.Module) -> None:
+    """Compile the rotary embedding of a model's code: a function, which no module holds."""
+    for code in {sys.modules[type(module).__module__] for module in model.modules()}:
+        rotate = getattr(code, "apply_rotary_pos_emb", None)
+        if rotate is not None and not hasattr(rotate, "_torchdynamo_orig_callable"):
+            code.apply_rotary_pos_emb = torch.compile(rotate, dynamic=True)  # type: ignore[attr-defined]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
