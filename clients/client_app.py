@@ -32,7 +32,7 @@ from fedlora.clients.participant import (
 from fedlora.clients.resources import client_data, forget_data, run_config
 from fedlora.communication.codecs import Codec, run_codecs
 from fedlora.corrections import VARIATES
-from fedlora.data.sources import count_own
+from fedlora.data.sources import count_own, count_own_units
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
@@ -64,11 +64,11 @@ def describe(message: Message, context: Context) -> Message:
             return _error_reply(error, message, context)
     config = run_config(context.run_config)
     client = int(context.node_config["partition-id"])
-    partition = client_data(config).partition
-    if client >= len(partition):
-        reason = f"partition-id = {client}: the run has {len(partition)} clients; start fewer nodes"
+    data = client_data(config)
+    if client >= len(data.partition):
+        reason = f"partition-id = {client}: the run has {len(data.partition)} clients; start fewer nodes"
         return Message(Error(code=ClientErrorCode.INPUT, reason=reason), reply_to=message)
-    metrics = MetricRecord({"partition-id": client, "num-examples": len(partition[client])})
+    metrics = MetricRecord({"partition-id": client, "num-examples": data.drawn_from(client, config.privacy)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
@@ -85,9 +85,9 @@ def _describe_node(message: Message, context: Context) -> Message:
     model_config(config)
     load_tokenizer(config)
     examples = count_own(config)
-    plan = node.admit(config, examples)
+    plan = node.admit(config, examples, count_own_units(config))
     # A resumed run has made its start already, or a part of it.
-    made = {(sigma, rate): count for sigma, rate, count in node.ledger.history(federation)}
+    made = {entry[:2]: entry[2] for entry in node.ledger.history(federation)}
     left = [(*step[:2], step[2] - made.get(step[:2], 0)) for step in (plan.start if plan is not None else ())]
     start = [step for step in left if step[2] > 0]
     node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)

@@ -52,6 +52,8 @@ class Participant(ABC):
         Of the exchange in its round, from 1.
     rows : ndarray of int
         Its examples in the token table.
+    examples : int
+        How many of them, or of its persons where steps draw these, a step draws from.
     plan : PrivacyPlan or None
         Its DP-SGD, if any.
     starts : bool
@@ -67,6 +69,7 @@ class Participant(ABC):
     exchange: Exchange
     number: int
     rows: np.ndarray
+    examples: int
     plan: PrivacyPlan | None
     starts: bool
     secret: bool
@@ -127,8 +130,11 @@ class SimulatedClient(Participant):
         config = run_config(context.run_config)
         self.number, self.exchange = _exchange(config, message)
         self.client = int(context.node_config["partition-id"])
-        self.rows = client_data(config).partition[self.client]
-        self.plan = _plan_of(message, mechanism_of(config).plan(config, len(self.rows)))
+        data = client_data(config)
+        self.rows = data.partition[self.client]
+        self.examples = data.drawn_from(self.client, config.privacy)
+        units = data.units_of(self.client, config.privacy)
+        self.plan = _plan_of(message, mechanism_of(config).plan(config, self.examples, units))
         self.config = self.exchange.training(config)
         self.starts = _starts(self.exchange, message)
         # Only the simulation's own grid says so; a run's config, which a server sends, cannot.
@@ -137,7 +143,7 @@ class SimulatedClient(Participant):
     def admit(self, held: ExitStack) -> None:
         """Check the run's ceiling."""
         if self.plan is not None:
-            steps = local_steps(self.config, len(self.rows))
+            steps = local_steps(self.config, self.examples)
             self._ledger(self.plan).check(self.plan, steps, self.starts)
 
     def make_room(self, needed: int, *used: Path) -> None:
@@ -192,7 +198,9 @@ class NodeClient(Participant):
         data = client_data(config)
         make_room(self.node.config, used=(data.folder, *self._kept()))
         self.folder, self.rows = data.folder, data.partition[0]
-        self.plan = _plan_of(message, self.node.admit(config, len(self.rows)))
+        self.examples = data.drawn_from(0, config.privacy)
+        plan = self.node.admit(config, self.examples, data.units_of(0, config.privacy))
+        self.plan = _plan_of(message, plan)
         self.config = self.exchange.training(config)
         self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
@@ -202,7 +210,7 @@ class NodeClient(Participant):
 
     def admit(self, held: ExitStack) -> None:
         """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
-        steps = local_steps(self.config, len(self.rows))
+        steps = local_steps(self.config, self.examples)
         also = self.plan.start if self.starts and self.plan is not None else ()
         admitted = self.node.ledger.round(self.federation, self.run, self.turn, self.plan, steps, also)
         self._charge = held.enter_context(admitted)

@@ -48,7 +48,8 @@ def client_data(config: Config) -> FederatedData:
     # Writing the config out for every client of a cohort would take longer than all else here.
     if not _last_data or _last_data[0][0] is not config:
         run = RunSection(seed=config.run.seed)
-        part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD)
+        privacy = config.privacy.of_examples()
+        part = Config(run=run, model=config.model, data=config.data, method=_NO_METHOD, privacy=privacy)
         _last_data[:] = [(config, _data(part.model_dump_json(exclude={"method"})))]
     return _last_data[0][1]
 
@@ -94,7 +95,13 @@ def client_model(config: Config) -> AdaptedModel:
         simulation = SimulationSection(compile=fused, gpus_per_worker=placed.gpus_per_worker)
         run = RunSection(seed=config.run.seed)
         part = Config(
-            run=run, model=config.model, data=config.data, method=config.method, server=server, simulation=simulation
+            run=run,
+            model=config.model,
+            data=config.data,
+            method=config.method,
+            privacy=config.privacy.of_examples(),
+            server=server,
+            simulation=simulation,
         )
         _last_model[:] = [(config, _model(part.model_dump_json()))]
     return _last_model[0][1]

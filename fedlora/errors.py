@@ -70,7 +70,7 @@ class PolicyError(RunError):
     Parameters
     ----------
     key : str
-        The key of ``[policy]`` in the owner's node.toml.
+        The key of ``[policy]`` in the owner's node.toml, or ``unit`` of ``[data]``.
     limit : float or bool
         What the owner set there.
     given : object

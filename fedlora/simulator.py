@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
@@ -24,6 +25,7 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.privacy.units import compare_units, unit_advice
 from fedlora.results.folder import RunFolder, RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
@@ -154,7 +156,10 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
-        log.info(_ghost_norms(choose_ghost_norms(skeleton, names, int(tokens.train.lengths.max()))))
+        longest, units = int(tokens.train.lengths.max()), config.privacy.samples_units
+        log.info(_ghost_norms(choose_ghost_norms(skeleton, names, longest, units)))
+    if advice := unit_advice(compare_units(config, tokens.typical_units())):
+        tokens.notes.append(advice)
     counts = tokens.label_counts()
     folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
     if not (folder.path / "partition.png").exists():
@@ -182,7 +187,7 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
         address=section.address,
         run_config={"config": config.to_toml()},
         states=folder.checkpoint.states,
-        work=lambda client: local_steps(config, int(tokens.partition.sizes[client])),
+        work=lambda client: local_steps(config, tokens.drawn_from(client, config.privacy)),
         on_cohort_size=keep_cohort_size,
     )
 
@@ -239,8 +244,9 @@ def _ghost_norms(chosen: Mapping[str, bool]) -> str:
 
 def _check_clients(config: Config, data: FederatedData) -> None:
     """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
-    for examples in (int(data.partition.sizes.max()), int(data.partition.sizes.min())):
-        mechanism_of(config).plan(config, examples)
+    sizes = data.drawn_sizes(config.privacy)
+    for client in (int(np.argmax(sizes)), int(np.argmin(sizes))):
+        mechanism_of(config).plan(config, sizes[client], data.units_of(client, config.privacy))
     mechanism_of(config).server_plan(config, len(data.partition))
 
 

@@ -44,7 +44,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
             "delta": config.privacy.target_delta,
             "accountant": config.privacy.accountant,
             "mode": config.privacy.mode,
-            "unit": mechanism_of(config).unit,
+            "unit": mechanism_of(config).protects(config),
             "covers_init": method.covers_init,
         }
     order = ("total", "load", "train", "communicate", "aggregate", "evaluate")

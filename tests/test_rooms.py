@@ -20,6 +20,8 @@ METHODS = methods()
 
 WORDS = {"flexmore": ("expert", "router", "mixture")}
 """Of one method's mathematics, by the method."""
+TERMS = re.compile(r"mixtures? ?of ?gaussians", re.IGNORECASE)
+"""Terms of other fields that have one of these words: what a privacy accountant calls a mechanism."""
 SHARED = {"flexmore": ("fedlora/experts/",)}
 """What both halves of a method share lies here: beginnings of paths. What it saves is called by the method's name."""
 NOT_NAMES = ("peft",)
@@ -46,7 +48,7 @@ def texts() -> Iterator[tuple[str, str]]:
         for path in sorted((ROOT / top).rglob("*")):
             if path.suffix in (".py", ".toml", ".j2", ".js", ".css", ".html") and path.resolve() == path:
                 name = str(path.relative_to(ROOT))
-                yield name, f"{name}\n{path.read_text(encoding='utf-8')}"
+                yield name, TERMS.sub("", f"{name}\n{path.read_text(encoding='utf-8')}")
 
 
 def is_own(path: str, method: str) -> bool:

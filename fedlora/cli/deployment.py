@@ -1,13 +1,35 @@
-"""The commands of real nodes: ``fedlora server | node | keys``."""
+"""The commands of real nodes: ``fedlora server | node | node status | keys``."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
 
+
+class _Node(TyperGroup):
+    """``fedlora node NODE.toml`` is the command ``run``: a file's name stands where those of others do."""
+
+    default = "run"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's name before what is none, and no request for help."""
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+node = typer.Typer(
+    cls=_Node,
+    help="Run a data owner's node (fedlora node NODE.toml), or show what it has spent.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 keys = typer.Typer(help="Make keys for a trial, and let nodes in.", no_args_is_help=True, add_completion=False)
 
 NoTls = Annotated[
@@ -17,6 +39,7 @@ NoTls = Annotated[
 NoNodeAuth = Annotated[
     bool, typer.Option("--insecure-no-node-auth", help="Accept anybody who reaches the server's port as a node.")
 ]
+NodeFile = Annotated[Path, typer.Argument(metavar="NODE.toml", help="The node's TOML file.")]
 Folder = Annotated[Path, typer.Option("--folder", help="The folder of the key files.")]
 
 
@@ -35,8 +58,9 @@ def server(
     serve(config, tls=not no_tls, node_auth=not no_node_auth)
 
 
-def node(
-    file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The node's TOML file.")],
+@node.command("run")
+def run_node(
+    file: NodeFile,
     no_tls: NoTls = False,
     no_node_auth: NoNodeAuth = False,
 ) -> None:
@@ -48,6 +72,42 @@ def node(
 
     _talk()
     join(file, config, tls=not no_tls, node_auth=not no_node_auth)
+
+
+@node.command("status")
+def status(
+    file: NodeFile = Path("node.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the runs that a node served, and the epsilon that is spent and left; the node may be running."""
+    from fedlora.node.config import load_node
+    from fedlora.node.status import node_status
+    from fedlora.results.folder import to_json
+
+    found = node_status(load_node(file))
+    if as_json:
+        typer.echo(to_json(found.to_dict(), indent=2))
+        return
+    left = "no ceiling: runs without privacy are accepted"
+    if found.left is not None:
+        left = f"{found.left:.6g} of {found.max_epsilon:g}"
+    for name, text in (
+        ("node", found.name),
+        ("data", found.data),
+        ("ledger", found.ledger),
+        ("protects", found.unit),
+        ("spent", f"epsilon {found.epsilon:.6g} at delta {found.delta:g}, by {found.accountant}; {found.steps} steps"),
+        ("left", left),
+    ):
+        typer.echo(f"{name:<10}{text}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "first asked (UTC)", "last trained (UTC)", "round", "steps", "epsilon"):
+        table.add_column(heading, justify="right" if heading in ("round", "steps", "epsilon") else "left", no_wrap=True)
+    for one in found.runs:
+        numbers = str(one.rounds), str(one.steps), f"{one.epsilon:.4g}"
+        table.add_row(one.federation, one.described_at, one.begun_at or "-", *numbers)
+    if found.runs:
+        Console(width=200, color_system=None).print(table)
 
 
 def digest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from fedlora.privacy.accountants import group_of
 from fedlora.results.privacy_spent import Spent
 
 
@@ -17,10 +18,12 @@ def show_privacy(console: Console, spent: Spent) -> None:
         ("mechanism", spent.mechanism),
         ("epsilon of", whose),
     ]
-    for number, (sigma, rate, steps) in enumerate(spent.history):
+    for number, entry in enumerate(spent.history):
+        sigma, rate, steps, group = *entry[:3], group_of(entry)
         drawn = "all" if rate == 1 else f"sample rate {rate:.6g}"
         where = ", for the start before the first round" if number < len(spent.start) else ""
-        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}{where}"))
+        several = f", up to {group} examples of a person" if group > 1 else ""
+        lines.append(("steps", f"{steps} of noise multiplier {sigma:.6g}, {drawn}{several}{where}"))
     lines += [
         ("delta", f"{spent.delta:g}"),
         ("recorded", f"{spent.recorded:.6g} (privacy.csv)"),

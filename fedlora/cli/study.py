@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedlora.cli.formats import format_bytes, format_epsilon
 from fedlora.errors import InputError
+from fedlora.privacy.units import unit_advice
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, PlannedRun
 from fedlora.study.run_processes import capacity
@@ -150,6 +151,9 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     # As wide as its content: a narrow terminal would cut the names.
     wide = Console(file=console.file, width=max(console.width, 250), color_system=None)
     wide.print(table)
+    for name, one in forecasts.items():
+        if isinstance(one, Forecast) and one.unit_noise:
+            _say(console, f"{name}: {unit_advice(one.unit_noise)}")
     if any(group.private for group in plan.groups):
         _say(console, "epsilon will not cover the tuning runs: they look at private data to choose")
     expected = [forecasts[run.folder] for run in runs]

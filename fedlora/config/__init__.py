@@ -8,7 +8,7 @@ mistake becomes an :class:`~fedlora.errors.InputError` that names the key, the v
 from fedlora.config.errors import input_error, unknown_key
 from fedlora.config.evaluation import EvaluationSection
 from fedlora.config.examples import DataSection, ModelSection, PartitionSection
-from fedlora.config.privacy import MAX_EPSILON, MAX_NOISE, MIN_NOISE, PrivacySection
+from fedlora.config.privacy import MAX_EPSILON, MAX_GROUP, MAX_NOISE, MIN_NOISE, PrivacySection
 from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
 from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
@@ -31,6 +31,7 @@ from fedlora.config.training import ClientSection, MethodSection, RunSection, Se
 __all__ = [
     "ANY_METHOD",
     "MAX_EPSILON",
+    "MAX_GROUP",
     "MAX_NOISE",
     "MIN_NOISE",
     "NODES",

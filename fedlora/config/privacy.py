@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -22,6 +22,10 @@ MAX_EPSILON = 1000.0
 MAX_CLIP = 1e6
 
 
+MAX_GROUP = 1000
+"""Examples of a unit for which a step's mixture of Gaussians is computed."""
+
+
 class PrivacySection(Section):
     """``[privacy]``: differential privacy; names follow Opacus.
 
@@ -30,7 +34,26 @@ class PrivacySection(Section):
 
     mode: Annotated[str, AfterValidator(MECHANISMS.check)] = Field(
         default="none",
-        description="What is protected: nothing, one example of one client, or with client a whole client.",
+        description="What is protected: nothing, one example of one client (with unit one person), or with client a "
+        "whole client.",
+    )
+    unit: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="With mode example, column of the person (or device, patient, author) whose examples are protected "
+        "together, as one unit; one example by default. Test and validation examples that are held out are of other "
+        "persons than the training examples, in any mode. Nodes name their own column.",
+    )
+    user_mechanism: Literal["uls", "els"] = Field(
+        default="uls",
+        description="With unit, what is sampled and clipped: persons, each by the mean gradient of its examples (uls), "
+        "or single examples, of at most examples_per_unit a person (els). fedlora study --dry-run says which of them "
+        "needs less noise.",
+    )
+    examples_per_unit: Annotated[int, Field(ge=1, le=MAX_GROUP)] | None = Field(
+        default=None,
+        description="With uls, at most so many examples of a person are in its gradient, drawn anew in every step; all "
+        "by default. With els, which needs it, a client trains on at most so many examples of a person, the same in "
+        "all rounds.",
     )
     target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Epsilon that no client may exceed over the whole run; noise is calibrated to it."
@@ -42,11 +65,12 @@ class PrivacySection(Section):
     )
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-5,
-        description="Delta, which must be below 1 / n for a client of n examples; with mode client for n clients.",
+        description="Delta, which must be below 1 / n for a client of n examples, or with unit of n persons; with mode "
+        "client for n clients.",
     )
     # Noise in proportion to a norm that float32 hardly holds is rounded to 0.
     max_grad_norm: Annotated[float, Field(ge=1e-6)] = Field(
-        default=1.0, description="Norm to which each example's gradient is clipped."
+        default=1.0, description="Norm to which each example's gradient is clipped, or with uls each person's."
     )
     clipping_norm: Annotated[float, Field(ge=1e-6, le=MAX_CLIP)] = Field(
         default=1.0,
@@ -64,6 +88,33 @@ class PrivacySection(Section):
     accountant: Annotated[str, AfterValidator(ACCOUNTANTS.check)] = Field(
         default="rdp", description="How epsilon is computed from the steps that were taken."
     )
+
+    @property
+    def samples_units(self) -> bool:
+        """Whether a client's steps draw persons, and not examples."""
+        return self.protects_units and self.user_mechanism == "uls"
+
+    @property
+    def protects_units(self) -> bool:
+        """Whether a person's examples are protected together."""
+        return self.mode == "example" and self.unit is not None
+
+    @property
+    def group_cap(self) -> int | None:
+        """Most examples of a person on which a client trains; None where it trains on all."""
+        return self.examples_per_unit if self.protects_units and self.user_mechanism == "els" else None
+
+    @property
+    def group(self) -> int:
+        """Most examples of a protected unit that enter a step by themselves."""
+        return self.group_cap or 1
+
+    def of_examples(self) -> PrivacySection:
+        """Return of this section what decides which examples are read and held out, and who trains on them."""
+        if self.unit is None:
+            return PrivacySection()
+        kept = self.model_dump(include={"mode", "unit", "user_mechanism", "examples_per_unit"})
+        return PrivacySection.model_validate(kept if self.group_cap is not None else {"unit": self.unit})
 
     def check(self, config: Config) -> None:
         """Refuse values for which no accountant has an answer, or none that means anything."""
@@ -90,13 +141,34 @@ class PrivacySection(Section):
         if self.max_grad_norm > MAX_CLIP:
             remedy = f"clips nothing, and noise in proportion to it may overflow; give at most {MAX_CLIP:g}"
             raise InputError("privacy.max_grad_norm", self.max_grad_norm, remedy)
+        self._check_unit()
         MECHANISMS.made(self.mode).check(config)
+
+    def _check_unit(self) -> None:
+        """Refuse a unit that the mode, or the accountant, cannot protect."""
+        if self.unit is None:
+            return
+        if self.mode != "example":
+            remedy = 'is protected by clients, with mode = "example"; set that, or leave the unit out'
+            raise InputError("privacy.unit", self.unit, remedy)
+        if self.user_mechanism == "uls":
+            return
+        if self.examples_per_unit is None:
+            remedy = 'is required with user_mechanism = "els": the most examples of a person, by which noise grows'
+            raise InputError("privacy.examples_per_unit", None, remedy)
+        if self.group > 1 and not ACCOUNTANTS.get(self.accountant).counts_groups:
+            remedy = 'cannot count several examples of a person in a step; use rdp, or user_mechanism = "uls"'
+            raise InputError("privacy.accountant", self.accountant, remedy)
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Without privacy nothing of it counts; each mode clips what it protects."""
+        if self.unit is None:
+            yield "user_mechanism examples_per_unit", "privacy.unit names no persons"
         clipping = "clipping_norm adaptive_clipping clipping_quantile"
         if self.mode == "none":
             keys = f"target_epsilon noise_multiplier target_delta max_grad_norm accountant {clipping}"
+            if self.unit is not None:
+                keys = f"{keys} user_mechanism examples_per_unit"
             yield keys, "privacy.mode is none"
             return
         mechanism = MECHANISMS.get(self.mode)

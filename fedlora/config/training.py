@@ -153,6 +153,8 @@ class ClientSection(Section):
             yield "proximal_mu", "the only step of a round begins where the term is 0"
         if self.physical_batch_size is None:
             yield "group_by_length", "client.physical_batch_size does not split batches"
+        elif config.privacy.samples_units:
+            yield "group_by_length", "a person's examples stay together (privacy.unit)"
         if self.optimizer == "sgd" and not self.momentum:
             yield "keep_optimizer_state", "sgd without momentum remembers nothing"
 

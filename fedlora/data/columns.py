@@ -193,15 +193,17 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def read_owners(table: Table, column: str, rows: Sequence[int], source: str) -> list[str] | list[int] | list[float]:
-    """Read what rows have in the column that is partitioned by: whole numbers, numbers, or words.
+def read_owners(
+    table: Table, column: str, rows: Sequence[int], source: str, field: str = "data.partition.column"
+) -> list[str] | list[int] | list[float]:
+    """Read what rows have in a column that says whose they are: whole numbers, numbers, or words.
 
     Raises
     ------
     InputError
         Naming column and row of a value that is none of these.
     """
-    field, values = "data.partition.column", read_column(table, column, "data.partition.column")
+    values = read_column(table, column, field)
     owners = [values[row] for row in rows]
     for row, owner in zip(rows, owners, strict=True):
         if is_missing(owner) or not isinstance(owner, str | int | float):

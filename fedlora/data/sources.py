@@ -46,6 +46,8 @@ log = logging.getLogger("fedlora")
 
 PARTITION_COLUMN = "partition"
 """Column of the examples that holds ``data.partition.column`` as it was given."""
+UNIT_COLUMN = "unit"
+"""Column of the training examples that says whose each is, by ``privacy.unit``: numbers from 0."""
 PLACE = "place"
 """Column of conversations that says where each is from, for errors."""
 
@@ -65,7 +67,8 @@ class Examples:
         Columns by the keys that the task reads, such as ``text``, ``text_pair``, or ``prompt`` and ``answer``;
         ``messages`` and ``place`` if they go through a chat template; ``choices`` to choose an answer from;
         ``label`` as the task's numbers (for a class int64, an index into ``label_names``); ``domain`` if the source has
-        such a column; ``partition`` if ``data.partition.column`` is set (in train only).
+        such a column; ``partition`` if ``data.partition.column`` is set, and ``unit`` if ``privacy.unit`` is (in train
+        only).
     validation, public : datasets.Dataset, optional
         Likewise.
     label_names : list of str, optional
@@ -87,8 +90,9 @@ def load_examples(config: Config) -> Examples:
 
     Without ``data.test`` the source's split "test" is used, else a tenth of train is held out at random (not
     stratified). ``data.validation`` as a number holds that share of the rest out, and ``data.public`` that of what is
-    left then. With ``data.max_examples`` a random subset of the remaining training examples is kept, in the order of
-    the source; ``data.max_test_examples`` does so for the test set. All follow ``data.seed`` alone, which is
+    left then. With ``privacy.unit`` persons are held out, with all their examples: as many as it takes to reach that
+    number of examples. With ``data.max_examples`` a random subset of the remaining training examples is kept, in the
+    order of the source; ``data.max_test_examples`` does so for the test set. All follow ``data.seed`` alone, which is
     ``run.seed`` by default. Rows without text are dropped. Classes are in the order of ``data.label_names``, of a
     ``ClassLabel``, or sorted (numbers by value).
 
@@ -131,7 +135,7 @@ def load_examples(config: Config) -> Examples:
     if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
-        train, test = _hold_out(train, max(1, len(train) // 10), [seed, _HOLD_OUT])
+        train, test = _hold_out(config, train, max(1, len(train) // 10), [seed, _HOLD_OUT])
     for key, stream, use in (("validation", _VALIDATION, "to validate on"), ("public", _PUBLIC, "for the server")):
         share = getattr(data, key)
         if isinstance(share, float):
@@ -139,7 +143,7 @@ def load_examples(config: Config) -> Examples:
             if not 0 < held < len(train):
                 remedy = f"leaves {len(train) - held} of {len(train)} training examples and {held} {use}; change it"
                 raise InputError(f"data.{key}", share, remedy)
-            train, other[key] = _hold_out(train, held, [seed, stream])
+            train, other[key] = _hold_out(config, train, held, [seed, stream])
     if data.max_examples is not None and data.max_examples < len(train):
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
@@ -152,22 +156,23 @@ def draw_seed(config: Config) -> int:
     return config.run.seed if config.data.seed is None else config.data.seed
 
 
-def hold_out_of_client(config: Config, client: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hold_out_of_client(
+    config: Config, client: int, rows: np.ndarray, units: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Divide one client's rows into those that it trains on and those that it tests on, by ``data.client_test``.
 
     The draw depends on ``data.seed`` and the client alone. On a node the seed is fixed, so that no run trains on
-    examples that another run tests on. A client with one example trains on it.
+    examples that another run tests on. A client with one example trains on it. With ``units``, whose each row is,
+    persons are held out; a client with one person trains on it.
 
     Returns
     -------
     (ndarray, ndarray)
         Both in the order of the rows.
     """
-    held = held_out(config, len(rows))
-    order = np.random.default_rng([0 if config.data.test == SERVER else draw_seed(config), _CLIENT_TEST, client])
-    chosen = np.zeros(len(rows), bool)
-    chosen[order.permutation(len(rows))[:held]] = True
-    return rows[~chosen], rows[chosen]
+    held, seed = held_out(config, len(rows)), 0 if config.data.test == SERVER else draw_seed(config)
+    chosen = _drawn(len(rows), held, [seed, _CLIENT_TEST, client], units)
+    return (rows, rows[:0]) if chosen.all() else (rows[~chosen], rows[chosen])
 
 
 def held_out(config: Config, examples: int) -> int:
@@ -200,12 +205,13 @@ def count_own(config: Config) -> int:
     """Count the training examples of a node, once columns and labels fit the run; texts are not looked at.
 
     These are the rows of the file, without those that are blank in all of several columns, whatever the run asks for,
-    and without those that the node tests on. A file of test examples must fit the run as well.
+    and without those that the node tests on; or the persons that they are of, where steps draw persons. A file of test
+    examples must fit the run as well.
 
     Raises
     ------
     InputError
-        If the file cannot be read, a column is not there, or a row has no label.
+        If the file cannot be read, a column is not there, or a row has no label or no person.
     LabelError
         If a label is none of ``data.label_names``.
 
@@ -218,21 +224,41 @@ def count_own(config: Config) -> int:
     except OSError as error:
         raise InputError("data.name", config.data.name, f"cannot be read ({error.strerror}); fix the file") from None
     same = config.data.model_copy(update={"label_names": None}).model_dump_json()
-    key = (same, config.model.task, stat.st_size, stat.st_mtime_ns)
+    key = (same, config.model.task, config.privacy.unit, stat.st_size, stat.st_mtime_ns)
     if _last_own.get(config.data.name, (None, []))[0] != key:
         while len(_last_own) >= _MOST_OWN:
             del _last_own[next(iter(_last_own))]
-        _last_own[config.data.name] = key, _own_labels(config, *_own_rows(config))
-    labels = _last_own[config.data.name][1]
+        table, rows = _own_rows(config)
+        _last_own[config.data.name] = key, _own_labels(config, table, rows), _own_units(config, table, rows)
+    _, labels, units = _last_own[config.data.name]
     if get_task(config.model.task).classes:
         _own_classes(config, labels)
     tests = _own_tests(config)
     if tests is not None:
         count_own(tests)
-    return len(labels) - held_out(config, len(labels))
+    if units is None:
+        return len(labels) - held_out(config, len(labels))
+    sizes = _own_sizes(config, units)
+    if config.privacy.samples_units:
+        return len(sizes)
+    most = config.privacy.group_cap
+    return int((sizes if most is None else np.minimum(most, sizes)).sum())
 
 
-_last_own: dict[str, tuple[tuple[Any, ...], list[Any]]] = {}
+def count_own_units(config: Config) -> int | None:
+    """Count the persons that a node trains on, where steps draw single examples of them; after :func:`count_own`."""
+    units = _last_own[config.data.name][2]
+    return None if units is None or config.privacy.group_cap is None else len(_own_sizes(config, units))
+
+
+def _own_sizes(config: Config, units: np.ndarray) -> np.ndarray:
+    """Count the training examples of each person of a node."""
+    left, _ = hold_out_of_client(config, 0, np.arange(len(units)), units)
+    sizes: np.ndarray = np.unique(units[left], return_counts=True)[1]
+    return sizes
+
+
+_last_own: dict[str, tuple[tuple[Any, ...], list[Any], np.ndarray | None]] = {}
 _MOST_OWN = 2  # a node's training and test examples
 
 
@@ -241,7 +267,8 @@ def _own_tests(config: Config) -> Config | None:
     if not isinstance(config.data.client_test, str):
         return None
     data = config.data.model_copy(update={"name": config.data.client_test, "client_test": None})
-    return config.model_copy(update={"data": data})
+    privacy = config.privacy.model_copy(update={"unit": None})  # a test file need not say whose its rows are
+    return config.model_copy(update={"data": data, "privacy": privacy})
 
 
 def _own_examples(config: Config) -> Examples:
@@ -263,6 +290,8 @@ def _own_table(config: Config) -> datasets.Dataset:
     empty = sum(not all(map(_has_text, row)) for row in zip(*texts.values(), strict=True))
     if empty:
         log.warning("%d of %d rows have no text in %s", empty, len(rows), " and ".join(_text_columns(config)))
+    if (units := _own_units(config, table, rows)) is not None:
+        texts[UNIT_COLUMN] = units.tolist()
     if not task.labelled:
         return _dataset(texts)
     labels = _own_labels(config, table, rows)
@@ -293,6 +322,13 @@ def _own_labels(config: Config, table: Table, rows: list[int]) -> list[Any]:
     if not task.labelled:
         return [None] * len(rows)
     return task.read_labels(cells(table, config.data.label, "data.label", rows, Path(config.data.name).name, []), {})
+
+
+def _own_units(config: Config, table: Table, rows: list[int]) -> np.ndarray | None:
+    """Return the number of each row's person; None where the node does not tell persons."""
+    if config.privacy.unit is None:
+        return None
+    return np.array(_read_units(config, table, rows, Path(config.data.name).name))
 
 
 def _own_classes(config: Config, labels: list[Any]) -> list[Any]:
@@ -582,13 +618,30 @@ def _identity(name: str, field: str, subset: str | None = None) -> list[Any]:
 # Splits.
 
 
-def _hold_out(train: datasets.Dataset, held: int, seed: list[int]) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Draw ``held`` examples out of train; both parts stay in the order of the source."""
-    order = np.random.default_rng(seed).permutation(len(train))
-    out = train.select(np.sort(order[:held]))
-    return train.select(np.sort(order[held:])), out.select_columns(
-        [n for n in out.column_names if n != PARTITION_COLUMN]
+def _hold_out(
+    config: Config, train: datasets.Dataset, held: int, seed: list[int]
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Draw ``held`` examples out of train, or persons of so many; both parts stay in the order of the source."""
+    units = np.array(train[UNIT_COLUMN][:]) if UNIT_COLUMN in train.column_names else None
+    chosen = _drawn(len(train), held, seed, units)
+    if chosen.all():
+        remedy = f"names too few persons to hold out {held} examples of some of them; give test and validation data"
+        raise InputError("privacy.unit", config.privacy.unit, remedy)
+    out = train.select(np.flatnonzero(chosen))
+    return train.select(np.flatnonzero(~chosen)), out.select_columns(
+        [n for n in out.column_names if n not in (PARTITION_COLUMN, UNIT_COLUMN)]
     )
+
+
+def _drawn(rows: int, held: int, seed: list[int], units: np.ndarray | None) -> np.ndarray:
+    """Draw ``held`` of so many rows, or the fewest persons in a random order that have so many; say which rows."""
+    random, chosen = np.random.default_rng(seed), np.zeros(rows, bool)
+    if units is None or not held:
+        chosen[random.permutation(rows)[:held]] = True
+        return chosen
+    _, persons, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    order = random.permutation(len(sizes))
+    return np.isin(persons, order[: 1 + np.searchsorted(sizes[order].cumsum(), held)])
 
 
 def _train_split(config: Config, splits: Mapping[str, Table]) -> str:
@@ -658,7 +711,18 @@ def _shape(config: Config, table: Table, field: str, notes: list[str], is_train:
         kept["label"] = task.read_labels(cells(table, data.label, "data.label", rows, source, notes), kept)
     if is_train and data.partition.column is not None:
         kept[PARTITION_COLUMN] = read_owners(table, data.partition.column, rows, source)
+    if is_train and config.privacy.unit is not None:
+        kept[UNIT_COLUMN] = _read_units(config, table, rows, source)
     return _dataset(kept)
+
+
+def _read_units(config: Config, table: Table, rows: list[int], source: str) -> list[int]:
+    """Number the persons in the order of their names."""
+    assert config.privacy.unit is not None
+    field = "data.unit" if config.data.test == SERVER else "privacy.unit"  # as a node's own file has it
+    owners: Any = read_owners(table, config.privacy.unit, rows, source, field)
+    found: list[int] = np.unique(np.array(owners), return_inverse=True)[1].tolist()
+    return found
 
 
 def _needs_choices(config: Config, table: Table) -> bool:

@@ -21,10 +21,19 @@ import numpy as np
 import torch
 
 from fedlora.assets import build_once, cache_dir, find_asset, is_asset
-from fedlora.config import SERVER, Config, PartitionSection
+from fedlora.config import SERVER, Config, PartitionSection, PrivacySection
 from fedlora.data.coverage import Coverage, check_coverage, coverage_notes
 from fedlora.data.questions import Questions, prepare_questions
-from fedlora.data.sources import PLACE, Examples, draw_seed, hold_out_of_client, load_examples, source_identity
+from fedlora.data.sources import (
+    PLACE,
+    UNIT_COLUMN,
+    Examples,
+    draw_seed,
+    hold_out_of_client,
+    load_examples,
+    source_identity,
+)
+from fedlora.data.units import at_most, unit_notes
 from fedlora.errors import InputError
 from fedlora.models import has_token_types, load_tokenizer, model_config, pretrained_source, vocabulary_size
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
@@ -73,6 +82,8 @@ class TokenTable:
         Label of each token, int64, in the order of ``tokens``; -100 for none.
     token_types : np.ndarray, optional
         Which text of a pair each token is of, in the order of ``tokens``.
+    units : np.ndarray, optional
+        The person whose each row is, numbered from 0, int64 [rows].
     """
 
     def __init__(
@@ -88,10 +99,12 @@ class TokenTable:
         *,
         tags: np.ndarray | None = None,
         token_types: np.ndarray | None = None,
+        units: np.ndarray | None = None,
     ) -> None:
         self.tokens, self.offsets, self.labels = tokens, offsets, labels
         self.answer_start, self.domain, self.pad_token_id = answer_start, domain, pad_token_id
         self.task, self.label_names, self.tags, self.token_types = task, label_names, tags, token_types
+        self.units = units
         self.lengths: np.ndarray = np.diff(offsets)
         self._resident: _ResidentTable | None = None
 
@@ -266,6 +279,30 @@ class FederatedData:
             return self.train, self.client_test[client]
         return self.test, np.arange(len(self.test))
 
+    def drawn_from(self, client: int, privacy: PrivacySection) -> int:
+        """Return of how many a client's steps draw: persons (``privacy.unit``) or examples. Its weight follows."""
+        return self._persons(client) if privacy.samples_units else len(self.partition[client])
+
+    def units_of(self, client: int, privacy: PrivacySection) -> int | None:
+        """Return of how many persons a client's examples are, where its steps draw single examples of them."""
+        return self._persons(client) if privacy.group_cap is not None else None
+
+    def _persons(self, client: int) -> int:
+        assert self.train.units is not None
+        return len(np.unique(self.train.units[self.partition[client]]))
+
+    def drawn_sizes(self, privacy: PrivacySection) -> list[int]:
+        """Return :meth:`drawn_from` of every client."""
+        return [self.drawn_from(client, privacy) for client in range(len(self.partition))]
+
+    def typical_units(self) -> np.ndarray:
+        """Count the examples of each person of the client with the median number of persons; none without persons."""
+        if self.train.units is None:
+            return np.empty(0, np.int64)
+        counts = [np.unique(self.train.units[rows], return_counts=True)[1] for rows in self.partition]
+        found: np.ndarray = sorted(counts, key=len)[len(counts) // 2]
+        return found
+
     @property
     def counted_names(self) -> list[str] | None:
         """The classes that :meth:`label_counts` counts; None where examples as a whole have none."""
@@ -314,6 +351,8 @@ def prepare_data(config: Config) -> FederatedData:
     build_once(partition, lambda target: _divide(config, examples(), folder, target), field, name)
     data = _open(config, folder, partition)
     _look_at_texts(config, vocabulary, data)
+    if data.train.units is not None and not _is_own(config):
+        data.notes.extend(unit_notes(config.privacy, data.train.units, data.partition))
     if config.evaluation.kind != "none":
         data.questions = prepare_questions(config, pretrained, lambda: examples().test, folder)
         data.notes.extend(data.questions.notes)
@@ -332,7 +371,7 @@ def _look_at_texts(config: Config, vocabulary: int | None, data: FederatedData) 
         check_coverage(name, length, tables, vocabulary)
         data.notes.extend(coverage_notes(length, tables))
         most = tables["train"].most_rows if "train" in tables else 0
-        if most and config.privacy.mode != "none":
+        if most and config.privacy.mode != "none" and not config.privacy.protects_units:
             data.notes.append(f"epsilon is that of one row, and a text of train is split into up to {most:,} rows")
         return
     try:
@@ -366,11 +405,14 @@ def _keys(config: Config, pretrained: Any) -> tuple[str, str]:
         "source": source_identity(config),
         "versions": [version(package) for package in _PACKAGES],
     }
-    division = {
-        # Nothing of a node's file is drawn.
+    division: dict[str, Any] = {
+        # Nothing of a node's file is drawn by a run's seed.
         "seeds": None if _is_own(config) else [config.run.seed, config.data.seed],
         "data": config.data.model_dump(include={"partition", "client_test"}),
     }
+    if config.privacy.unit is not None:
+        parts["unit"] = config.privacy.unit
+        division["group"] = config.privacy.group_cap
     return _digest(parts), _digest(division)
 
 
@@ -422,11 +464,19 @@ def _divide(config: Config, examples: Examples, folder: Path, target: Path) -> N
         of, first, counts = np.unique(np.load(kept), return_index=True, return_counts=True)
         train, rows_of = train.select(of), (first, counts)
     clients, names = _clients(config, train, examples.label_names)
+    units = None if train is None or UNIT_COLUMN not in train.column_names else np.array(train[UNIT_COLUMN][:])
     if isinstance(config.data.client_test, float):
-        parts = [hold_out_of_client(config, client, rows) for client, rows in enumerate(clients)]
+        parts = [
+            hold_out_of_client(config, client, rows, None if units is None else units[rows])
+            for client, rows in enumerate(clients)
+        ]
         clients = [rows for rows, _ in parts]
         _write_partition(target, "client_test", [_rows_of(held, rows_of) for _, held in parts])
-    _write_partition(target, "partition", [_rows_of(rows, rows_of) for rows in clients])
+    members = [_rows_of(rows, rows_of) for rows in clients]
+    if units is not None and (most := config.privacy.group_cap) is not None:
+        of, seed = np.load(folder / "train.units.npy"), 0 if _is_own(config) else draw_seed(config)
+        members = [rows[at_most(of[rows], most, [seed, client])] for client, rows in enumerate(members)]
+    _write_partition(target, "partition", members)
     (target / "names.json").write_text(json.dumps(names), encoding="utf-8")
 
 
@@ -508,6 +558,8 @@ def _write_table(
             np.save(target / _KEPT, np.array(of, np.int64))
     if starts:
         np.save(target / f"{name}.answer_start.npy", np.array(starts, np.int64))
+    if UNIT_COLUMN in table.column_names:
+        np.save(target / f"{name}.units.npy", np.array(table[UNIT_COLUMN][:], np.int64))
     labels = task.label_array(table["label"][:]) if task.labelled else None
     if labels is not None:
         np.save(target / f"{name}.labels.npy", labels)
@@ -650,6 +702,7 @@ def _open(config: Config, folder: Path, divided: Path) -> FederatedData:
                 meta["label_names"],
                 tags=optional(f"{name}.tags"),
                 token_types=optional(f"{name}.token_types"),
+                units=optional(f"{name}.units"),
             )
             for name in meta["tables"]
         }

@@ -59,7 +59,8 @@ class NodeDataSection(Section):
     """``[data]``: the owner's file and its columns. Only trained arrays, counts and allowed sums leave the node.
 
     ``test`` is what the node evaluates on, where ``[policy]`` allows it: another file with the same columns, or a share
-    of the rows, which no run trains on.
+    of the rows, which no run trains on. ``unit`` is the column of the persons that the node protects, each with all its
+    rows; then runs have to protect persons as well (``privacy.unit``), and every epsilon here is that of a person.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -71,6 +72,7 @@ class NodeDataSection(Section):
     prompt: str | None = None
     answer: str | None = None
     messages: str | None = None
+    unit: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ModelEntry(Section):

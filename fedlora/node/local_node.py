@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import SERVER, Config
-from fedlora.errors import InputError
+from fedlora.errors import InputError, PolicyError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.node_ledger import NodeLedger
 from fedlora.node.policy import admitted_model, check_policy
@@ -39,7 +39,7 @@ class LocalNode:
             If the file or the ledger cannot be used.
         """
         config = load_node(path)
-        return cls(config, NodeLedger(config.directory, config.policy))
+        return cls(config, NodeLedger(config.directory, config.policy, config.data.unit))
 
     def own_config(self, run: Config, label_names: list[str] | None) -> Config:
         """Return a run's config with the owner's data in place of its own.
@@ -56,10 +56,13 @@ class LocalNode:
         Raises
         ------
         PolicyError, InputError
-            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), or the task needs
-            classes and the server names none: the node would have to reveal those of its file.
+            If the owner does not list the model (:func:`~fedlora.node.policy.admitted_model`), the run protects persons
+            and the owner names none, or the other way round, or the task needs classes and the server names none: the
+            node would have to reveal those of its file.
         """
         own = self.config.data
+        if run.privacy.mode == "example" and (run.privacy.unit is None) != (own.unit is None):
+            raise PolicyError("unit", own.unit is not None, f"privacy.unit = {run.privacy.unit}")
         if label_names is None and get_task(run.model.task).classes:
             raise InputError("data.label_names", None, "must be named by the server")
         model = admitted_model(self.config.policy, run.model)
@@ -83,13 +86,14 @@ class LocalNode:
             content["data"] |= {"prompt": own.prompt, "answer": own.answer, "template": run.data.templated}
         if own.messages is not None:
             content["data"]["messages"] = own.messages
+        content["privacy"] |= {"unit": own.unit}
         # A node ignores how the server samples clients, evaluates, simulates and logs.
         for section in ("server", "evaluation", "simulation", "network", "tracking"):
             content.pop(section)
         return Config.model_validate(content)
 
-    def admit(self, run: Config, examples: int) -> PrivacyPlan | None:
-        """Plan a run's privacy with the node's number of examples, and check it against the owner's policy.
+    def admit(self, run: Config, examples: int, units: int | None = None) -> PrivacyPlan | None:
+        """Plan a run's privacy with the node's number of examples or persons, and check it against the owner's policy.
 
         Returns
         -------
@@ -100,10 +104,11 @@ class LocalNode:
         ------
         PolicyError, InputError
         """
-        policy = self.config.policy
-        if policy.max_epsilon is not None and policy.delta >= 1 / examples:
-            remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
+        policy, protected = self.config.policy, examples if units is None else units
+        if policy.max_epsilon is not None and policy.delta >= 1 / protected:
+            what = "examples" if self.config.data.unit is None else "persons"
+            remedy = f"must be below 1 / n = {1 / protected:.3g} for {protected} {what}; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
-        plan = mechanism_of(run).plan(run, examples)
+        plan = mechanism_of(run).plan(run, examples, units)
         check_policy(policy, plan, run.privacy.mode)
         return plan

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from filelock import FileLock
 from fedlora.errors import BudgetError, GuardError, InputError, PolicyError, StaleError
 from fedlora.node.config import PolicySection
 from fedlora.privacy import Ledger, PrivacyPlan
+from fedlora.privacy.accountants import Steps, group_of, steps_of
 from fedlora.privacy.calibration import spent_epsilon
 
-History = list[tuple[float, float, int]]
+Kind = tuple[float, float, int]
+"""Noise multiplier, sample rate, and how many examples of a unit can be in a step."""
 
 # Limits on what servers can make a ledger store: characters of a name, and runs that never took a step.
 _LONGEST_NAME = 200
@@ -39,20 +42,50 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS charges (
     number INTEGER PRIMARY KEY, run TEXT NOT NULL, federation TEXT NOT NULL, round INTEGER NOT NULL,
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
-    begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+    begun_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, group_size INTEGER NOT NULL DEFAULT 1,
+    unit TEXT NOT NULL DEFAULT '');
 CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
 # An older ledger lacks this table or these columns, which are then added.
 _DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 _ASKED = "ALTER TABLE describes ADD COLUMN asked TEXT NOT NULL DEFAULT 'describe'"
 _CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
+_UNITS = (
+    "ALTER TABLE charges ADD COLUMN group_size INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE charges ADD COLUMN unit TEXT NOT NULL DEFAULT ''",
+)
 
+_CHARGES = "number, run, federation, round, noise_multiplier, sample_rate, steps"
 _SEALED = {
     "runs": "SELECT number, run, federation, label_names, last_round FROM runs WHERE number >= ? ORDER BY number",
-    "charges": "SELECT number, run, federation, round, noise_multiplier, sample_rate, steps FROM charges "
-    "WHERE number >= ? ORDER BY number",
+    "charges": f"SELECT {_CHARGES}, group_size, unit FROM charges WHERE number >= ? ORDER BY number",
 }
+_SEALED_BEFORE_UNITS = _SEALED | {"charges": f"SELECT {_CHARGES} FROM charges WHERE number >= ? ORDER BY number"}
 """Queries for the rows that each seal covers: its SHA-256 shows a row that is missing or changed."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a node did for one federation: a run folder of a server, over all its resumes.
+
+    Attributes
+    ----------
+    federation : str
+    rounds : int
+        The last round, or exchange, that was begun here.
+    steps : int
+    epsilon : float
+        Of its steps alone.
+    described_at, begun_at : str or None
+        When a server first described it, and when its last round began, in UTC; None where no round did.
+    """
+
+    federation: str
+    rounds: int
+    steps: int
+    epsilon: float
+    described_at: str
+    begun_at: str | None
 
 
 class NodeLedger:
@@ -64,6 +97,8 @@ class NodeLedger:
         Folder of ``ledger.sqlite``; created if missing, readable by its owner only.
     policy : PolicySection
         The owner's ceiling, and the delta and accountant used to compute epsilon.
+    unit : str, optional
+        The column of the persons that are protected; by default single examples are.
 
     Raises
     ------
@@ -77,8 +112,8 @@ class NodeLedger:
     SQLite database, so changes are atomic. Only one process at a time trains on the node; its lock ends with it.
     """
 
-    def __init__(self, directory: Path, policy: PolicySection) -> None:
-        self.policy = policy
+    def __init__(self, directory: Path, policy: PolicySection, unit: str | None = None) -> None:
+        self.policy, self.unit = policy, unit or ""
         self.path = directory / "ledger.sqlite"
         self._lock = FileLock(directory / "ledger.lock", mode=0o600)
         try:
@@ -96,10 +131,11 @@ class NodeLedger:
         with self._transaction() as database:
             found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             lost = not found >= {"runs", "charges", "seals"}
+            sealed = _SEALED if "unit" in _columns(database, "charges") else _SEALED_BEFORE_UNITS
             damaged = not lost and (
                 database.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",)
                 or dict(database.execute("SELECT of, digest FROM seals"))
-                != {of: _sealing(database, of).hexdigest() for of in _SEALED}
+                != {of: _sealing(database, of, sealed=sealed).hexdigest() for of in sealed}
             )
         if lost:
             remedy = "has lost its content; restore a copy, or delete it if nothing was ever trained here"
@@ -110,10 +146,14 @@ class NodeLedger:
         with self._transaction() as database:
             if "describes" not in found:
                 database.execute(_DESCRIBES)
-            if "asked" not in {name for _, name, *_ in database.execute("PRAGMA table_info(describes)")}:
+            if "asked" not in _columns(database, "describes"):
                 database.execute(_ASKED)
-            if "config" not in {name for _, name, *_ in database.execute("PRAGMA table_info(runs)")}:
+            if "config" not in _columns(database, "runs"):
                 database.execute(_CONFIG)
+            if "unit" not in _columns(database, "charges"):
+                for added in _UNITS:
+                    database.execute(added)
+                _seal(database, "charges", _sealing(database, "charges"))
 
     def _create(self) -> None:
         """Create a ledger without charges in one transaction, so that an empty file is recognised as a lost ledger."""
@@ -237,19 +277,35 @@ class NodeLedger:
         with self._transaction() as database:
             _check_round(database, run, server_round)
 
-    def history(self, federation: str | None = None) -> History:
-        """Return (noise multiplier, sample rate, steps) of all runs, or of one federation."""
+    def history(self, federation: str | None = None) -> list[Steps]:
+        """Return the steps of all runs, or of one federation, by noise multiplier and sample rate."""
         where, values = ("WHERE federation = ?", (federation,)) if federation is not None else ("", ())
         with self._transaction() as database:
             rows = database.execute(
-                f"SELECT noise_multiplier, sample_rate, SUM(steps) FROM charges {where} GROUP BY 1, 2 ORDER BY 1, 2",
+                f"SELECT noise_multiplier, sample_rate, SUM(steps), group_size FROM charges {where} "
+                "GROUP BY 1, 2, 4 ORDER BY 1, 2, 4",
                 values,
             ).fetchall()
-        return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in rows]
+        return [steps_of(float(sigma), float(rate), int(steps), int(group)) for sigma, rate, steps, group in rows]
+
+    def served(self) -> list[Served]:
+        """Return what every federation was given, in the order in which they were first described."""
+        with self._transaction() as database:
+            rows = database.execute(
+                "SELECT federation, MAX(last_round), MIN(described_at), "
+                "(SELECT MAX(begun_at) FROM charges WHERE charges.federation = runs.federation) "
+                "FROM runs GROUP BY federation ORDER BY MIN(number)"
+            ).fetchall()
+        found = []
+        for federation, rounds, described, begun in rows:
+            history = self.history(federation)
+            steps = sum(entry[2] for entry in history)
+            found.append(Served(federation, int(rounds), steps, self._epsilon(history), described, begun))
+        return found
 
     def steps(self) -> int:
         """Return the number of steps ever begun."""
-        return sum(steps for _, _, steps in self.history())
+        return sum(entry[2] for entry in self.history())
 
     def epsilon(self) -> float:
         """Return the epsilon of all runs together at the owner's delta."""
@@ -271,10 +327,13 @@ class NodeLedger:
         ------
         BudgetError
             With the epsilon that is left.
+        InputError
+            If earlier steps protect another unit than these, so that the epsilon of both together is unknown.
         """
+        self.check_unit()
         ceiling, left = self.policy.max_epsilon, self.left()
         if ceiling is not None:
-            after = self._epsilon([*self.history(), *also, (*_mechanism(plan), steps)])
+            after = self._epsilon([*self.history(), *also, _charged(plan, steps)])
             if after > ceiling:
                 raise BudgetError(
                     f"{steps} more steps would bring epsilon over all runs to {after:.4g}, above the owner's ceiling "
@@ -283,6 +342,24 @@ class NodeLedger:
                 )
         if plan is not None:
             Ledger(plan.accountant, plan.delta, [*self.history(federation), *also]).check(plan, steps)
+
+    def check_unit(self) -> None:
+        """Refuse to count steps that protect different units.
+
+        Raises
+        ------
+        InputError
+            If earlier steps protect another unit than the owner's, so that the epsilon of all together is unknown.
+        """
+        with self._transaction() as database:
+            units = {
+                unit for (unit,) in database.execute("SELECT DISTINCT unit FROM charges WHERE noise_multiplier > 0")
+            }
+        if units - {self.unit}:
+            before = " and ".join(sorted(unit or "single examples" for unit in units - {self.unit}))
+            remedy = f"is not what earlier steps in {self.path} protect ({before}), so that their epsilon together is"
+            remedy = f"{remedy} unknown; put it back, or begin another ledger in another state.directory"
+            raise InputError("data.unit", self.unit or None, remedy)
 
     def of_federation(self, federation: str, plan: PrivacyPlan) -> Ledger:
         """Return the ledger of one federation, by the run's own accountant and delta."""
@@ -327,13 +404,12 @@ class NodeLedger:
             self.check_round(run, server_round)
             self.check_budget(federation, plan, steps, also)
             with self._open() as database:
-                yield Charge(database, federation, run, server_round, [(*_mechanism(plan), steps), *also])
+                admitted = [_charged(plan, steps), *also]
+                yield Charge(database, federation, run, server_round, admitted, self.unit)
 
-    def _epsilon(self, history: History) -> float:
-        merged: dict[tuple[float, float], int] = {}
-        for sigma, rate, steps in history:
-            merged[sigma, rate] = merged.get((sigma, rate), 0) + steps
-        taken = tuple((sigma, rate, steps) for (sigma, rate), steps in sorted(merged.items()) if steps)
+    def _epsilon(self, history: Sequence[Steps]) -> float:
+        merged = sorted(_merged(history).items())
+        taken = tuple(steps_of(sigma, rate, steps, group) for (sigma, rate, group), steps in merged if steps)
         return spent_epsilon(self.policy.accountant, self.policy.delta, taken)
 
     @contextmanager
@@ -366,8 +442,10 @@ class Charge:
     database : sqlite3.Connection
     federation, run : str
     server_round : int
-    admitted : list of (float, float, int)
-        Noise multiplier, sample rate and number of steps; the training steps come first.
+    admitted : sequence of tuple
+        Steps as a ledger holds them; the training steps come first.
+    unit : str
+        The column of the persons that are protected; "" for single examples.
 
     Attributes
     ----------
@@ -376,16 +454,21 @@ class Charge:
     """
 
     def __init__(
-        self, database: sqlite3.Connection, federation: str, run: str, server_round: int, admitted: History
+        self,
+        database: sqlite3.Connection,
+        federation: str,
+        run: str,
+        server_round: int,
+        admitted: Sequence[Steps],
+        unit: str = "",
     ) -> None:
         self.federation, self.run, self.server_round = federation, run, server_round
         self.taken = 0
         self._database = database
-        self._mechanism = admitted[0][:2]
-        self._left: dict[tuple[float, float], int] = {}
-        for sigma, rate, steps in admitted:
-            self._left[sigma, rate] = self._left.get((sigma, rate), 0) + steps
-        self._rows: dict[tuple[float, float], int | None] = {}
+        self._unit = unit
+        self._mechanism = _kind(admitted[0])
+        self._left = _merged(admitted)
+        self._rows: dict[Kind, int | None] = {}
         # Digest of the rows of earlier rounds, so that they need not be read again at every step.
         self._earlier = _sealing(database, "charges")
 
@@ -400,7 +483,7 @@ class Charge:
         self.take(*self._mechanism)
         self.taken += 1
 
-    def take(self, noise_multiplier: float, sample_rate: float) -> None:
+    def take(self, noise_multiplier: float, sample_rate: float, group: int = 1) -> None:
         """Write a step of any admitted kind to disk; call this before the step reads an example.
 
         Raises
@@ -408,7 +491,7 @@ class Charge:
         GuardError
             If it is one more than were admitted.
         """
-        kind = noise_multiplier, sample_rate
+        kind = noise_multiplier, sample_rate, group
         if not self._left.get(kind):
             raise GuardError(f"a step beyond those that were admitted, with noise multiplier {noise_multiplier:.4g}")
         with _transaction(self._database) as database:
@@ -419,9 +502,10 @@ class Charge:
             row = self._rows.get(kind)
             if row is None:
                 row = database.execute(
-                    "INSERT INTO charges (run, federation, round, noise_multiplier, sample_rate, steps) "
-                    "VALUES (?, ?, ?, ?, ?, 1)",
-                    (self.run, self.federation, self.server_round, *kind),
+                    "INSERT INTO charges "
+                    "(run, federation, round, noise_multiplier, sample_rate, group_size, unit, steps) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, 1)",
+                    (self.run, self.federation, self.server_round, *kind, self._unit),
                 ).lastrowid
             else:
                 database.execute("UPDATE charges SET steps = steps + 1 WHERE number = ?", (row,))
@@ -452,10 +536,16 @@ def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     database.execute("COMMIT")
 
 
-def _sealing(database: sqlite3.Connection, of: str, first: int = 0, after: Any = None) -> Any:
+def _columns(database: sqlite3.Connection, of: str) -> set[str]:
+    return {name for _, name, *_ in database.execute(f"PRAGMA table_info({of})")}
+
+
+def _sealing(
+    database: sqlite3.Connection, of: str, first: int = 0, after: Any = None, sealed: dict[str, str] = _SEALED
+) -> Any:
     """Return the hash of a table's rows from number ``first`` on, chained to the hash of the rows before."""
     sha = hashlib.sha256() if after is None else after
-    for row in database.execute(_SEALED[of], (first,)):
+    for row in database.execute(sealed[of], (first,)):
         sha.update(repr(row).encode())
     return sha
 
@@ -464,8 +554,20 @@ def _seal(database: sqlite3.Connection, of: str, sha: Any) -> None:
     database.execute("INSERT OR REPLACE INTO seals VALUES (?, ?)", (of, sha.hexdigest()))
 
 
-def _mechanism(plan: PrivacyPlan | None) -> tuple[float, float]:
-    return (0.0, 1.0) if plan is None else (plan.noise_multiplier, plan.sample_rate)
+def _charged(plan: PrivacyPlan | None, steps: int) -> Steps:
+    return (0.0, 1.0, steps) if plan is None else plan.charged(steps)
+
+
+def _kind(entry: Steps) -> Kind:
+    return entry[0], entry[1], group_of(entry)
+
+
+def _merged(history: Sequence[Steps]) -> dict[Kind, int]:
+    """Add up the steps of each kind."""
+    merged: dict[Kind, int] = {}
+    for entry in history:
+        merged[_kind(entry)] = merged.get(_kind(entry), 0) + entry[2]
+    return merged
 
 
 def _check_newest(database: sqlite3.Connection, federation: str, run: str) -> None:

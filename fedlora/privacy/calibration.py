@@ -12,7 +12,7 @@ import numpy as np
 from fedlora.config import MAX_NOISE, MIN_NOISE, Config, PrivacySection
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.privacy.accountants import History, get_accountant
+from fedlora.privacy.accountants import GroupHistory, History, Steps, get_accountant, group_of, steps_of
 
 MAX_STEPS = 10**9
 """Of one client in a federation: rounding in one step's epsilon, so many times, is still far below 0.001."""
@@ -25,11 +25,11 @@ class PrivacyPlan:
     Attributes
     ----------
     sample_rate : float
-        q = min(1, B / n), the probability with which each example enters a step.
+        q = min(1, B / n), the probability with which each example, or each unit, enters a step.
     noise_multiplier : float
         sigma; the noise's standard deviation is sigma times ``max_grad_norm``.
     max_grad_norm : float
-        C, the bound on an example's gradient over all trainables together.
+        C, the bound on an example's gradient, or a unit's, over all trainables together.
     expected_batch_size : float
         q n, by which the noised sum is divided.
     steps : int
@@ -44,6 +44,12 @@ class PrivacyPlan:
         The probability with which each example enters that start.
     start_steps : int
         Noisy sums of which that start is made.
+    samples_units : bool
+        Whether steps draw units with all their examples, by :attr:`fedlora.data.tokens.TokenTable.units`.
+    examples_per_unit : int or None
+        With ``samples_units``, at most so many examples of a unit are in its gradient of a step.
+    group : int
+        Most examples of a protected unit that enter a step by themselves; 1 where the unit is what is drawn.
     """
 
     sample_rate: float
@@ -57,6 +63,13 @@ class PrivacyPlan:
     start_noise_multiplier: float | None = None
     start_sample_rate: float = 0.0
     start_steps: int = 1
+    samples_units: bool = False
+    examples_per_unit: int | None = None
+    group: int = 1
+
+    def charged(self, steps: int) -> Steps:
+        """Return so many steps as a ledger holds them."""
+        return steps_of(self.noise_multiplier, self.sample_rate, steps, self.group)
 
     @property
     def start(self) -> list[tuple[float, float, int]]:
@@ -107,23 +120,24 @@ def run_steps(config: Config, examples: int) -> int:
     return sum(round_steps(config, examples, server_round) for server_round in range(1, rounds + 1))
 
 
-def check_delta(privacy: PrivacySection, examples: int) -> None:
-    """Refuse a delta that would allow to publish an example outright.
+def check_delta(privacy: PrivacySection, units: int) -> None:
+    """Refuse a delta that would allow to publish an example, or a person's, outright.
 
     Raises
     ------
     InputError
         If ``target_delta`` >= 1 / n.
     """
-    if privacy.target_delta >= 1 / examples:
+    if privacy.target_delta >= 1 / units:
         raise InputError(
             "privacy.target_delta",
             privacy.target_delta,
-            f"must be below 1 / n = {1 / examples:.3g} for a client of {examples} examples; lower it",
+            f"must be below 1 / n = {1 / units:.3g} for a client of {units} "
+            f"{'persons' if privacy.protects_units else 'examples'}; lower it",
         )
 
 
-def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
+def plan_privacy(config: Config, examples: int, units: int | None = None) -> PrivacyPlan:
     """Calibrate one client's noise for all its steps in the run.
 
     Parameters
@@ -131,7 +145,9 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
     config : Config
         With ``privacy.mode = "example"``.
     examples : int
-        n, the client's number of examples (treated as public).
+        n, the client's number of examples, or of units where these are drawn (treated as public).
+    units : int, optional
+        How many units the examples are of, for delta; by default as many as ``examples``.
 
     Raises
     ------
@@ -140,7 +156,7 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         was given has no finite epsilon.
     """
     privacy = config.privacy
-    check_delta(privacy, examples)
+    check_delta(privacy, examples if units is None else units)
     rate = min(1.0, config.client.batch_size / examples)
     local, steps = local_steps(config, examples), run_steps(config, examples)
     if steps > MAX_STEPS:
@@ -162,6 +178,9 @@ def plan_privacy(config: Config, examples: int) -> PrivacyPlan:
         start_noise_multiplier=start,
         start_sample_rate=start_rate,
         start_steps=start_steps,
+        samples_units=privacy.samples_units,
+        examples_per_unit=privacy.examples_per_unit if privacy.samples_units else None,
+        group=privacy.group,
     )
 
 
@@ -190,10 +209,11 @@ def _noise(privacy: PrivacySection, rate: float, steps: int, spent: History = ()
         If the one that was given has no finite epsilon, or none reaches the target.
     """
     sigma, delta, accountant = privacy.noise_multiplier, privacy.target_delta, privacy.accountant
+    group = privacy.group
     if sigma is None:
         assert privacy.target_epsilon is not None
-        return noise_multiplier(privacy.target_epsilon, delta, rate, steps, accountant, spent)
-    if sigma and math.isinf(spent_epsilon(accountant, delta, ((sigma, rate, steps),))):
+        return noise_multiplier(privacy.target_epsilon, delta, rate, steps, accountant, spent, group=group)
+    if sigma and math.isinf(spent_epsilon(accountant, delta, (steps_of(sigma, rate, steps, group),))):
         remedy = f"has no finite epsilon under {accountant}; raise it, or choose another accountant"
         raise InputError("privacy.noise_multiplier", sigma, remedy)
     return sigma
@@ -282,11 +302,12 @@ def noise_multiplier(
     accountant: str,
     spent: History = (),
     tolerance: float = 1e-3,
+    group: int = 1,
 ) -> float:
     """Smallest sigma, to a share ``tolerance``, whose ``steps`` Poisson-sampled Gaussian steps stay within epsilon.
 
-    ``spent`` are other steps (noise multiplier, sample rate, number) that epsilon has to cover too. Sigma is at least
-    ``MIN_NOISE``, however large epsilon is.
+    ``spent`` are other steps (noise multiplier, sample rate, number) that epsilon has to cover too, and ``group`` is
+    the most examples of a protected unit in a step. Sigma is at least ``MIN_NOISE``, however large epsilon is.
 
     Notes
     -----
@@ -303,7 +324,7 @@ def noise_multiplier(
 
     def total(sigma: float) -> float:
         """Epsilon; of a sigma that was tried before it is remembered."""
-        return spent_epsilon(accountant, delta, (*spent, (sigma, sample_rate, steps)))
+        return spent_epsilon(accountant, delta, (*spent, steps_of(sigma, sample_rate, steps, group)))
 
     def attempt(sigma: float) -> None:
         nonlocal low, high
@@ -313,7 +334,7 @@ def noise_multiplier(
             high = min(high, sigma)
 
     def sigma_by(other: str, tolerance: float) -> float:
-        return noise_multiplier(epsilon, delta, sample_rate, steps, other, spent, tolerance)
+        return noise_multiplier(epsilon, delta, sample_rate, steps, other, spent, tolerance, group)
 
     for sigma in get_accountant(accountant).first_guesses(epsilon, total, sigma_by):
         attempt(sigma)
@@ -329,18 +350,20 @@ def noise_multiplier(
 
 
 @lru_cache(maxsize=65536)
-def spent_epsilon(accountant: str, delta: float, history: History) -> float:
-    """Epsilon of steps (noise multiplier, sample rate, number), by the accountant of a name.
+def spent_epsilon(accountant: str, delta: float, history: tuple[Steps, ...]) -> float:
+    """Epsilon of steps as a ledger holds them, by the accountant of a name.
 
     Every question has an answer, after a few seconds at most: steps that were taken must be counted. A noise multiplier
     below ``MIN_NOISE`` counts as no noise. Clients of like histories share one computation.
     """
     if not history:
         return 0.0
-    if any(sigma < MIN_NOISE for sigma, _, _ in history):
+    if any(entry[0] < MIN_NOISE for entry in history):
         return math.inf
     # The bound of less noise holds for more.
-    history = tuple((min(sigma, 10 * MAX_NOISE), q, n) for sigma, q, n in history)
+    groups: GroupHistory = tuple((min(e[0], 10 * MAX_NOISE), e[1], e[2], group_of(e)) for e in history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return get_accountant(accountant).epsilon(delta, history)
+        if any(group > 1 for *_, group in groups):
+            return get_accountant(accountant).group_epsilon(delta, groups)
+        return get_accountant(accountant).epsilon(delta, tuple(entry[:3] for entry in groups))

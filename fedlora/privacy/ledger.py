@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.errors import BudgetError
+from fedlora.privacy.accountants import Steps, group_of, steps_of
 from fedlora.privacy.calibration import PrivacyPlan, spent_epsilon
 
 
@@ -17,8 +18,9 @@ class Ledger:
     accountant : str
         ``privacy.accountant``.
     delta : float
-    history : list of (float, float, int), optional
-        (noise multiplier, sample rate, steps), as accountants take it.
+    history : list of tuple, optional
+        (noise multiplier, sample rate, steps), as accountants take it, and where a unit has several examples in a step
+        their number.
 
     Notes
     -----
@@ -27,14 +29,14 @@ class Ledger:
     charges its owner's ledger before every step (:mod:`fedlora.node.node_ledger`).
     """
 
-    def __init__(self, accountant: str, delta: float, history: list[tuple[float, float, int]] | None = None) -> None:
+    def __init__(self, accountant: str, delta: float, history: Sequence[Steps] | None = None) -> None:
         self.accountant, self.delta = accountant, delta
         self.history = list(history or [])
 
     @property
     def steps(self) -> int:
         """All steps charged so far."""
-        return sum(steps for _, _, steps in self.history)
+        return sum(entry[2] for entry in self.history)
 
     def epsilon(self) -> float:
         """Epsilon at the ledger's delta of all that was charged; infinite where a step had no noise."""
@@ -62,27 +64,30 @@ class Ledger:
         """Add steps that were released, and the start if it was made from the client's examples."""
         self.history = self._extended(plan, steps, start)
 
-    def _extended(self, plan: PrivacyPlan, steps: int, start: bool) -> list[tuple[float, float, int]]:
+    def _extended(self, plan: PrivacyPlan, steps: int, start: bool) -> list[Steps]:
         history = [*self.history, *(plan.start if start else ())]
-        entry = (plan.noise_multiplier, plan.sample_rate)
-        if history and history[-1][:2] == entry:
-            history[-1] = (*entry, history[-1][2] + steps)
+        if history and history[-1] == plan.charged(history[-1][2]):
+            history[-1] = plan.charged(history[-1][2] + steps)
         elif steps:
-            history.append((*entry, steps))
+            history.append(plan.charged(steps))
         return history
 
     def to_record(self) -> dict[str, Any]:
         """Return the ledger as scalars and lists, for a Flower ConfigRecord."""
+        groups = [group_of(entry) for entry in self.history]
         return {
             "accountant": self.accountant,
             "delta": self.delta,
-            "noise-multipliers": [float(sigma) for sigma, _, _ in self.history],
-            "sample-rates": [float(rate) for _, rate, _ in self.history],
-            "steps": [int(steps) for _, _, steps in self.history],
+            "noise-multipliers": [float(entry[0]) for entry in self.history],
+            "sample-rates": [float(entry[1]) for entry in self.history],
+            "steps": [int(entry[2]) for entry in self.history],
+            **({"groups": groups} if any(group > 1 for group in groups) else {}),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Ledger:
         """Rebuild a ledger from :meth:`to_record`."""
-        history = zip(record["noise-multipliers"], record["sample-rates"], record["steps"], strict=True)
-        return cls(str(record["accountant"]), float(record["delta"]), list(history))
+        columns = [record[key] for key in ("noise-multipliers", "sample-rates", "steps")]
+        groups = record.get("groups") or [1] * len(columns[0])
+        history = [steps_of(*entry) for entry in zip(*columns, groups, strict=True)]
+        return cls(str(record["accountant"]), float(record["delta"]), history)

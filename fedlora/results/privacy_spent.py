@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binom
+
 from fedlora.config import Config, read_config
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.privacy.accountants import History, get_accountant
+from fedlora.privacy.accountants import Steps, get_accountant, group_of, steps_of
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
-
-Steps = list[tuple[float, float, int]]
-"""Noise multiplier, sample rate and number."""
 
 AGREES = 0.02
 """By how much two accountants of one kind may differ, as a share of epsilon."""
@@ -36,9 +35,10 @@ class Spent:
         Whose epsilon this is; ``all`` where one holds for all.
     clients : int
         How many have an epsilon of their own.
-    history : list of (float, float, int)
-        Noise multiplier, sample rate and number of the noisy steps that were released, those of the start first.
-    start : list of (float, float, int)
+    history : list of tuple
+        Noise multiplier, sample rate and number of the noisy steps that were released, those of the start first; and
+        where a unit has several examples in a step at most how many.
+    start : list of tuple
         Those of the start, before the first round; empty where it read no examples.
     delta : float
     accountant : str
@@ -61,8 +61,8 @@ class Spent:
     mechanism: str
     client: str
     clients: int
-    history: Steps
-    start: Steps
+    history: list[Steps]
+    start: list[Steps]
     delta: float
     accountant: str
     recorded: float
@@ -80,9 +80,9 @@ class Spent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-compatible values."""
-        names = "noise_multiplier", "sample_rate", "steps"
+        names = "noise_multiplier", "sample_rate", "steps", "examples_per_unit"
         steps = {
-            key: [dict(zip(names, each, strict=True)) for each in history]
+            key: [dict(zip(names, each, strict=False)) for each in history]
             for key, history in (("history", self.history), ("start", self.start))
         }
         return asdict(self) | {**steps, "difference": self.difference}
@@ -117,12 +117,13 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     privacy, mechanism = config.privacy, mechanism_of(config)
     epsilon = spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
     others = second_opinion(privacy.target_delta, tuple(history))
-    compared = get_accountant(privacy.accountant).kind
+    kind = get_accountant(privacy.accountant).kind
+    compared = kind if kind in others else "pld"
     return Spent(
         run=str(folder),
         mode=privacy.mode,
-        unit=mechanism.unit,
-        neighbours=f"with and without {mechanism.unit} (add or remove)",
+        unit=mechanism.protects(config),
+        neighbours=f"with and without {mechanism.protects(config)} (add or remove)",
         mechanism=mechanism.describe(config),
         client=chosen,
         clients=len(last),
@@ -139,8 +140,10 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
     )
 
 
-def second_opinion(delta: float, history: History) -> dict[str, float]:
+def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]:
     """Compute epsilon by Google's dp-accounting: by Renyi divergences, and by privacy loss distributions.
+
+    Of units with several examples in a step, mixtures of Gaussians, it has privacy loss distributions alone.
 
     Raises
     ------
@@ -148,22 +151,27 @@ def second_opinion(delta: float, history: History) -> dict[str, float]:
         If it is not installed.
     """
     try:
-        import dp_accounting
+        from dp_accounting import dp_event
         from dp_accounting.pld import PLDAccountant
         from dp_accounting.rdp import RdpAccountant
     except ImportError:
         remedy = "is needed for a second opinion; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
-    if any(sigma == 0 for sigma, _, _ in history):
-        return {"rdp": math.inf, "pld": math.inf}
-    found = {}
-    for name, accountant in (("rdp", RdpAccountant()), ("pld", PLDAccountant())):
-        for sigma, rate, steps in history:
-            event = dp_accounting.GaussianDpEvent(sigma)
-            drawn = event if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, event)
-            accountant.compose(drawn, steps)
-        found[name] = float(accountant.get_epsilon(delta))
-    return found
+    grouped = any(group_of(entry) > 1 for entry in history)
+    accountants = {"pld": PLDAccountant()} if grouped else {"rdp": RdpAccountant(), "pld": PLDAccountant()}
+    if any(entry[0] == 0 for entry in history):
+        return dict.fromkeys(accountants, math.inf)
+    for entry in history:
+        sigma, rate, steps, group = *entry[:3], group_of(entry)
+        event: dp_event.DpEvent = dp_event.GaussianDpEvent(sigma)
+        if group > 1:
+            j = range(group + 1)
+            event = dp_event.MixtureOfGaussiansDpEvent(sigma, list(j), list(binom.pmf(j, group, rate)))
+        elif rate < 1:
+            event = dp_event.PoissonSampledDpEvent(rate, event)
+        for accountant in accountants.values():
+            accountant.compose(event, steps)
+    return {name: float(accountant.get_epsilon(delta)) for name, accountant in accountants.items()}
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
@@ -175,24 +183,25 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         raise InputError("RUN", str(folder), remedy) from None
 
 
-def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> tuple[Steps, Steps]:
+def _history(config: Config, rows: list[dict[str, str]], folder: Path) -> tuple[list[Steps], list[Steps]]:
     """Add up a client's steps of one noise and one rate; return those of a start that read its examples, and all."""
-    before = _steps(row for row in rows if row["round"] == "0")
-    rounds = _steps(row for row in rows if row["round"] != "0")
+    group = config.privacy.group
+    before = _steps((row for row in rows if row["round"] == "0"), group)
+    rounds = _steps((row for row in rows if row["round"] != "0"), group)
     method = get_method(config.method.name)
     if method.start_examples(config) and not method.start_exchanges(config):
         # The start was charged with the client's first steps, in one line.
         plan = mechanism_of(config).plan(config, _examples(config, rows[0], folder))
-        before = plan.start if plan is not None else []
+        before = list(plan.start) if plan is not None else []
     return before, [*before, *rounds]
 
 
-def _steps(rows: Iterable[dict[str, str]]) -> Steps:
+def _steps(rows: Iterable[dict[str, str]], group: int) -> list[Steps]:
     steps: dict[tuple[float, float], int] = {}
     for row in rows:
         key = float(row["noise_multiplier"]), float(row["sample_rate"])
         steps[key] = steps.get(key, 0) + int(row["steps"])
-    return [(sigma, rate, count) for (sigma, rate), count in steps.items()]
+    return [steps_of(sigma, rate, count, group) for (sigma, rate), count in steps.items()]
 
 
 def _examples(config: Config, row: dict[str, str], folder: Path) -> int:
@@ -228,6 +237,8 @@ def _not_covered(config: Config, folder: Path) -> list[str]:
         found.append("the scores on the clients' own examples (clients.csv)")
     if (folder / "partition.csv").exists():
         found.append("partition.csv and the partition's picture, which count the clients' examples by class")
+    if config.privacy.protects_units:
+        found.append("what other clients made of a person's examples, if there are some elsewhere")
     try:
         study = json.loads((folder.resolve().parents[1] / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, IndexError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.privacy.units import UnitNoise, compare_units
 from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import PlannedRun
 from fedlora.training import ClientJob, train_cohort
@@ -47,6 +49,8 @@ class Forecast:
         One for each client, in order, or one of the server's; empty without privacy.
     ranks : list of int or "full"
         Of each client, in order; empty where clients have no ranks of their own.
+    unit_noise : list of UnitNoise
+        Where persons are protected: the noise of the run's way to do so, then of the other way, for a typical client.
     """
 
     clients: int
@@ -58,6 +62,7 @@ class Forecast:
     evaluated_examples: int
     noise_multipliers: list[float]
     ranks: list[int | Literal["full"]]
+    unit_noise: list[UnitNoise] = field(default_factory=list)
 
     @property
     def payload_bytes(self) -> int:
@@ -86,9 +91,10 @@ def forecast(config: Config) -> Forecast:
     strategy = get_strategy(config.method.name)(config)
     strategy.nodes = {client: client for client in range(len(data.partition))}
     planned = strategy.planned(strategy.server_model(data, "meta"))
-    sizes = [int(size) for size in data.partition.sizes]
+    sizes = data.drawn_sizes(config.privacy)
     mechanism = mechanism_of(config)
-    plans = [*(mechanism.plan(config, size) for size in sizes), mechanism.server_plan(config, len(sizes))]
+    units = [data.units_of(client, config.privacy) for client in range(len(sizes))]
+    plans = [*map(partial(mechanism.plan, config), sizes, units), mechanism.server_plan(config, len(sizes))]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round if so configured, in rounds that are due, and after the last.
     evaluations = config.server.evaluate_start + 1 + sum(server_round % every == 0 for server_round in rounds[:-1])
@@ -109,6 +115,7 @@ def forecast(config: Config) -> Forecast:
         evaluated_examples=(evaluations + again) * len(data.test) + evaluations * validation,
         noise_multipliers=[plan.noise_multiplier for plan in plans if plan is not None],
         ranks=list(planned.ranks),
+        unit_noise=compare_units(config, data.typical_units()),
     )
 
 
@@ -199,7 +206,8 @@ def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[C
     jobs = []
     for client in range(min(most, len(data.partition))):
         rows = data.partition[client]
-        plan = mechanism_of(config).plan(config, len(rows))
+        drawn, units = data.drawn_from(client, config.privacy), data.units_of(client, config.privacy)
+        plan = mechanism_of(config).plan(config, drawn, units)
         assert config.client.learning_rate is not None
         jobs.append(ClientJob(client, 1, rows, arrays, config.client.learning_rate, plan))
     return jobs

@@ -40,3 +40,44 @@ def poisson_batches(
             draws = (torch.rand(shape, generator=generator) < sample_rate).numpy()
         for drawn in draws:
             yield rows[np.flatnonzero(drawn)]
+
+
+def unit_batches(
+    rows: np.ndarray,
+    units: np.ndarray,
+    sample_rate: float,
+    steps: int,
+    generator: torch.Generator | None,
+    most: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield ``steps`` batches, maybe empty ones, into which every unit enters with probability ``sample_rate``.
+
+    Parameters
+    ----------
+    rows : ndarray of int
+    units : ndarray of int
+        The unit of each row.
+    sample_rate : float
+    steps : int
+    generator : torch.Generator or None
+        None for the operating system's entropy.
+    most : int, optional
+        At most so many rows of a unit, drawn anew in every step; all by default.
+
+    Yields
+    ------
+    ndarray of int
+        All rows of a unit follow each other.
+    """
+    order = np.argsort(units, kind="stable")
+    members = np.split(rows[order], np.flatnonzero(np.diff(units[order])) + 1)
+    for drawn in poisson_batches(np.arange(len(members)), sample_rate, steps, generator):
+        chosen = [_some(members[unit], most, generator) for unit in drawn]
+        yield np.concatenate([np.empty(0, np.int64), *chosen])
+
+
+def _some(rows: np.ndarray, most: int | None, generator: torch.Generator | None) -> np.ndarray:
+    if most is None or len(rows) <= most:
+        return rows
+    chances = entropy.uniform(len(rows)) if generator is None else torch.rand(len(rows), generator=generator).numpy()
+    return rows[np.sort(np.argsort(chances, kind="stable")[:most])]

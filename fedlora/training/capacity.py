@@ -39,7 +39,10 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
         return 1
     if dependence(adapted, config, table.pad_token_id) is not None:
         return 1  # clients are trained one at a time
-    rows = np.sort(np.argsort(table.lengths, kind="stable")[-config.client.batch_size :])
+    each = 1
+    if job.plan is not None and job.plan.samples_units and table.units is not None:
+        each = min(-(-len(table) // len(np.unique(table.units))), job.plan.examples_per_unit or len(table))
+    rows = np.sort(np.argsort(table.lengths, kind="stable")[-config.client.batch_size * each :])
     plan = job.plan and dataclasses.replace(job.plan, sample_rate=1.0)
     probe = dataclasses.replace(job, rows=rows, plan=plan)
     client = config.client.model_copy(update={"local_steps": 1, "local_epochs": None})

@@ -25,7 +25,7 @@ from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.roles import kind_of
-from fedlora.training.batches import poisson_batches, shuffled_batches
+from fedlora.training.batches import poisson_batches, shuffled_batches, unit_batches
 from fedlora.training.checkpointing import dropout_states, set_dropout_states
 from fedlora.training.dp import (
     StackedDPOptimizer,
@@ -39,6 +39,7 @@ from fedlora.training.optimizer_state import put_states, take_states
 from fedlora.training.rule import StepRule
 from fedlora.training.soundness import check_packing, check_sound, dependence
 from fedlora.training.step_memory import StepMemory, step_memory
+from fedlora.training.unit_sums import UnitBatch
 
 log = logging.getLogger("fedlora")
 
@@ -95,7 +96,7 @@ class ClientResult:
         Trained, on the CPU.
     steps : int
     examples : int
-        n, all examples that the client holds.
+        n, all examples that the client holds; or units, where its steps draw these.
     loss : float
         Mean over the examples that it trained on, in nats; nan where there was none.
     state : dict of str to Tensor
@@ -139,8 +140,8 @@ def train_cohort(
     table : TokenTable
         Holds the rows of all jobs.
     jobs : sequence of ClientJob
-        All private with one clipping norm, or none; all of one learning rate, from arrays of the same names and shapes,
-        and of optimisers that took equally many steps.
+        All private with one clipping norm and one sort of unit, or none; all of one learning rate, from arrays of the
+        same names and shapes, and of optimisers that took equally many steps.
     config : Config
     rule : StepRule, optional
         Says what each step trains.
@@ -164,7 +165,8 @@ def train_cohort(
     if (reason := _obstacle(adapted, table, jobs, config)) is not None:
         log.warning("clients are trained one at a time, not in cohorts: %s", reason)
         return [result for job in jobs for result in train_cohort(adapted, table, [job], config, rule)]
-    steps = [local_steps(config, len(job.rows)) for job in jobs]
+    examples = [_drawn_from(job, table) for job in jobs]
+    steps = [local_steps(config, n) for n in examples]
     last = np.array(steps)
     adapted.set_clients([job.arrays for job in jobs])
     adapted.model.train()
@@ -173,7 +175,7 @@ def train_cohort(
     optimizer = _optimizer(client, named, start, jobs)
     _check_held(optimizer, named)
     generators = [_Generators(config.run.seed, job, adapted.device) for job in jobs]
-    batches = [_batches(job, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
+    batches = [_batches(job, table, g, client, n) for job, g, n in zip(jobs, generators, steps, strict=True)]
     results: list[ClientResult | None] = [None] * len(jobs)
     seen, taken = np.zeros(len(jobs), np.int64), np.zeros((len(named), len(jobs)), np.int64)
     with ExitStack() as stack:
@@ -181,7 +183,7 @@ def train_cohort(
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         if private:
-            choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()))
+            choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()), _draws_units(jobs[0]))
             stack.enter_context(per_example_gradients(adapted))
         stepper = _Stepper(adapted, table, config, optimizer, jobs, generators, memory, rule)
         for step in range(max(steps)):
@@ -203,7 +205,7 @@ def train_cohort(
             for k, arrays, state in zip(done, adapted.trained_arrays(done), states, strict=True):
                 mean, job = float(losses[k] / seen[k]) if seen[k] else float("nan"), jobs[k]
                 trained = dict(zip(adapted.trained, taken[:, k].tolist(), strict=True))
-                results[k] = ClientResult(arrays, steps[k], len(job.rows), mean, state, job.learning_rate, trained)
+                results[k] = ClientResult(arrays, steps[k], examples[k], mean, state, job.learning_rate, trained)
     return [result for result in results if result is not None]
 
 
@@ -223,8 +225,23 @@ def _packs(table: TokenTable, jobs: Sequence[ClientJob], config: Config) -> bool
 
 
 def _check_alike(jobs: Sequence[ClientJob]) -> None:
-    if len({(job.learning_rate, job.plan and job.plan.max_grad_norm) for job in jobs}) > 1:
-        raise ValueError("the clients of a cohort share one learning rate, and one clipping norm or none")
+    if len({(job.learning_rate, job.plan and job.plan.max_grad_norm, _draws_units(job)) for job in jobs}) > 1:
+        raise ValueError("the clients of a cohort share one learning rate, and one clipping norm and unit or none")
+
+
+def _draws_units(job: ClientJob) -> bool:
+    return job.plan is not None and job.plan.samples_units
+
+
+def _drawn_from(job: ClientJob, table: TokenTable) -> int:
+    """Return of how many examples, or units, a client's steps draw."""
+    return len(np.unique(_units(job.rows, table))) if _draws_units(job) else len(job.rows)
+
+
+def _units(rows: np.ndarray, table: TokenTable) -> np.ndarray:
+    if table.units is None:
+        raise GuardError("the examples do not say whose they are, so that no person's can be clipped together")
+    return np.asarray(table.units[rows])
 
 
 class _Stepper:
@@ -261,6 +278,7 @@ class _Stepper:
         self.unreached = set(adapted.trained)
         private = [job.plan for job in jobs if job.plan is not None]
         self.pack_to = config.model.max_length if _packs(table, jobs, config) else None
+        self._draws_units = _draws_units(jobs[0])
         if private:
             self._dp = StackedDPOptimizer(
                 optimizer,
@@ -285,12 +303,15 @@ class _Stepper:
         if self._dp is not None:
             self._dp.idle = idle
         sizes = np.array([len(r) for r in rows])
-        if self._client.group_by_length:
+        units = [_units(r, self.table) for r in rows] if self._draws_units else None
+        if self._client.group_by_length and units is None:
             rows = [r[np.argsort(self.table.lengths[r], kind="stable")] for r in rows]
         start, longest = 0, int(sizes.max())
         while start < longest:
             size = self._memory.physical_batch_size or longest
             chunk = [r[start : start + size] for r in rows]
+            if self._dp is not None and units is not None:
+                self._dp.units = UnitBatch(units, start, size)
             if self._add(chunk, sizes):
                 start += size
         if self._dp is None:
@@ -398,7 +419,12 @@ def _generator(device: torch.device, sequence: np.random.SeedSequence) -> torch.
     return generator
 
 
-def _batches(job: ClientJob, generators: _Generators, client: ClientSection, steps: int) -> Iterator[np.ndarray]:
+def _batches(
+    job: ClientJob, table: TokenTable, generators: _Generators, client: ClientSection, steps: int
+) -> Iterator[np.ndarray]:
+    if job.plan is not None and job.plan.samples_units:
+        units, most = _units(job.rows, table), job.plan.examples_per_unit
+        return unit_batches(job.rows, units, job.plan.sample_rate, steps, generators.sampling, most)
     if job.plan is not None:
         return poisson_batches(job.rows, job.plan.sample_rate, steps, generators.sampling)
     assert generators.sampling is not None  # only private jobs are secret

@@ -1,7 +1,8 @@
 """DP-SGD for a cohort, on Opacus: per-example gradients by its hooks, clipping and noise by its optimiser.
 
-The unit of privacy is one example of one client. Each client has its own sum of clipped gradients, its own noise, drawn
-from its own generator, and its own divisor; so a client's result does not depend on which clients share the pass.
+The unit of privacy is one example of one client, or one person with its examples there. Each client has its own sum of
+clipped gradients, its own noise, drawn from its own generator, and its own divisor; so a client's result does not
+depend on which clients share the pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedlora import entropy
 from fedlora.adapters import AdaptedModel, RowLayout
 from fedlora.adapters.stacked import RowProducts, StackedLayer
 from fedlora.errors import GuardError
+from fedlora.training.unit_sums import UnitBatch
 
 NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
 """So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
@@ -80,7 +82,9 @@ def forget_batch(adapted: AdaptedModel) -> None:
                     p.grad_sample = None
 
 
-def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int) -> dict[str, bool]:
+def choose_ghost_norms(
+    adapted: AdaptedModel, names: Iterable[str], tokens: int, units: bool = False
+) -> dict[str, bool]:
     """Choose, for every trained weight, between per-example gradients and ghost norms, whichever costs less.
 
     Parameters
@@ -90,6 +94,8 @@ def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int)
         Of the trained arrays; biases have no choice.
     tokens : int
         Of the longest row; the choice must be the same in every batch and cohort of a run.
+    units : bool
+        Whether the gradients of several rows are added up before they are clipped: then none are ghost norms.
 
     Returns
     -------
@@ -102,7 +108,7 @@ def choose_ghost_norms(adapted: AdaptedModel, names: Iterable[str], tokens: int)
             continue
         layer = layers[name]
         length = 1 if name.rpartition(".")[0] in adapted.head else tokens
-        layer.ghost = layer.ghost_norms_pay(length)
+        layer.ghost = not units and layer.ghost_norms_pay(length)
         chosen[name] = layer.ghost
     return chosen
 
@@ -168,11 +174,13 @@ class StackedDPOptimizer(DPOptimizer):
     ----------
     idle : list of Parameter
         Those that the step under way leaves out: of an example's norm, of what is noised, and of what moves.
+    units : UnitBatch or None
+        Which rows of the physical batch are of one unit, where units are clipped and not rows.
 
     Notes
     -----
     Client k's gradient is (sum of its rows times min(1, C / (norm + 1e-6)) + sigma_k C noise_k) / E_k, with the norm
-    taken over all trained parameters together, as in Opacus.
+    taken over all trained parameters together, as in Opacus. With units the mean of a unit's rows is in a row's place.
     """
 
     def __init__(
@@ -198,26 +206,41 @@ class StackedDPOptimizer(DPOptimizer):
         self.generators = list(generators)
         self.layout, self.after_noise = layout, after_noise
         self.idle: list[torch.nn.Parameter] = []
+        self.units: UnitBatch | None = None
+        self._carried: dict[int, torch.Tensor] = {}
         self._noise = torch.empty(0)
 
     def clip_and_accumulate(self) -> None:
-        """Clip every row over all parameters and add it to its client's sum; a batch without rows adds nothing."""
+        """Clip every row, or unit, over all parameters and add it to its client's sum; an empty batch adds nothing."""
         idle = set(map(id, self.idle))
         params = [p for p in self.params if getattr(p, "grad_sample", None) is not None and id(p) not in idle]
         if not params:
             return
+        samples, layout = [p.grad_sample for p in params], self.layout
+        if self.units is not None and len(samples[0]):
+            samples, layout = self._by_unit(params, self.units), self.units.clients
         # A split model's norms and factors meet on the first parameter's device.
-        norms = torch.stack([_norms(p.grad_sample).to(params[0].device) for p in params]).norm(dim=0)
+        norms = torch.stack([_norms(sample).to(params[0].device) for sample in samples]).norm(dim=0)
         # A gradient that overflowed is left out: the NaN that it would make of the sum tells that its example is there.
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
-        for p in params:
-            sample, weights = p.grad_sample, factors.to(p)
+        if self.units is not None and layout is self.units.clients:
+            factors = self.units.known(factors)
+        for p, sample in zip(params, samples, strict=True):
+            weights = factors.to(p)
             if isinstance(sample, RowProducts):
                 sample = RowProducts(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (sample.g, sample.x)))
-                summed = sample.sum_rows(self.layout, weights)
+                summed = sample.sum_rows(layout, weights)
             else:
-                summed = self.layout.sum_rows(sample.nan_to_num_(0.0, 0.0, 0.0), weights)
+                summed = layout.sum_rows(sample.nan_to_num_(0.0, 0.0, 0.0), weights)
             p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
+
+    def _by_unit(self, params: list[Any], units: UnitBatch) -> list[torch.Tensor]:
+        """Add up the rows of each unit; keep of a unit that goes on what is to be added in the next physical batch."""
+        found = []
+        for p in params:
+            summed, self._carried[id(p)] = units.sums(p.grad_sample, self._carried.get(id(p)))
+            found.append(summed)
+        return found
 
     def add_noise(self) -> None:
         """Add each client's noise, from its own generator, whether or not it had a row."""

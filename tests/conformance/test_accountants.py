@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedlora.config import MAX_NOISE, MIN_NOISE, load_config
+from fedlora.config import MAX_GROUP, MAX_NOISE, MIN_NOISE, load_config
 from fedlora.errors import InputError
 from fedlora.node.config import PolicySection
 from fedlora.privacy.accountants import Accountant, History, get_accountant
@@ -45,6 +45,30 @@ def _answers(accountant: Accountant, delta: float, history: History) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_every_history_has_an_answer_soon(accountant: Accountant) -> None:
     _answers(accountant)
+
+
+@settings(max_examples=6)
+@given(deltas, st.tuples(steps, st.integers(2, MAX_GROUP)))
+def _answers_for_a_group(accountant: Accountant, delta: float, drawn: tuple[tuple[float, float, int], int]) -> None:
+    began = time.process_time()
+    epsilon = spent_epsilon(accountant.name, delta, ((*drawn[0], drawn[1]),))
+    assert time.process_time() - began < SECONDS
+    assert epsilon >= 0
+    assert math.isinf(epsilon) or accountant.counts_groups
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_group_has_an_answer_soon(accountant: Accountant) -> None:
+    _answers_for_a_group(accountant)
+
+
+def test_a_group_costs_more_than_one_and_adds_up(accountant: Accountant) -> None:
+    entry, other = (3.0, 0.05, 100), (2.0, 0.02, 50)
+    one, group = (spent_epsilon(accountant.name, 1e-5, (each,)) for each in (entry, (*entry, 3)))
+    assert group > one
+    both = spent_epsilon(accountant.name, 1e-5, ((*entry, 3), other))
+    assert both >= group
+    assert both == pytest.approx(spent_epsilon(accountant.name, 1e-5, (other, (*entry, 3))), rel=1e-6)
 
 
 def test_more_costs_more(accountant: Accountant) -> None:

@@ -56,6 +56,8 @@ def test_commands_exist(line: str) -> None:
     words = line.split()[1:]
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+    # What follows may be no command of the group, but an argument of the one that it gives by default.
+    command = getattr(command, "commands", {}).get(getattr(command, "default", ""), command)
     assert not hasattr(command, "commands"), f"no such command: {line}"
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known

@@ -125,6 +125,7 @@ FORMERLY = [
     {"noise_multiplier": 1e160},
     {"noise_multiplier": 1e-200},
     {"noise_multiplier": 0.02, "accountant": "gdp"},
+    {"noise_multiplier": 0.1, "accountant": "gdp", "target_delta": 0.01},
     {"noise_multiplier": 0.01, "accountant": "prv"},
     {"target_epsilon": 1e308},
     {"target_epsilon": 1e-3},

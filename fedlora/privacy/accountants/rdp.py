@@ -10,12 +10,16 @@ from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis import rdp
 from scipy.special import binom, gammaln, logsumexp
 
-from fedlora.privacy.accountants import Accountant, History
+from fedlora.privacy.accountants import Accountant, GroupHistory, History
+from fedlora.privacy.accountants._groups import GroupStep
 
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 80, 128, 256, 512]
 """Opacus' own orders end at 63, at which no noise comes below epsilon 0.1 for delta 1e-5, a start's share of 1."""
 
 _WHOLE = np.flatnonzero(np.array(_ORDERS) % 1 == 0)
+_SPREAD = np.unique(np.searchsorted(_ORDERS, np.geomspace(0.1, _ORDERS[-1] - 1, 156) + 1 - 1e-9))
+"""Places of orders that grow by some 6 %: those for groups, whose divergences are integrals."""
+
 _BETWEEN = np.flatnonzero(np.array(_ORDERS) % 1 != 0)
 """Places of the whole orders, and of the others, whose series take nearly all the time."""
 
@@ -24,7 +28,7 @@ class Rdp(Accountant):
     """As Opacus' accountant, but with more orders, with a step's divergences cached, and without needless ones."""
 
     name = kind = "rdp"
-    is_bound = True
+    is_bound = counts_groups = True
 
     def epsilon(self, delta: float, history: History) -> float:
         """Add the steps' divergences and convert the sum at the best order.
@@ -42,6 +46,12 @@ class Rdp(Accountant):
             spent[place] = sum(_divergence(sigma, q, place) * n for sigma, q, n in history)
             best = _convert(spent, delta)
         return best
+
+    def group_epsilon(self, delta: float, history: GroupHistory) -> float:
+        """Add the divergences of mixtures of Gaussians."""
+        spent = np.full(len(_ORDERS), np.inf)
+        spent[_SPREAD] = sum(_group_divergences(sigma, q, k) * n for sigma, q, n, k in history)
+        return _convert(spent, delta)
 
 
 def _convert(spent: np.ndarray, delta: float) -> float:
@@ -89,6 +99,12 @@ def _divergence(sigma: float, q: float, place: int) -> float:
     if _is_small(sigma, q):
         return float(_small_step_rdp(sigma, q)[place])
     return float(rdp.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[_ORDERS[place]])[0])
+
+
+@lru_cache(maxsize=65536)
+def _group_divergences(sigma: float, q: float, group: int) -> np.ndarray:
+    """Renyi divergences of one step of a unit with so many examples, at the orders of ``_SPREAD``."""
+    return GroupStep(sigma, q, group).divergences(np.array(_ORDERS)[_SPREAD])
 
 
 @lru_cache(maxsize=65536)

@@ -21,7 +21,7 @@ class Mechanism(ABC):
     name : str
         ``privacy.mode``, and the name of the file.
     unit : str
-        The unit of privacy, as summary.json names it; "" where nothing is protected.
+        The unit of privacy; "" where nothing is protected. :meth:`protects` is what summary.json names.
     noise_by : str
         Who adds the noise, and so keeps the ledger: ``client``, ``server`` or ``nobody``.
     clips_examples : bool
@@ -40,6 +40,10 @@ class Mechanism(ABC):
     def is_private(self) -> bool:
         """Whether anything is protected."""
         return self.noise_by != "nobody"
+
+    def protects(self, config: Config) -> str:
+        """Return the unit of privacy of a run."""
+        return self.unit
 
     def describe(self, config: Config) -> str:
         """Say in a sentence what is clipped and noised; "" where nothing is."""
@@ -63,8 +67,16 @@ class Mechanism(ABC):
         """
         return
 
-    def plan(self, config: Config, examples: int) -> PrivacyPlan | None:
-        """Return the privacy plan of a client with this number of examples; None if the client adds no noise.
+    def plan(self, config: Config, examples: int, units: int | None = None) -> PrivacyPlan | None:
+        """Return the privacy plan of a client; None if the client adds no noise.
+
+        Parameters
+        ----------
+        config : Config
+        examples : int
+            Of how many examples, or units where steps draw these, a step draws.
+        units : int, optional
+            How many units they are of, where steps draw single examples of them.
 
         Raises
         ------
