@@ -281,7 +281,8 @@ class Federation:
         """Put the meter and the parts around the Grid."""
         clients = self.roster.clients()
         formula = self.method.client_formula(self.adapted, self.parts)
-        self.meter = MeteredGrid(AddressedGrid(self.grid), formula, clients)
+        streamed = self.roster.real and self.config.server.over_sampling > 1
+        self.meter = MeteredGrid(AddressedGrid(self.grid, streamed), formula, clients)
         self.wire = Broadcast(self.meter, self.parts, clients, self.dtype)
         self.meter.totals.update(self.checkpoint.get("communication", {}))
 

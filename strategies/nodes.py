@@ -340,12 +340,28 @@ def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError
 
 
 class AddressedGrid(GridDecorator):
-    """Names the node in errors that the SuperLink answers in a node's place."""
+    """Names the node in errors that the SuperLink answers in a node's place.
+
+    Parameters
+    ----------
+    grid : Grid
+    streamed : bool
+        Pass each reply on when it comes, so that who has enough of them need not wait for the others. Flower's own Grid
+        returns all at the end.
+    """
+
+    def __init__(self, grid: Grid, streamed: bool = False) -> None:
+        super().__init__(grid)
+        self.streamed = streamed
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send and receive; replies are passed on as they come."""
         outgoing = list(messages)
-        replies = self.grid.send_and_receive(outgoing, timeout=timeout)
+        replies: Iterable[Message]
+        if self.streamed:
+            replies = self._stream(outgoing, timeout)
+        else:
+            replies = self.grid.send_and_receive(outgoing, timeout=timeout)
         # Messages have their ids once they are sent, which a Grid may do only as its replies are asked for.
         for reply in replies:
             if reply.has_error():
@@ -353,6 +369,18 @@ class AddressedGrid(GridDecorator):
                 yield from _addressed([reply], sent)
             else:
                 yield reply
+
+    def _stream(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
+        while waiting:
+            found = list(self.grid.pull_messages(list(waiting)))
+            waiting -= {reply.metadata.reply_to_message_id for reply in found}
+            yield from found
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            if waiting and not found:
+                time.sleep(_POLL_SECONDS)
 
 
 def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:

@@ -25,6 +25,9 @@ PART = 16
 DEATHS = 3
 """So many workers may end on a message until its client is given up: it may be what ends them."""
 
+MOST_STARTING = 600.0
+"""Seconds in an exchange for which a deadline waits for workers to start."""
+
 QUEUED = 2
 """Batches in flight for each worker, so that it does not wait for the driver between two of them."""
 
@@ -49,10 +52,13 @@ class RayExchange:
     ----------
     grid : RayGrid
     messages : list of Message
+    deadline : float, optional
+        Of :func:`time.monotonic`; it moves by the time in which workers start.
     """
 
-    def __init__(self, grid: RayGrid, messages: list[Message]) -> None:
+    def __init__(self, grid: RayGrid, messages: list[Message], deadline: float | None) -> None:
         self.grid, self.messages = grid, messages
+        self.deadline, self.checked, self.starting_seconds = deadline, time.monotonic(), 0.0
         self.shared, self.references = _share_records(messages)
         self.batches = grid.batches(messages, self._capacity)
         self.waiting = deque(range(len(self.batches)))
@@ -67,24 +73,37 @@ class RayExchange:
         self.done: dict[int, Message] = {}
         self.due = 0
 
-    def replies(self, deadline: float | None) -> Iterator[Message]:
+    def replies(self) -> Iterator[Message]:
         """Yield the replies; what is under way at the deadline is late, and its workers are replaced."""
         while self.due + len(self.done) < len(self.messages):
             self._submit()
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _ = ray.wait(list(self.running), num_returns=1, timeout=left)
-            if not ready:
+            ready, _ = ray.wait(list(self.running), num_returns=1, timeout=self._patience())
+            if not ready and self._patience() == 0:
                 for late in {part.worker for part in self.running.values()}:
                     self.grid.replace_worker(late, kill=True)
                 for part in self.running.values():
                     self._answer(part.places, [late_reply(self.messages[i]) for i in part.places])
                 break
+            if not ready:
+                continue
             self._receive(self.running[ready[0]].worker)
             while self.due in self.done:
                 yield self.done.pop(self.due)
                 self.due += 1
         for place in sorted(self.done):
             yield self.done[place]
+
+    def _patience(self) -> float | None:
+        """Return for how long to wait: until the deadline, or until it is looked whether workers still start."""
+        if self.deadline is None:
+            return None
+        passed, starting = time.monotonic() - self.checked, self.grid.starting()
+        self.checked += passed
+        if starting and self.starting_seconds < MOST_STARTING:
+            self.starting_seconds += passed
+            self.deadline += passed
+        left = max(0.0, self.deadline - self.checked)
+        return min(left, 0.5) if starting else left
 
     def _submit(self) -> None:
         """Hand waiting batches to the workers with the fewest batches."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from fedlora.shared_base import Loan
 
 log = logging.getLogger("fedlora")
-
-_START_SECONDS = 600.0
-"""A worker that takes longer to start is late."""
 
 
 class RayGrid(SimulatedGrid):
@@ -112,17 +108,14 @@ class RayGrid(SimulatedGrid):
             self._loans = lend()
             for actor in self.actors if self._loans else ():
                 actor.borrow.remote(self._loans)
-        yield from RayExchange(self, messages).replies(self._once_started(deadline))
+        yield from RayExchange(self, messages, deadline).replies()
 
-    def _once_started(self, deadline: float | None) -> float | None:
-        """Wait for workers that are starting; return a deadline that is later by as much."""
-        if deadline is None or not self._starting:
-            return deadline
-        began = time.monotonic()
-        # One that ends meanwhile is found by whoever is asked of it.
-        ray.wait(self._starting, num_returns=len(self._starting), timeout=_START_SECONDS)
-        self._starting = []
-        return deadline + time.monotonic() - began
+    def starting(self) -> bool:
+        """Whether a worker is starting."""
+        if self._starting:
+            # One that ended meanwhile is found by whoever asks it.
+            _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        return bool(self._starting)
 
     def _start_worker(self) -> Any:
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(Worker)
