@@ -856,7 +856,7 @@ class FederatedStrategy(Method, Strategy):
             if self.waits and self._complete:
                 break
         for client in self.report.clients:
-            if client not in answered and self._complete:
+            if client not in answered and self._complete and self.waits:
                 self.report.surplus.append(client)
             elif client not in answered:
                 self.fail(client, NO_REPLY, "no reply within the timeout")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,11 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from fedlora.communication.broadcast import group_of, round_of
-from fedlora.config import load_config
+from fedlora.config import load_config, unused_keys
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.flower import set_message_id
+from fedlora.reporting.report import write_report
+from fedlora.reporting.runs import read_runs
 from fedlora.results.folder import RunResult
 from fedlora.results.privacy_spent import explain_privacy
 from fedlora.strategies import nodes
@@ -152,6 +156,31 @@ def test_a_forecast_knows_of_reserves(runs: LlamaRuns) -> None:
     result = runs.run(server=RESERVES)
     measured = [int(r["payload_bytes"]) for r in table(result, "communication.csv") if r["direction"] == "up"]
     assert sum(measured) == runs.forecast(server=RESERVES).uplink_bytes
+
+
+def test_the_report_counts_who_was_left_out_and_why(runs: LlamaRuns, tmp_path: Path) -> None:
+    with faulty({("2", 3): "slow"}):
+        result = runs.run(server={"round_deadline": 10.0})
+    (read,) = read_runs([result.folder]).runs
+    assert [(line.round, line.client, line.code) for line in read.left_out] == [(2, 3, "late")]
+    write_report([result.folder], output=tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'late <data value="1\.0" data-of="[^"]*" data-q="left_out\.late"', page)
+
+
+@pytest.mark.parametrize(
+    ("server", "key"),
+    [
+        ({"round_deadline": 60.0, "timeout": 60.0}, "round_deadline"),
+        ({"over_sampling": 1.3}, "over_sampling"),
+        ({"over_sampling": 1.3, "fraction_train": 0.5}, ""),
+        ({"round_deadline": 30.0, "timeout": 60.0}, ""),
+    ],
+)
+def test_keys_that_change_nothing_are_told(server: dict[str, Any], key: str) -> None:
+    config = load_config({**override("data", {"name": "x", "partition": {"clients": 4}}), "server": server})
+    told = {note.partition(" ")[0] for note in unused_keys(config)}
+    assert told & {f"server.{name}" for name in server} == ({f"server.{key}"} if key else set())
 
 
 @pytest.mark.parametrize("strategy", [None, lambda: FedAvg(fraction_evaluate=0.0)])
