@@ -13,6 +13,7 @@ import pytest
 from flwr.app import Array, Error, Message
 
 from fedlora.errors import ClientErrorCode
+from fedlora.flower import from_bytes, to_bytes
 from fedlora.simulation import LocalGrid
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 
@@ -41,7 +42,7 @@ class FaultyGrid(LocalGrid):
         self._worker.run = self._run_with_faults  # type: ignore[method-assign]
 
     def _run_with_faults(self, messages: list[Message], contexts: list[Any]) -> Iterator[Message]:
-        states = [context.state for context in contexts]
+        states = [from_bytes(to_bytes(context.state)) for context in contexts]
         replies = self._run(messages, contexts)
         for message, reply, context, state in zip(messages, replies, contexts, states, strict=True):
             fault = self._fault(message)

@@ -28,6 +28,9 @@ DEATHS = 3
 MOST_STARTING = 600.0
 """Seconds in an exchange for which a deadline waits for workers to start."""
 
+AHEAD = 256
+"""So many batches beyond the one that is due an idle worker may begin; their replies are held until then."""
+
 QUEUED = 2
 """Batches in flight for each worker, so that it does not wait for the driver between two of them."""
 
@@ -109,9 +112,11 @@ class RayExchange:
         """Hand waiting batches to the workers with the fewest batches."""
         load = Counter(part.worker for part in self.running.values() if part.last)
         size = len(self.batches[0])
-        while self.waiting and self.batches[self.waiting[0]][0] // size < self.due // size + self.window:
+        while self.waiting:
             worker = min(range(len(self.grid.actors)), key=lambda w: (load[w], w))
-            if load[worker] >= QUEUED:
+            ahead = self.batches[self.waiting[0]][0] // size - self.due // size
+            # A client that is slow must not keep idle workers from those behind it.
+            if load[worker] >= QUEUED or ahead >= (self.window if load[worker] else max(self.window, AHEAD)):
                 break
             load[worker] += 1
             batch = self.waiting.popleft()

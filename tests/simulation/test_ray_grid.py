@@ -202,6 +202,17 @@ def test_late_replies_are_given_up_and_the_grid_goes_on(grid: RayGrid) -> None:
     assert metric([reply], "calls") == [before + 1]
 
 
+def test_a_client_that_is_late_does_not_keep_others_from_their_turn(ray_here: None) -> None:
+    """More of them than replies are held where workers are busy."""
+    with RayGrid(apps.plain, 40, workers=2) as grid:
+        list(grid.send_and_receive(messages(clients=range(2))))  # both workers are up
+        replies = list(grid.send_and_receive(messages({"sleep-0": 60.0}, range(40)), timeout=8.0))
+    late = [c for c, reply in zip(clients_of(replies), replies, strict=True) if reply.has_error()]
+    assert late[0] == 0
+    assert len(late) <= ray_exchange.QUEUED
+    assert clients_of(replies) == list(range(40))
+
+
 def test_nothing_asked_is_nothing_answered(grid: RayGrid) -> None:
     assert list(grid.send_and_receive([])) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from fedlora.privacy.calibration import spent_epsilon
 from fedlora.results.folder import RunResult
 from fedlora.results.privacy_spent import explain_privacy
 from tests.configs import override
+from tests.drawn_methods import POINTS
 from tests.faulty_grid import Faults, everybody, faulty, left_out
-from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, table
+from tests.llama_runs import OWNERS, LlamaRuns, adapter, lines, runs_of_methods, table
 from tests.messages import settings, train_message
 
 PRIVATE: dict[str, Any] = {"mode": "example", "noise_multiplier": 1.0, "target_delta": 1e-3}
@@ -27,8 +29,9 @@ FAILED: Faults = everybody("2", OWNERS, "error")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> LlamaRuns:
-    return LlamaRuns(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaRuns]:
+    with runs_of_methods(tmp_path_factory.mktemp("retries"), POINTS) as made:
+        yield made
 
 
 def same(a: RunResult, b: RunResult) -> bool:
@@ -108,9 +111,11 @@ def test_the_first_round_too(runs: LlamaRuns, tmp_path: Path) -> None:
         {"privacy": {**PRIVATE, "mode": "client"}, "server": {"sampling": "poisson", "fraction_train": 0.9}},
         {"client": {"correction": "scaffold", "local_steps": 2, "optimizer": "sgd"}},
         {"wire": {"uplink_codec": "topk"}, "client": {"keep_optimizer_state": True}},
-        {"method": {"name": "fedsvd", "rank": 2}, "server": {"optimizer": "fedavg"}},
+        {"method": {"name": "fedsvd", "rank": 2}},
+        {"server": {"optimizer": "fedadam"}},
+        {"method": {"name": "twice", "rank": 2}},
     ],
-    ids=["plain", "example", "client", "scaffold", "topk", "fedsvd"],
+    ids=["plain", "example", "client", "scaffold", "topk", "fedsvd", "fedadam", "twice"],
 )
 def test_a_run_that_is_stopped_amid_an_attempt_resumes_to_the_same_bits(
     runs: LlamaRuns, tmp_path: Path, sections: dict[str, Any]
@@ -165,6 +170,21 @@ def test_noise_that_was_released_is_counted_and_what_was_not_is_not(runs: LlamaR
     assert table(none, "privacy.csv") == table(whole, "privacy.csv")
 
 
+def test_a_failure_in_the_second_exchange_takes_the_first_one_back(runs: LlamaRuns) -> None:
+    """Its release stays charged: a run of whole clients that repeats a round of two exchanges has one more."""
+    sections: dict[str, Any] = {
+        "method": {"name": "twice", "rank": 2},
+        "privacy": {"mode": "client", "noise_multiplier": 1.0, "target_delta": 1e-3},
+    }
+    with faulty(everybody("2/2", OWNERS, "error")) as asked:
+        result = runs.run(server=RETRIES, **sections)
+    assert list(asked) == ["1", "1/2", "2", "2/2", "2/1/1", "2/2/1", "3", "3/2"]
+    rows = table(result, "privacy.csv")
+    assert [row["round"] for row in rows] == ["1", "1", "2", "2", "2", "3", "3"]
+    rate = float(rows[0]["sample_rate"])
+    assert result.summary["epsilon"]["max"] == spent_epsilon("rdp", 1e-3, ((1.0, rate, 7),))
+
+
 def test_a_target_that_repeated_rounds_used_up_ends_the_run(
     runs: LlamaRuns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -203,13 +223,14 @@ def turns(rounds: int, retries: int | None, method: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("method", ["ffa-lora", "fedsvd"])
-def test_a_nodes_ledger_sees_attempts_in_their_order_and_none_twice(method: str) -> None:
+@pytest.mark.parametrize(("method", "exchanges"), [("ffa-lora", 1), ("twice", 2)])
+def test_a_nodes_ledger_sees_attempts_in_their_order_and_none_twice(
+    runs: LlamaRuns, method: str, exchanges: int
+) -> None:
     found = turns(4, 3, method)
     assert found == sorted(set(found))
-    assert len(found) >= 16
-    plain = turns(4, None, method)
-    assert plain == list(range(1, len(plain) + 1))
+    assert len(found) == 16 * exchanges
+    assert turns(4, None, method) == list(range(1, 4 * exchanges + 1))
 
 
 def test_a_node_refuses_to_repeat_rounds_of_a_run_that_repeats_none() -> None:
