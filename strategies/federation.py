@@ -309,6 +309,8 @@ class Federation:
         line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
         if retries is not None:
             line["retries"] = self.failed_attempts
+        if self.config.server.over_sampling > 1:
+            line["surplus"] = reports[-1].surplus
         line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
         line["communication"] = dict(self.meter.totals)
         self.totals.seconds["total"] += time.perf_counter() - self.clock

@@ -82,6 +82,20 @@ def test_a_fifth_of_the_clients_fail_in_every_way() -> None:
     faults = soak.draw_faults(200, 50, 17)
     assert len(faults) == pytest.approx(2000, rel=0.1)
     assert set(faults.values()) == set(soak.KINDS)
-    late = [place.partition("/")[0] for place, kind in faults.items() if kind == "late"]
+    late = [int(place.partition("/")[0]) for place, kind in faults.items() if kind == "late"]
     assert len(late) == len(set(late))
-    assert "1" not in late
+    assert 1 not in late
+    # The memory of workers shows where these live long.
+    ending = [int(place.partition("/")[0]) for place, kind in faults.items() if kind in soak.ENDING]
+    assert max(ending) <= 100
+    assert len(ending) > 20
+
+
+def test_memory_is_looked_at_where_no_process_starts() -> None:
+    memory = soak.Memory()
+    memory.driver = [*range(0, 5000, 50), *[10**6 + 7 * n for n in range(100)]]
+    memory.workers = {1: [(n, 10**6 * n) for n in range(1, 90)], 2: [(n, 3 * n) for n in range(101, 201)]}
+    memory.workers[3] = [(n, 5 * n) for n in range(101, 201)]
+    assert memory.growth(140) == {"driver": 7.0, "worker": 5.0}
+    del memory.workers[2], memory.workers[3]
+    assert memory.growth(140)["worker"] == float("inf")  # nothing was seen

@@ -102,6 +102,7 @@ def test_a_round_takes_as_many_replies_as_fraction_train_says(runs: LlamaRuns) -
         turns = asked[str(server_round)]
         assert len(turns) == 3
         assert found[server_round, 0] == {turns[2]: "surplus"}
+        assert lines(result)[server_round - 1]["surplus"] == [turns[2]]
     assert any(asked[group] != sorted(asked[group]) for group in asked)
     # What came of it is what would have come had the others alone answered.
     faults: Faults = {(group, turns[2]): "lost" for group, turns in asked.items()}
