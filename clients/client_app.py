@@ -21,6 +21,7 @@ from fedlora.clients.held import divide, receive
 from fedlora.clients.memory import Memory
 from fedlora.clients.participant import (
     Participant,
+    attempt_of,
     is_node,
     node_record,
     open_node,
@@ -232,6 +233,7 @@ def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
         secret=client.secret,
         on_step=client.on_step,
         exchange=client.number,
+        attempt=attempt_of(client.config, message),
     )
     memory = Memory(client, message, parts | came, adapted.head_names)
     return _Work(client, settings, roles, half, frozen, start, memory.recall(job), memory)

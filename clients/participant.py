@@ -36,6 +36,9 @@ from fedlora.roles import HOME, Exchange
 
 log = logging.getLogger("fedlora")
 
+_MOST_ATTEMPTS = 10**6
+"""Of one round, over all resumes of a run."""
+
 
 class Participant(ABC):
     """One client of a message with arrays, to train or to evaluate.
@@ -321,16 +324,40 @@ def _exchange(config: Config, message: Message) -> tuple[int, Exchange]:
     return number, exchanges[number - 1]
 
 
+def attempt_of(config: Config, message: Message) -> int:
+    """Return how often the round of a message was repeated.
+
+    Raises
+    ------
+    StaleError
+        If the run repeats no rounds, or nobody repeats one so often.
+    """
+    settings: Any = message.content["config"]
+    attempt = int(settings.get("attempt", 0))
+    if not 0 <= attempt < _MOST_ATTEMPTS or (attempt and config.server.max_round_retries is None):
+        raise StaleError(f"the run has no attempt {attempt} at a round")
+    return attempt
+
+
 def _turn(config: Config, message: Message) -> int:
-    """Count the exchanges of a run up to a message's, as a node's ledger does; rounds, where each has one exchange."""
+    """Number the exchanges of a run, as a node's ledger orders them; rounds, where each has one exchange.
+
+    Where rounds may be repeated, each has room for the exchanges of its attempts.
+    """
     settings: Any = message.content["config"]
     method, server_round = get_method(config.method.name), int(settings["server-round"])
-    if server_round and method.has_one_exchange():
-        return len(method.start_exchanges(config)) + server_round
-    if server_round > config.run.rounds:
+    if not server_round:
+        return _exchange(config, message)[0]
+    attempt = attempt_of(config, message)
+    if method.has_one_exchange():
+        before, exchanges, number = server_round - 1, 1, 1
+    elif server_round > config.run.rounds:
         raise StaleError(f"the run has no round {server_round}")
-    before = sum(len(method.exchanges_of(config, r)) for r in range(server_round))
-    return before + _exchange(config, message)[0]
+    else:
+        before = sum(len(method.exchanges(config, r)) for r in range(1, server_round))
+        exchanges, number = len(method.exchanges(config, server_round)), _exchange(config, message)[0]
+    room = 1 if config.server.max_round_retries is None else _MOST_ATTEMPTS
+    return len(method.start_exchanges(config)) + before * room + attempt * exchanges + number
 
 
 def _plan_of(message: Message, plan: PrivacyPlan | None) -> PrivacyPlan | None:

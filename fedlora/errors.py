@@ -45,6 +45,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, for a reason that is not the user's config; exit code 1."""
 
 
+class RoundError(RunError):
+    """A round of which nothing came, since all its clients failed."""
+
+
 class GuardError(RunError):
     """Training does not do what it says: a trainable without per-example gradients, or one that never moves."""
 
@@ -117,6 +121,10 @@ class ClientErrorCode(IntEnum):
     """A :class:`LabelError`: the node's labels are not the run's."""
     REPLY = 110
     """The server's own: what the client sent is not what it was asked for."""
+    LATE = 111
+    """A simulation's own: the client was at work when the round's deadline passed."""
+    SURPLUS = 112
+    """The server's own: the round had as many replies as it takes."""
 
 
 _CODES: dict[type[Exception], ClientErrorCode] = {

@@ -33,7 +33,7 @@ from fedlora.config import Config, MethodSection
 from fedlora.corrections import VARIATES
 from fedlora.data.tokens import FederatedData
 from fedlora.devices import Placement, gpus
-from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
+from fedlora.errors import ClientErrorCode, InputError, RoundError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
@@ -83,6 +83,8 @@ class RoundReport:
         Sampled, in order.
     failed : list of dict
         client, code and error of each that failed or did not answer.
+    surplus : list of int
+        Clients that were asked against stragglers, and whose replies the round did not need.
     metrics : dict of int to MetricRecord
         By client.
     seconds, aggregate_seconds : float
@@ -93,6 +95,10 @@ class RoundReport:
         Why the round gave no new arrays; "" where it did.
     release : dict or None
         What the run has spent after it, where the server adds the noise, by the columns of privacy.csv.
+    unused : dict of int to dict
+        By client whose reply was not used, what it has spent all the same, by the columns of privacy.csv.
+    attempt : int
+        How often the round had been repeated.
     """
 
     clients: list[int] = field(default_factory=list)
@@ -103,6 +109,9 @@ class RoundReport:
     drift: float | None = None
     uncounted: str = ""
     release: dict[str, float] | None = None
+    surplus: list[int] = field(default_factory=list)
+    unused: dict[int, dict[str, float]] = field(default_factory=dict)
+    attempt: int = 0
 
     @property
     def only_absent(self) -> bool:
@@ -218,6 +227,8 @@ class FederatedStrategy(Method, Strategy):
         Whether the run goes on after a round in which all clients were absent.
     exchange : int
         Which exchange of its round is under way, from 1; the loop sets it by :meth:`enter`.
+    attempt : int
+        How often the round under way was repeated.
     report : RoundReport
         Of the last exchange.
     evaluation : ClientEvaluation
@@ -246,6 +257,7 @@ class FederatedStrategy(Method, Strategy):
         self.waits = False
         self.on_reply: Callable[[int], None] | None = None
         self.exchange = 1
+        self.attempt = 0
         self.report = RoundReport()
         self.evaluation = ClientEvaluation(get_task(config.model.task))
         self.optimizer = server_optimizer(config)
@@ -551,8 +563,9 @@ class FederatedStrategy(Method, Strategy):
                     sent["down"] += size["down"]
                     sent["up"] += size["up"]
                     last[client] = server_round
+            self.report.clients = clients
             if len(clients) >= self.config.server.min_replies:
-                replied[server_round] = clients
+                replied[server_round] = sorted(self.in_turn(server_round, clients)[: self.most_replies])
             for client in evaluating_clients(self, server_round):
                 if client not in last:
                     contact = Contact(server_round + 1, client, None, replied)
@@ -586,11 +599,33 @@ class FederatedStrategy(Method, Strategy):
         return learning_rate(self.config.client, base, server_round, self.config.run.rounds)
 
     def sample(self, server_round: int) -> list[int]:
-        """Draw the clients of a round, as ``server.sampling`` says, from the run's seed and the round alone."""
+        """Draw the clients of a round, as ``server.sampling`` says, from the run's seed, the round and its attempt."""
+        server, seed = self.config.server, self.config.run.seed
+        if self.attempt:
+            # Accountants of sampled clients assume that each release drew its own.
+            seed = int(np.random.SeedSequence([seed, self.attempt]).generate_state(1)[0])
+        fraction = min(1.0, server.fraction_train * server.over_sampling)
+        return get_sampling(server.sampling).sample(self.nodes, server_round, seed, fraction)
+
+    def in_turn(self, server_round: int, clients: Sequence[int]) -> list[int]:
+        """Return a round's clients in the order in which they are asked: drawn, where not all of them may count."""
+        if self.config.server.over_sampling == 1:
+            return list(clients)
+        rng = np.random.default_rng([self.config.run.seed, server_round, 0x05, self.attempt])
+        return [int(client) for client in rng.permutation(clients)]
+
+    @property
+    def most_replies(self) -> int:
+        """So many replies a round takes."""
         server = self.config.server
-        return get_sampling(server.sampling).sample(
-            self.nodes, server_round, self.config.run.seed, server.fraction_train
-        )
+        if server.over_sampling == 1:
+            return len(self.report.clients)
+        return get_sampling(server.sampling).most(len(self.nodes), server.fraction_train)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the round has all replies that it takes, so that others are left out."""
+        return self.config.server.over_sampling > 1 and len(self.report.metrics) >= self.most_replies
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -598,7 +633,7 @@ class FederatedStrategy(Method, Strategy):
         """Address the round's clients."""
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
-        self.report = RoundReport(clients=self.sample(server_round))
+        self.report = RoundReport(clients=self.sample(server_round), attempt=self.attempt)
         self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
         self.enter(server_round, self.exchange)
         self.arrays = decode(arrays)
@@ -607,13 +642,13 @@ class FederatedStrategy(Method, Strategy):
         common = recode(common, self.codecs.once, self.codecs.down)
         self._sent = self.arrays if common is arrays else self.arrays | self.codecs.down.decode(common)
         beside = self.variates.record(self._sent_shapes, self._whole_weight())
-        group = group_of(server_round, self.exchange)
+        group = group_of(server_round, self.exchange, self.attempt)
         records: dict[Hashable, ArrayRecord] = {}
         sent: dict[Hashable, Arrays] = {}
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
         self._sent_own = {}
-        for client in self.report.clients:
+        for client in self.in_turn(server_round, self.report.clients):
             key, record = None, common
             own = self.client_arrays(client)
             if own is not None:
@@ -628,6 +663,8 @@ class FederatedStrategy(Method, Strategy):
             settings = self.client_settings(client, server_round) | self.variates.settings(client)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
+            if self.attempt:
+                settings["attempt"] = self.attempt
             same = (key, tuple(sorted(settings.items())))
             if same not in contents:
                 said = ConfigRecord({**config, **settings})
@@ -703,8 +740,19 @@ class FederatedStrategy(Method, Strategy):
 
     def _read(self, server_round: int, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield what may be used of each reply, in client order."""
+        group = group_of(server_round, self.exchange, self.attempt)
+        if self.config.server.over_sampling == 1:
+            yield from self._read_each(self.valid_replies(replies, group))
+            return
+        # Which replies count is known only by the order in which they came.
+        counted = sorted(self._read_each(self.valid_replies(replies, group)), key=lambda update: update.client)
+        self.report.metrics = dict(sorted(self.report.metrics.items()))
+        yield from counted
+
+    def _read_each(self, replies: Iterable[tuple[int, Message]]) -> Iterator[Update]:
+        """Read replies one by one; one that is refused costs its client its place."""
         waiting = time.perf_counter()
-        for client, message in self.valid_replies(replies, group_of(server_round, self.exchange)):
+        for client, message in replies:
             self._waited += time.perf_counter() - waiting
             try:
                 shapes = self.client_shapes(client)
@@ -810,6 +858,9 @@ class FederatedStrategy(Method, Strategy):
     def valid_replies(self, replies: Iterable[Message], group: str = "") -> Iterable[tuple[int, Message]]:
         """Yield (client, reply) in client order, one reply a client; log and count the failures.
 
+        With over-sampling it is the order in which they come, and ends once the round has the replies that it takes.
+        Real nodes are then not waited for; in simulation the others are read too, as they were sent.
+
         Parameters
         ----------
         replies : iterable of Message
@@ -818,30 +869,38 @@ class FederatedStrategy(Method, Strategy):
 
         Raises
         ------
-        RunError
+        RoundError
             If every client of the round failed, unless it was one of several: one alone must not end the run.
         """
         asked = {self.nodes[client]: client for client in self.report.clients}
         answered = set()
-        for reply in in_client_order(first_replies(replies, asked, group, log.warning), list(asked)):
+        found: Iterable[Message] = first_replies(replies, asked, group, log.warning)
+        for reply in in_client_order(found, list(asked)) if self.config.server.over_sampling == 1 else found:
             client = asked[reply.metadata.src_node_id]
             answered.add(client)
             if self.on_reply is not None:
                 self.on_reply(client)
-            if not reply.has_error():
-                yield client, reply
-            else:
+            if reply.has_error():
                 self.fail(client, reply.error.code, reply.error.reason or "")
+            elif self._complete:
+                self.report.surplus.append(client)
+            else:
+                yield client, reply
+            if self.waits and self._complete:
+                break
         for client in self.report.clients:
-            if client not in answered:
+            if client not in answered and self._complete and self.waits:
+                self.report.surplus.append(client)
+            elif client not in answered:
                 self.fail(client, NO_REPLY, "no reply within the timeout")
+        self.report.surplus.sort()
         if len(self.report.failed) < len(self.report.clients):
             self._failing.clear()
         elif self.report.clients and not (self.waits and self.report.only_absent):
             self._failing |= set(self.report.clients)
             if len(self._failing) >= min(2, len(self.nodes)):
                 said = self.report.failed[0]["error"].strip().rpartition("\n")[2]  # a traceback's last line
-                raise RunError(f"every client of the round failed; the first said: {said} (run.log has all)")
+                raise RoundError(f"every client of the round failed; the first said: {said} (run.log has all)")
 
     def fail(self, client: int, code: int, error: str) -> None:
         """Count and log a client's failure."""

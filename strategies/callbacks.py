@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedlora.communication.links import link_seed, network_profile, round_network
-from fedlora.communication.meter import Row, row_dict
+from fedlora.communication.meter import Row
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.strategies.base import RoundReport
-from fedlora.strategies.summary import privacy_rows
+from fedlora.strategies.lost_replies import attempt_rows
 from fedlora.tasks import get_task
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class Saved(Callback):
     def on_round(self, federation: Federation, outcome: Outcome) -> None:
         """Write what a resumed run starts from, and the round's lines."""
         federation.save(outcome.round)
-        rows = map(row_dict, outcome.rows)
-        federation.folder.add_round(outcome.line, rows, privacy_rows(outcome.round, outcome.reports))
+        federation.folder.add_round(outcome.line, *attempt_rows(outcome.round, outcome.rows, outcome.reports))
 
 
 class Trackers(Callback):

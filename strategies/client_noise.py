@@ -15,6 +15,7 @@ import torch
 from fedlora import entropy
 from fedlora.arrays import Arrays
 from fedlora.config import Config
+from fedlora.errors import BudgetError
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.updates import OnlyCombined, Shapes, Update
@@ -64,6 +65,21 @@ class ClientNoise:
         if self.active:
             self.plan = mechanism_of(self.config).server_plan(self.config, clients)
             self._clients, self._secret = clients, secret
+
+    def check(self, releases: int) -> None:
+        """Refuse releases that a target does not cover: repeated rounds may use up what is meant for the last ones.
+
+        Raises
+        ------
+        BudgetError
+        """
+        if self.plan is None or self.config.privacy.target_epsilon is None:
+            return
+        if self.releases + releases > self.plan.releases:
+            raise BudgetError(
+                f"privacy.target_epsilon covers {self.plan.releases} releases, of which {self.releases} are made; "
+                "rounds that were repeated used up the rest"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""

@@ -24,7 +24,7 @@ from fedlora.communication.parts import INITIAL, Chain, Parts
 from fedlora.communication.wire import COUNTED, decode, encode, wire_dtype
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
-from fedlora.errors import InputError
+from fedlora.errors import InputError, RoundError, RunError
 from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
@@ -35,6 +35,7 @@ from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Pl
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.gathering import gather_start
 from fedlora.strategies.guest import Guest
+from fedlora.strategies.lost_replies import attempt_rows, charge_unused
 from fedlora.strategies.nodes import AddressedGrid, Roster, in_round, told
 from fedlora.strategies.personal import export_own
 from fedlora.strategies.summary import (
@@ -105,6 +106,8 @@ class Federation:
         The global arrays that rounds change.
     parts : Parts
         Those that clients keep.
+    failed_attempts : list of dict
+        At the round that is under way: why each failed, and which clients.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Federation:
             self.stateful["noise"] = self.rounds.noise
             self.halves += [] if self.rounds is method else [self.rounds]
         self.totals = Totals()
+        self.failed_attempts: list[dict[str, Any]] = []
         self.dtype = wire_dtype(config.model.dtype)
 
     def run(self) -> RunResult:
@@ -244,12 +248,17 @@ class Federation:
     @property
     def _helped(self) -> bool:
         """Whether the run is before its first round, and clients help to make the start."""
-        return not self.done and bool(self.method.start_exchanges(self.config))
+        return not self._begun and bool(self.method.start_exchanges(self.config))
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the checkpoint holds arrays: those of a round, or of a failed attempt at the first."""
+        return self.checkpoint.get("round") is not None
 
     def begin(self, since: float) -> None:
         """Put the arrays into the model: a start, which is evaluated, or the checkpoint's. It loads since then."""
         method, personalised = self.method, self.method.personalised(self.config)
-        frozen, changing = self._restore() if self.done else self._begin()
+        frozen, changing = self._restore() if self._begun else self._begin()
         self.adapted.set_shared(frozen | changing)
         self._set_residual()
         # As they arrive: clients compare digests.
@@ -282,6 +291,7 @@ class Federation:
         saved = self.checkpoint
         self.totals.seconds.update(saved.get("seconds"))
         self.totals.epsilon.update(saved.get("epsilon"))
+        self.failed_attempts = saved.get("failed_attempts", [])
         self.parts.load_state_dict(saved.get("parts"))
         self.method.replied.update({int(r): clients for r, clients in saved.get("replied", {}).items()})
         if saved.get("chain"):
@@ -294,18 +304,58 @@ class Federation:
         """Put the meter and the parts around the Grid."""
         clients = self.roster.clients()
         formula = self.method.client_formula(self.adapted, self.parts)
-        self.meter = MeteredGrid(AddressedGrid(self.grid), formula, clients)
+        streamed = self.roster.real and self.config.server.over_sampling > 1
+        self.meter = MeteredGrid(AddressedGrid(self.grid, streamed), formula, clients)
         self.wire = Broadcast(self.meter, self.parts, clients, self.dtype)
         self.meter.totals.update(self.checkpoint.get("communication", {}))
 
     def round(self, server_round: int) -> None:
-        """Train, aggregate, evaluate and write one round."""
-        method = self.method
+        """Train, aggregate, evaluate and write one round; repeat it where it fails, if the config says so."""
+        method, retries = self.method, self.config.server.max_round_retries
+        before: list[RoundReport] = []  # of attempts that failed
+        for left in range(retries or 0, -1, -1):
+            reports, aggregated, mean = self._attempt(server_round)
+            if aggregated is not None or retries is None:
+                break
+            self._give_up_attempt(server_round, reports, left)
+            before += reports
+        refined = method.refine(self.adapted, self.data, server_round)
+        if refined is not None:
+            self._take(encode(refined, self.dtype), server_round)
+        began = time.perf_counter()
+        due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
+        metrics = self._evaluate(server_round) if due else {}
+        seconds = round_seconds([*before, *reports], time.perf_counter() - began)
+        self.count(seconds, privacy_rows(server_round, reports))
+        line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
+        if retries is not None:
+            line["retries"] = self.failed_attempts
+        if self.config.server.over_sampling > 1:
+            line["surplus"] = reports[-1].surplus
+        line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
+        line["communication"] = dict(self.meter.totals)
+        self.totals.seconds["total"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        self.done, self.failed_attempts = server_round, []
+        outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
+        for callback in self.callbacks:
+            callback.on_round(self, outcome)
+
+    def _attempt(self, server_round: int) -> tuple[list[RoundReport], ArrayRecord | None, MetricRecord | None]:
+        """Train and aggregate; return the reports of the exchanges, and the last one's arrays and mean metrics.
+
+        The arrays are None where the round does not count; then nothing of it is left but what was spent.
+        """
         self.roster.refresh()
         self._present()
+        repeated = self.config.server.max_round_retries is not None
+        for half in self.halves:
+            half.attempt = len(self.failed_attempts)
         reports: list[RoundReport] = []
-        exchanges = len(method.exchanges(self.config, server_round))
-        undo = self._undo(server_round) if exchanges > 1 else None
+        exchanges = len(self.method.exchanges(self.config, server_round))
+        for half in self.halves:
+            half.noise.check(exchanges)
+        undo = self._undo(server_round) if exchanges > 1 or repeated else None
         for exchange in range(1, exchanges + 1):
             aggregated, mean = self._exchange(server_round, exchange)
             reports.append(self.rounds.report)
@@ -316,23 +366,25 @@ class Federation:
                     undo()
                 break
             self._take(aggregated, server_round)
-        refined = method.refine(self.adapted, self.data, server_round)
-        if refined is not None:
-            self._take(encode(refined, self.dtype), server_round)
-        began = time.perf_counter()
-        due = server_round % self.config.server.evaluate_every == 0 or server_round == self.config.run.rounds
-        metrics = self._evaluate(server_round) if due else {}
-        seconds = round_seconds(reports, time.perf_counter() - began)
-        self.count(seconds, privacy_rows(server_round, reports))
-        line = round_line(server_round, reports, mean, metrics, seconds, aggregated is not None, self.config)
-        line["epsilon"] = max((epsilon for epsilon, _ in self.totals.epsilon.values()), default=None)
-        line["communication"] = dict(self.meter.totals)
-        self.totals.seconds["total"] += time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
-        self.done = server_round
-        outcome = Outcome(server_round, line, self.meter.take_rows(), reports)
-        for callback in self.callbacks:
-            callback.on_round(self, outcome)
+        return reports, aggregated, mean
+
+    def _give_up_attempt(self, server_round: int, reports: Sequence[RoundReport], left: int) -> None:
+        """Write what an attempt at a round spent and sent, so that a resumed run goes on from there.
+
+        Raises
+        ------
+        RunError
+            If no attempt is left.
+        """
+        self.count({}, privacy_rows(server_round, reports))
+        why = reports[-1].uncounted or "its strategy gave no arrays"
+        self.failed_attempts.append({"why": why, "failed": [failure for each in reports for failure in each.failed]})
+        self.save(server_round - 1)
+        self.folder.add_attempt(*attempt_rows(server_round, self.meter.take_rows(), reports))
+        if not left:
+            times = f"{len(self.failed_attempts)} times" if len(self.failed_attempts) > 1 else "once"
+            raise RunError(f"round {server_round} failed {times}, the last time since {why}; go on with --resume")
+        log.warning("round %d is repeated; %d more attempts are left", server_round, left)
 
     def count(self, seconds: Mapping[str, float], spent: Iterable[Mapping[str, Any]]) -> None:
         """Add to the totals what a round, or an exchange before the first, took and spent."""
@@ -368,13 +420,23 @@ class Federation:
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
-        messages, timeout = in_round(messages, server_round, self.roster, exchange), self.config.server.timeout
+        timeout = self.config.server.round_seconds
+        messages = in_round(messages, server_round, self.roster, exchange, timeout, self.method.attempt)
         if self.method.codecs.feedback:
             messages = self._counted(messages)
         replies = self.wire.send_and_receive(messages, timeout=timeout)
-        found = self.rounds.aggregate_train(server_round, told(replies, self.roster))
+        found: tuple[ArrayRecord | None, MetricRecord | None] = None, None
+        lost: RoundError | None = None
+        try:
+            found = self.rounds.aggregate_train(server_round, told(replies, self.roster))
+        except RoundError as error:
+            lost, self.rounds.report.uncounted = error, str(error)
         self.rounds.report.seconds = time.perf_counter() - began
         self.roster.after_round(self.rounds.report)
+        if self.simulated:
+            charge_unused(self, server_round)
+        if lost is not None and self.config.server.max_round_retries is None:
+            raise lost
         return found
 
     def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
@@ -471,6 +533,8 @@ class Federation:
         saved["round"] = server_round
         saved["seconds"] = dict(self.totals.seconds)
         saved["epsilon"] = self.totals.epsilon
+        if self.config.server.max_round_retries is not None:
+            saved["failed_attempts"] = self.failed_attempts
         saved["communication"] = self.meter.totals
         saved["parts"] = self.parts.state_dict()
         saved["replied"] = {str(r): clients for r, clients in self.method.replied.items()}

@@ -14,16 +14,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.arrays import Arrays
+from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.wire import decode, encode, wire_dtype
 from fedlora.corrections import correction
-from fedlora.errors import ClientErrorCode, InputError, RunError, plain_text
+from fedlora.errors import ClientErrorCode, InputError, RoundError, plain_text
 from fedlora.flower import with_metadata
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.ranks import has_mixed_ranks
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.ranked import RankedStrategy
-from fedlora.strategies.replies import ReplyError, is_finite, read_metrics
+from fedlora.strategies.replies import ReplyError, first_replies, is_finite, read_metrics
 
 log = logging.getLogger("fedlora")
 
@@ -70,6 +71,9 @@ class Guest:
         if (optimizer := config.server.optimizer) != "fedavg":
             remedy = f"has no use beside {type(strategy).__name__}, which takes the server's steps itself; leave it out"
             raise InputError("server.optimizer", optimizer, remedy)
+        if (factor := config.server.over_sampling) > 1:
+            remedy = f"has no use beside {type(strategy).__name__}, which asks and counts clients itself; leave it out"
+            raise InputError("server.over_sampling", factor, remedy)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -99,14 +103,16 @@ class Guest:
 
         Raises
         ------
-        RunError
+        RoundError
             If every client of the round failed.
         """
-        self.report = RoundReport()
-        aggregated, mean = self.strategy.aggregate_train(server_round, self._noted(replies))
+        self.report = RoundReport(attempt=self.method.attempt)
+        asked = {node: client for client, node in self.method.nodes.items()}
+        own = first_replies(replies, asked, group_of(server_round, attempt=self.method.attempt), log.warning)
+        aggregated, mean = self.strategy.aggregate_train(server_round, self._noted(own))
         if self.report.clients and len(self.report.failed) == len(self.report.clients):
             said = str(self.report.failed[0]["error"]).strip().rpartition("\n")[2]
-            raise RunError(f"every client of round {server_round} failed: {said}")
+            raise RoundError(f"every client of round {server_round} failed: {said}")
         if aggregated is not None and not is_finite(decode(aggregated).values()):
             aggregated, self.report.uncounted = None, "the aggregate is not finite"
         if aggregated is not None:

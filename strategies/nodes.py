@@ -342,12 +342,28 @@ def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError
 
 
 class AddressedGrid(GridDecorator):
-    """Names the node in errors that the SuperLink answers in a node's place."""
+    """Names the node in errors that the SuperLink answers in a node's place.
+
+    Parameters
+    ----------
+    grid : Grid
+    streamed : bool
+        Pass each reply on when it comes, so that who has enough of them need not wait for the others. Flower's own Grid
+        returns all at the end.
+    """
+
+    def __init__(self, grid: Grid, streamed: bool = False) -> None:
+        super().__init__(grid)
+        self.streamed = streamed
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send and receive; replies are passed on as they come."""
         outgoing = list(messages)
-        replies = self.grid.send_and_receive(outgoing, timeout=timeout)
+        replies: Iterable[Message]
+        if self.streamed:
+            replies = self._stream(outgoing, timeout)
+        else:
+            replies = self.grid.send_and_receive(outgoing, timeout=timeout)
         # Messages have their ids once they are sent, which a Grid may do only as its replies are asked for.
         for reply in replies:
             if reply.has_error():
@@ -355,6 +371,18 @@ class AddressedGrid(GridDecorator):
                 yield from _addressed([reply], sent)
             else:
                 yield reply
+
+    def _stream(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = {message_id for message_id in self.grid.push_messages(messages) if message_id}
+        while waiting:
+            found = list(self.grid.pull_messages(list(waiting)))
+            waiting -= {reply.metadata.reply_to_message_id for reply in found}
+            yield from found
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            if waiting and not found:
+                time.sleep(_POLL_SECONDS)
 
 
 def _addressed(replies: Iterable[Message], asked: dict[str, int]) -> Iterator[Message]:
@@ -374,15 +402,27 @@ def told(replies: Iterable[Message], roster: Roster) -> Iterator[Message]:
         yield reply
 
 
-def in_round(messages: Iterable[Message], server_round: int, roster: Roster, exchange: int = 1) -> Iterable[Message]:
-    """Set round and time limit of messages; for real nodes, also the federation and their client number."""
+def in_round(
+    messages: Iterable[Message],
+    server_round: int,
+    roster: Roster,
+    exchange: int = 1,
+    seconds: float | None = None,
+    attempt: int = 0,
+) -> Iterable[Message]:
+    """Set round and time limit of messages; for real nodes, also the federation and their client number.
+
+    The limit is ``server.timeout`` by default.
+    """
     clients = roster.clients()
     for message in messages:
         settings = message.content.get("config")
         if isinstance(settings, ConfigRecord):  # a strategy that knows no rounds does not say it
             settings["server-round"] = server_round
-        message.metadata.group_id = group_of(server_round, exchange)
-        message.metadata.ttl = roster.config.server.timeout
+            if attempt:
+                settings["attempt"] = attempt
+        message.metadata.group_id = group_of(server_round, exchange, attempt)
+        message.metadata.ttl = roster.config.server.timeout if seconds is None else seconds
         if roster.real:
             client = clients.get(message.metadata.dst_node_id, -1)
             about = ConfigRecord({"federation": roster.federation, "client": client})

@@ -245,7 +245,8 @@ def first_replies(
     asked : mapping of int to int
         Node id to client number.
     group : str
-        The messages' group, which is their round; "" takes any.
+        The messages' group, which is their round, exchange and attempt; "" takes any. A late reply has another. So has
+        a late error, but one that the SuperLink makes may have none.
     note : callable (text)
         Is told of each reply that is dropped.
     """
@@ -256,7 +257,7 @@ def first_replies(
             note(f"node {node} answered without being asked")
         elif node in answered:
             note(f"client {asked[node]} answered twice: its first reply counts")
-        elif group and reply.has_content() and reply.metadata.group_id != group:
+        elif group and reply.metadata.group_id not in ((group,) if reply.has_content() else (group, "")):
             note(f"client {asked[node]} answered to round {_shown(reply.metadata.group_id)}, in round {group}")
         else:
             answered.add(node)

@@ -216,19 +216,23 @@ def round_line(
 
 
 def privacy_rows(server_round: int, reports: Sequence[RoundReport]) -> list[dict[str, Any]]:
-    """Return a round's lines of privacy.csv: of each client that adds noise, or one of all where the server does."""
+    """Return a round's lines of privacy.csv: of each client that adds noise, or one of all where the server does.
+
+    Clients whose replies were not used have lines too, where it is known what they spent.
+    """
     released = [{"round": server_round, "client": "all", **each.release} for each in reports if each.release]
-    return released + [
-        {
-            "round": server_round,
-            "client": client,
-            "steps": row["steps"],
-            "sample_rate": row["sample-rate"],
-            "noise_multiplier": row["noise-multiplier"],
-            "epsilon": row["epsilon"],
-            "delta": row["delta"],
+    rows = []
+    for report in reports:
+        spent = report.unused | {
+            client: {
+                "steps": row["steps"],
+                "sample_rate": row["sample-rate"],
+                "noise_multiplier": row["noise-multiplier"],
+                "epsilon": row["epsilon"],
+                "delta": row["delta"],
+            }
+            for client, row in report.metrics.items()
+            if "epsilon" in row
         }
-        for report in reports
-        for client, row in sorted(report.metrics.items())
-        if "epsilon" in row
-    ]
+        rows += [{"round": server_round, "client": client, **spent[client]} for client in sorted(spent)]
+    return released + rows

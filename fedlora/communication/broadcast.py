@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,8 +34,14 @@ def is_initial(key: str) -> bool:
     return key.partition("/")[0] == INITIAL
 
 
-def group_of(server_round: int, exchange: int = 1) -> str:
-    """Return the group of the messages of an exchange: the round, and which of its exchanges where it has several."""
+def group_of(server_round: int, exchange: int = 1, attempt: int = 0) -> str:
+    """Return the group of the messages of an exchange.
+
+    It is the round; after it, where the round has several exchanges or is repeated, which of them it is; and after that
+    how often it was repeated.
+    """
+    if attempt:
+        return f"{server_round}/{exchange}/{attempt}"
     return str(server_round) if exchange == 1 else f"{server_round}/{exchange}"
 
 
@@ -79,6 +86,7 @@ class Broadcast(GridDecorator):
         self._encoded = {key: record for key, record in self._encoded.items() if key[:2] in live}
         by_node = {message.metadata.dst_node_id: message for message in outgoing}
         forgotten = []
+        began = time.monotonic()
         for reply in self.grid.send_and_receive(outgoing, timeout=timeout):
             node = reply.metadata.src_node_id
             lacks = reply.has_error() and reply.error.code == ClientErrorCode.NEEDS_INITIAL
@@ -90,7 +98,8 @@ class Broadcast(GridDecorator):
             for node in forgotten:
                 self.parts.forget(self._client(node))
             again = [_copy(self._complete(by_node[node])) for node in forgotten]
-            yield from self.grid.send_and_receive(again, timeout=timeout)
+            left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+            yield from self.grid.send_and_receive(again, timeout=left)
 
     def _client(self, node: int) -> int:
         return self.clients.get(node, -1 - node)  # one that nobody knows is itself alone

@@ -210,6 +210,23 @@ class ServerSection(Section):
     timeout: Annotated[float, Field(gt=0, le=30 * 86400)] = Field(
         default=3600.0, description="Seconds that a round waits for its replies.", json_schema_extra={"unit": "seconds"}
     )
+    round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] | None = Field(
+        default=None,
+        description="Seconds that clients have for their training in a round, by the clock of the wall; the round goes "
+        "on without those that are late. By default timeout alone ends it.",
+    )
+    over_sampling: Annotated[float, Field(ge=1, le=100)] = Field(
+        default=1.0,
+        description="How many times as many clients a round asks as fraction_train says, against stragglers. It takes "
+        "as many replies as fraction_train says, the first ones, and leaves out the others. In simulation these are "
+        "the first in the order in which clients were drawn, so that the result does not depend on the machine.",
+    )
+    max_round_retries: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        default=None,
+        description="How often a round that fails is repeated, with clients drawn anew, before the run stops with its "
+        "state saved. A round fails where too few replies come or their aggregate is not finite. By default the run "
+        "goes on to the next round.",
+    )
     evaluate_clients: bool = Field(
         default=False,
         description="Evaluate the final model on every client's own examples, in simulation only: one pass over all "
@@ -227,8 +244,14 @@ class ServerSection(Section):
     )
 
     def check(self, config: Config) -> None:
-        """Refuse an evaluation by clients that hold no test examples, or that no epsilon would cover without leave."""
+        """Refuse an evaluation that clients cannot give or no epsilon covers, and over-sampling of no fixed number."""
         asked = self.fraction_evaluate
+        if self.over_sampling > 1 and CLIENT_SAMPLINGS.get(self.sampling).independent:
+            # A sum that is closed at a number of replies also changes by the client that another one keeps out.
+            remedy = (
+                f"needs a fixed number of clients, which {self.sampling} does not draw; raise server.fraction_train"
+            )
+            raise InputError("server.over_sampling", self.over_sampling, remedy)
         if asked and config.data.client_test is None and config.data.name != NODES:
             remedy = "needs data.client_test: the share of each client's examples that it holds out"
             raise InputError("server.fraction_evaluate", asked, remedy)
@@ -241,6 +264,10 @@ class ServerSection(Section):
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each optimizer reads some of its keys, and clients are evaluated in one of two ways."""
+        if self.round_deadline is not None and self.round_deadline >= self.timeout:
+            yield "round_deadline", f"server.timeout = {self.timeout:g} ends a round before"
+        if self.over_sampling > 1 and self.fraction_train == 1:
+            yield "over_sampling", "a round asks all clients as it is"
         if self.evaluate_every > config.run.rounds:
             yield "evaluate_every", f"of {config.run.rounds} rounds the last is evaluated"
         if self.fraction_evaluate:
@@ -254,6 +281,11 @@ class ServerSection(Section):
             # Looked up only for keys that were set: an optimizer's module imports torch.
             if key in self.model_fields_set and key not in SERVER_OPTIMIZERS.get(self.optimizer).uses:
                 yield key, f"server.optimizer is {self.optimizer}"
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds after which a round's training goes on without the replies that are not there."""
+        return min(self.timeout, self.round_deadline or self.timeout)
 
 
 class WireSection(Section):

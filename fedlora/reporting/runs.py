@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -124,6 +124,15 @@ class PrivacyLine(_Content):
     epsilon: Annotated[float, Field(ge=0), _no_bound] = math.inf
 
 
+class LeftOutLine(_Content):
+    """A line of left_out.csv: a client that a round asked and that does not count in it."""
+
+    round: Count
+    attempt: Count
+    client: int
+    code: Annotated[str, Field(pattern="^[a-z0-9_]+$")]
+
+
 class ClientLine(_Content):
     """A line of clients.csv; it also has the metric by which the run's task compares clients."""
 
@@ -158,7 +167,7 @@ class FinishedRun:
         Likewise, before the first round; empty where the run did not evaluate then.
     rounds : list of RoundLine
     messages : list of MessageLine
-    clients, partition, privacy : list
+    clients, partition, privacy, left_out : list
         Empty where the run did not write them.
     """
 
@@ -173,6 +182,7 @@ class FinishedRun:
     clients: list[ClientLine]
     partition: list[PartitionLine]
     privacy: list[PrivacyLine]
+    left_out: list[LeftOutLine] = field(default_factory=list)
 
     @property
     def task(self) -> Task:
@@ -302,8 +312,13 @@ def _read(path: Path, name: str) -> FinishedRun:
             raise _damaged(path, "summary.json", f"final.{metric} is missing")
     scores, start = _scores(path, "final", summary.final, task), _scores(path, "start", summary.start or {}, task)
     optional: dict[str, Any] = {
-        field: _parse(path, f"{field}.csv", _csv_reader(line)) if (path / f"{field}.csv").is_file() else []
-        for field, line in (("clients", _client_line(task)), ("partition", PartitionLine), ("privacy", PrivacyLine))
+        name: _parse(path, f"{name}.csv", _csv_reader(line)) if (path / f"{name}.csv").is_file() else []
+        for name, line in (
+            ("clients", _client_line(task)),
+            ("partition", PartitionLine),
+            ("privacy", PrivacyLine),
+            ("left_out", LeftOutLine),
+        )
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
     return FinishedRun(name, path, config, summary, scores, start, lines, messages, **optional)

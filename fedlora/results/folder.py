@@ -30,6 +30,9 @@ log = logging.getLogger("fedlora")
 COMMUNICATION = ("round", "client", "direction", "payload_bytes", "message_bytes", "formula_bytes")
 PARTITION = ("client", "name", "label", "examples")
 PRIVACY = ("round", "client", "steps", "sample_rate", "noise_multiplier", "epsilon", "delta")
+LEFT_OUT = ("round", "attempt", "client", "code", "reason")
+_COLUMNS = {"communication.csv": COMMUNICATION, "privacy.csv": PRIVACY, "left_out.csv": LEFT_OUT}
+"""Of the files that grow by rows."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,24 @@ class RunFolder:
         line: Mapping[str, Any],
         communication: Iterable[Mapping[str, Any]],
         privacy: Iterable[Mapping[str, Any]],
+        left_out: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         """Commit a round to the checkpoint, then append it to the growing files."""
-        self._add({"rounds.jsonl": [to_json(line)], **_rows(communication, privacy)})
+        rows = _lines(communication, privacy, left_out)
+        self._add({"rounds.jsonl": [to_json(line)], **rows})
 
     def add_start(self, communication: Iterable[Mapping[str, Any]], privacy: Iterable[Mapping[str, Any]]) -> None:
         """Do so with an exchange before the first round, which has no line in rounds.jsonl."""
-        self._add(_rows(communication, privacy))
+        self._add(_lines(communication, privacy, ()))
+
+    def add_attempt(
+        self,
+        communication: Iterable[Mapping[str, Any]],
+        privacy: Iterable[Mapping[str, Any]],
+        left_out: Iterable[Mapping[str, Any]],
+    ) -> None:
+        """Do so with an attempt at a round that failed, which has no line in rounds.jsonl either."""
+        self._add(_lines(communication, privacy, left_out))
 
     def _add(self, new: Mapping[str, list[str]]) -> None:
         for file, lines in new.items():
@@ -264,8 +278,11 @@ class RunFolder:
 
     def _rewrite_growing_files(self) -> None:
         # The process may have died between commit and files: the checkpoint is right.
-        for file in ("rounds.jsonl", "communication.csv", "privacy.csv"):
-            lines = ([_header(file)] if _header(file) else []) + self.checkpoint.lines(file)
+        for file in ("rounds.jsonl", *_COLUMNS):
+            known = self.checkpoint.lines(file)
+            if file == "left_out.csv" and not known:  # most runs leave nobody out
+                continue
+            lines = ([_header(file)] if _header(file) else []) + known
             write_atomically(self.path / file, "".join(f"{line}\n" for line in lines))
 
 
@@ -396,15 +413,14 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _rows(communication: Iterable[Mapping[str, Any]], privacy: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    return {
-        "communication.csv": csv_lines(COMMUNICATION, communication),
-        "privacy.csv": csv_lines(PRIVACY, privacy),
-    }
-
-
 def _header(file: str) -> str:
-    return {"communication.csv": ",".join(COMMUNICATION), "privacy.csv": ",".join(PRIVACY)}.get(file, "")
+    return ",".join(_COLUMNS.get(file, ()))
+
+
+def _lines(*rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return lines by file, given the rows of each; nothing of left_out.csv where there are none."""
+    found = {file: csv_lines(columns, of) for (file, columns), of in zip(_COLUMNS.items(), rows, strict=True)}
+    return {file: lines for file, lines in found.items() if lines or file != "left_out.csv"}
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

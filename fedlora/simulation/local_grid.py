@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from flwr.app import Message
 
-from fedlora.simulation.simulated_grid import SimulatedGrid
+from fedlora.simulation.simulated_grid import SimulatedGrid, late_reply
 from fedlora.simulation.worker import Worker
 
 
@@ -17,7 +17,7 @@ class LocalGrid(SimulatedGrid):
     """Runs simulated clients one cohort after the other in this process; takes what :class:`SimulatedGrid` takes.
 
     What a client process loads stays loaded for the next run in the process, and nothing has to start. The results are
-    those of a RayGrid. A timeout is checked between two cohorts.
+    those of a RayGrid. A timeout is checked after every cohort, and does not interrupt one.
     """
 
     def _start(self, address: str | None, workers: int | None) -> None:
@@ -37,7 +37,11 @@ class LocalGrid(SimulatedGrid):
             chosen = [messages[i] for i in batch]
             contexts = [self.context(message.metadata.dst_node_id) for message in chosen]
             with _threads(self.cpus), self.once:
-                done.update(zip(batch, self._worker.run(chosen, contexts), strict=True))
+                replies = list(self._worker.run(chosen, contexts))
+            if deadline is not None and time.monotonic() > deadline:
+                done.update(zip(batch, map(late_reply, chosen), strict=True))
+                break
+            done.update(zip(batch, replies, strict=True))
             self.keep(chosen, [context.state for context in contexts], self._worker.limit)
             while due in done:
                 yield done.pop(due)

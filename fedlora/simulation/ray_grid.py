@@ -37,12 +37,14 @@ class RayGrid(SimulatedGrid):
     -----
     At most a few batches a worker are under way, so that memory does not grow with the number of clients. An array
     record that several messages carry travels once a round and worker. At a timeout the workers that are late are
-    replaced. Workers on the GPUs of this process use the base model that it has loaded.
+    replaced; the time in which workers start is not counted. What a worker had under way when it was killed runs
+    again. Workers on the GPUs of this process use the base model that it has loaded.
     """
 
     def _start(self, address: str | None, workers: int | None) -> None:
         self.actors: list[Any] = []
         self._loans: list[Loan] = []
+        self._starting: list[Any] = []
         self._started_ray = start_ray(address)
         try:
             self.num_workers = count_workers(workers, self.cpus, self.gpus)
@@ -77,8 +79,15 @@ class RayGrid(SimulatedGrid):
             ray.kill(self.actors[worker])
         self.actors[worker] = self._start_worker()
 
-    def read(self, messages: list[Message], reference: Any) -> list[Message]:
+    def read(self, messages: list[Message], reference: Any, chosen: list[int]) -> list[Message]:
         """Read the replies to these messages, keep their clients' states, and pass on the worker's warnings.
+
+        Parameters
+        ----------
+        messages : list of Message
+        reference : ray.ObjectRef
+        chosen : list of int
+            Of which messages, by their places among these, replies and states are taken.
 
         Raises
         ------
@@ -89,8 +98,8 @@ class RayGrid(SimulatedGrid):
         with self.once:
             for note in itertools.chain.from_iterable(envelope.notes for envelope in envelopes):
                 log.warning("%s", note)
-        self.keep(messages, states, limit)
-        return [unpack(envelope) for envelope in envelopes]
+        self.keep([messages[k] for k in chosen], [states[k] for k in chosen], limit)
+        return [unpack(envelopes[k]) for k in chosen]
 
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
         if self.gpus and not self._loans:
@@ -99,11 +108,19 @@ class RayGrid(SimulatedGrid):
             self._loans = lend()
             for actor in self.actors if self._loans else ():
                 actor.borrow.remote(self._loans)
-        yield from RayExchange(self, messages).replies(deadline)
+        yield from RayExchange(self, messages, deadline).replies()
+
+    def starting(self) -> bool:
+        """Whether a worker is starting."""
+        if self._starting:
+            # One that ended meanwhile is found by whoever asks it.
+            _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        return bool(self._starting)
 
     def _start_worker(self) -> Any:
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(Worker)
         started: Any = actor.remote(self.client_app, self.cpus)
+        self._starting.append(started.ready.remote())
         if self._loans:
             started.borrow.remote(self._loans)
         return started

@@ -8,10 +8,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Literal, Self
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedlora.errors import ClientErrorCode
 from fedlora.flower import Run, act_as, empty_run, set_message_id
 from fedlora.simulation.notes import Once
 
@@ -138,7 +139,9 @@ class SimulatedGrid(Grid):
         ----------
         messages : iterable of Message
         timeout : float, optional
-            Seconds after which replies that are not there yet are given up.
+            Seconds after which replies that are not there yet are given up. A client that was at work then answers with
+            the error :attr:`~fedlora.errors.ClientErrorCode.LATE`, and keeps the state that it had; one whose turn had
+            not come does not answer.
         """
         outgoing = list(messages)
         for message in outgoing:
@@ -196,3 +199,8 @@ class SimulatedGrid(Grid):
         self.cohort_size = size
         if self.on_cohort_size is not None:
             self.on_cohort_size(size)
+
+
+def late_reply(message: Message) -> Message:
+    """Return the error of a client that was at work when the time was over."""
+    return Message(Error(code=ClientErrorCode.LATE, reason="it was at work when the time was over"), reply_to=message)

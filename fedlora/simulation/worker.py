@@ -70,6 +70,9 @@ class Worker:
         self._settled = False
         self._replies: Iterator[tuple[Message, Context]] = iter(())
 
+    def ready(self) -> None:
+        """Do nothing: whoever waits for it waits until the process has started."""
+
     def handle(
         self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]], part: int
     ) -> Part:

@@ -71,6 +71,8 @@ class ClientJob:
         What its optimiser remembers of earlier rounds (:mod:`fedlora.training.optimizer_state`).
     shift : dict of str to Tensor
         What is added to each of its gradients, after clipping and noise (:mod:`fedlora.corrections`).
+    attempt : int
+        How often the round was repeated; its noise and batches are drawn anew.
     """
 
     client: int
@@ -84,6 +86,7 @@ class ClientJob:
     exchange: int = 1
     state: Arrays = field(default_factory=dict)
     shift: Arrays = field(default_factory=dict)
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -389,7 +392,8 @@ class _Generators:
         if job.secret:
             self.noise = _secret_generator(device)
         else:
-            later = [job.exchange] if job.exchange > 1 else []
+            later = [job.exchange] if job.exchange > 1 or job.attempt else []
+            later += [job.attempt] if job.attempt else []
             entropy = np.random.SeedSequence([seed, job.server_round, job.client, *later])
             noise, sampling, self._dropout = entropy.spawn(3)
             self.noise, self.sampling = _generator(device, noise), _generator(torch.device("cpu"), sampling)

@@ -29,6 +29,10 @@ def handle(message: Message, context: Context, cohort: int = 1) -> Message:
     context.state["count"] = MetricRecord({"calls": calls})
     if f"die-{client}" in do:
         os._exit(3)
+    once = str(do.get(f"die-once-{client}", ""))
+    if once and not os.path.exists(once):
+        open(once, "w").close()
+        os._exit(3)
     if f"raise-{client}" in do:
         raise ValueError(f"client {client} is out of luck")
     if f"nonsense-{client}" in do:

@@ -95,10 +95,12 @@ def test_arrays_pass_unchanged() -> None:
     assert {reply.content["seen"]["sha-arrays"] for reply in replies} == {apps.sha(record)}
 
 
-def test_a_timeout_gives_up_what_is_left() -> None:
+def test_who_is_at_work_at_the_timeout_is_late_and_what_is_left_is_given_up() -> None:
     with LocalGrid(apps.plain, CLIENTS) as grid:
-        replies = list(grid.send_and_receive(messages({"sleep-1": 0.3}), timeout=0.2))
-    assert metric(replies, "client") == [0, 1]
+        first, late = grid.send_and_receive(messages({"sleep-1": 0.3}), timeout=0.2)
+    assert metric([first], "client") == [0]
+    assert late.error.code == ClientErrorCode.LATE
+    assert late.metadata.src_node_id == FIRST_NODE_ID + 1
 
 
 def test_pushed_messages_are_pulled() -> None:

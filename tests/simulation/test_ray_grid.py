@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,13 +191,26 @@ def test_late_replies_are_given_up_and_the_grid_goes_on(grid: RayGrid) -> None:
     started = time.monotonic()
     replies = list(grid.send_and_receive(messages({"sleep-0": 60.0}, [0, 1, 2, 3]), timeout=5.0))
     assert time.monotonic() - started < 50
-    assert 0 not in clients_of(replies)
     # Those that the other worker had time for came, in order, though they waited for client 0.
     assert clients_of(replies) == sorted(clients_of(replies))
-    assert 1 in clients_of(replies)
+    late = [c for c, reply in zip(clients_of(replies), replies, strict=True) if reply.has_error()]
+    assert late[0] == 0
+    assert 1 in set(clients_of(replies)) - set(late)
+    assert {reply.error.code for reply in replies if reply.has_error()} == {ClientErrorCode.LATE}
     assert calls(grid, 0) == before
     (reply,) = grid.send_and_receive(messages(clients=[0]), timeout=600.0)
     assert metric([reply], "calls") == [before + 1]
+
+
+def test_a_client_that_is_late_does_not_keep_others_from_their_turn(ray_here: None) -> None:
+    """More of them than replies are held where workers are busy."""
+    with RayGrid(apps.plain, 40, workers=2) as grid:
+        list(grid.send_and_receive(messages(clients=range(2))))  # both workers are up
+        replies = list(grid.send_and_receive(messages({"sleep-0": 60.0}, range(40)), timeout=8.0))
+    late = [c for c, reply in zip(clients_of(replies), replies, strict=True) if reply.has_error()]
+    assert late[0] == 0
+    assert len(late) <= ray_exchange.QUEUED
+    assert clients_of(replies) == list(range(40))
 
 
 def test_nothing_asked_is_nothing_answered(grid: RayGrid) -> None:
@@ -288,14 +303,14 @@ def test_the_first_replies_of_a_cohort_are_there_before_the_last_are_made(ray_he
         assert [calls(grid, client) for client in range(5)] == [2] * 5
 
 
-def test_a_worker_that_ends_in_a_cohort_leaves_what_it_answered_and_what_it_had_not_begun(
+def test_who_ends_its_workers_in_a_cohort_is_given_up_alone_and_what_was_answered_is_not_answered_again(
     ray_here: None, tmp_path: Path
 ) -> None:
     with RayGrid("tests.simulation.apps:streaming", 10, workers=1, cohort_size=5) as grid:
         replies = list(exchange(grid, {"die-3": True}, {3: 2}, tmp_path, range(10)))
         assert clients_of(replies) == list(range(10))
-        assert [reply.has_error() for reply in replies] == [False, False, True, True, True, *[False] * 5]
-        assert [calls(grid, client) for client in range(10)] == [1, 1, 0, 0, 0, *[1] * 5]
+        assert [reply.has_error() for reply in replies] == [client == 3 for client in range(10)]
+        assert [calls(grid, client) for client in range(10)] == [int(client != 3) for client in range(10)]
 
 
 def test_clients_of_like_work_share_a_cohort_and_replies_keep_their_order(ray_here: None) -> None:
@@ -325,10 +340,22 @@ def test_after_an_exception_a_cohort_runs_one_by_one_from_where_it_was(cohort_gr
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_a_worker_that_ends_takes_its_cohort_along(cohort_grid: RayGrid, tmp_path: Path) -> None:
-    replies = list(exchange(cohort_grid, {"die-4": True}, {4: 3}, tmp_path))
-    codes = [reply.error.code if reply.has_error() else 0 for reply in replies]
-    assert codes == [0, 0, 0, *[ClientErrorCode.WORKER_DIED] * 3, 0, 0]
+def test_a_cohort_runs_again_when_its_worker_ends(cohort_grid: RayGrid, tmp_path: Path) -> None:
+    before = [calls(cohort_grid, client) for client in range(CLIENTS)]
+    replies = list(cohort_grid.send_and_receive(messages({"die-once-4": str(tmp_path / "died")})))
+    assert (tmp_path / "died").exists()
+    assert clients_of(replies) == list(range(CLIENTS))
+    # As a whole, so that nothing depends on what died.
+    assert metric(replies, "cohort") == [3, 3, 3, 3, 3, 3, 2, 2]
+    assert [calls(cohort_grid, client) - n for client, n in enumerate(before)] == [1] * CLIENTS
+
+
+def test_a_worker_that_is_killed_between_two_exchanges_is_replaced(grid: RayGrid) -> None:
+    (first,) = grid.send_and_receive(messages(clients=[0]))
+    os.kill(metric([first], "pid")[0], signal.SIGKILL)
+    replies = list(grid.send_and_receive(messages()))
+    assert not any(reply.has_error() for reply in replies)
+    assert metric(replies, "client") == list(range(CLIENTS))
 
 
 # What does not fit.
