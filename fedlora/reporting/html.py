@@ -79,6 +79,7 @@ def page(
         studies=studies,
         answers=answers or Answers(),
         pairs=to_best(pairs),
+        audited=[run for run in comparison.runs if run.audit is not None],
         difference_cell=_difference_cell,
         score_cell=_score_cell,
         cost_cell=_cost_cell,
