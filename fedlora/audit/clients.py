@@ -21,7 +21,7 @@ from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.updates import Shapes, Update
 
 ORDINARY, CANARY = 0, 1
-TIMES_TOO_LONG = (100.0, -300.0)
+TIMES_TOO_LONG = (100.0, -1000.0)
 """The two updates, in multiples of the clipping norm along one direction."""
 
 

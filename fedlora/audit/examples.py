@@ -31,7 +31,7 @@ from fedlora.roles import kind_of, trained_kinds
 from fedlora.training import ClientJob, StepRule
 
 ORDINARY, CANARY = 0, 1
-TIMES_TOO_LONG = (100.0, 300.0)
+TIMES_TOO_LONG = (100.0, 1000.0)
 """How many times C the gradients of the two examples are, before clipping."""
 _NUMBERS = 2**24
 _MOST = 500
