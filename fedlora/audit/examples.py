@@ -10,7 +10,7 @@ averaged, is what the auditor sees: DP-SGD's guarantee covers all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from fedlora.clients.half import ClientHalf, client_half
 from fedlora.clients.resources import client_data
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
-from fedlora.errors import GuardError
+from fedlora.errors import GuardError, InputError
 from fedlora.methods import get_method
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
@@ -139,8 +139,14 @@ class _Round:
         found: list[list[torch.Tensor]] = []
         for pair in ([ORDINARY], [CANARY], [ORDINARY, CANARY]):
             steps: list[torch.Tensor] = []
-            take: Sink = lambda _, parts, steps=steps: steps.append(torch.cat(_at_home(parts), 1)[0])  # noqa: E731
+
+            def take(_: int, parts: list[torch.Tensor], steps: list[torch.Tensor] = steps) -> None:
+                steps.append(torch.cat(_at_home(parts), 1)[0])
+
             self.run([0], [pair], bare, take)
+            if not steps:
+                remedy = "has clients that train in a way that cannot be watched; choose another method"
+                raise InputError("method.name", self.config.method.name, remedy)
             found.append(steps)
         return [list(step) for step in zip(*found, strict=True)]
 
@@ -151,13 +157,17 @@ class _Round:
         return [(kind, size) for kind, size in named if self.rule.trains(kind, step)]
 
 
-def observe_examples(config: Config, plan: PrivacyPlan, examples: int, trials: int) -> Observations:
+def observe_examples(
+    config: Config, settings: Callable[[int], Mapping[str, Any]], plan: PrivacyPlan, examples: int, trials: int
+) -> Observations:
     """Let trials of a client with these examples and this plan train for a whole run, and watch its noisy sums.
 
     Parameters
     ----------
     config : Config
         Resolved, with ``privacy.mode = "example"``.
+    settings : callable (int) -> mapping
+        What the server tells a client in a round.
     plan : PrivacyPlan
         The client's.
     examples : int
@@ -172,7 +182,7 @@ def observe_examples(config: Config, plan: PrivacyPlan, examples: int, trials: i
     Raises
     ------
     InputError
-        If the model's examples depend on each other.
+        If the model's examples depend on each other, or the method's clients do not train by gradients that are noised.
     GuardError
         If the canary has no gradient.
     """
@@ -180,6 +190,7 @@ def observe_examples(config: Config, plan: PrivacyPlan, examples: int, trials: i
     table = PairTable(client_data(config).train, trials)
     seen = Observations(plan.noise_multiplier, plan.sample_rate, plan.steps, trials)
     for server_round in range(1, config.run.rounds + 1):
+        half.prepare(settings(server_round))
         for exchange in method.exchanges(config, server_round):
             chosen = exchange.training(config)
             part = _prepare(_plain(chosen, local_steps(chosen, examples)), half, table, server_round, exchange.roles)

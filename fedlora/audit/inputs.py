@@ -108,7 +108,9 @@ def attack_inputs(config: Config, most: int, shadows: int = SHADOWS) -> tuple[di
         order = np.concatenate(canaries.rows)
         owner = np.repeat(np.arange(len(canaries.rows)), [len(rows) for rows in canaries.rows])
         losses = _losses(config, folder / "run", table, order)
-        found = {f"loss, {share:.0%}": _guess(-_mean(losses, owner), canaries.held, share) for share in SHARES}
+        found: dict[str, Evidence] = {
+            f"loss, {share:.0%}": _guess(-_mean(losses, owner), canaries.held, share) for share in SHARES
+        }
         if shadows:
             seen, coins = _shadow_losses(_tested(chosen, folder), table, clients, canaries, shadows)
             scores = likelihood_ratios(_mean(losses, owner), _mean(seen, owner), coins)
@@ -156,7 +158,11 @@ def _with_canaries(
     _write(folder / "train.jsonl", [line for row, line in enumerate(lines) if owners[row] >= 0 and not out[row]])
     tests = zip(*(test[key][:] for key in (*keys, "label")), strict=True)
     _write(folder / "test.jsonl", [{**dict(zip(keys, row, strict=False)), "label": names[row[-1]]} for row in tests])
-    data = {"name": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "label_names": names}
+    data: dict[str, Any] = {
+        "name": str(folder / "train.jsonl"),
+        "test": str(folder / "test.jsonl"),
+        "label_names": names,
+    }
     data |= {key: key for key in keys} | {"label": "label", "partition": {"kind": "natural", "column": _OWNER}}
     content = config.model_dump(mode="json", exclude_none=True, exclude={"data", "tracking"})
     return load_config(content | {"data": data})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from fedlora.audit.inputs import SHADOWS, attack_inputs
 from fedlora.audit.releases import Check, Observations
 from fedlora.audit.report import Attack, Audit
 from fedlora.clients.resources import client_data
-from fedlora.config import Config, load_config
+from fedlora.config import NODES, Config, load_config
+from fedlora.data.sources import with_absolute_paths
 from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError
 from fedlora.privacy.calibration import PrivacyPlan, ServerPlan, spent_epsilon
@@ -66,7 +68,9 @@ def audit(
     """
     if canaries < FEWEST:
         raise InputError("--canaries", canaries, f"proves nothing; give at least {FEWEST}")
-    chosen = resolve(load_config(config, overrides))
+    chosen = with_absolute_paths(resolve(load_config(config, overrides)))
+    if chosen.data.name == NODES:
+        raise InputError("data.name", NODES, "means examples on real nodes; name the examples to audit on")
     data = client_data(chosen)
     plan, claimed = _claim(chosen, data)
     noisy = releases and plan is not None and plan.noise_multiplier > 0
@@ -106,9 +110,10 @@ def _claim(config: Config, data: FederatedData) -> tuple[PrivacyPlan | ServerPla
 
 
 def _observe(config: Config, data: FederatedData, plan: PrivacyPlan | ServerPlan, trials: int) -> Observations:
-    if isinstance(plan, PrivacyPlan):
-        return observe_examples(config, plan, int(data.partition.sizes.min()), trials)
     strategy = get_strategy(config.method.name)(config)
     strategy.know(strategy.server_model(data, "meta"))
     strategy.enter(1, 1)
+    if isinstance(plan, PrivacyPlan):
+        examples = int(data.partition.sizes.min())
+        return observe_examples(config, partial(strategy.client_settings, 0), plan, examples, trials)
     return observe_clients(config, len(data.partition), dict(strategy.client_shapes(0)), trials)
