@@ -32,7 +32,6 @@ from fedlora.methods import get_method
 from fedlora.privacy.calibration import run_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.load import load
-from fedlora.server.sampling import get_sampling
 from fedlora.simulator import simulate
 from fedlora.strategies.base import get_strategy
 from fedlora.tasks import get_task
@@ -41,6 +40,8 @@ from fedlora.training import ClientJob
 SHARES = (0.1, 0.5)
 """Of how many of the canaries the auditor guesses: the ones that it is surest of."""
 SHADOWS = 8
+_SHADOW_BATCH = 32
+"""Fewest examples of a shadow's step: many clients' small batches would take as many steps."""
 _OWNER = "owner"
 
 
@@ -209,19 +210,21 @@ def _shadow_losses(
     coins = np.random.default_rng([config.run.seed, 0x5D]).random((shadows, len(canaries.rows))) < 0.5
     order = np.concatenate(canaries.rows)
     rest = np.setdiff1d(np.concatenate(list(clients)), order)
-    at_once = get_sampling(config.server.sampling).most(len(clients), float(config.server.fraction_train))
-    steps = at_once * run_steps(config, max(1, len(rest) // len(clients)))
-    client = config.client.model_copy(update={"local_steps": steps, "local_epochs": None})
+    at_once = max(1, round(len(clients) * float(config.server.fraction_train)))
+    steps, size = run_steps(config, max(1, len(rest) // len(clients))), config.client.batch_size
+    large = max(size, _SHADOW_BATCH)
+    steps = -(-at_once * steps * size // large)
+    update = {"local_steps": steps, "local_epochs": None, "batch_size": large}
+    client = config.client.model_copy(update=update)
     rate, jobs = float(strategy.learning_rate(1)), []
     for shadow, seen in enumerate(coins):
         own = [rows for rows, there in zip(canaries.rows, seen, strict=True) if there]
         jobs.append(ClientJob(shadow, 1, np.concatenate([rest, *own]), arrays, rate))
     results = half.train(table, jobs, config.model_copy(update={"client": client}))
     adapted.set_clients([result.arrays for result in results])
-    size = max(1, config.server.batch_size // shadows)
-    return np.concatenate(
-        [_cohort_losses(adapted, table, order[i : i + size], shadows) for i in range(0, len(order), size)], 1
-    ), coins
+    part = max(1, config.server.batch_size // shadows)
+    parts = [_cohort_losses(adapted, table, order[i : i + part], shadows) for i in range(0, len(order), part)]
+    return np.concatenate(parts, 1), coins
 
 
 @torch.no_grad()
