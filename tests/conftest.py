@@ -28,7 +28,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fedlora")
 
-TINY_MODELS = {"adapters", "experts", "strategies", "training"}
+TINY_MODELS = {"adapters", "audit", "experts", "strategies", "training"}
 """Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
 
 SLOW_FILES = (

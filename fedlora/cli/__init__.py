@@ -1,5 +1,5 @@
-"""The command line: ``fedlora run | study | report | show | runs | export | privacy | assets | init | config | methods
-| server | node | digest | keys``."""
+"""The command line: ``fedlora run | study | report | show | runs | export | privacy | audit | assets | init | config
+| methods | server | node | digest | keys``."""
 
 from __future__ import annotations
 
@@ -235,6 +235,48 @@ def privacy(
         typer.echo(to_json(spent.to_dict(), indent=2))
     else:
         show_privacy(console, spent)
+
+
+@app.command()
+def audit(
+    config: Annotated[str, typer.Argument(help="A TOML file that describes the run.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; an empty value removes it."),
+    ] = None,
+    canaries: Annotated[int, typer.Option(help="Trials of the white-box attack, and mislabelled canaries at most.")] = (
+        1000
+    ),
+    inputs: Annotated[
+        bool, typer.Option(help="Train a run with mislabelled canaries, too, and attack its final model.")
+    ] = True,
+    shadows: Annotated[int, typer.Option(min=0, help="Shadow adapters of the membership test; 0 leaves it out.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the JSON here, too; RUN/audit.json stands in that run's report.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Attack a config's privacy: a lower bound on epsilon beside the claim. Exit 1 if the claim does not hold."""
+    from fedlora.config import load_config
+
+    overrides = parse_overrides(set_ or [])
+    # Check the config first: the imports below take seconds.
+    load_config(config, overrides)
+    from fedlora.audit import audit as attack
+    from fedlora.cli.privacy import show_audit
+    from fedlora.results.folder import to_json, write_atomically
+
+    found = attack(config, overrides, canaries=canaries, inputs=inputs, shadows=shadows)
+    text = to_json(found.to_dict(), indent=2)
+    if output is not None:
+        with writes_to(output):
+            write_atomically(output, text + "\n")
+    if as_json:
+        typer.echo(text)
+    else:
+        show_audit(console, found)
+    if found.faults:
+        raise RunError(f"the claim does not hold: {'; '.join(found.faults)}")
 
 
 @app.command()

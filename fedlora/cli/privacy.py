@@ -1,11 +1,17 @@
-"""``fedlora privacy``: a run's epsilon explained, and computed by a second library."""
+"""``fedlora privacy`` and ``fedlora audit``: a run's epsilon explained and computed again, and attacked."""
 
 from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fedlora.privacy.accountants import group_of
 from fedlora.results.privacy_spent import Spent
+
+if TYPE_CHECKING:
+    from fedlora.audit.report import Audit
 
 
 def show_privacy(console: Console, spent: Spent) -> None:
@@ -35,5 +41,25 @@ def show_privacy(console: Console, spent: Spent) -> None:
     if spent.explanation:
         lines.append(("difference", spent.explanation))
     lines += [("not covered", text) for text in spent.not_covered]
+    _print(console, lines)
+
+
+def show_audit(console: Console, audit: Audit) -> None:
+    """Print what an audit proves beside what is claimed."""
+    claim = f"{audit.epsilon:.6g} at delta {audit.delta:g}" if audit.epsilon < math.inf else "no epsilon"
+    lines = [
+        ("protects", audit.unit),
+        ("claimed", claim),
+        ("lower bound", f"{audit.lower_bound:.6g}, at {audit.confidence:.0%} confidence over all attacks"),
+        ("canaries", f"{audit.canaries}"),
+    ]
+    for attack in audit.attacks:
+        lines.append(("attack", f"{attack.name}: {attack.epsilon:.4g} ({attack.estimator}; assumes {attack.assumes})"))
+    for check in audit.checks:
+        lines.append(("check", f"{check.name}: {'passed' if check.passed else 'FAILED'}, {check.detail}"))
+    _print(console, lines)
+
+
+def _print(console: Console, lines: list[tuple[str, str]]) -> None:
     for name, text in lines:
         console.print(f"{name:<15}{text}", markup=False, highlight=False, soft_wrap=True)

@@ -82,6 +82,7 @@ def page(
         pairs=to_best(pairs),
         changes=changes,
         change_cells=_change_cells,
+        audited=[run for run in comparison.runs if run.audit is not None],
         difference_cell=_difference_cell,
         score_cell=_score_cell,
         cost_cell=_cost_cell,

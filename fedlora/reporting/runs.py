@@ -133,6 +133,31 @@ class LeftOutLine(_Content):
     code: Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 
 
+class Claimed(_Content):
+    """What an audited run claims; ``epsilon`` is null without privacy."""
+
+    epsilon: Annotated[float, Field(ge=0), _no_bound]
+    delta: float
+
+
+class LowerBound(_Content):
+    """What an audit proves, and with which confidence."""
+
+    epsilon: Annotated[float, Field(ge=0)]
+    confidence: Share
+    attack: str | None = None
+
+
+class AuditFile(_Content):
+    """audit.json, which ``fedlora audit --output`` wrote into the run's folder."""
+
+    claimed: Claimed
+    lower_bound: LowerBound
+    canaries: Count
+    unit: str = ""
+    holds: bool = True
+
+
 class ClientLine(_Content):
     """A line of clients.csv; it also has the metric by which the run's task compares clients."""
 
@@ -169,6 +194,7 @@ class FinishedRun:
     messages : list of MessageLine
     clients, partition, privacy, left_out : list
         Empty where the run did not write them.
+    audit : AuditFile, optional
     """
 
     name: str
@@ -183,6 +209,7 @@ class FinishedRun:
     partition: list[PartitionLine]
     privacy: list[PrivacyLine]
     left_out: list[LeftOutLine] = field(default_factory=list)
+    audit: AuditFile | None = None
 
     @property
     def task(self) -> Task:
@@ -321,6 +348,8 @@ def _read(path: Path, name: str) -> FinishedRun:
         )
     }
     messages = _parse(path, "communication.csv", _csv_reader(MessageLine))
+    if (path / "audit.json").is_file():
+        optional["audit"] = _parse(path, "audit.json", AuditFile.model_validate_json)
     return FinishedRun(name, path, config, summary, scores, start, lines, messages, **optional)
 
 

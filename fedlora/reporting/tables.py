@@ -14,7 +14,8 @@ from fedlora.reporting.comparison import Comparison, flatten, in_a_cell, quantit
 def runs_table(comparison: Comparison) -> pd.DataFrame:
     """Return one row for each run: its name, every config key in which runs differ, and every number.
 
-    Shares are in [0, 1]; a cell without a value is empty. ``seed`` is the run's; ``commit`` that of the source tree.
+    Shares are in [0, 1]; a cell without a value is empty. ``seed`` is the run's; ``commit`` that of the source tree;
+    ``audited_epsilon``, where a run was audited, the lower bound that was proved.
     """
     rows = []
     for group in comparison.groups:
@@ -36,6 +37,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     **quantities(run),
                     "delta": run.summary.epsilon.delta if run.summary.epsilon else None,
                     "covers_init": run.summary.epsilon.covers_init if run.summary.epsilon else None,
+                    **({"audited_epsilon": run.audit.lower_bound.epsilon} if run.audit else {}),
                     "commit": run.summary.environment.commit,
                 }
             )
