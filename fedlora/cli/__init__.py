@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,10 @@ from rich.table import Table
 from fedlora.cli import deployment, reference
 from fedlora.errors import InputError, RunError
 from fedlora.storage import StorageError, storage_error, writes_to
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
+    from fedlora.simulation.ray_workers import RayWorkers
 
 app = typer.Typer(
     name="fedlora",
@@ -86,11 +90,14 @@ def run(
     ] = None,
 ) -> None:
     """Simulate a federation, or run one on real nodes."""
-    from fedlora.config import load_config
+    from fedlora.config import load_common, load_config
     from fedlora.tasks import get_task
 
     overrides = parse_overrides(set_ or [])
     # Check the config first: the imports below take seconds.
+    common = load_common(config, overrides)
+    if on is None:
+        _start_workers(common, output or Path("runs") / common.run.name, resume)
     task = get_task(load_config(config, overrides).model.task)
     from fedlora.cli.display import RunDisplay
 
@@ -107,7 +114,7 @@ def run(
     except KeyboardInterrupt:
         raise RunError("stopped; go on with --resume") from None
     except StorageError as error:
-        folder = output or Path("runs") / load_config(config, overrides).run.name
+        folder = output or Path("runs") / common.run.name
         again = ["fedlora", "run", config, *(part for pair in set_ or [] for part in ("--set", pair))]
         again += [*(["--on", on] if on else []), "--output", str(folder)]
         if on is not None or (folder / "checkpoint").exists():
@@ -242,6 +249,25 @@ def assets(
         row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
         table.add_row(f"asset:{name}", *row)
     console.print(table)
+
+
+def _start_workers(config: Config, folder: Path, resume: bool) -> None:
+    """Start a run's own Ray and its workers beside the imports of the run, unless the run will not begin."""
+    from fedlora.config import NODES
+    from fedlora.methods import has_module
+
+    section = config.simulation
+    begins = folder.exists() == resume and not (folder / "summary.json").exists()
+    begins = begins and config.data.name != NODES and has_module(config.method.name)
+    if section.workers == 0 or section.address is not None or not begins or "torch" in sys.modules:
+        return
+    from fedlora.simulation import CLIENT_APP
+    from fedlora.simulation.ray_workers import RayWorkers, start_early
+
+    def start() -> RayWorkers:
+        return RayWorkers(CLIENT_APP, section.workers, section.cpus_per_worker, section.gpus_per_worker, None)
+
+    start_early(("fedlora.cli.display", "fedlora.simulator"), start)
 
 
 def _budgets(pairs: list[str]) -> dict[str, list[float]]:
