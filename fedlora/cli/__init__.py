@@ -257,7 +257,7 @@ def _start_workers(config: Config, folder: Path, resume: bool) -> None:
     from fedlora.methods import has_module
 
     section = config.simulation
-    begins = folder.exists() == resume and not (folder / "summary.json").exists()
+    begins = os.path.exists(folder) == resume and not os.path.exists(folder / "summary.json")  # of any string
     begins = begins and config.data.name != NODES and has_module(config.method.name)
     if section.workers == 0 or section.address is not None or not begins or "torch" in sys.modules:
         return
