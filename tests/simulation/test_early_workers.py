@@ -151,6 +151,12 @@ def test_nothing_starts_for_a_run_that_needs_no_workers_or_will_not_begin(
     assert starts == []
 
 
+def test_a_folder_may_have_any_name(starts: list[Any], tmp_path: Path) -> None:
+    for name in ("n" * 300, "n\0"):
+        cli._start_workers(common(tmp_path), tmp_path / name, False)
+    assert len(starts) == 2  # the run says what is wrong with it
+
+
 def test_nothing_starts_early_where_everything_is_imported(starts: list[Any], tmp_path: Path) -> None:
     sys.modules["torch"] = sys.modules[__name__]
     cli._start_workers(common(tmp_path), tmp_path / "out", False)
