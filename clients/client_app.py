@@ -98,7 +98,7 @@ def _describe_node(message: Message, context: Context) -> Message:
 
 
 @app.preparation
-def prepare(context: Context, known: Mapping[str, Any]) -> None:
+def prepare(context: Context, known: Mapping[Any, Any]) -> None:
     """Load a simulation's data and model; ``known`` is whether the model is sound, as the server measured it."""
     config = run_config(context.run_config)
     client_data(config)

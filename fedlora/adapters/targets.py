@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import regex
 import torch
@@ -171,7 +171,7 @@ def beyond_linear(model: nn.Module) -> tuple[list[str], int]:
     return list(names), sum(names.values())
 
 
-def _known_targets() -> dict[str, list[str]]:
+def _known_targets() -> Mapping[str, Sequence[str]]:
     """Return PEFT's own defaults, by type of model."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN  # slow
 

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 CohortFunction = Callable[[Sequence[Message], Sequence[Context]], Iterable[Message]]
 CapacityFunction = Callable[[Message, Context], int]
-Preparation = Callable[[Context, Mapping[str, Any]], None]
+Preparation = Callable[[Context, Mapping[Any, Any]], None]
 
 
 class CohortClientApp(ClientApp):

@@ -46,7 +46,7 @@ class RayGrid(SimulatedGrid):
         """The workers."""
         return self._workers.actors
 
-    def prepare(self, known: Mapping[str, Any]) -> None:
+    def prepare(self, known: Mapping[Any, Any]) -> None:
         """Have every worker load the app's model and data; the first messages wait behind it."""
         self._lend()
         shared = known if self._workers.here else {}

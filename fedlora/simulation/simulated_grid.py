@@ -90,7 +90,7 @@ class SimulatedGrid(Grid):
     def _start(self, address: str | None, workers: int | None) -> None:
         """Start the workers, and set ``num_workers``."""
 
-    def prepare(self, known: Mapping[str, Any]) -> None:
+    def prepare(self, known: Mapping[Any, Any]) -> None:
         """Let the workers load what clients will need while the caller goes on, where they are processes.
 
         Parameters

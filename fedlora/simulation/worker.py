@@ -120,7 +120,7 @@ class Worker:
 
         borrow(loans)
 
-    def prepare(self, context: Context, known: Mapping[str, Any]) -> None:
+    def prepare(self, context: Context, known: Mapping[Any, Any]) -> None:
         """Load what clients will need; what fails here fails again, and is told, with the first message."""
         function = self.app.preparation_function if isinstance(self.app, CohortClientApp) else None
         if function is not None:

@@ -161,7 +161,7 @@ def test_what_an_app_prepares_is_done_before_messages_and_may_fail() -> None:
     app, prepared = CohortClientApp(), []
 
     @app.preparation
-    def prepare(of: Context, known: Mapping[str, Any]) -> None:
+    def prepare(of: Context, known: Mapping[Any, Any]) -> None:
         prepared.append((of.node_id, dict(known)))
         raise ValueError("is told with the first message")
 
