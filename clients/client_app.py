@@ -41,6 +41,7 @@ from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import round_steps
 from fedlora.roles import Roles, roles_of
 from fedlora.simulation.cohort_app import CohortClientApp
+from fedlora.timeline import phase
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.optimizer_state import steps_taken
@@ -96,6 +97,16 @@ def _describe_node(message: Message, context: Context) -> Message:
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
     return Message(content, reply_to=message)
+
+
+@app.preparation
+def prepare(context: Context, known: Mapping[Any, Any]) -> None:
+    """Load a simulation's data and model; ``known`` is whether the model is sound, as the server measured it."""
+    config = run_config(context.run_config)
+    client_data(config)
+    adapted = client_half(config).adapted
+    if not config.simulation.compile:  # fused, it is another than the server's
+        adapted.independent.update(known)
 
 
 @app.train_cohort
@@ -199,6 +210,7 @@ class _Work:
     seconds: float = 0.0
 
 
+@phase("client")
 def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     """Check a message, receive its arrays and make a job of it; nothing of the client's examples is read for it."""
     client = participant(message, context)

@@ -14,6 +14,7 @@ from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.devices import gpus
 from fedlora.methods import get_method
 from fedlora.shared_base import shared_base
+from fedlora.timeline import phase
 from fedlora.training.fuse import compiles, fuse_blocks
 
 _NO_METHOD = MethodSection(name="none")
@@ -64,6 +65,7 @@ def forget_data() -> None:
 
 
 @lru_cache(maxsize=1)
+@phase("model")
 def _model(config_text: str) -> AdaptedModel:
     config = Config.model_validate_json(config_text)
     base = shared_base(config, client_data(config).label_names, gpus(config))

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -123,6 +122,8 @@ def merged(config: Config, adapter: Path) -> Any:
     InputError, OSError, ValueError, KeyError, safetensors.SafetensorError
         If the base cannot be loaded, or the folder's files are damaged.
     """
+    from peft import PeftModel  # slow, and few runs continue another
+
     task, labels = adapter / TASK_FILE, adapter / LABELS_FILE
     if task.is_file() and json.loads(task.read_text(encoding="utf-8")) != config.model.task:
         raise ValueError(f"{TASK_FILE} names another task than the run's {config.model.task}")

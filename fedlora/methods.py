@@ -479,15 +479,21 @@ def _defined_in(module: Any) -> Iterator[type[Method]]:
             yield value
 
 
+def has_module(name: str) -> bool:
+    """Whether there is a module of a built-in method's name; its imports, which take seconds, are not made."""
+    return bool(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name)) and importlib.util.find_spec(_path(name)) is not None
+
+
+def _path(name: str) -> str:
+    return f"{BUILT_IN}.{name.replace('-', '_')}"
+
+
 def _built_in(name: str) -> type[Method] | None:
     """Look for a method in the module of its name."""
-    if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name):
-        return None
-    path = f"{BUILT_IN}.{name.replace('-', '_')}"
     try:
-        if importlib.util.find_spec(path) is None:
+        if not has_module(name):
             return None
-        module = importlib.import_module(path)
+        module = importlib.import_module(_path(name))
     except Exception:  # _find says what is wrong
         return None
     return next((method for method in _defined_in(module) if method.name == name), None)

@@ -599,18 +599,19 @@ _MOST_ANSWERS = 256
 def on_skeleton(model: nn.Module, run: Callable[[], T], question: Hashable) -> T:
     """Call a function that runs a model which may be a skeleton (on ``meta``); return what it returns.
 
-    A skeleton is run once for each question: what it answers depends on its architecture alone. The answer must not
-    be changed.
+    A skeleton is run once for each question: what it answers depends on its architecture alone, and holds for the
+    model with its weights, too. The answer must not be changed.
 
     The numbers mean nothing there; but shapes, which layers are called, and what depends on what, are the model's. A
     skeleton runs on fake tensors, which compute shapes alone. A model that looks at numbers, which these have not, runs
     on zeros, which takes as long as any pass of it.
     """
+    architecture = _architecture(model)
+    key = architecture or "", question
     if not any(parameter.is_meta for parameter in model.parameters()):
-        return run()
-    if (architecture := _architecture(model)) is None:
+        return _answers[key] if architecture and key in _answers else run()
+    if architecture is None:
         return _run_skeleton(model, run)
-    key = architecture, question
     if key not in _answers:
         while len(_answers) >= _MOST_ANSWERS:
             del _answers[next(iter(_answers))]

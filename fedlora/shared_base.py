@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, devices_of
 from fedlora.models import load_base, pretrained_source
+from fedlora.timeline import phase
 
 log = logging.getLogger("fedlora")
 
@@ -94,7 +95,8 @@ def shared_base(config: Config, label_names: list[str] | None, device: Placement
     if original is None:
         original = _borrowed(key)
     if original is None:
-        original = load_base(config, label_names, device)
+        with phase("weights"):
+            original = load_base(config, label_names, device)
     _originals[key] = original
     return _copy(original)
 

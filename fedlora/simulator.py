@@ -18,7 +18,6 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora import simulation
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
-from fedlora.data.partition_plot import plot_partition
 from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
@@ -30,11 +29,12 @@ from fedlora.results.folder import RunFolder, RunResult, run_folder
 from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
 from fedlora.roles import trained_kinds
-from fedlora.simulation import LocalGrid, SimulatedGrid
+from fedlora.simulation import CLIENT_APP, LocalGrid, SimulatedGrid
 from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
+from fedlora.timeline import phase
 from fedlora.training.dp import choose_ghost_norms
 from fedlora.training.step_memory import StepMemory
 
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("fedlora")
-
-CLIENT_APP = "fedlora.clients.client_app:app"
 
 
 def simulate(
@@ -150,9 +148,11 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     config = folder.resolved
     tokens = prepare_data(config)
     check_data(folder, config, tokens)
-    _check_clients(config, tokens)
+    with phase("calibration"):
+        _check_clients(config, tokens)
     # Check target modules and rank on the model's skeleton, before its weights are loaded.
-    skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
+    with phase("skeleton"):
+        skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
     StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
@@ -162,8 +162,6 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
         tokens.notes.append(advice)
     counts = tokens.label_counts()
     folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
-    if not (folder.path / "partition.png").exists():
-        plot_partition(folder.path / "partition.png", counts, tokens.counted_names)
     return tokens
 
 

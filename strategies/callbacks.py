@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.communication.links import link_seed, network_profile, round_network
 from fedlora.communication.meter import Row
+from fedlora.data.partition_plot import plot_partition
 from fedlora.results.plot import plot_rounds
 from fedlora.results.tracking import open_trackers
 from fedlora.strategies.base import RoundReport
@@ -126,10 +127,21 @@ class Display(Callback):
 
 
 class Plot(Callback):
-    """Draws rounds.png."""
+    """Draws partition.png and rounds.png."""
+
+    def on_round(self, federation: Federation, outcome: Outcome) -> None:
+        """Draw who trains on what; after a round, since drawing would delay the first."""
+        self._partition(federation)
 
     def on_end(self, federation: Federation) -> None:
         """Draw the whole run."""
+        self._partition(federation)
         folder, config = federation.folder, federation.config
         title = f"{config.run.name}: {federation.method.title}"
         plot_rounds(folder.path / "rounds.png", folder.rounds(), title, get_task(config.model.task))
+
+    def _partition(self, federation: Federation) -> None:
+        """Draw who trains on what, where that is known, once."""
+        file, data = federation.folder.path / "partition.png", federation.data
+        if federation.simulated and not file.exists():
+            plot_partition(file, data.label_counts(), data.counted_names)

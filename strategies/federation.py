@@ -30,6 +30,7 @@ from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.folder import RunFolder, RunResult
 from fedlora.results.identity import check_model, note_environment
 from fedlora.roles import Roles
+from fedlora.simulation import SimulatedGrid
 from fedlora.strategies.base import FederatedStrategy, RoundReport
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
 from fedlora.strategies.evaluation import stale_kinds
@@ -48,6 +49,7 @@ from fedlora.strategies.summary import (
     summarise,
 )
 from fedlora.tasks import get_task
+from fedlora.timeline import phase
 from fedlora.training import evaluate_clients
 from fedlora.training.answering import score_answers
 from fedlora.training.soundness import check_packing, check_sound
@@ -191,6 +193,7 @@ class Federation:
         self.parts = Parts(key)
         self.parts.blocks = self.method.client_blocks
 
+    @phase("gather")
     def gather(self) -> None:
         """Discover the clients, and number them."""
         self.roster.discover()
@@ -233,6 +236,8 @@ class Federation:
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         elif config.data.packing and self.data.train.task.packs and self.adapted.stacked_layers():
             check_packing(self.adapted, config, self.data.train.pad_token_id)
+        if isinstance(self.grid, SimulatedGrid):
+            self.grid.prepare(self.adapted.independent)
         for half in self.halves:
             half.know(self.adapted)
         relative = bases(type(method), self.adapted.arrays(), self.adapted.head_names)
@@ -271,10 +276,12 @@ class Federation:
         if not self.done:
             began = time.perf_counter()
             scored = self.config.server.evaluate_start and not personalised
-            start = method.evaluate(self.adapted, self.data, 0) | self._score_answers() if scored else {}
+            with phase("start evaluation"):
+                start = method.evaluate(self.adapted, self.data, 0) | self._score_answers() if scored else {}
             self.checkpoint["start"] = start
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 
+    @phase("start arrays")
     def _begin(self) -> tuple[Arrays, Arrays]:
         """Make the start, divided into what rounds change and what they do not."""
         start = self.method.start_arrays(self.adapted, self.data) | self.adapted.arrays(self.adapted.head_names)
@@ -411,6 +418,7 @@ class Federation:
 
         return undo
 
+    @phase("exchange")
     def _exchange(self, server_round: int, exchange: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Send the messages of one exchange and aggregate the replies; return the next arrays and the mean metrics."""
         for half in self.halves:

@@ -35,6 +35,7 @@ from fedlora.results import RunResult
 from fedlora.results.folder import COMMUNICATION, PRIVACY
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.fedit import FedIT
+from fedlora.timeline import FILE
 from tests.bare_runs import bare_runs
 from tests.command import fedlora
 
@@ -441,7 +442,8 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cac
         "--output",
         str(stopped),
     ]
-    environment = {**os.environ, "FEDLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    timeline = folder / "timeline.jsonl"
+    environment = {**os.environ, "FEDLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT), FILE: str(timeline)}
     run = subprocess.Popen(
         [*command, "--set", "run.rounds=200"],
         env=environment,
@@ -456,6 +458,11 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cac
     _, told = run.communicate(timeout=600)
     assert (run.returncode, told) == (1, "fedlora: stopped; go on with --resume\n")
     assert not (stopped / "summary.json").exists()
+    # Ray, and the imports of the driver and of its worker, went side by side.
+    first = {line["phase"]: line for line in map(json.loads, reversed(timeline.read_text().splitlines()))}
+    assert first["ray"]["began"] < first["imports"]["ended"]
+    assert max(first["ray"]["ended"], first["imports"]["ended"]) <= first["data"]["began"]
+    assert first["worker: imports"]["process"] != first["imports"]["process"] == first["ray"]["process"]
 
 
 # What a user may bring along.

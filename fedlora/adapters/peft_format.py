@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import TaskType
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,9 @@ from fedlora.continuing import HEAD_FILE, LABELS_FILE, TASK_FILE
 from fedlora.models import MeanPoolingClassifier, pools_mean, pretrained_source
 from fedlora.registry import PARAMETERISATIONS
 from fedlora.tasks import get_task
+
+if TYPE_CHECKING:
+    from peft import TaskType
 
 
 def export_peft(adapted: AdaptedModel, config: Config, folder: Path, label_names: list[str] | None) -> None:
@@ -160,4 +163,6 @@ def write_about(config: Config, folder: Path, label_names: list[str] | None) -> 
 
 def task_type(config: Config) -> TaskType:
     """Return PEFT's task type for a run."""
+    from peft import TaskType  # slow, and first used at a run's end
+
     return TaskType.FEATURE_EXTRACTION if pools_mean(config) else TaskType[get_task(config.model.task).peft_type]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import regex
 import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -138,7 +137,7 @@ def _attention(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         return found
     # Such as RWKV, which has values without queries.
     kind = _model_type(model)
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    known = _known_targets().get(kind)
     if known is None:
         remedy = f'a {kind} model has no attention with linear query and value; name the modules, or "{ALL_LINEAR}"'
         raise InputError(_FIELD, None, remedy)
@@ -172,9 +171,16 @@ def beyond_linear(model: nn.Module) -> tuple[list[str], int]:
     return list(names), sum(names.values())
 
 
+def _known_targets() -> Mapping[str, Sequence[str]]:
+    """Return PEFT's own defaults, by type of model."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN  # slow
+
+    return KNOWN
+
+
 def _model_type(model: nn.Module) -> str:
     """Name the base's architecture; a mean-pooled classifier's base is inside it."""
     configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
     kinds = [str(config.model_type) for config in configs if getattr(config, "model_type", "")]
-    known = [kind for kind in kinds if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING]
+    known = [kind for kind in kinds if kind in _known_targets()]
     return (known or kinds or [type(model).__name__])[0]

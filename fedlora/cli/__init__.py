@@ -11,7 +11,7 @@ import sqlite3
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,10 @@ from fedlora.cli import deployment, init, reference, runs
 from fedlora.cli.examples import add_examples
 from fedlora.errors import InputError, RunError
 from fedlora.storage import StorageError, storage_error, writes_to
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
+    from fedlora.simulation.ray_workers import RayWorkers
 
 app = typer.Typer(
     name="fedlora",
@@ -101,11 +105,14 @@ def run(
     ] = None,
 ) -> None:
     """Simulate a federation, or run one on real nodes."""
-    from fedlora.config import load_config
+    from fedlora.config import load_common, load_config
     from fedlora.tasks import get_task
 
     overrides = parse_overrides(set_ or [])
     # Check the config first: the imports below take seconds.
+    common = load_common(config, overrides)
+    if on is None:
+        _start_workers(common, output or Path("runs") / common.run.name, resume)
     task = get_task(load_config(config, overrides).model.task)
     from fedlora.cli.display import RunDisplay
 
@@ -122,7 +129,7 @@ def run(
     except KeyboardInterrupt:
         raise RunError("stopped; go on with --resume") from None
     except StorageError as error:
-        folder = output or Path("runs") / load_config(config, overrides).run.name
+        folder = output or Path("runs") / common.run.name
         again = ["fedlora", "run", config, *(part for pair in set_ or [] for part in ("--set", pair))]
         again += [*(["--on", on] if on else []), "--output", str(folder)]
         if on is not None or (folder / "checkpoint").exists():
@@ -301,11 +308,31 @@ def assets(
     console.print(table)
 
 
+def _start_workers(config: Config, folder: Path, resume: bool) -> None:
+    """Start a run's own Ray and its workers beside the imports of the run, unless the run will not begin."""
+    from fedlora.config import NODES
+    from fedlora.methods import has_module
+
+    section = config.simulation
+    begins = os.path.exists(folder) == resume and not os.path.exists(folder / "summary.json")  # of any string
+    begins = begins and config.data.name != NODES and has_module(config.method.name)
+    if section.workers == 0 or section.address is not None or not begins or "torch" in sys.modules:
+        return
+    from fedlora.simulation import CLIENT_APP
+    from fedlora.simulation.ray_workers import RayWorkers, start_early
+
+    def start() -> RayWorkers:
+        return RayWorkers(CLIENT_APP, section.workers, section.cpus_per_worker, section.gpus_per_worker, None)
+
+    start_early(("fedlora.cli.display", "fedlora.simulator"), start)
+
+
 for command in (
     *(init.init, runs.show, runs.runs, reference.config, reference.methods),
-    *(deployment.server, deployment.node, deployment.digest),
+    *(deployment.server, deployment.digest),
 ):
     app.command()(command)
+app.add_typer(deployment.node, name="node")
 app.add_typer(deployment.keys, name="keys")
 add_examples(app)
 

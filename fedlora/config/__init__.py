@@ -9,7 +9,7 @@ from fedlora.config.errors import input_error, unknown_key
 from fedlora.config.evaluation import EvaluationSection
 from fedlora.config.examples import DataSection, ModelSection, PartitionSection
 from fedlora.config.privacy import MAX_EPSILON, MAX_GROUP, MAX_NOISE, MIN_NOISE, PrivacySection
-from fedlora.config.reader import load_config, override, read_config, read_toml, unused_keys
+from fedlora.config.reader import load_common, load_config, override, read_config, read_toml, unused_keys
 from fedlora.config.reference import Key, all_keys, find_keys, section_title
 from fedlora.config.running import NetworkSection, SimulationSection, TrackingSection
 from fedlora.config.schema import ANY_METHOD, Config
@@ -63,6 +63,7 @@ __all__ = [
     "all_keys",
     "find_keys",
     "input_error",
+    "load_common",
     "load_config",
     "override",
     "read_config",

@@ -38,12 +38,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     InputError
         If the file cannot be read, is no TOML, or a key or value is wrong.
     """
-    content = read_toml(source)
-    for key, value in (overrides or {}).items():
-        override(content, key, value)
+    content = _content(source, overrides)
+    # The common keys come first, so that their mistakes are reported before slow imports of the method's options.
+    _common(content)
     try:
-        # The common keys come first, so that their mistakes are reported before slow imports of the method's options.
-        _check_sections(Config.model_validate(content, context=COMMON_KEYS))
         config = Config.model_validate(content)
     except ValidationError as error:
         raise input_error(error) from None
@@ -51,6 +49,27 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 
     config.method.check(config)  # now with the method's own options
     check_method(config)
+    return config
+
+
+def load_common(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Do as :func:`load_config`, but for the options of the method, whose imports take seconds: they are left out."""
+    return _common(_content(source, overrides))
+
+
+def _content(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    content = read_toml(source)
+    for key, value in (overrides or {}).items():
+        override(content, key, value)
+    return content
+
+
+def _common(content: dict[str, Any]) -> Config:
+    try:
+        config = Config.model_validate(content, context=COMMON_KEYS)
+    except ValidationError as error:
+        raise input_error(error) from None
+    _check_sections(config)
     return config
 
 

@@ -39,6 +39,7 @@ from fedlora.models import has_token_types, load_tokenizer, model_config, pretra
 from fedlora.tasks import IGNORED, Encoded, Task, get_task
 from fedlora.tasks.chat import ChatTemplate
 from fedlora.tasks.long_texts import Piece
+from fedlora.timeline import phase
 
 if TYPE_CHECKING:
     import datasets
@@ -318,6 +319,7 @@ class FederatedData:
         return np.stack([np.bincount(labels[rows], minlength=count) for rows in self.partition])
 
 
+@phase("data")
 def prepare_data(config: Config) -> FederatedData:
     """Load, tokenise and partition the examples of a run, or open what an earlier call made of the same.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 CohortFunction = Callable[[Sequence[Message], Sequence[Context]], Iterable[Message]]
 CapacityFunction = Callable[[Message, Context], int]
+Preparation = Callable[[Context, Mapping[Any, Any]], None]
 
 
 class CohortClientApp(ClientApp):
@@ -20,6 +22,7 @@ class CohortClientApp(ClientApp):
 
     cohort_function: CohortFunction | None = None
     capacity_function: CapacityFunction | None = None
+    preparation_function: Preparation | None = None
 
     def train_cohort(self, function: CohortFunction) -> CohortFunction:
         """Register the handler of training messages; use as a decorator.
@@ -42,4 +45,12 @@ class CohortClientApp(ClientApp):
     def cohort_capacity(self, function: CapacityFunction) -> CapacityFunction:
         """Register what measures, given one client's training message, how many clients fit into one pass here."""
         self.capacity_function = function
+        return function
+
+    def preparation(self, function: Preparation) -> Preparation:
+        """Register what loads, before the first message, what clients will need; it gets a client's context.
+
+        It also gets what the server's process has found out about the model, for a process on the same devices.
+        """
+        self.preparation_function = function
         return function

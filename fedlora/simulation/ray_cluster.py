@@ -36,6 +36,8 @@ def start_ray(address: str | None) -> bool:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    except SystemExit:
+        raise KeyboardInterrupt from None  # Ray's own handler of SIGTERM, while it connects
     except (OSError, ValueError, RuntimeError) as error:
         if "AF_UNIX path length" in str(error):
             folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()

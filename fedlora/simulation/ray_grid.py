@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 from flwr.app import Message
 
-from fedlora.errors import InputError
 from fedlora.simulation.envelope import unpack
-from fedlora.simulation.placement import count_free, count_workers
-from fedlora.simulation.ray_cluster import start_ray
 from fedlora.simulation.ray_exchange import RayExchange
-from fedlora.simulation.simulated_grid import SimulatedGrid
-from fedlora.simulation.worker import Worker
+from fedlora.simulation.ray_workers import take_workers
+from fedlora.simulation.simulated_grid import FIRST_NODE_ID, SimulatedGrid
 
 if TYPE_CHECKING:
     from fedlora.shared_base import Loan
@@ -42,42 +38,35 @@ class RayGrid(SimulatedGrid):
     """
 
     def _start(self, address: str | None, workers: int | None) -> None:
-        self.actors: list[Any] = []
         self._loans: list[Loan] = []
-        self._starting: list[Any] = []
-        self._started_ray = start_ray(address)
-        try:
-            self.num_workers = count_workers(workers, self.cpus, self.gpus)
-            if not self._started_ray:
-                self.num_workers = count_free(self.num_workers, workers, self.cpus, self.gpus, _held())
-        except InputError as error:
-            self.close()
-            if self._started_ray:
-                raise
-            remedy = f"{error.remedy}; this is a Ray that runs already: give it more, or end it with ray.shutdown()"
-            raise InputError(error.field, error.value, remedy) from None
-        self.actors = [self._start_worker() for _ in range(self.num_workers)]
-        _OPEN.add(self)
+        self._workers = take_workers(self.client_app, workers, self.cpus, self.gpus, address)
+        self.num_workers = len(self.actors)
+
+    @property
+    def actors(self) -> list[Any]:
+        """The workers."""
+        return self._workers.actors
+
+    def prepare(self, known: Mapping[Any, Any]) -> None:
+        """Have every worker load the app's model and data; the first messages wait behind it."""
+        self._lend()
+        shared = known if self._workers.here else {}
+        self._workers.prepare(self.context(FIRST_NODE_ID), shared)
 
     def close(self) -> None:
         """End the workers, and Ray if this grid started it."""
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
-        _OPEN.discard(self)
+        self._workers.close()
         if self._loans:
             from fedlora.shared_base import end_loans
 
             end_loans(self._loans)
             self._loans = []
-        if self._started_ray:
-            ray.shutdown()
 
     def replace_worker(self, worker: int, *, kill: bool) -> None:
         """Replace a worker that has ended, or end it first."""
-        if kill:
-            ray.kill(self.actors[worker])
-        self.actors[worker] = self._start_worker()
+        started = self._workers.replace(worker, kill=kill)
+        if self._loans:
+            started.borrow.remote(self._loans)
 
     def read(self, messages: list[Message], reference: Any, chosen: list[int]) -> list[Message]:
         """Read the replies to these messages, keep their clients' states, and pass on the worker's warnings.
@@ -102,33 +91,18 @@ class RayGrid(SimulatedGrid):
         return [unpack(envelopes[k]) for k in chosen]
 
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
+        self._lend()
+        yield from RayExchange(self, messages, deadline).replies()
+
+    def starting(self) -> bool:
+        """Whether a worker is starting."""
+        return self._workers.starting()
+
+    def _lend(self) -> None:
+        """Tell the workers on this process' GPUs, once, of the base model that it has loaded."""
         if self.gpus and not self._loans:
             from fedlora.shared_base import lend
 
             self._loans = lend()
             for actor in self.actors if self._loans else ():
                 actor.borrow.remote(self._loans)
-        yield from RayExchange(self, messages, deadline).replies()
-
-    def starting(self) -> bool:
-        """Whether a worker is starting."""
-        if self._starting:
-            # One that ended meanwhile is found by whoever asks it.
-            _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
-        return bool(self._starting)
-
-    def _start_worker(self) -> Any:
-        actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(Worker)
-        started: Any = actor.remote(self.client_app, self.cpus)
-        self._starting.append(started.ready.remote())
-        if self._loans:
-            started.borrow.remote(self._loans)
-        return started
-
-
-def _held() -> tuple[float, float]:
-    """CPUs and GPUs that the open grids of this process hold."""
-    return sum(grid.num_workers * grid.cpus for grid in _OPEN), sum(grid.num_workers * grid.gpus for grid in _OPEN)
-
-
-_OPEN: weakref.WeakSet[RayGrid] = weakref.WeakSet()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal, Self
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
@@ -90,6 +90,15 @@ class SimulatedGrid(Grid):
     @abstractmethod
     def _start(self, address: str | None, workers: int | None) -> None:
         """Start the workers, and set ``num_workers``."""
+
+    def prepare(self, known: Mapping[Any, Any]) -> None:
+        """Let the workers load what clients will need while the caller goes on, where they are processes.
+
+        Parameters
+        ----------
+        known : mapping
+            What the caller has found out about the model, which a worker on the same devices need not.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -14,7 +14,8 @@ import logging
 import pickle
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,9 +71,6 @@ class Worker:
         self._settled = False
         self._replies: Iterator[tuple[Message, Context]] = iter(())
 
-    def ready(self) -> None:
-        """Do nothing: whoever waits for it waits until the process has started."""
-
     def handle(
         self, envelopes: list[Envelope], contexts: list[Context], references: dict[int, list[Any]], part: int
     ) -> Part:
@@ -121,6 +119,13 @@ class Worker:
         from fedlora.shared_base import borrow  # imports transformers, which apps of others may do without
 
         borrow(loans)
+
+    def prepare(self, context: Context, known: Mapping[Any, Any]) -> None:
+        """Load what clients will need; what fails here fails again, and is told, with the first message."""
+        function = self.app.preparation_function if isinstance(self.app, CohortClientApp) else None
+        if function is not None:
+            with suppress(Exception):
+                function(context, known)
 
     def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
         """Measure how many clients fit into one pass; 1 where the app cannot say."""

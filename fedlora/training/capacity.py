@@ -10,6 +10,7 @@ import torch
 from fedlora.adapters import AdaptedModel
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
+from fedlora.timeline import phase
 from fedlora.training.cohort import ClientJob, train_cohort
 from fedlora.training.soundness import dependence
 
@@ -17,6 +18,7 @@ SHARE = 0.8
 """Of the free memory; the rest is for Poisson batches above their expectation and for fragmentation."""
 
 
+@phase("capacity")
 def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, config: Config) -> int:
     """Measure how many clients train in one pass: the memory of one and of two, then as many as fit.
 

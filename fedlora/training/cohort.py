@@ -25,6 +25,7 @@ from fedlora.errors import GuardError
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.calibration import local_steps
 from fedlora.roles import kind_of
+from fedlora.timeline import phase
 from fedlora.training.batches import poisson_batches, shuffled_batches, unit_batches
 from fedlora.training.checkpointing import dropout_states, set_dropout_states
 from fedlora.training.dp import (
@@ -293,6 +294,7 @@ class _Stepper:
                 after_noise=self._change_gradients,
             )
 
+    @phase("step")
     def step(self, rows: list[np.ndarray], number: int) -> list[bool]:
         """Take one step on every client's batch, which is split where it exceeds the physical batch size.
 

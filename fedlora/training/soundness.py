@@ -28,6 +28,7 @@ from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
 from fedlora.models import has_token_types, unchanged
 from fedlora.tasks import Task, get_task
+from fedlora.timeline import phase
 from fedlora.training.dp import per_example_gradients
 
 LOGITS, GRADIENTS = 1e-4, 5e-3
@@ -53,6 +54,7 @@ COHORT = ([0], [3, 2])
 """The rows of two clients in a pass."""
 
 
+@phase("soundness")
 def check_sound(adapted: AdaptedModel, config: Config, pad_token_id: int) -> None:
     """Refuse a model whose examples' gradients depend on each other, under differential privacy by example.
 

@@ -15,7 +15,7 @@ import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode, InputError
-from fedlora.simulation import RayGrid, placement, ray_cluster, ray_exchange, ray_grid
+from fedlora.simulation import RayGrid, placement, ray_cluster, ray_exchange, ray_workers
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 
@@ -397,7 +397,7 @@ def test_by_default_there_are_as_many_workers_as_fit() -> None:
 def test_a_ray_that_others_fill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without room would be waited for without end."""
     monkeypatch.setattr(placement, "_FREED_SECONDS", 0.0)
-    monkeypatch.setattr(ray_grid, "_OPEN", set())
+    monkeypatch.setattr(ray_workers, "_OPEN", set())
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     with pytest.raises(InputError, match=r"workers = 2: others hold so much that 1 workers find room \(1 CPU, 0 GPU"):
         RayGrid(apps.plain, 2, workers=2)

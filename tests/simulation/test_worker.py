@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import ClientErrorCode
+from fedlora.simulation import CohortClientApp
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack, unpack_record
 from fedlora.simulation.worker import Worker, load_app
 from tests.messages import train_message
@@ -153,3 +155,16 @@ def test_a_cohort_beyond_the_memory_is_halved_until_it_fits() -> None:
 def test_an_app_measures_how_many_clients_fit() -> None:
     assert Worker(apps.small_memory, 1).capacity(pack(train_message(2)), context(0), {}) == apps.ROOM
     assert Worker(apps.plain, 1).capacity(pack(train_message(2)), context(0), {}) == 1
+
+
+def test_what_an_app_prepares_is_done_before_messages_and_may_fail() -> None:
+    app, prepared = CohortClientApp(), []
+
+    @app.preparation
+    def prepare(of: Context, known: Mapping[Any, Any]) -> None:
+        prepared.append((of.node_id, dict(known)))
+        raise ValueError("is told with the first message")
+
+    Worker(app, 1).prepare(context(3), {"sound": None})
+    assert prepared == [(5, {"sound": None})]
+    Worker(apps.plain, 1).prepare(context(3), {})  # an app that prepares nothing

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from fedlora.adapters.layers import AdapterLayer, FactoredLinear
@@ -16,6 +15,9 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.models import linear_shape
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class Parameterisation(ABC):
@@ -134,6 +136,8 @@ class LowRank(Parameterisation):
 
     def peft_config(self, layers: Mapping[str, Arrays], config: Config, settings: dict[str, Any]) -> PeftConfig:
         """LoRA of the largest rank, with ``rank_pattern`` where layers differ, and alpha = s r."""
+        from peft import LoraConfig  # slow, and first used at a run's end
+
         ranks = {path: len(arrays["lora_A.weight"]) for path, arrays in layers.items()}
         rank = max(ranks.values(), default=config.method.rank)
         smaller = {path: r for path, r in ranks.items() if r != rank}

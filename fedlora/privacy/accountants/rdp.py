@@ -16,12 +16,11 @@ from fedlora.privacy.accountants._groups import GroupStep
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 80, 128, 256, 512]
 """Opacus' own orders end at 63, at which no noise comes below epsilon 0.1 for delta 1e-5, a start's share of 1."""
 
-_WHOLE = np.flatnonzero(np.array(_ORDERS) % 1 == 0)
 _SPREAD = np.unique(np.searchsorted(_ORDERS, np.geomspace(0.1, _ORDERS[-1] - 1, 156) + 1 - 1e-9))
 """Places of orders that grow by some 6 %: those for groups, whose divergences are integrals."""
 
-_BETWEEN = np.flatnonzero(np.array(_ORDERS) % 1 != 0)
-"""Places of the whole orders, and of the others, whose series take nearly all the time."""
+_FIRST = [_ORDERS.index(order) for order in (2, 4, 8, 16)]
+"""Places of the orders that are looked at in any case."""
 
 
 class Rdp(Accountant):
@@ -33,19 +32,18 @@ class Rdp(Accountant):
     def epsilon(self, delta: float, history: History) -> float:
         """Add the steps' divergences and convert the sum at the best order.
 
-        An order that is not whole is left out where a lower bound shows that it is not the best one.
+        An order is left out where a lower bound shows that it is not the best one.
         """
-        spent = np.full(len(_ORDERS), np.inf)
-        spent[_WHOLE] = sum(_divergences(sigma, q) * n for sigma, q, n in history)
-        best = _convert(spent, delta)
-        least = _least_between(spent[_WHOLE], delta)
-        for k in np.argsort(least):
-            if least[k] > best:
-                break
-            place = int(_BETWEEN[k])
-            spent[place] = sum(_divergence(sigma, q, place) * n for sigma, q, n in history)
+        spent, known = np.full(len(_ORDERS), np.inf), np.zeros(len(_ORDERS), bool)
+        places = _FIRST
+        while True:
+            for place in places:
+                spent[place], known[place] = sum(_divergence(sigma, q, place) * n for sigma, q, n in history), True
             best = _convert(spent, delta)
-        return best
+            least = _least(spent, known, delta)
+            places = [int(np.argmin(least))]
+            if known.all() or least[places[0]] > best:
+                return best
 
     def group_epsilon(self, delta: float, history: GroupHistory) -> float:
         """Add the divergences of mixtures of Gaussians."""
@@ -59,38 +57,30 @@ def _convert(spent: np.ndarray, delta: float) -> float:
     return max(0.0, float(rdp.get_privacy_spent(orders=_ORDERS, rdp=spent, delta=delta)[0]))
 
 
-def _least_between(spent: np.ndarray, delta: float) -> np.ndarray:
-    """Lower bounds of epsilon at the orders that are not whole, given the divergences at those that are.
+def _least(spent: np.ndarray, known: np.ndarray, delta: float) -> np.ndarray:
+    """Lower bounds of epsilon at the orders that are not known, given the divergences at those that are.
 
     (alpha - 1) times the divergence, log A, is convex, and 0 at 0 and 1: it lies above the lines through its values at
-    the two whole orders below, and at the two above.
+    the two known orders below, and at the two above. The bound of a known order is infinite.
     """
     orders = np.array(_ORDERS)
-    x, between = np.array([0.0, 1.0, *orders[_WHOLE]]), orders[_BETWEEN]
-    log_a = np.array([0.0, 0.0, *spent * (orders[_WHOLE] - 1)])
-    above = np.searchsorted(x, between)
-    below = above - 1
-    with np.errstate(invalid="ignore"):
-        slopes = np.diff(log_a) / np.diff(x)
-        left = log_a[below] + slopes[below - 1] * (between - x[below])
-        right = log_a[above] - slopes[above] * (x[above] - between)
-        # A margin for rounding.
-        least = np.maximum(left, right) - 1e-9 * log_a[above + 1]
-        epsilon = (least - np.log(delta) - np.log(between)) / (between - 1) + np.log1p(-1 / between)
-    return np.nan_to_num(epsilon, nan=-np.inf)
+    there = known & np.isfinite(spent)
+    x = np.array([0.0, 1.0, *orders[there]])
+    log_a = np.array([0.0, 0.0, *spent[there] * (orders[there] - 1)])
+    slopes = np.diff(log_a) / np.diff(x)
+    above = np.searchsorted(x, orders)
+    line = log_a[above - 1] + slopes[above - 2] * (orders - x[above - 1])
+    two = above < len(x) - 1
+    right = np.minimum(above, len(x) - 2)
+    line = np.where(two, np.maximum(line, log_a[right] - slopes[right] * (x[right] - orders)), line)
+    line -= 1e-9 * np.abs(line)  # a margin for rounding
+    epsilon = (line - np.log(delta) - np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
+    return np.where(known, np.inf, np.nan_to_num(epsilon, nan=-np.inf))
 
 
 def _is_small(sigma: float, q: float) -> bool:
     """Whether Opacus' series takes up to minutes, for much noise, or keeps few digits of a divergence near 0."""
     return q < 1 and (sigma > 1 or q**2 * float(np.expm1(sigma**-2)) < 1e-6)
-
-
-@lru_cache(maxsize=65536)
-def _divergences(sigma: float, q: float) -> np.ndarray:
-    """Renyi divergences of one step at the whole orders."""
-    if _is_small(sigma, q):
-        return _small_step_rdp(sigma, q)[_WHOLE]
-    return rdp.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[_ORDERS[place] for place in _WHOLE])
 
 
 @lru_cache(maxsize=65536)

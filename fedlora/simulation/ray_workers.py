@@ -1,0 +1,197 @@
+"""The worker processes of a simulation, as Ray actors: started with their grid, or before it."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from fedlora.errors import InputError
+from fedlora.simulation.placement import count_free, count_workers
+from fedlora.simulation.ray_cluster import start_ray
+from fedlora.timeline import phase
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+    from fedlora.simulation.worker import Part, Worker
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import without the garbage collector, which takes a fifth of the time, and finds nothing: modules stay."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
+
+
+class WorkerActor:
+    """A :class:`fedlora.simulation.worker.Worker` in a Ray actor, and its methods.
+
+    The driver needs none of what a worker imports to start one: both import at the same time.
+    """
+
+    def __init__(self, app: ClientApp | str, threads: int) -> None:
+        with phase("worker: imports"), _quick_imports():
+            from fedlora.simulation.worker import Worker
+
+            self._worker: Worker = Worker(app, threads)
+
+    def ready(self) -> None:
+        """Answer once the worker has started."""
+
+    def prepare(self, *arguments: Any) -> None:
+        self._worker.prepare(*arguments)
+
+    def borrow(self, *arguments: Any) -> None:
+        self._worker.borrow(*arguments)
+
+    def capacity(self, *arguments: Any) -> int:
+        return self._worker.capacity(*arguments)
+
+    def handle(self, *arguments: Any) -> Part:
+        return self._worker.handle(*arguments)
+
+    def more(self, *arguments: Any) -> Part:
+        return self._worker.more(*arguments)
+
+
+class RayWorkers:
+    """Starts Ray, unless it runs already, and workers on it.
+
+    Parameters
+    ----------
+    app : ClientApp or str
+        The app, or ``module:attribute``.
+    wanted : int, optional
+        ``simulation.workers``; None for as many as fit.
+    cpus, gpus
+        What a worker takes.
+    address : str, optional
+        A running Ray cluster.
+
+    Attributes
+    ----------
+    actors : list
+        One for each worker.
+    here : bool
+        Whether all are on this machine for sure.
+
+    Raises
+    ------
+    InputError
+        If no worker fits, or a GPU is asked for and there is none.
+    """
+
+    def __init__(self, app: ClientApp | str, wanted: int | None, cpus: int, gpus: float, address: str | None) -> None:
+        self.asked = (app, wanted, cpus, gpus, address)
+        self.app, self.cpus, self.gpus = app, cpus, gpus
+        self.actors: list[Any] = []
+        self._starting: list[Any] = []
+        with phase("ray"):
+            self._started_ray = start_ray(address)
+        self.here = self._started_ray and address is None
+        try:
+            number = count_workers(wanted, cpus, gpus)
+            if not self._started_ray:
+                number = count_free(number, wanted, cpus, gpus, _held())
+        except InputError as error:
+            self.close()
+            if self._started_ray:
+                raise
+            remedy = f"{error.remedy}; this is a Ray that runs already: give it more, or end it with ray.shutdown()"
+            raise InputError(error.field, error.value, remedy) from None
+        self.actors = [self.start_worker() for _ in range(number)]
+        _OPEN.add(self)
+
+    def start_worker(self) -> Any:
+        """Start a worker more; it imports what it needs while the caller goes on."""
+        started: Any = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(WorkerActor).remote(self.app, self.cpus)
+        self._starting.append(started.ready.remote())
+        return started
+
+    def prepare(self, *arguments: Any) -> None:
+        """Have every worker load the app's model and data, which is a part of its start."""
+        self._starting += [actor.prepare.remote(*arguments) for actor in self.actors]
+
+    def starting(self) -> bool:
+        """Whether a worker is starting."""
+        if self._starting:
+            # One that ended meanwhile is found by whoever asks it.
+            _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        return bool(self._starting)
+
+    def replace(self, worker: int, *, kill: bool) -> Any:
+        """Replace a worker that has ended, or end it first; return the new one."""
+        if kill:
+            ray.kill(self.actors[worker])
+        self.actors[worker] = self.start_worker()
+        return self.actors[worker]
+
+    def close(self) -> None:
+        """End the workers, and Ray if this started it."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+        _OPEN.discard(self)
+        if self._started_ray:
+            ray.shutdown()
+
+
+def _held() -> tuple[float, float]:
+    """CPUs and GPUs that the open workers of this process hold."""
+    return sum(len(one.actors) * one.cpus for one in _OPEN), sum(len(one.actors) * one.gpus for one in _OPEN)
+
+
+_OPEN: weakref.WeakSet[RayWorkers] = weakref.WeakSet()
+
+_early: list[RayWorkers] = []
+"""Workers that were started before their grid."""
+
+
+def start_early(modules: Sequence[str], start: Callable[[], RayWorkers]) -> None:
+    """Start workers for a grid to come, and import modules at the same time.
+
+    Ray's start is mostly waiting, so that a second thread imports beside it. Ray itself starts in the caller's thread,
+    which signals interrupt. What Ray refuses is left for the grid to say: mistakes in the config come first. Workers
+    that no grid takes end with the process.
+    """
+    with _imported(modules), suppress(InputError):
+        _early.append(start())
+
+
+def take_workers(app: ClientApp | str, wanted: int | None, cpus: int, gpus: float, address: str | None) -> RayWorkers:
+    """Return workers as asked for: those that were started early, or new ones. Raises as :class:`RayWorkers`."""
+    while _early:
+        workers = _early.pop()
+        if workers.asked == (app, wanted, cpus, gpus, address):
+            return workers
+        workers.close()
+    return RayWorkers(app, wanted, cpus, gpus, address)
+
+
+@contextmanager
+def _imported(modules: Sequence[str]) -> Iterator[None]:
+    """Import modules in a thread, beside what is inside."""
+
+    def run() -> None:
+        # Whoever imports them next sees why it fails.
+        with suppress(Exception), phase("imports"), _quick_imports():
+            for module in modules:
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=run, name="imports")
+    thread.start()
+    yield
+    thread.join()
