@@ -26,11 +26,11 @@ class Gdp(Accountant):
 
     def epsilon(self, delta: float, history: History) -> float:
         """Solve for the epsilon at which the composition has this delta."""
-        return _epsilon(delta, math.sqrt(sum(q**2 * n * float(np.expm1(sigma**-2)) for sigma, q, n in history)))
+        return gaussian_epsilon(math.sqrt(sum(q**2 * n * float(np.expm1(sigma**-2)) for sigma, q, n in history)), delta)
 
     def group_epsilon(self, delta: float, history: GroupHistory) -> float:
         """Do so with the chi-squared divergences of mixtures of Gaussians."""
-        return _epsilon(delta, math.sqrt(sum(n * _chi_squared(sigma, q, k) for sigma, q, n, k in history)))
+        return gaussian_epsilon(math.sqrt(sum(n * _chi_squared(sigma, q, k) for sigma, q, n, k in history)), delta)
 
 
 def _chi_squared(sigma: float, q: float, group: int) -> float:
@@ -41,7 +41,8 @@ def _chi_squared(sigma: float, q: float, group: int) -> float:
     return math.inf if math.isnan(found) else found  # a weight of 0 times an overflow
 
 
-def _epsilon(delta: float, mu: float) -> float:
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon, at this delta, of a mechanism that tells no more than one draw of N(0, 1) or N(mu, 1); exact."""
     if math.isinf(mu) or gdp.delta_eps_mu(eps=0, mu=mu) <= delta:
         return math.inf if math.isinf(mu) else 0.0
 
