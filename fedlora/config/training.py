@@ -214,6 +214,7 @@ class ServerSection(Section):
         default=None,
         description="Seconds that clients have for their training in a round, by the clock of the wall; the round goes "
         "on without those that are late. By default timeout alone ends it.",
+        json_schema_extra={"unit": "seconds"},
     )
     over_sampling: Annotated[float, Field(ge=1, le=100)] = Field(
         default=1.0,

@@ -66,7 +66,12 @@ class Federation:
         )
         self.adapted = tiny.adapted_model("bert", self.config)
         rows = [np.array([ORDINARY])] * count + [np.array([ORDINARY, CANARY])] * count
-        data = SimpleNamespace(train=tiny.table("bert", 2, seed=1), partition=rows)
+        data = SimpleNamespace(
+            train=tiny.table("bert", 2, seed=1),
+            partition=rows,
+            drawn_from=lambda client, _: len(rows[client]),
+            units_of=lambda *_: None,
+        )
         monkeypatch.setattr(half, "client_model", lambda config: self.adapted)
         for module in (client_app, participant):
             monkeypatch.setattr(module, "client_data", lambda config: data)

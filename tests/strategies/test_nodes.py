@@ -15,8 +15,7 @@ from fedlora.errors import ClientErrorCode, InputError, RefusedError, RunError
 from fedlora.flower import NodeInfo, set_message_id, set_source
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.strategies.base import RoundReport, get_strategy
-from fedlora.strategies.federation import _in_round
-from fedlora.strategies.nodes import AddressedGrid, Roster
+from fedlora.strategies.nodes import AddressedGrid, Roster, in_round
 from tests.messages import FIRST_NODE, FakeGrid, error_reply, train_message
 
 LABELS = ["bad", "good"]
@@ -465,7 +464,7 @@ def test_simulated_clients_keep_their_partitions() -> None:
 def test_messages_end_with_their_round_and_tell_a_node_who_it_is(three: Nodes) -> None:
     found = roster(three)
     content = RecordDict({"config": ConfigRecord({"server-round": 4})})
-    first, second = _in_round([train_message(9, content), train_message(5, content)], 4, found, 0.2)
+    first, second = in_round([train_message(9, content), train_message(5, content)], 4, found, seconds=0.2)
     assert (first.metadata.group_id, first.metadata.ttl) == ("4", 0.2)
     assert dict(first.content[NODE_RECORD]) == {"federation": "f1", "client": 0}  # type: ignore[call-overload]
     assert dict(second.content[NODE_RECORD]) == {"federation": "f1", "client": 2}  # type: ignore[call-overload]
