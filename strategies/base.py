@@ -28,6 +28,7 @@ from fedlora.arrays import Arrays, leading
 from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.parts import Parts
+from fedlora.communication.secure_sums import SUM, WORD
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
 from fedlora.corrections import VARIATES
@@ -46,12 +47,14 @@ from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import (
     LONGEST_REASON,
+    NO_REPLY,
     ReplyError,
     check_numbers,
     first_replies,
     is_finite,
     read_update,
 )
+from fedlora.strategies.secure_sums import SecureSums, SecureUpdates, read_masked
 from fedlora.strategies.updates import CombinedUpdates, Shapes, Update, Updates
 from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
@@ -60,9 +63,6 @@ from fedlora.training.cohort import learning_rate
 from fedlora.transport import carried
 
 log = logging.getLogger("fedlora")
-
-NO_REPLY = 0
-"""Code of a client's failure to answer in time."""
 
 UNAVAILABLE = (
     NO_REPLY,
@@ -91,6 +91,8 @@ class RoundReport:
         See :class:`~strategies.aggregation.Drift`.
     uncounted : str
         Why the round gave no new arrays; "" where it did.
+    left_out : list of int
+        Sampled, but gone before the round's own message was sent.
     release : dict or None
         What the run has spent after it, where the server adds the noise, by the columns of privacy.csv.
     """
@@ -102,7 +104,13 @@ class RoundReport:
     aggregate_seconds: float = 0.0
     drift: float | None = None
     uncounted: str = ""
+    left_out: list[int] = field(default_factory=list)
     release: dict[str, float] | None = None
+
+    @property
+    def addressed(self) -> list[int]:
+        """The clients that were sent the round's own message, in order."""
+        return [client for client in self.clients if client not in self.left_out]
 
     @property
     def only_absent(self) -> bool:
@@ -232,6 +240,8 @@ class FederatedStrategy(Method, Strategy):
         Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
     aggregator : Aggregator
         Combines the clients' moves (``server.aggregator``).
+    secure : SecureSums
+        Where sums are secure (``server.secure_aggregation``), runs the exchanges that hide what each client sends.
     """
 
     def __init__(self, config: Config) -> None:
@@ -251,6 +261,7 @@ class FederatedStrategy(Method, Strategy):
         self.variates = Variates(config)
         self.noise = ClientNoise(config)
         self.aggregator = aggregator_of(config)
+        self.secure = SecureSums(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -473,9 +484,12 @@ class FederatedStrategy(Method, Strategy):
         sizes = self.sizes(adapted)
 
         def formula(server_round: int, client: int, direction: str) -> int:
+            secure = self.secure.payload_bytes(client, direction)
+            if self.secure.stage != SUM:
+                return secure
             contact = Contact(server_round, client, parts.since.get(client), self.replied, self.exchange)
             numbers = self.payload(self.client_sizes(sizes, client), contact)
-            return self._direction_bytes(numbers, client, direction)
+            return self._direction_bytes(numbers, client, direction) + secure
 
         return formula
 
@@ -490,6 +504,8 @@ class FederatedStrategy(Method, Strategy):
             beside = self.variates.payload_bytes(self._sent_shapes)
             return self._bytes(numbers.down, self.down_shapes(client), self.codecs.down) + beside
         if direction == "up":
+            if self.secure.active:
+                return WORD * numbers.up
             beside = self.variates.payload_bytes(self._sent_shapes)
             return self._bytes(numbers.up, self.client_shapes(client), self.codecs.up) + beside
         return self._bytes(numbers.initial, {}, self.codecs.once)
@@ -511,7 +527,9 @@ class FederatedStrategy(Method, Strategy):
             clients = self.sample(server_round)
             for exchange in range(1, len(self.exchanges(self.config, server_round)) + 1):
                 self.enter(server_round, exchange)
-                for client in clients:
+                down, up = self.secure.planned_bytes(len(clients))
+                sent["down"], sent["up"] = sent["down"] + down, sent["up"] + up
+                for client in clients if self.secure.allows(len(clients)) else ():
                     contact = Contact(server_round, client, last.get(client), replied, exchange)
                     size = self.payload_bytes(sizes, contact)
                     sent["initial"] += 0 if client in last else size["initial"]
@@ -566,6 +584,8 @@ class FederatedStrategy(Method, Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
+        if self.secure.active:
+            self._share_keys(group_of(server_round, self.exchange))
         self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
         self.enter(server_round, self.exchange)
         self.arrays = decode(arrays)
@@ -580,7 +600,7 @@ class FederatedStrategy(Method, Strategy):
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
         self._sent_own = {}
-        for client in self.report.clients:
+        for client in self.report.addressed:
             key, record = None, common
             own = self.client_arrays(client)
             if own is not None:
@@ -595,12 +615,21 @@ class FederatedStrategy(Method, Strategy):
             settings = self.client_settings(client, server_round) | self.variates.settings(client)
             if self.exchange > 1:
                 settings["exchange"] = self.exchange
-            same = (key, tuple(sorted(settings.items())))
+            own_records = self.secure.content(client)
+            same = (key, tuple(sorted(settings.items())), client if own_records else None)
             if same not in contents:
                 said = ConfigRecord({**config, **settings})
-                contents[same] = RecordDict({"arrays": record, "config": said, **beside})
+                contents[same] = RecordDict({"arrays": record, "config": said, **beside, **own_records})
             messages.append(Message(contents[same], self.nodes[client], MessageType.TRAIN, group_id=group))
         return messages
+
+    def _share_keys(self, group: str) -> None:
+        """Let the round's clients exchange keys; those that drop out here are not sent its message."""
+        asked = self.report.clients
+        if silent := [client for client in asked if client not in self.examples]:
+            raise RunError(f"client {silent[0]} did not say its number of examples, by which a secure sum is weighed")
+        left = self.secure.share_keys({client: self.weight(client) for client in asked}, self.nodes, group, self.fail)
+        self.report.left_out = [client for client in asked if client not in left]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -610,6 +639,7 @@ class FederatedStrategy(Method, Strategy):
         updates = self._updates(self._read(server_round, replies))
         result = self.aggregate(updates)
         updates.drain()
+        self._waited += self.secure.waited
         if self.noise.active:
             self.report.release = self.noise.row()
         if not self.enough_replies():
@@ -630,6 +660,10 @@ class FederatedStrategy(Method, Strategy):
 
     def _updates(self, stream: Iterator[Update]) -> Updates:
         """Return the round's updates, or no more of them than what they are combined to."""
+        if self.secure.active:
+            # Residues have no names: both halves order them by the names of their arrays.
+            shapes = dict(sorted(self._sent_shapes.items()))
+            return SecureUpdates(stream, self._origin(self._sent, shapes), shapes, self.secure)
         if not (self.noise.active or self.aggregator.robust):
             return Updates(stream, self._start())
         start = self._origin(self._sent, self._sent_shapes)
@@ -676,15 +710,12 @@ class FederatedStrategy(Method, Strategy):
             try:
                 shapes = self.client_shapes(client)
                 self.check_reply(client, message)
-                beside = (VARIATES,) if self.variates.active else ()
-                vector, metrics = read_update(
-                    message, shapes, self.codecs.up, mechanism=mechanism_of(self.config), beside=beside
-                )
+                vector, metrics = self._vector(client, message, shapes)
                 change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
-                vector = self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes)
                 update = Update(client, self.weight(client), vector, shapes, metrics)
-                self.check_update(update)
+                if not self.secure.active:
+                    self.check_update(update)
             except ReplyError as error:
                 self.report.metrics.pop(client, None)
                 self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
@@ -693,6 +724,20 @@ class FederatedStrategy(Method, Strategy):
                 yield update
             waiting = time.perf_counter()
         self._waited += time.perf_counter() - waiting
+
+    def _vector(self, client: int, message: Message, shapes: Shapes) -> tuple[torch.Tensor, MetricRecord]:
+        """Return the numbers of a reply, as values or masked, and its metrics.
+
+        Raises
+        ------
+        ReplyError
+        """
+        mechanism = mechanism_of(self.config)
+        if self.secure.active:
+            return read_masked(message, sum(map(math.prod, shapes.values())), mechanism)
+        beside = (VARIATES,) if self.variates.active else ()
+        vector, metrics = read_update(message, shapes, self.codecs.up, mechanism=mechanism, beside=beside)
+        return self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes), metrics
 
     def _values(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
         """Turn what a client sent into what the method's table says, where the wire takes updates alone.
@@ -769,6 +814,9 @@ class FederatedStrategy(Method, Strategy):
         if self.noise.active:
             return True  # leaving a round out would tell how many clients were drawn
         count, least = len(self.report.metrics), self.config.server.min_replies
+        if self.secure.failure:
+            self.report.uncounted = self.secure.failure
+            return False
         if count < least:
             few = f"{count} replies are fewer than server.min_replies = {least}"
             self.report.uncounted = few if self.report.clients else "no client was drawn"
@@ -788,7 +836,7 @@ class FederatedStrategy(Method, Strategy):
         RunError
             If every client of the round failed, unless it was one of several: one alone must not end the run.
         """
-        asked = {self.nodes[client]: client for client in self.report.clients}
+        asked = {self.nodes[client]: client for client in self.report.addressed}
         answered = set()
         for reply in in_client_order(first_replies(replies, asked, group, log.warning), list(asked)):
             client = asked[reply.metadata.src_node_id]
@@ -799,7 +847,7 @@ class FederatedStrategy(Method, Strategy):
                 yield client, reply
             else:
                 self.fail(client, reply.error.code, reply.error.reason or "")
-        for client in self.report.clients:
+        for client in self.report.addressed:
             if client not in answered:
                 self.fail(client, NO_REPLY, "no reply within the timeout")
         if len(self.report.failed) < len(self.report.clients):

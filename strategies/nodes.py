@@ -29,6 +29,7 @@ _CONFIG_KEYS = {
     "min_noise_multiplier": ("privacy.noise_multiplier", "privacy.target_epsilon"),
     "max_sample_rate": ("client.batch_size",),
     "allow_non_private": ("privacy.mode",),
+    "require_secure_aggregation": ("server.secure_aggregation",),
 }
 """The keys of a run's config, of which one is given, that a key of an owner's policy is about."""
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import SERVER, Config
-from fedlora.errors import InputError
+from fedlora.config import SERVER, Config, ServerSection
+from fedlora.errors import InputError, PolicyError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.node_ledger import NodeLedger
 from fedlora.node.policy import admitted_model, check_policy
@@ -84,7 +84,9 @@ class LocalNode:
         if own.messages is not None:
             content["data"]["messages"] = own.messages
         # A node ignores how the server samples clients, evaluates, simulates and logs.
-        for section in ("server", "evaluation", "simulation", "network", "tracking"):
+        server = content.pop("server")
+        content["server"] = {key: server[key] for key in ServerSection.FOR_CLIENTS}
+        for section in ("evaluation", "simulation", "network", "tracking"):
             content.pop(section)
         return Config.model_validate(content)
 
@@ -104,6 +106,8 @@ class LocalNode:
         if policy.max_epsilon is not None and policy.delta >= 1 / examples:
             remedy = f"must be below 1 / n = {1 / examples:.3g} for {examples} examples; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
+        if policy.require_secure_aggregation and not run.server.secure_aggregation:
+            raise PolicyError("require_secure_aggregation", True, "server.secure_aggregation = false")
         plan = mechanism_of(run).plan(run, examples)
         check_policy(policy, plan, run.privacy.mode)
         return plan
