@@ -306,7 +306,7 @@ def _reply(message: Message, work: _Work) -> Message:
         metrics.pop("loss", None)
         try:
             sent = masked(client, message, arrays)
-        except InputError as error:
+        except (InputError, GuardError) as error:
             return _error_reply(error, message, client.context)
     elif codecs.feedback:
         sent = encode_with_errors(client, arrays, codecs.up, work.settings, work.memory.coordinates)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedlora import entropy
 from fedlora.arrays import Arrays
 from fedlora.clients.participant import Participant, check_described
 from fedlora.communication import masks
@@ -23,12 +24,13 @@ from fedlora.communication.secure_sums import (
     SUM,
     UNMASK,
     FixedPoint,
+    as_residues,
     joined,
     raw_record,
     read_raw,
 )
-from fedlora.config import Config
-from fedlora.errors import InputError, StaleError
+from fedlora.errors import GuardError, InputError, StaleError
+from fedlora.privacy.mechanisms import mechanism_of
 
 State = dict[str, Any]
 
@@ -78,15 +80,15 @@ def masked(client: Participant, message: Message, moves: Arrays) -> ArrayRecord:
 
     Raises
     ------
-    InputError
-        If a number is larger than ``server.clipping_range``.
+    InputError, GuardError
+        If a number is larger than ``server.clipping_range``, or not finite.
     StaleError
         If too few clients are left, or the client has sent such residues before.
     """
     asked: Any = message.content[SECURE]
     state = _due(message, client.context, SUM)
     numbers = torch.cat([torch.zeros(0), *(moves[name].reshape(-1) for name in sorted(moves))]).double().numpy()
-    residues = _residues(client.config, asked, numbers)
+    residues = _residues(client, message, numbers)
     own, sources = state["client"], [int(source) for source in asked["clients"]]
     if not set(sources) <= set(state["clients"]) - {own} or len(sources) + 1 < state["needed"]:
         raise StaleError(f"{len(sources)} clients hold this one's shares, and {state['needed']} are needed")
@@ -105,16 +107,33 @@ def masked(client: Participant, message: Message, moves: Arrays) -> ArrayRecord:
     return raw_record(MASKED, residues)
 
 
-def _residues(config: Config, asked: Mapping[str, Any], numbers: np.ndarray) -> np.ndarray:
-    """Weigh a client's numbers, and round them."""
+def _residues(client: Participant, message: Message, numbers: np.ndarray) -> np.ndarray:
+    """Weigh a client's numbers, or clip and noise them, and round them."""
+    config, said = client.config, message.content[SECURE]
+    asked, promised = int(said["asked"]), int(said["promised"])
+    if not FEWEST <= promised <= asked:
+        raise StaleError(f"a sum of {promised} of {asked} clients is none")
+    noise = mechanism_of(config).noisy_sum(config, len(numbers), asked, promised)
+    if noise is not None:
+        if not np.isfinite(numbers).all():
+            raise GuardError("the update is not finite")
+        return as_residues(noise.encode(numbers, _uniform(client, message)))
     bound, largest = config.server.clipping_range, float(np.abs(numbers).max(initial=0.0))
     if not largest <= bound:  # NaN too
         remedy = f"is passed by a number of the update, {largest:.4g}; raise it, or lower the learning rate"
         raise InputError("server.clipping_range", bound, remedy)
-    share = float(asked["share"])
+    share = float(said["share"])
     if not 0 <= share <= 1:
         raise StaleError(f"{share} is no share of a sum")
-    return FixedPoint.weighted(bound, int(asked["asked"])).encode(share * numbers)
+    return FixedPoint.weighted(bound, asked).encode(share * numbers)
+
+
+def _uniform(client: Participant, message: Message) -> Callable[[int], np.ndarray]:
+    """Return the client's source of randomness: the run's seed in simulation, else the operating system's entropy."""
+    if not client.context.node_config.get("simulated", False):
+        return entropy.uniform
+    group = map(int, message.metadata.group_id.split("/"))
+    return np.random.default_rng([client.config.run.seed, client.client, *group, 0xD6]).random
 
 
 def _draw_keys(asked: Mapping[str, Any], content: RecordDict, state: State) -> tuple[ArrayRecord, State]:

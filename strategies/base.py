@@ -584,10 +584,10 @@ class FederatedStrategy(Method, Strategy):
         if not self.nodes:
             self.nodes = dict(enumerate(sorted(grid.get_node_ids())))
         self.report = RoundReport(clients=self.sample(server_round))
-        if self.secure.active:
-            self._share_keys(group_of(server_round, self.exchange))
         self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
         self.enter(server_round, self.exchange)
+        if self.secure.active:
+            self._share_keys(group_of(server_round, self.exchange))
         self.arrays = decode(arrays)
         down = {name for name in arrays if self.role(name).down == "round"}
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
@@ -628,7 +628,9 @@ class FederatedStrategy(Method, Strategy):
         asked = self.report.clients
         if silent := [client for client in asked if client not in self.examples]:
             raise RunError(f"client {silent[0]} did not say its number of examples, by which a secure sum is weighed")
-        left = self.secure.share_keys({client: self.weight(client) for client in asked}, self.nodes, group, self.fail)
+        weights = {client: self.weight(client) for client in asked}
+        size = sum(map(math.prod, self._sent_shapes.values()))
+        left = self.secure.share_keys(weights, self.nodes, group, size, self.fail)
         self.report.left_out = [client for client in asked if client not in left]
 
     def aggregate_train(
@@ -640,7 +642,7 @@ class FederatedStrategy(Method, Strategy):
         result = self.aggregate(updates)
         updates.drain()
         self._waited += self.secure.waited
-        if self.noise.active:
+        if self.noise.active and not self.secure.failure:
             self.report.release = self.noise.row()
         if not self.enough_replies():
             result = None
@@ -663,7 +665,7 @@ class FederatedStrategy(Method, Strategy):
         if self.secure.active:
             # Residues have no names: both halves order them by the names of their arrays.
             shapes = dict(sorted(self._sent_shapes.items()))
-            return SecureUpdates(stream, self._origin(self._sent, shapes), shapes, self.secure)
+            return SecureUpdates(stream, self._origin(self._sent, shapes), shapes, self.secure, self.noise)
         if not (self.noise.active or self.aggregator.robust):
             return Updates(stream, self._start())
         start = self._origin(self._sent, self._sent_shapes)
@@ -811,12 +813,12 @@ class FederatedStrategy(Method, Strategy):
 
     def enough_replies(self) -> bool:
         """Whether the round counts; else its report says why not."""
-        if self.noise.active:
-            return True  # leaving a round out would tell how many clients were drawn
-        count, least = len(self.report.metrics), self.config.server.min_replies
         if self.secure.failure:
             self.report.uncounted = self.secure.failure
             return False
+        if self.noise.active:
+            return True  # leaving a round out would tell how many clients were drawn
+        count, least = len(self.report.metrics), self.config.server.min_replies
         if count < least:
             few = f"{count} replies are fewer than server.min_replies = {least}"
             self.report.uncounted = few if self.report.clients else "no client was drawn"

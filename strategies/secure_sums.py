@@ -33,8 +33,10 @@ from fedlora.communication.secure_sums import (
 )
 from fedlora.config import Config
 from fedlora.errors import ClientErrorCode, InputError, plain_text
-from fedlora.privacy.mechanisms import Mechanism
+from fedlora.privacy.discrete_gaussian import NoisySum
+from fedlora.privacy.mechanisms import Mechanism, mechanism_of
 from fedlora.server.sampling import get_sampling
+from fedlora.strategies.client_noise import ClientNoise
 from fedlora.strategies.replies import (
     LONGEST_REASON,
     NO_REPLY,
@@ -72,12 +74,15 @@ class SecureSums:
         Why the round has no sum; "" where it has, or may still have one.
     waited : float
         Seconds that unmasking waited for its replies.
+    noise : NoisySum or None
+        How the round's clients clip and noise their updates, which then count alike; None where they do not.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.active = config, config.server.secure_aggregation
         self.send: Send = _unset
         self.stage, self.failure, self.waited = SUM, "", 0.0
+        self.noise: NoisySum | None = None
         self._begin(0, "", {})
 
     def _begin(self, asked: int, group: str, nodes: Mapping[int, int]) -> None:
@@ -106,7 +111,9 @@ class SecureSums:
         """Whether a round that asks so many clients sends them anything."""
         return not self.active or clients >= Thresholds.of(self.config.server, clients).clients
 
-    def share_keys(self, weights: Mapping[int, float], nodes: Mapping[int, int], group: str, fail: Fail) -> list[int]:
+    def share_keys(
+        self, weights: Mapping[int, float], nodes: Mapping[int, int], group: str, size: int, fail: Fail
+    ) -> list[int]:
         """Let a round's clients exchange keys and shares of their secrets.
 
         Parameters
@@ -117,6 +124,8 @@ class SecureSums:
             Client to node.
         group : str
             The messages' group, which is their round.
+        size : int
+            Numbers of an update.
         fail : callable (client, code, error)
             Is told of each client that drops out.
 
@@ -124,18 +133,24 @@ class SecureSums:
         -------
         list of int
             The clients that are left; none where they are too few, as :attr:`failure` says.
+
+        Raises
+        ------
+        InputError
+            If the updates and their noise do not fit into the sum.
         """
         self._begin(len(weights), group, {client: nodes[client] for client in weights})
         if not self._enough(weights, "are asked"):
             return []
+        promised = self._thresholds.clients
+        self.noise = mechanism_of(self.config).noisy_sum(self.config, size, len(weights), promised)
         asked = {client: RecordDict({SECURE: ConfigRecord({"stage": KEYS, "client": client})}) for client in weights}
         self._keys = self._query(KEYS, asked, _read_keys, fail)
         ring = list(self._keys)
         np.random.default_rng([self.config.run.seed, *map(int, group.split("/")), 0x5E]).shuffle(ring)
-        self._neighbours = neighbourhoods(ring, self._thresholds.shares)
-        few = any(len(held) < self._thresholds.needed for held in self._neighbours.values())
-        if few or not self._enough(self._keys, "gave keys"):
+        if not self._enough(ring, "gave keys"):
             return []
+        self._neighbours = neighbourhoods(ring, self._thresholds.shares)
         asked = {client: self._neighbours_keys(client) for client in self._keys}
         self._sealed = self._query(SHARES, asked, self._read_sealed, fail)
         held = {client: len(self._sources(client)) + 1 for client in self._sealed}
@@ -144,7 +159,7 @@ class SecureSums:
             return []
         left = list(self._sealed)
         total = math.fsum(weights[client] for client in left) or 1.0
-        self._shares = {client: weights[client] / total for client in left}
+        self._shares = {client: weights[client] / total if self.noise is None else 1.0 for client in left}
         return left
 
     def content(self, client: int) -> dict[str, ConfigRecord | Any]:
@@ -153,8 +168,8 @@ class SecureSums:
             return {}
         sources = self._sources(client)
         sealed = joined([self._sealed[source][client] for source in sources], masks.SEALED)
-        about = ConfigRecord({"clients": sources, "share": self._shares[client], "asked": self._asked})
-        return {SECURE: about, SECURE_BYTES: raw_record(SHARES, sealed)}
+        about = {"asked": self._asked, "promised": self._thresholds.clients, "share": self._shares[client]}
+        return {SECURE: ConfigRecord({**about, "clients": sources}), SECURE_BYTES: raw_record(SHARES, sealed)}
 
     def unmask(self, total: np.ndarray, answered: list[int]) -> np.ndarray | None:
         """Take the masks off a sum.
@@ -168,8 +183,8 @@ class SecureSums:
         Returns
         -------
         ndarray of float64 [n] or None
-            The sum of the clients' numbers by their shares of the weights of all who answered; None where it cannot be
-            had, as :attr:`failure` says.
+            The weighted mean of the numbers of those that answered; None where it cannot be had, as :attr:`failure`
+            says.
         """
         if self.failure or not self._enough(answered, "answered"):
             return None
@@ -185,6 +200,8 @@ class SecureSums:
         if not weight:
             self.failure = "no client that answered holds examples"
             return None
+        if self.noise is not None:
+            return FixedPoint(self.noise.scale).decode(total) / weight
         return FixedPoint.weighted(self.config.server.clipping_range, self._asked).decode(total) / weight
 
     def payload_bytes(self, client: int, direction: str) -> int:
@@ -300,11 +317,15 @@ class SecureUpdates(OnlyCombined):
     start : Tensor [n]
     shapes : mapping of str to tuple of int
     sums : SecureSums
+    noise : ClientNoise
+        Keeps count of noisy sums.
     """
 
-    def __init__(self, stream: Iterator[Update], start: torch.Tensor, shapes: Shapes, sums: SecureSums) -> None:
+    def __init__(
+        self, stream: Iterator[Update], start: torch.Tensor, shapes: Shapes, sums: SecureSums, noise: ClientNoise
+    ) -> None:
         super().__init__(stream, start, shapes, "which server.secure_aggregation hides")
-        self._sums = sums
+        self._sums, self._noise = sums, noise
 
     def mean(self) -> Arrays | None:
         """Return the start plus the weighted mean of the moves; None where the sum cannot be had."""
@@ -314,7 +335,11 @@ class SecureUpdates(OnlyCombined):
             answered.append(update.client)
         move = self._sums.unmask(total, answered)
         self.missing = self._sums.failure
-        return None if move is None else self.moved(torch.from_numpy(move))
+        if move is None:
+            return None
+        if self._sums.noise is not None:
+            self._noise.released(self._sums.noise, len(answered))
+        return self.moved(torch.from_numpy(move))
 
 
 def _read_keys(client: int, content: RecordDict) -> bytes:

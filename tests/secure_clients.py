@@ -14,6 +14,7 @@ from fedlora.clients.secure import answer, masked
 from fedlora.communication.secure_sums import KEYS, SECURE, SHARES, SUM, UNMASK
 from fedlora.config import Config, load_config
 from fedlora.privacy.mechanisms import mechanism_of
+from fedlora.strategies.client_noise import ClientNoise
 from fedlora.strategies.secure_sums import SecureSums, SecureUpdates, read_masked
 from fedlora.strategies.updates import Update
 from tests.configs import override
@@ -54,10 +55,13 @@ class Crowd:
         self.config, self.vectors, self.gone = config, vectors, gone or {}
         text = config.to_toml()
         self.contexts = {
-            client: Context(1, FIRST_NODE + client, {"partition-id": client}, RecordDict(), {"config": text})
+            client: Context(
+                1, FIRST_NODE + client, {"partition-id": client, "simulated": True}, RecordDict(), {"config": text}
+            )
             for client in vectors
         }
-        self.sums = SecureSums(config)
+        self.sums, self.noise = SecureSums(config), ClientNoise(config)
+        self.noise.prepare(len(vectors), secret=False)
         self.sums.send = self._send
         self.seen: dict[str, list[Message]] = {stage: [] for stage in STAGES}
         self.failed: list[int] = []
@@ -71,8 +75,9 @@ class Crowd:
         size = len(next(iter(self.vectors.values())))
         shapes = {"a": (size,)}
         nodes = {client: FIRST_NODE + client for client in weights}
-        left = self.sums.share_keys(weights, nodes, group, lambda client, code, error: self.failed.append(client))
-        updates = SecureUpdates(self._updates(left, group, shapes), torch.zeros(size).double(), shapes, self.sums)
+        left = self.sums.share_keys(weights, nodes, group, size, lambda client, *_: self.failed.append(client))
+        stream, start = self._updates(left, group, shapes), torch.zeros(size).double()
+        updates = SecureUpdates(stream, start, shapes, self.sums, self.noise)
         found = updates.mean()
         assert (found is None) == bool(updates.missing)
         return None if found is None else found["a"]
@@ -81,9 +86,7 @@ class Crowd:
         """Return what a client answers to the round's own message."""
         content = RecordDict(self.sums.content(client))
         message = Message(content, FIRST_NODE + client, "train", group_id=group)
-        participant: Any = SimpleNamespace(
-            config=self.config, context=self.contexts[client], client=client, secret=False, number=1
-        )
+        participant: Any = SimpleNamespace(config=self.config, context=self.contexts[client], client=client)
         return masked(participant, message, {"a": torch.from_numpy(self.vectors[client])})
 
     def _updates(self, left: list[int], group: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:

@@ -253,13 +253,13 @@ class ServerSection(Section):
         wire, correction, mode = config.wire, config.client.correction, config.privacy.mode
         codec, codec_key = wire.uplink_codec or wire.codec, "uplink_codec" if wire.uplink_codec else "codec"
         lossy = codec is not None and CODECS.get(codec).lossy
-        server_noise = MECHANISMS.get(mode).noise_by == "server"
+        server_noise = MECHANISMS.get(mode).noise_by == "server" and config.privacy.noise == "central"
         refused: list[tuple[str, Any, bool, str]] = [
             ("server.aggregator", self.aggregator, AGGREGATORS.get(self.aggregator).robust, "use mean"),
             ("server.max_update_norm", self.max_update_norm, self.max_update_norm is not None, "leave it out"),
             (f"wire.{codec_key}", codec, lossy, "leave it out, and set wire.downlink_codec for the way down"),
             ("client.correction", correction, CORRECTIONS.get(correction).active, "use none"),
-            ("privacy.mode", mode, server_noise, "use another mode"),
+            ("privacy.mode", mode, server_noise, "set privacy.noise = distributed"),
         ]
         for key, value, wrong, remedy in refused:
             if wrong:

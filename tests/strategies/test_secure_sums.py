@@ -177,7 +177,7 @@ def test_a_client_answers_no_exchange_twice_or_out_of_turn() -> None:
     sent = vectors(3, 5)
     crowd = Crowd(secure_config(), sent)
     nodes = {client: FIRST_NODE + client for client in sent}
-    crowd.sums.share_keys(dict.fromkeys(sent, 1.0), nodes, "1", lambda *_: None)
+    crowd.sums.share_keys(dict.fromkeys(sent, 1.0), nodes, "1", 5, lambda *_: None)
     with pytest.raises(StaleError, match="unmask"):
         query(crowd, 0, stage=UNMASK, active=[0, 1, 2], dropped=[])
     with pytest.raises(StaleError, match="sum"):
