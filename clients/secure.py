@@ -109,7 +109,8 @@ def masked(client: Participant, message: Message, moves: Arrays) -> ArrayRecord:
 
 def _residues(client: Participant, message: Message, numbers: np.ndarray) -> np.ndarray:
     """Weigh a client's numbers, or clip and noise them, and round them."""
-    config, said = client.config, message.content[SECURE]
+    config = client.config
+    said: Any = message.content[SECURE]
     asked, promised = int(said["asked"]), int(said["promised"])
     if not FEWEST <= promised <= asked:
         raise StaleError(f"a sum of {promised} of {asked} clients is none")
