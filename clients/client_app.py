@@ -31,7 +31,9 @@ from fedlora.clients.participant import (
     sent_digest,
 )
 from fedlora.clients.resources import client_data, forget_data, run_config
+from fedlora.clients.secure import answer, check_shared, masked
 from fedlora.communication.codecs import Codec, run_codecs
+from fedlora.communication.secure_sums import SECURE
 from fedlora.corrections import VARIATES
 from fedlora.data.sources import count_own, count_own_units
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
@@ -134,6 +136,15 @@ def evaluate(message: Message, context: Context) -> Message:
         return _error_reply(error, message, context)
 
 
+@app.query(SECURE)
+def secure_sum(message: Message, context: Context) -> Message:
+    """Answer an exchange of keys or shares, around a round with a secure sum."""
+    try:
+        return answer(message, context)
+    except Exception as error:
+        return _error_reply(error, message, context)
+
+
 def _train_on_node(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     try:
         with ExitStack() as held:
@@ -214,6 +225,8 @@ class _Work:
 def _prepare(message: Message, context: Context, held: ExitStack) -> _Work:
     """Check a message, receive its arrays and make a job of it; nothing of the client's examples is read for it."""
     client = participant(message, context)
+    if client.config.server.secure_aggregation:
+        check_shared(message, context)
     client.admit(held)
     half = client_half(client.config)
     adapted = half.adapted
@@ -300,9 +313,16 @@ def _reply(message: Message, work: _Work) -> Message:
         if work.job.secret:
             # The loss is computed from private data without noise: it stays on a real node.
             del metrics["loss"]
-    codecs = run_codecs(client.config)
-    arrays = _leaving(work, work.half.finish(result.arrays), codecs.updates)
-    if codecs.feedback:
+    codecs, secure = run_codecs(client.config), client.config.server.secure_aggregation
+    arrays = _leaving(work, work.half.finish(result.arrays), codecs.updates or secure)
+    if secure:
+        # It would be told of this client alone.
+        metrics.pop("loss", None)
+        try:
+            sent = masked(client, message, arrays)
+        except (InputError, GuardError) as error:
+            return _error_reply(error, message, client.context)
+    elif codecs.feedback:
         sent = encode_with_errors(client, arrays, codecs.up, work.settings, work.memory.coordinates)
     else:
         sent = codecs.up.encode(arrays)

@@ -65,8 +65,11 @@ class Participant(ABC):
         Whether noise and sampling come from the operating system's entropy instead of the run's seed.
     on_step : callable, optional
         To be called before each step.
+    context : Context
+        Flower's; its state lasts from message to message.
     """
 
+    context: Context
     config: Config
     client: int
     exchange: Exchange
@@ -183,6 +186,7 @@ class NodeClient(Participant):
     """A real node: its owner's file, policy and ledger, whatever config the server sends."""
 
     def __init__(self, message: Message, context: Context) -> None:
+        self.context = context
         self.node, about = open_node(context), node_record(message)
         self.federation, self.run = str(about["federation"]), run_of(message, context)
         label_names = self.node.ledger.label_names(self.federation, self.run)
@@ -293,6 +297,22 @@ class NodeClient(Participant):
 def participant(message: Message, context: Context) -> Participant:
     """Return the client that a message is for."""
     return NodeClient(message, context) if is_node(context) else SimulatedClient(message, context)
+
+
+def check_described(message: Message, context: Context) -> Config:
+    """Return the config of the run that a message is of, as it was sent.
+
+    Raises
+    ------
+    StaleError
+        If the run was not described to a real node, or with another config, or has ended.
+    """
+    if not is_node(context):
+        return run_config(context.run_config)
+    ledger, run = open_node(context).ledger, run_of(message, context)
+    ledger.label_names(str(node_record(message)["federation"]), run)
+    ledger.check_config(run, sent_digest(context))
+    return sent_config(context)
 
 
 def write_whole(path: Path, content: bytes) -> None:

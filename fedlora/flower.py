@@ -96,6 +96,44 @@ def message_sizes(message: Message) -> tuple[int, int]:
     return int(proto.ByteSize()), int(proto.content.ByteSize())
 
 
+# Secure aggregation: what it needs of cryptography is imported where it is used
+
+
+def create_shares(secret: bytes, threshold: int, count: int) -> list[bytes]:
+    """Divide a secret into so many shares, of which ``threshold`` give it back and fewer tell nothing (Shamir)."""
+    from flwr.common.secure_aggregation.crypto import shamir
+
+    return shamir.create_shares(secret, threshold, count)
+
+
+def combine_shares(shares: list[bytes]) -> bytes:
+    """Undo :func:`create_shares`; shares that do not fit together give a ValueError, or another secret."""
+    from flwr.common.secure_aggregation.crypto import shamir
+
+    return shamir.combine_shares(shares)
+
+
+def agreed_key(private: Any, public: Any) -> bytes:
+    """Return the 32 bytes, in URL-safe base64, on which two pairs of elliptic-curve keys agree."""
+    from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
+
+    return generate_shared_key(private, public)
+
+
+def encrypt(key: bytes, text: bytes) -> bytes:
+    """Encrypt and authenticate a text (Fernet)."""
+    from flwr.common.secure_aggregation.crypto import symmetric_encryption
+
+    return symmetric_encryption.encrypt(key, text)
+
+
+def decrypt(key: bytes, sealed: bytes) -> bytes:
+    """Undo :func:`encrypt`; what another key sealed, or somebody changed, raises an exception."""
+    from flwr.common.secure_aggregation.crypto import symmetric_encryption
+
+    return symmetric_encryption.decrypt(key, sealed)
+
+
 # Processes of servers and nodes
 
 Load = Callable[..., Callable[[str, str, str], Callable[[Any, Any], Message]]]

@@ -357,6 +357,8 @@ def check_method(config: Config) -> None:
         _check_updates(method, config)
     if AGGREGATORS.get(config.server.aggregator).robust:
         _check_aggregator(method, config)
+    if config.server.secure_aggregation:
+        _check_secure(method, config)
     if not method.persistent:
         carries = _carries(method, config)
         for field_name, value, linear, remedy in _looking_back(config):
@@ -391,6 +393,19 @@ def _check_aggregator(method: type[Method], config: Config) -> None:
         why = "mixed ranks have" if has_mixed_ranks(config) else f"{method.name} has"
         remedy = f"combines updates of one shape into one, but the aggregate of {why} another form; use mean"
         raise InputError("server.aggregator", name, remedy)
+
+
+def _check_secure(method: type[Method], config: Config) -> None:
+    """Refuse to hide what the method's aggregate is made of."""
+    why = ""
+    if method.reads_single_updates:
+        why = f"hides single clients' updates, of which {method.name} makes more than a mean; choose another method"
+    elif has_mixed_ranks(config):
+        why = "sums updates of one shape; leave method.ranks and method.device_profile out"
+    elif any(role.made_by == "client" for e in method.exchanges(config, 1) for role in e.roles.values()):
+        why = f"sums moves from one start, but clients of {method.name} make starts of their own; choose another method"
+    if why:
+        raise InputError("server.secure_aggregation", True, why)
 
 
 def _check_correction(method: type[Method], config: Config) -> None:

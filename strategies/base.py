@@ -28,12 +28,13 @@ from fedlora.arrays import Arrays, leading
 from fedlora.communication.broadcast import group_of
 from fedlora.communication.codecs import Codec, named, recode, run_codecs
 from fedlora.communication.parts import Parts
+from fedlora.communication.secure_sums import SUM, WORD
 from fedlora.communication.wire import decode, encode
 from fedlora.config import Config, MethodSection
 from fedlora.corrections import VARIATES
 from fedlora.data.tokens import FederatedData
 from fedlora.devices import Placement, gpus
-from fedlora.errors import ClientErrorCode, InputError, RoundError, plain_text
+from fedlora.errors import ClientErrorCode, InputError, RoundError, RunError, plain_text
 from fedlora.methods import Method, get_method
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
@@ -46,12 +47,14 @@ from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
 from fedlora.strategies.evaluation import ClientEvaluation, evaluating_clients, evaluation_messages, read_evaluations
 from fedlora.strategies.replies import (
     LONGEST_REASON,
+    NO_REPLY,
     ReplyError,
     check_numbers,
     first_replies,
     is_finite,
     read_update,
 )
+from fedlora.strategies.secure_sums import SecureSums, SecureUpdates, read_masked
 from fedlora.strategies.updates import CombinedUpdates, Shapes, Update, Updates
 from fedlora.strategies.variates import Variates
 from fedlora.tasks import get_task
@@ -60,9 +63,6 @@ from fedlora.training.cohort import learning_rate
 from fedlora.transport import carried
 
 log = logging.getLogger("fedlora")
-
-NO_REPLY = 0
-"""Code of a client's failure to answer in time."""
 
 UNAVAILABLE = (
     NO_REPLY,
@@ -93,6 +93,8 @@ class RoundReport:
         See :class:`~strategies.aggregation.Drift`.
     uncounted : str
         Why the round gave no new arrays; "" where it did.
+    left_out : list of int
+        Sampled, but gone before the round's own message was sent.
     release : dict or None
         What the run has spent after it, where the server adds the noise, by the columns of privacy.csv.
     unused : dict of int to dict
@@ -108,10 +110,16 @@ class RoundReport:
     aggregate_seconds: float = 0.0
     drift: float | None = None
     uncounted: str = ""
+    left_out: list[int] = field(default_factory=list)
     release: dict[str, float] | None = None
     surplus: list[int] = field(default_factory=list)
     unused: dict[int, dict[str, float]] = field(default_factory=dict)
     attempt: int = 0
+
+    @property
+    def addressed(self) -> list[int]:
+        """The clients that were sent the round's own message, in order."""
+        return [client for client in self.clients if client not in self.left_out]
 
     @property
     def only_absent(self) -> bool:
@@ -245,6 +253,8 @@ class FederatedStrategy(Method, Strategy):
         Combines the clients' moves (``server.aggregator``).
     gathered : dict of str to Tensor
         Means of what clients answered in exchanges before the first round; :meth:`start_arrays` may use them.
+    secure : SecureSums
+        Where sums are secure (``server.secure_aggregation``), runs the exchanges that hide what each client sends.
     """
 
     def __init__(self, config: Config) -> None:
@@ -266,6 +276,7 @@ class FederatedStrategy(Method, Strategy):
         self.noise = ClientNoise(config)
         self.aggregator = aggregator_of(config)
         self.gathered: Arrays = {}
+        self.secure = SecureSums(config)
         self._failing: set[int] = set()
         self._kinds: dict[str, str] = {}
         self._roles: Roles = {}
@@ -509,9 +520,12 @@ class FederatedStrategy(Method, Strategy):
         sizes = self.sizes(adapted)
 
         def formula(server_round: int, client: int, direction: str) -> int:
+            secure = self.secure.payload_bytes(client, direction)
+            if self.secure.stage != SUM:
+                return secure
             contact = Contact(server_round, client, parts.since.get(client), self.replied, self.exchange)
             numbers = self.payload(self.client_sizes(sizes, client), contact)
-            return self._direction_bytes(numbers, client, direction)
+            return self._direction_bytes(numbers, client, direction) + secure
 
         return formula
 
@@ -526,6 +540,8 @@ class FederatedStrategy(Method, Strategy):
             beside = self.variates.payload_bytes(self._sent_shapes)
             return self._bytes(numbers.down, self.down_shapes(client), self.codecs.down) + beside
         if direction == "up":
+            if self.secure.active:
+                return WORD * numbers.up
             beside = self.variates.payload_bytes(self._sent_shapes)
             return self._bytes(numbers.up, self.client_shapes(client), self.codecs.up) + beside
         return self._bytes(numbers.initial, {}, self.codecs.once)
@@ -556,7 +572,9 @@ class FederatedStrategy(Method, Strategy):
             clients = self.sample(server_round)
             for exchange in range(1, len(self.exchanges(self.config, server_round)) + 1):
                 self.enter(server_round, exchange)
-                for client in clients:
+                down, up = self.secure.planned_bytes(len(clients))
+                sent["down"], sent["up"] = sent["down"] + down, sent["up"] + up
+                for client in clients if self.secure.allows(len(clients)) else ():
                     contact = Contact(server_round, client, last.get(client), replied, exchange)
                     size = self.payload_bytes(sizes, contact)
                     sent["initial"] += 0 if client in last else size["initial"]
@@ -636,6 +654,8 @@ class FederatedStrategy(Method, Strategy):
         self.report = RoundReport(clients=self.sample(server_round), attempt=self.attempt)
         self._record, self._shapes = arrays, {name: tuple(array.shape) for name, array in arrays.items()}
         self.enter(server_round, self.exchange)
+        if self.secure.active:
+            self._share_keys(group_of(server_round, self.exchange, self.attempt))
         self.arrays = decode(arrays)
         down = {name for name in arrays if self.role(name).down == "round"}
         common = arrays if len(down) == len(arrays) else ArrayRecord({n: a for n, a in arrays.items() if n in down})
@@ -648,7 +668,7 @@ class FederatedStrategy(Method, Strategy):
         contents: dict[Hashable, RecordDict] = {}  # clients that are sent the same share it, as grids can
         messages = []
         self._sent_own = {}
-        for client in self.in_turn(server_round, self.report.clients):
+        for client in self.in_turn(server_round, self.report.addressed):
             key, record = None, common
             own = self.client_arrays(client)
             if own is not None:
@@ -665,12 +685,23 @@ class FederatedStrategy(Method, Strategy):
                 settings["exchange"] = self.exchange
             if self.attempt:
                 settings["attempt"] = self.attempt
-            same = (key, tuple(sorted(settings.items())))
+            own_records = self.secure.content(client)
+            same = (key, tuple(sorted(settings.items())), client if own_records else None)
             if same not in contents:
                 said = ConfigRecord({**config, **settings})
-                contents[same] = RecordDict({"arrays": record, "config": said, **beside})
+                contents[same] = RecordDict({"arrays": record, "config": said, **beside, **own_records})
             messages.append(Message(contents[same], self.nodes[client], MessageType.TRAIN, group_id=group))
         return messages
+
+    def _share_keys(self, group: str) -> None:
+        """Let the round's clients exchange keys; those that drop out here are not sent its message."""
+        asked = self.report.clients
+        if silent := [client for client in asked if client not in self.examples]:
+            raise RunError(f"client {silent[0]} did not say its number of examples, by which a secure sum is weighed")
+        weights = {client: self.weight(client) for client in asked}
+        size = sum(map(math.prod, self._sent_shapes.values()))
+        left = self.secure.share_keys(weights, self.nodes, group, size, self.fail)
+        self.report.left_out = [client for client in asked if client not in left]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -680,7 +711,8 @@ class FederatedStrategy(Method, Strategy):
         updates = self._updates(self._read(server_round, replies))
         result = self.aggregate(updates)
         updates.drain()
-        if self.noise.active:
+        self._waited += self.secure.waited
+        if self.noise.active and not self.secure.failure:
             self.report.release = self.noise.row()
         if not self.enough_replies():
             result = None
@@ -700,6 +732,10 @@ class FederatedStrategy(Method, Strategy):
 
     def _updates(self, stream: Iterator[Update]) -> Updates:
         """Return the round's updates, or no more of them than what they are combined to."""
+        if self.secure.active:
+            # Residues have no names: both halves order them by the names of their arrays.
+            shapes = dict(sorted(self._sent_shapes.items()))
+            return SecureUpdates(stream, self._origin(self._sent, shapes), shapes, self.secure, self.noise)
         if not (self.noise.active or self.aggregator.robust):
             return Updates(stream, self._start())
         start = self._origin(self._sent, self._sent_shapes)
@@ -757,15 +793,12 @@ class FederatedStrategy(Method, Strategy):
             try:
                 shapes = self.client_shapes(client)
                 self.check_reply(client, message)
-                beside = (VARIATES,) if self.variates.active else ()
-                vector, metrics = read_update(
-                    message, shapes, self.codecs.up, mechanism=mechanism_of(self.config), beside=beside
-                )
+                vector, metrics = self._vector(client, message, shapes)
                 change = self.variates.read(message, shapes)
                 self.report.metrics[client] = metrics
-                vector = self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes)
                 update = Update(client, self.weight(client), vector, shapes, metrics)
-                self.check_update(update)
+                if not self.secure.active:
+                    self.check_update(update)
             except ReplyError as error:
                 self.report.metrics.pop(client, None)
                 self.fail(client, ClientErrorCode.REPLY, f"the reply is refused: {error}")
@@ -774,6 +807,20 @@ class FederatedStrategy(Method, Strategy):
                 yield update
             waiting = time.perf_counter()
         self._waited += time.perf_counter() - waiting
+
+    def _vector(self, client: int, message: Message, shapes: Shapes) -> tuple[torch.Tensor, MetricRecord]:
+        """Return the numbers of a reply, as values or masked, and its metrics.
+
+        Raises
+        ------
+        ReplyError
+        """
+        mechanism = mechanism_of(self.config)
+        if self.secure.active:
+            return read_masked(message, sum(map(math.prod, shapes.values())), mechanism)
+        beside = (VARIATES,) if self.variates.active else ()
+        vector, metrics = read_update(message, shapes, self.codecs.up, mechanism=mechanism, beside=beside)
+        return self._bounded(client, self._values(client, vector.to(self._dtype), shapes), shapes), metrics
 
     def _values(self, client: int, vector: torch.Tensor, shapes: Shapes) -> torch.Tensor:
         """Turn what a client sent into what the method's table says, where the wire takes updates alone.
@@ -847,6 +894,9 @@ class FederatedStrategy(Method, Strategy):
 
     def enough_replies(self) -> bool:
         """Whether the round counts; else its report says why not."""
+        if self.secure.failure:
+            self.report.uncounted = self.secure.failure
+            return False
         if self.noise.active:
             return True  # leaving a round out would tell how many clients were drawn
         count, least = len(self.report.metrics), self.config.server.min_replies
@@ -872,7 +922,7 @@ class FederatedStrategy(Method, Strategy):
         RoundError
             If every client of the round failed, unless it was one of several: one alone must not end the run.
         """
-        asked = {self.nodes[client]: client for client in self.report.clients}
+        asked = {self.nodes[client]: client for client in self.report.addressed}
         answered = set()
         found: Iterable[Message] = first_replies(replies, asked, group, log.warning)
         for reply in in_client_order(found, list(asked)) if self.config.server.over_sampling == 1 else found:
@@ -888,7 +938,7 @@ class FederatedStrategy(Method, Strategy):
                 yield client, reply
             if self.waits and self._complete:
                 break
-        for client in self.report.clients:
+        for client in self.report.addressed:
             if client not in answered and self._complete and self.waits:
                 self.report.surplus.append(client)
             elif client not in answered:

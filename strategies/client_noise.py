@@ -17,6 +17,7 @@ from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import BudgetError
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
+from fedlora.privacy.discrete_gaussian import NoisySum
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.strategies.updates import OnlyCombined, Shapes, Update
 
@@ -39,13 +40,17 @@ class ClientNoise:
         C, to which the next update is clipped.
     releases : int
         Noisy sums that were released so far.
+    by_clients : bool
+        Whether clients clip and add noise themselves, under secure sums.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.active = config, mechanism_of(config).noise_by == "server"
         self.norm, self.releases = config.privacy.clipping_norm, 0
         self.plan: ServerPlan | None = None
+        self.by_clients = self.active and config.privacy.noise != "central"
         self._clients, self._secret = 0, False
+        self._spent: dict[float, int] = {}  # releases by noise multiplier, where clients add the noise
 
     def prepare(self, clients: int, secret: bool) -> None:
         """Calibrate the noise for this number of clients, when the run knows them.
@@ -83,12 +88,14 @@ class ClientNoise:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
-        return {"releases": self.releases, "norm": self.norm} if self.active else {}
+        spent = {"spent": list(self._spent.items())} if self.by_clients else {}
+        return {"releases": self.releases, "norm": self.norm, **spent} if self.active else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         if state:
             self.releases, self.norm = int(state["releases"]), float(state["norm"])
+            self._spent = {float(sigma): int(count) for sigma, count in state.get("spent", ())}
 
     def release(self, total: torch.Tensor, unclipped: int, counted: int) -> torch.Tensor:
         """Return the noisy mean of clipped updates, and let the clipping norm follow them.
@@ -114,15 +121,26 @@ class ClientNoise:
             self.norm *= math.exp(-ADAPTATION_RATE * too_many)
         return total / expected
 
+    def released(self, noise: NoisySum, answered: int) -> None:
+        """Count a sum to which so many clients added their noise.
+
+        Of noise that each client adds whole, one client's is counted: the others' protects it no less.
+        """
+        self.releases += 1
+        sigma = noise.noise_multiplier(answered if self.config.privacy.noise == "distributed" else 1)
+        # The last one comes last: a row tells of it.
+        self._spent[sigma] = self._spent.pop(sigma, 0) + 1
+
     def row(self) -> dict[str, float]:
         """Return what the run has spent, by the columns of privacy.csv."""
         plan = self.plan
         assert plan is not None
-        spent = ((plan.noise_multiplier, plan.sample_rate, self.releases),)
+        released = self._spent if self.by_clients else {plan.noise_multiplier: self.releases}
+        spent = tuple((sigma, plan.sample_rate, count) for sigma, count in released.items())
         return {
             "steps": 1,
             "sample_rate": plan.sample_rate,
-            "noise_multiplier": plan.noise_multiplier,
+            "noise_multiplier": next(reversed(released)),
             "epsilon": spent_epsilon(plan.accountant, plan.delta, spent),
             "delta": plan.delta,
         }

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,6 +140,9 @@ class Federation:
         if not own and method.noise.active:
             remedy = "adds noise to a method's own mean; a strategy that was brought along aggregates without it"
             raise InputError("privacy.mode", config.privacy.mode, remedy)
+        if not own and method.secure.active:
+            remedy = "hides what a strategy that was brought along would aggregate; leave it out"
+            raise InputError("server.secure_aggregation", True, remedy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
         # Objects with a state, by their key in the checkpoint.
         self.stateful: dict[str, Any] = {"strategy": self.rounds}
@@ -213,6 +217,8 @@ class Federation:
             half.nodes, half.names, half.examples = nodes, self.roster.names, self.roster.examples
             half.replied, half.on_reply = self.method.replied, self.progress.on_client
             half.noise.prepare(len(nodes), real)
+            half.secure = self.method.secure  # the meter's formula asks the method
+        self.method.secure.prepare(len(nodes))
 
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it if they do not wait for clients to help."""
@@ -426,6 +432,7 @@ class Federation:
         roles = self._roles(server_round)
         stale = [kind for kind in sorted(self.method.changing()) if kind in roles and roles[kind].down == "stale"]
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
+        self.method.secure.send = partial(self._query, server_round, exchange)
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.round_seconds
@@ -446,6 +453,11 @@ class Federation:
         if lost is not None and self.config.server.max_round_retries is None:
             raise lost
         return found
+
+    def _query(self, server_round: int, exchange: int, messages: list[Message]) -> Iterator[Message]:
+        """Ask clients something within a round beside its own message; they get no arrays for it."""
+        queries = in_round(messages, server_round, self.roster, exchange, attempt=self.method.attempt)
+        yield from told(self.meter.send_and_receive(queries, timeout=self.config.server.timeout), self.roster)
 
     def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Tell each client the last round that its reply entered: only then is what its codec left out of it due."""

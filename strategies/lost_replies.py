@@ -12,7 +12,8 @@ from fedlora.errors import BudgetError, ClientErrorCode, plain_text
 from fedlora.privacy import Ledger
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.strategies.base import NO_REPLY, RoundReport
+from fedlora.strategies.base import RoundReport
+from fedlora.strategies.replies import NO_REPLY
 from fedlora.strategies.summary import privacy_rows
 
 if TYPE_CHECKING:

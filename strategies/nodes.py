@@ -31,6 +31,7 @@ _CONFIG_KEYS = {
     "max_sample_rate": ("client.batch_size",),
     "allow_non_private": ("privacy.mode",),
     "unit": ("privacy.unit",),
+    "require_secure_aggregation": ("server.secure_aggregation",),
 }
 """The keys of a run's config, of which one is given, that a key of an owner's policy is about."""
 

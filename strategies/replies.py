@@ -27,6 +27,9 @@ MOST_EXAMPLES = 10**8
 LONGEST_REASON = 20_000
 """Characters that are kept of a client's error; a simulated client's is a traceback."""
 
+NO_REPLY = 0
+"""Code of a client's failure to answer in time."""
+
 _MOST_STEPS = 10**12
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -77,6 +77,19 @@ def test_all_metadata_is_known() -> None:
         assert hasattr(asked.metadata, name.lstrip("_"))
 
 
+def test_secrets_can_be_shared_and_sealed() -> None:
+    """Else there are no secure sums: their keys agree, and their shares are combined and encrypted, as Flower does."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    first, second = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    key = flower.agreed_key(first, second.public_key())
+    assert key == flower.agreed_key(second, first.public_key())
+    assert flower.decrypt(key, flower.encrypt(key, b"shares")) == b"shares"
+    shares = flower.create_shares(b"s" * 32, 2, 3)
+    assert flower.combine_shares(shares[1:]) == b"s" * 32
+    assert {len(share) for share in shares} == {52}
+
+
 def test_sizes_are_those_of_the_bytes_that_flower_sends() -> None:
     """Else communication.csv is wrong."""
     asked = message()

@@ -74,8 +74,13 @@ class PrivacySection(Section):
     )
     clipping_norm: Annotated[float, Field(ge=1e-6, le=MAX_CLIP)] = Field(
         default=1.0,
-        description="With mode client, the norm to which the server clips each client's update; with adaptive_clipping "
-        "that of the first round.",
+        description="With mode client, the norm to which each client's update is clipped; with adaptive_clipping that "
+        "of the first round.",
+    )
+    noise: Literal["central", "distributed", "local"] = Field(
+        default="central",
+        description="With mode client, who adds the noise: the server, to the sum; each client its share of it, under "
+        "server.secure_aggregation (distributed); or each client all of it (local), for comparison.",
     )
     adaptive_clipping: bool = Field(
         default=False,
@@ -164,7 +169,7 @@ class PrivacySection(Section):
         """Without privacy nothing of it counts; each mode clips what it protects."""
         if self.unit is None:
             yield "user_mechanism examples_per_unit", "privacy.unit names no persons"
-        clipping = "clipping_norm adaptive_clipping clipping_quantile"
+        clipping = "clipping_norm noise adaptive_clipping clipping_quantile"
         if self.mode == "none":
             keys = f"target_epsilon noise_multiplier target_delta max_grad_norm accountant {clipping}"
             if self.unit is not None:

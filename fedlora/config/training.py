@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
 
@@ -243,9 +243,35 @@ class ServerSection(Section):
         default=False,
         description="Allow clients to evaluate under privacy: epsilon does not cover the sums that they answer with.",
     )
+    secure_aggregation: bool = Field(
+        default=False,
+        description="Let clients mask what they send, so that the server learns the weighted sum of their updates and "
+        "nothing of one alone (SecAgg+). A sum needs two clients at least.",
+    )
+    num_shares: Annotated[int, Field(ge=3, le=10_000)] = Field(
+        default=33,
+        description="With secure_aggregation, into how many shares a client's secrets are divided: one for itself, the "
+        "others for its neighbours of the round; an even number counts as the next odd one. Few clients all hold "
+        "shares of each other.",
+    )
+    reconstruction_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        default=0.6,
+        description="With secure_aggregation, the share of the round's clients, and of each one's neighbours, that "
+        "must stay to the end. If more drop out, the round does not count.",
+    )
+    clipping_range: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        default=8.0,
+        description="With secure_aggregation, the largest absolute value of a number in an update; a client with a "
+        "larger one drops out. Numbers are rounded to about this divided by 2^31.",
+    )
+
+    FOR_CLIENTS: ClassVar[tuple[str, ...]] = ("secure_aggregation", "clipping_range")
+    """Keys by which clients behave; real nodes ignore all others."""
 
     def check(self, config: Config) -> None:
-        """Refuse an evaluation that clients cannot give or no epsilon covers, and over-sampling of no fixed number."""
+        """Refuse what secure sums hide, evaluations that clients cannot give, and over-sampling of no fixed number."""
+        if self.secure_aggregation:
+            self._check_secure(config)
         asked = self.fraction_evaluate
         if self.over_sampling > 1 and CLIENT_SAMPLINGS.get(self.sampling).independent:
             # A sum that is closed at a number of replies also changes by the client that another one keeps out.
@@ -263,12 +289,33 @@ class ServerSection(Section):
             )
             raise InputError("server.fraction_evaluate", asked, remedy)
 
+    def _check_secure(self, config: Config) -> None:
+        """Refuse what is no weighted sum of updates, or needs single ones."""
+        wire, correction, mode = config.wire, config.client.correction, config.privacy.mode
+        codec, codec_key = wire.uplink_codec or wire.codec, "uplink_codec" if wire.uplink_codec else "codec"
+        lossy = codec is not None and CODECS.get(codec).lossy
+        server_noise = MECHANISMS.get(mode).noise_by == "server" and config.privacy.noise == "central"
+        refused: list[tuple[str, Any, bool, str]] = [
+            ("server.aggregator", self.aggregator, AGGREGATORS.get(self.aggregator).robust, "use mean"),
+            ("server.max_update_norm", self.max_update_norm, self.max_update_norm is not None, "leave it out"),
+            (f"wire.{codec_key}", codec, lossy, "leave it out, and set wire.downlink_codec for the way down"),
+            ("client.correction", correction, CORRECTIONS.get(correction).active, "use none"),
+            ("server.over_sampling", self.over_sampling, self.over_sampling > 1, "set it to 1"),
+            ("privacy.mode", mode, server_noise, "set privacy.noise = distributed"),
+        ]
+        for key, value, wrong, remedy in refused:
+            if wrong:
+                remedy = f"needs single clients' updates, which secure sums hide; {remedy}"
+                raise InputError(key, value, f"{remedy}, or server.secure_aggregation = false")
+
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:
         """Each optimizer reads some of its keys, and clients are evaluated in one of two ways."""
         if self.round_deadline is not None and self.round_deadline >= self.timeout:
             yield "round_deadline", f"server.timeout = {self.timeout:g} ends a round before"
         if self.over_sampling > 1 and self.fraction_train == 1:
             yield "over_sampling", "a round asks all clients as it is"
+        if not self.secure_aggregation:
+            yield "num_shares reconstruction_threshold clipping_range", "server.secure_aggregation is false"
         if self.evaluate_every > config.run.rounds:
             yield "evaluate_every", f"of {config.run.rounds} rounds the last is evaluated"
         if self.fraction_evaluate:

@@ -101,6 +101,8 @@ class PolicySection(Section):
     ``max_evaluations_per_day`` limits how often servers may have the node evaluate a model; 0, the default, allows no
     evaluation. The answer holds sums over the test examples, of which there must be at least ``min_test_examples``.
     These sums carry no noise, and no epsilon covers them.
+
+    ``require_secure_aggregation`` refuses runs in which the server would see the node's update.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -115,6 +117,7 @@ class PolicySection(Section):
     max_cache_gb: Annotated[float, Field(gt=0)] = 4.0
     max_evaluations_per_day: Annotated[int, Field(ge=0)] = 0
     min_test_examples: Annotated[int, Field(ge=1)] = 10
+    require_secure_aggregation: bool = False
 
 
 class WorkerSection(Section):

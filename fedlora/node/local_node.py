@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import SERVER, Config
+from fedlora.config import SERVER, Config, ServerSection
 from fedlora.errors import InputError, PolicyError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.node_ledger import NodeLedger
@@ -88,7 +88,9 @@ class LocalNode:
             content["data"]["messages"] = own.messages
         content["privacy"] |= {"unit": own.unit}
         # A node ignores how the server samples clients, evaluates, simulates and logs.
-        for section in ("server", "evaluation", "simulation", "network", "tracking"):
+        server = content.pop("server")
+        content["server"] = {key: server[key] for key in ServerSection.FOR_CLIENTS}
+        for section in ("evaluation", "simulation", "network", "tracking"):
             content.pop(section)
         return Config.model_validate(content)
 
@@ -109,6 +111,8 @@ class LocalNode:
             what = "examples" if self.config.data.unit is None else "persons"
             remedy = f"must be below 1 / n = {1 / protected:.3g} for {protected} {what}; lower it"
             raise InputError("policy.delta", policy.delta, remedy)
+        if policy.require_secure_aggregation and not run.server.secure_aggregation:
+            raise PolicyError("require_secure_aggregation", True, "server.secure_aggregation = false")
         plan = mechanism_of(run).plan(run, examples, units)
         check_policy(policy, plan, run.privacy.mode)
         return plan

@@ -123,7 +123,7 @@ def explain_privacy(folder: Path, client: str | None = None) -> Spent:
         run=str(folder),
         mode=privacy.mode,
         unit=mechanism.protects(config),
-        neighbours=f"with and without {mechanism.protects(config)} (add or remove)",
+        neighbours=mechanism.neighbours(config),
         mechanism=mechanism.describe(config),
         client=chosen,
         clients=len(last),
@@ -230,7 +230,9 @@ def _explanation(accountant: str, ours: float, theirs: float) -> str:
 
 def _not_covered(config: Config, folder: Path) -> list[str]:
     """Say what the run showed or read of the examples without noise."""
-    found = ["the clients' training losses, which a simulation shows (train_loss in rounds.jsonl)"]
+    found = []
+    if not config.server.secure_aggregation:
+        found.append("the clients' training losses, which a simulation shows (train_loss in rounds.jsonl)")
     if get_method(config.method.name).start_reads(config) == "private":
         found.append(f"the start: method.init = {getattr(config.method, 'init', '')} reads the clients' examples")
     if config.server.evaluate_clients or config.server.fraction_evaluate:

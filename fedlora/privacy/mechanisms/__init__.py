@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from fedlora.config import Config
 from fedlora.methods import Method
 from fedlora.privacy.calibration import PrivacyPlan, ServerPlan
+from fedlora.privacy.discrete_gaussian import NoisySum
 from fedlora.registry import MECHANISMS
 
 
@@ -48,6 +49,10 @@ class Mechanism(ABC):
     def describe(self, config: Config) -> str:
         """Say in a sentence what is clipped and noised; "" where nothing is."""
         return ""
+
+    def neighbours(self, config: Config) -> str:
+        """Say which inputs epsilon compares."""
+        return f"with and without {self.unit} (add or remove)"
 
     def check(self, config: Config) -> None:
         """Refuse a config that this mechanism cannot protect; none by default.
@@ -92,6 +97,24 @@ class Mechanism(ABC):
         ------
         InputError
             If the budget cannot be kept.
+        """
+        return None
+
+    def noisy_sum(self, config: Config, size: int, asked: int, promised: int) -> NoisySum | None:
+        """Return how clients clip and noise what they send to a secure sum; None where they do not, the default.
+
+        Parameters
+        ----------
+        config : Config
+        size : int
+            Numbers of an update.
+        asked, promised : int
+            Clients that a round asks, and the fewest of them whose sum is made.
+
+        Raises
+        ------
+        InputError
+            If so many updates and their noise do not fit into the sum's residues.
         """
         return None
 
