@@ -9,6 +9,7 @@ import shlex
 import signal
 import sqlite3
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -259,11 +260,12 @@ def assets(
     console.print(table)
 
 
-for command in (
+_COMMANDS: tuple[Callable[..., None], ...] = (
     *(init.init, runs.show, runs.runs, reference.config, reference.methods),
     *(deployment.server, deployment.node, deployment.digest),
-):
-    app.command()(command)
+)
+for _command in _COMMANDS:
+    app.command()(_command)
 app.add_typer(deployment.keys, name="keys")
 add_examples(app)
 
