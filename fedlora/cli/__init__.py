@@ -9,6 +9,7 @@ import shlex
 import signal
 import sqlite3
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -327,11 +328,12 @@ def _start_workers(config: Config, folder: Path, resume: bool) -> None:
     start_early(("fedlora.cli.display", "fedlora.simulator"), start)
 
 
-for command in (
+_COMMANDS: tuple[Callable[..., None], ...] = (
     *(init.init, runs.show, runs.runs, reference.config, reference.methods),
     *(deployment.server, deployment.digest),
-):
-    app.command()(command)
+)
+for _command in _COMMANDS:
+    app.command()(_command)
 app.add_typer(deployment.node, name="node")
 app.add_typer(deployment.keys, name="keys")
 add_examples(app)

@@ -52,8 +52,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 def add_examples(app: typer.Typer, prefix: str = "") -> None:
     """Put the examples at the end of the help of an app's commands, and of those of its groups."""
     for command in app.registered_commands:
-        assert command.callback is not None
-        name = f"{prefix}{command.name or command.callback.__name__}"
+        name = f"{prefix}{command.name or getattr(command.callback, '__name__', '')}"
         # A blank line keeps each on a line of its own.
         command.epilog = "\n\n".join(["Examples:", *EXAMPLES.get(name, ())]) if name in EXAMPLES else None
     for group in app.registered_groups:
