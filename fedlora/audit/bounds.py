@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import beta, binom, norm
@@ -81,16 +81,19 @@ class Releases(Trials):
 
     The rates prove that one sum tells the two apart at least as well as two Gaussians ``mu`` standard deviations apart
     (Nasr et al. 2023, arXiv 2302.07956). A run of ``steps`` such sums, into each of which the canary comes with
-    probability ``sample_rate``, then has the epsilon of their composition.
+    probability ``sample_rate``, then has the epsilon of their composition. A canary of a ``group`` of examples comes by
+    each of them with that probability, and ``mu`` is what one of them moves a sum by.
 
     Attributes
     ----------
     sample_rate : float
     steps : int
+    group : int
     """
 
     sample_rate: float = 1.0
     steps: int = 1
+    group: int = 1
 
     estimator = "Gaussian DP of single noisy sums, composed"
     assumes = "Gaussian noise, drawn anew for each sum; Poisson sampling by the plan's rate"
@@ -101,7 +104,8 @@ class Releases(Trials):
 
     def bound(self, delta: float, confidence: float) -> float:
         """Compose as many Gaussians of this distance as the run has steps."""
-        return min(composed_epsilon(self.mu(confidence), self.sample_rate, self.steps, delta), MAX_EPSILON)
+        mu = self.mu(confidence)
+        return min(composed_epsilon(mu, self.sample_rate, self.steps, delta, self.group), MAX_EPSILON)
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,18 @@ def upper_rate(found: int, trials: int, confidence: float) -> float:
     return 1.0 if found >= trials else float(beta.ppf(confidence, found + 1, trials - found))
 
 
-def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float) -> float:
+def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float, group: int = 1) -> float:
     """Epsilon of ``steps`` Poisson-sampled Gaussian sums; never above the true one.
 
     Parameters
     ----------
     mu : float
-        The canary's part of a sum, in standard deviations of the noise.
+        A drawn example's part of a sum, in standard deviations of the noise.
     sample_rate : float
     steps : int
     delta : float
+    group : int
+        Examples of the canary, each of which is drawn by itself.
 
     Raises
     ------
@@ -169,19 +175,22 @@ def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float) ->
     if mu <= 0:
         return 0.0
     if sample_rate == 1:
-        return gaussian_epsilon(mu * math.sqrt(steps), delta)
+        return gaussian_epsilon(mu * group * math.sqrt(steps), delta)
     try:
-        from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+        from dp_accounting.pld import privacy_loss_distribution as losses
     except ImportError:
         remedy = "is needed to audit sampled steps; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
-    one = from_gaussian_mechanism(
-        1 / mu,
-        value_discretization_interval=min(1e-3, 0.02 / steps),  # of which the error is at most steps times as much
-        sampling_prob=sample_rate,
-        pessimistic_estimate=False,
-        use_connect_dots=False,
-    )
+    options: dict[str, Any] = {
+        "value_discretization_interval": min(1e-3, 0.02 / steps),  # of which the error is at most steps times as much
+        "pessimistic_estimate": False,
+        "use_connect_dots": False,
+    }
+    if group == 1:
+        one = losses.from_gaussian_mechanism(1 / mu, sampling_prob=sample_rate, **options)
+    else:
+        drawn = np.arange(group + 1)
+        one = losses.from_mixture_gaussian_mechanism(1 / mu, drawn, binom.pmf(drawn, group, sample_rate), **options)
     return float(one.self_compose(steps).get_epsilon_for_delta(delta))
 
 
