@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.stats import beta, binom, norm
@@ -20,6 +20,7 @@ from scipy.stats import beta, binom, norm
 from fedlora.errors import InputError
 from fedlora.privacy.accountants.gdp import gaussian_epsilon
 
+_CHANCES = (0.9, 0.7, 0.5, 0.3, 0.1)
 MAX_EPSILON = 100.0
 """No number of guesses that a computer makes proves more."""
 
@@ -81,8 +82,8 @@ class Releases(Trials):
 
     The rates prove that one sum tells the two apart at least as well as two Gaussians ``mu`` standard deviations apart
     (Nasr et al. 2023, arXiv 2302.07956). A run of ``steps`` such sums, into each of which the canary comes with
-    probability ``sample_rate``, then has the epsilon of their composition. A canary of a ``group`` of examples comes by
-    each of them with that probability, and ``mu`` is what one of them moves a sum by.
+    probability ``sample_rate``, then has the epsilon of their composition. Of a canary of a
+    ``group`` of examples each comes with that probability; ``mu`` is the distance where all of them came.
 
     Attributes
     ----------
@@ -103,9 +104,22 @@ class Releases(Trials):
         return max(0.0, float(-sum(norm.ppf(rate) for rate in self.rates(confidence))))
 
     def bound(self, delta: float, confidence: float) -> float:
-        """Compose as many Gaussians of this distance as the run has steps."""
+        """Compose as many Gaussians of this distance as the run has steps.
+
+        Of a group j examples come or more with probability P[Binomial >= j]. Their sum is no nearer to one without the
+        canary than that of j examples, and what comes with fewer than j no nearer than nothing: whatever threshold
+        tells the canary of j examples, which come together or not at all, tells this one as well. Examples are alike.
+        """
         mu = self.mu(confidence)
-        return min(composed_epsilon(mu, self.sample_rate, self.steps, delta, self.group), MAX_EPSILON)
+        proved = (composed_epsilon(share * mu, rate, self.steps, delta) for share, rate in self._draws())
+        return min(max(proved), MAX_EPSILON)
+
+    def _draws(self) -> list[tuple[float, float]]:
+        """Return shares of the group, each with the probability that so many of its examples come or more."""
+        if self.group == 1:
+            return [(1.0, self.sample_rate)]
+        numbers = {1, *binom.isf(_CHANCES, self.group, self.sample_rate).astype(int).tolist()} - {0}
+        return [(j / self.group, float(binom.sf(j - 1, self.group, self.sample_rate))) for j in sorted(numbers)]
 
 
 @dataclass(frozen=True)
@@ -154,18 +168,16 @@ def upper_rate(found: int, trials: int, confidence: float) -> float:
     return 1.0 if found >= trials else float(beta.ppf(confidence, found + 1, trials - found))
 
 
-def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float, group: int = 1) -> float:
+def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float) -> float:
     """Epsilon of ``steps`` Poisson-sampled Gaussian sums; never above the true one.
 
     Parameters
     ----------
     mu : float
-        A drawn example's part of a sum, in standard deviations of the noise.
+        The canary's part of a sum, in standard deviations of the noise.
     sample_rate : float
     steps : int
     delta : float
-    group : int
-        Examples of the canary, each of which is drawn by itself.
 
     Raises
     ------
@@ -175,22 +187,19 @@ def composed_epsilon(mu: float, sample_rate: float, steps: int, delta: float, gr
     if mu <= 0:
         return 0.0
     if sample_rate == 1:
-        return gaussian_epsilon(mu * group * math.sqrt(steps), delta)
+        return gaussian_epsilon(mu * math.sqrt(steps), delta)
     try:
-        from dp_accounting.pld import privacy_loss_distribution as losses
+        from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
     except ImportError:
         remedy = "is needed to audit sampled steps; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
-    options: dict[str, Any] = {
-        "value_discretization_interval": min(1e-3, 0.02 / steps),  # of which the error is at most steps times as much
-        "pessimistic_estimate": False,
-        "use_connect_dots": False,
-    }
-    if group == 1:
-        one = losses.from_gaussian_mechanism(1 / mu, sampling_prob=sample_rate, **options)
-    else:
-        drawn = np.arange(group + 1)
-        one = losses.from_mixture_gaussian_mechanism(1 / mu, drawn, binom.pmf(drawn, group, sample_rate), **options)
+    one = from_gaussian_mechanism(
+        1 / mu,
+        value_discretization_interval=min(1e-3, 0.02 / steps),  # of which the error is at most steps times as much
+        sampling_prob=sample_rate,
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+    )
     return float(one.self_compose(steps).get_epsilon_for_delta(delta))
 
 

@@ -175,13 +175,14 @@ class Observations:
         return found
 
     def _single(self, name: str, chosen: np.ndarray | None = None) -> Releases:
-        """Guess of single sums by the numbers of a group; of a canary's examples one, the others being taken away."""
+        """Guess of single sums by the numbers of a group; examples of the canary that were not drawn are added."""
         group = self.groups[name]
         scores, count = np.concatenate(group.scores), np.concatenate(group.held)
         if chosen is not None:
             scores, count = scores[chosen], count[chosen]
-        scores, held = scores - np.maximum(count - 1, 0), count > 0
-        alarms, misses = int((scores[~held] > 0.5).sum()), int((scores[held] <= 0.5).sum())
+        held, half = count > 0, self.group / 2
+        scores = scores + np.where(held, self.group - count, 0)
+        alarms, misses = int((scores[~held] > half).sum()), int((scores[held] <= half).sum())
         counts = alarms, int((~held).sum()), misses, int(held.sum())
         return Releases(*counts, sample_rate=self.sample_rate, steps=self.steps, group=self.group)
 
