@@ -20,9 +20,10 @@ from scipy.stats import beta, binom, norm
 from fedlora.errors import InputError
 from fedlora.privacy.accountants.gdp import gaussian_epsilon
 
-_CHANCES = (0.9, 0.7, 0.5, 0.3, 0.1)
 MAX_EPSILON = 100.0
 """No number of guesses that a computer makes proves more."""
+_CHANCES = (0.9, 0.7, 0.5, 0.3, 0.1)
+"""Of a group as many examples are looked at as come, or more, with about these chances."""
 
 
 class Evidence(ABC):
@@ -82,8 +83,8 @@ class Releases(Trials):
 
     The rates prove that one sum tells the two apart at least as well as two Gaussians ``mu`` standard deviations apart
     (Nasr et al. 2023, arXiv 2302.07956). A run of ``steps`` such sums, into each of which the canary comes with
-    probability ``sample_rate``, then has the epsilon of their composition. Of a canary of a
-    ``group`` of examples each comes with that probability; ``mu`` is the distance where all of them came.
+    probability ``sample_rate``, then has the epsilon of their composition. Of a canary of a ``group`` of examples each
+    comes with that probability; ``mu`` is the distance where all of them came.
 
     Attributes
     ----------

@@ -270,7 +270,10 @@ def _watch_round(part: _Round, plan: PrivacyPlan, trials: int, seen: Observation
     for first in range(0, trials, size):
         members = np.arange(first, min(first + size, trials))
         units = [[ORDINARY, CANARY][: 1 + k % 2] for k in members.tolist()]
-        rows = [np.concatenate([table.rows(k, unit) for unit in own]) for k, own in zip(members, units, strict=True)]
+        rows = [
+            np.concatenate([table.rows(k, unit) for unit in own])
+            for k, own in zip(members.tolist(), units, strict=True)
+        ]
         chances = sum(map(len, units if plan.samples_units else rows))
 
         def take(step: int, parts: list[torch.Tensor], members: np.ndarray = members, chances: int = chances) -> None:

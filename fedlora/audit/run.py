@@ -109,8 +109,8 @@ def _claim(config: Config, data: FederatedData) -> tuple[PrivacyPlan | ServerPla
     plan = mechanism.plan(config, sizes[smallest], data.units_of(smallest, privacy))
     if plan is None:
         return None, math.inf
-    history = (*plan.start, plan.charged(plan.steps))
-    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, history)
+    taken = (*plan.start, plan.charged(plan.steps))
+    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, taken)
 
 
 def _observe(config: Config, data: FederatedData, plan: PrivacyPlan | ServerPlan, trials: int) -> Observations:
