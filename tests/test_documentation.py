@@ -1,4 +1,4 @@
-"""The pages of the documentation: commands that there are, keys that there are, configs that load, Python that parses.
+"""README and the documentation: commands, keys and links that there are, configs that load, Python that parses.
 
 What the tutorials show is run by other tests: tests/cli/test_looking_at_runs.py goes from ``fedlora init`` to ``fedlora
 show``, tests/deployment/ goes from keys to a run on nodes, tests/test_adding_a_method.py runs the guide to a method.
@@ -26,7 +26,8 @@ from tests.command import fedlora
 from tests.configs import KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted({*(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")})
+PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")})
+MADE_BY_SITE = {"docs/reference/config.md", "docs/reference/cli.md"}
 ADDED_BY_PACKAGES = {"method.weight_power", "method.refactor_every"}
 """Keys of the methods that two pages write."""
 
@@ -72,6 +73,8 @@ def test_commands_are_taken_as_they_are_written(page: str, words: list[str]) -> 
         return  # a list of commands, in words
     command: click.Command = typer.main.get_command(app)
     while isinstance(command, click.Group):
+        if words[0] not in command.commands:
+            words = [getattr(command, "default", words[0]), *words]  # an argument of the one that the group gives
         command = command.commands[words[0]]
         words = words[1:]
     context = command.make_context(command.name, list(words))  # refuses options and numbers of arguments
@@ -80,6 +83,28 @@ def test_commands_are_taken_as_they_are_written(page: str, words: list[str]) -> 
     for word in words:
         if word.startswith(("experiments/", "docs/")):
             assert (ROOT / word).exists()
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names of a page's headings, as links use them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_to_files_and_headings_of_the_repository(page: Path) -> None:
+    """As on a code host, where the pages are read without the site."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place).resolve() if place else page
+        assert file.exists() or named(file) in MADE_BY_SITE, target
+        assert not anchor or file.suffix != ".md" or anchor in anchors(file), target
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
