@@ -20,6 +20,7 @@ from scipy.stats import beta, binom, norm
 from fedlora.errors import InputError
 from fedlora.privacy.accountants.gdp import gaussian_epsilon
 
+_CHANCES = (0.9, 0.7, 0.5, 0.3, 0.1)
 MAX_EPSILON = 100.0
 """No number of guesses that a computer makes proves more."""
 
@@ -81,16 +82,19 @@ class Releases(Trials):
 
     The rates prove that one sum tells the two apart at least as well as two Gaussians ``mu`` standard deviations apart
     (Nasr et al. 2023, arXiv 2302.07956). A run of ``steps`` such sums, into each of which the canary comes with
-    probability ``sample_rate``, then has the epsilon of their composition.
+    probability ``sample_rate``, then has the epsilon of their composition. Of a canary of a
+    ``group`` of examples each comes with that probability; ``mu`` is the distance where all of them came.
 
     Attributes
     ----------
     sample_rate : float
     steps : int
+    group : int
     """
 
     sample_rate: float = 1.0
     steps: int = 1
+    group: int = 1
 
     estimator = "Gaussian DP of single noisy sums, composed"
     assumes = "Gaussian noise, drawn anew for each sum; Poisson sampling by the plan's rate"
@@ -100,8 +104,22 @@ class Releases(Trials):
         return max(0.0, float(-sum(norm.ppf(rate) for rate in self.rates(confidence))))
 
     def bound(self, delta: float, confidence: float) -> float:
-        """Compose as many Gaussians of this distance as the run has steps."""
-        return min(composed_epsilon(self.mu(confidence), self.sample_rate, self.steps, delta), MAX_EPSILON)
+        """Compose as many Gaussians of this distance as the run has steps.
+
+        Of a group j examples come or more with probability P[Binomial >= j]. Their sum is no nearer to one without the
+        canary than that of j examples, and what comes with fewer than j no nearer than nothing: whatever threshold
+        tells the canary of j examples, which come together or not at all, tells this one as well. Examples are alike.
+        """
+        mu = self.mu(confidence)
+        proved = (composed_epsilon(share * mu, rate, self.steps, delta) for share, rate in self._draws())
+        return min(max(proved), MAX_EPSILON)
+
+    def _draws(self) -> list[tuple[float, float]]:
+        """Return shares of the group, each with the probability that so many of its examples come or more."""
+        if self.group == 1:
+            return [(1.0, self.sample_rate)]
+        numbers = {1, *binom.isf(_CHANCES, self.group, self.sample_rate).astype(int).tolist()} - {0}
+        return [(j / self.group, float(binom.sf(j - 1, self.group, self.sample_rate))) for j in sorted(numbers)]
 
 
 @dataclass(frozen=True)

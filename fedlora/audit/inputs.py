@@ -1,10 +1,10 @@
 """Black-box canaries: mislabelled texts that a whole run trains on, or not, and the loss of its final model on them.
 
-A canary is one unit of what is protected: an example, or a client with all its examples. Its labels are changed, and a
-coin decides whether it takes part. Two attacks then look at the final model alone. The first takes the canaries with
-the smallest loss for members. The second, after LiRA (Carlini et al. 2022, arXiv 2112.03570), asks of each canary how
-loud its loss is among models that saw it and models that did not: shadow adapters, each trained on a half of the
-canaries that was drawn for it, all in one pass of a cohort.
+A canary is one unit of what is protected: an example, a person or a client, with all its examples. Its labels are
+changed, and a coin decides whether it takes part. Two attacks then look at the final model alone. The first takes the
+canaries with the smallest loss for members. The second, after LiRA (Carlini et al. 2022, arXiv 2112.03570), asks of
+each canary how loud its loss is among models that saw it and models that did not: shadow adapters, each trained on a
+half of the canaries that was drawn for it, all in one pass of a cohort.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from fedlora.clients.half import ClientHalf
 from fedlora.clients.resources import client_data
 from fedlora.config import Config, load_config
 from fedlora.data.partition import partition_rows
-from fedlora.data.sources import Examples, load_examples
+from fedlora.data.sources import UNIT_COLUMN, Examples, load_examples
 from fedlora.data.tokens import TokenTable
+from fedlora.data.units import rows_by_unit
 from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.privacy.calibration import run_steps
@@ -42,7 +43,7 @@ SHARES = (0.1, 0.5)
 SHADOWS = 8
 _SHADOW_BATCH = 32
 """Fewest examples of a shadow's step: many clients' small batches would take as many steps."""
-_OWNER = "owner"
+_OWNER, _PERSON = "owner", "person"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def attack_inputs(config: Config, most: int, shadows: int = SHADOWS) -> tuple[di
     assert examples.train is not None
     assert examples.label_names is not None
     clients = partition_rows(config, examples.train, examples.label_names)
-    canaries = _draw(config, clients, most)
+    canaries = _draw(config, clients, most, _persons(config, examples))
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as place:
         folder = Path(place)
         chosen = _with_canaries(config, examples, clients, canaries, folder)
@@ -119,10 +120,20 @@ def attack_inputs(config: Config, most: int, shadows: int = SHADOWS) -> tuple[di
     return found, len(canaries.rows)
 
 
-def _draw(config: Config, clients: Sequence[np.ndarray], most: int) -> Canaries:
-    """Draw the canaries among the units of privacy, and their coins."""
-    by_client = mechanism_of(config).noise_by == "server"
-    units = list(clients) if by_client else list(np.concatenate(list(clients))[:, None])
+def _persons(config: Config, examples: Examples) -> np.ndarray | None:
+    """Return whose each training example is, where the config names persons."""
+    assert examples.train is not None
+    return None if config.privacy.unit is None else np.array(examples.train[UNIT_COLUMN][:])
+
+
+def _draw(config: Config, clients: Sequence[np.ndarray], most: int, persons: np.ndarray | None = None) -> Canaries:
+    """Draw the canaries among the units of privacy, and their coins; a person is another unit at each client."""
+    if mechanism_of(config).noise_by == "server":
+        units = list(clients)
+    elif config.privacy.protects_units and persons is not None:
+        units = [own for rows in clients for own in rows_by_unit(rows, persons[rows])]
+    else:
+        units = list(np.concatenate(list(clients))[:, None])
     rng = np.random.default_rng([config.run.seed, 0xCA])
     count = min(most, len(units) // 2)
     if count < 2:
@@ -151,8 +162,12 @@ def _with_canaries(
     out = np.zeros(len(train), bool)
     out[canaries.left_out] = True
     texts = {key: train[key][:] for key in keys}
+    persons = _persons(config, examples)
+    whose = [{} if persons is None else {_PERSON: f"{persons[row]:09d}"} for row in range(len(train))]
     lines = [
-        {key: texts[key][row] for key in keys} | {"label": names[labels[row]], _OWNER: f"{owners[row]:06d}"}
+        {key: texts[key][row] for key in keys}
+        | {"label": names[labels[row]], _OWNER: f"{owners[row]:06d}"}
+        | whose[row]
         for row in range(len(train))
     ]
     _write(folder / "all.jsonl", lines)
@@ -166,6 +181,8 @@ def _with_canaries(
     }
     data |= {key: key for key in keys} | {"label": "label", "partition": {"kind": "natural", "column": _OWNER}}
     content = config.model_dump(mode="json", exclude_none=True, exclude={"data", "tracking"})
+    if persons is not None:
+        content["privacy"]["unit"] = _PERSON
     return load_config(content | {"data": data})
 
 

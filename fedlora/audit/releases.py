@@ -1,9 +1,9 @@
 """What an auditor sees of noisy sums, with and without a canary, and what it makes of them.
 
-Everything is in units of C, the norm that one unit of privacy can add. The auditor knows the model, the other examples
-and which of them a sum holds. It takes them away, and projects what is left onto the canary's part: a score, which
-without noise is 0 without the canary and 1 with it.
-"""
+Everything is in units of C, the norm that whatever is clipped as one can add. The auditor knows the model, the other
+examples and which of them a sum holds. It takes them away, and projects what is left onto the canary's part: a score,
+which without noise is 0 without the canary and 1 with it. A canary may be a group of examples that are drawn one by
+one: then the score is how many of them a sum holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from fedlora.audit.bounds import Evidence, Releases, Trials, best_threshold
 
@@ -91,10 +91,13 @@ class Observations:
         Of each trial.
     trials : int
         Every second one, from the second, holds the canary.
+    group : int
+        Examples of the canary that are drawn one by one, and alike.
     """
 
-    def __init__(self, sigma: float, sample_rate: float, steps: int, trials: int) -> None:
+    def __init__(self, sigma: float, sample_rate: float, steps: int, trials: int, group: int = 1) -> None:
         self.sigma, self.sample_rate, self.steps, self.trials = sigma, sample_rate, steps, trials
+        self.group = group
         self.groups: dict[str, Group] = {}
         self._members: list[np.ndarray] = []
         self._beside: list[np.ndarray] = []
@@ -118,15 +121,15 @@ class Observations:
             The trials.
         sums : Tensor [K, D]
             Noisy, in units of C.
-        drawn : (ndarray of bool [K], ndarray of bool [K], int)
-            Which sums hold the ordinary example, and which the canary; and how many draws there were in all.
+        drawn : (ndarray of bool [K], ndarray of int [K], int)
+            Which sums hold the ordinary example, and how many of the canary's; and how many draws there were in all.
         exact : Exact
         arrays : sequence of (str, int)
             Kind and size of the arrays that make up a sum, in their order.
         """
         ordinary, held, chances = drawn
         beside, with_canary = (torch.from_numpy(x.astype(np.float32))[:, None].to(sums) for x in (ordinary, held))
-        direction = torch.where(beside > 0, exact.beside, exact.canary)
+        direction = torch.where(beside > 0, exact.beside, exact.canary) / self.group
         left = sums - beside * exact.ordinary
         noise = left - with_canary * direction
         sizes = [size for _, size in arrays]
@@ -149,7 +152,8 @@ class Observations:
         self._beside.append(ordinary)
         self._drawn += int(ordinary.sum() + held.sum())
         self._chances += chances
-        self._longest = max(self._longest, float(exact.canary.norm()), float(exact.beside.norm()))
+        longest = max(float(exact.canary.norm()), float(exact.beside.norm()))
+        self._longest = max(self._longest, longest / self.group)
         self._keep(members, noise)
 
     def _keep(self, members: np.ndarray, noise: torch.Tensor) -> None:
@@ -164,21 +168,23 @@ class Observations:
         kinds = [name for name in self.groups if name != WHOLE]
         found: dict[str, Evidence] = {"each sum": self._single(WHOLE)}
         beside = np.concatenate(self._beside)
-        if (beside & np.concatenate(self.groups[WHOLE].held)).sum() >= FEWEST:
+        if (beside & (np.concatenate(self.groups[WHOLE].held) > 0)).sum() >= FEWEST:
             found["each sum with another example"] = self._single(WHOLE, beside)
         found |= {f"each sum: {name}": self._single(name) for name in kinds if len(kinds) > 1}
         found["all sums of a trial"] = self._whole_trials(delta)
         return found
 
     def _single(self, name: str, chosen: np.ndarray | None = None) -> Releases:
-        """Guess of single sums by the numbers of a group."""
+        """Guess of single sums by the numbers of a group; examples of the canary that were not drawn are added."""
         group = self.groups[name]
-        scores, held = np.concatenate(group.scores), np.concatenate(group.held)
+        scores, count = np.concatenate(group.scores), np.concatenate(group.held)
         if chosen is not None:
-            scores, held = scores[chosen], held[chosen]
-        alarms, misses = int((scores[~held] > 0.5).sum()), int((scores[held] <= 0.5).sum())
+            scores, count = scores[chosen], count[chosen]
+        held, half = count > 0, self.group / 2
+        scores = scores + np.where(held, self.group - count, 0)
+        alarms, misses = int((scores[~held] > half).sum()), int((scores[held] <= half).sum())
         counts = alarms, int((~held).sum()), misses, int(held.sum())
-        return Releases(*counts, sample_rate=self.sample_rate, steps=self.steps)
+        return Releases(*counts, sample_rate=self.sample_rate, steps=self.steps, group=self.group)
 
     def _whole_trials(self, delta: float) -> Trials:
         """Guess of each trial by the likelihood ratio of all its sums, which does not know when the canary was drawn.
@@ -199,19 +205,22 @@ class Observations:
 
     def _log_ratio(self, scores: np.ndarray, squares: np.ndarray) -> np.ndarray:
         """Log of how much likelier scores are with a canary that is drawn with the sample rate than without one."""
-        gain = np.clip((2 * scores - 1) * squares / (2 * self.sigma**2), -500, 500)
-        ratios: np.ndarray = np.log1p(self.sample_rate * np.expm1(gain))
+        ratios = np.full(scores.shape, -np.inf)
+        for drawn in range(self.group + 1):
+            gain = drawn * (2 * scores - drawn) * squares / (2 * self.sigma**2)
+            ratios = np.logaddexp(ratios, binom.logpmf(drawn, self.group, self.sample_rate) + gain)
         return ratios
 
     def _simulate(self, length: float) -> tuple[np.ndarray, np.ndarray]:
         """Draw what trials of the claimed mechanism would give, without and with a canary of this length."""
         rng = np.random.default_rng(0)
-        count = max(1000, min(_SIMULATED, _SIMULATED_NUMBERS // self.steps))
+        count = max(1000, min(_SIMULATED, _SIMULATED_NUMBERS // (self.steps * self.group)))
         found = []
         for rate in (0.0, self.sample_rate):
             total = np.zeros(count)
             for _ in range(self.steps):
-                scores = (rng.random(count) < rate) + rng.standard_normal(count) * self.sigma / length
+                drawn = (rng.random((self.group, count)) < rate).sum(0)
+                scores = drawn + rng.standard_normal(count) * self.sigma / length
                 total += self._log_ratio(scores, np.full(count, length**2))
             found.append(total)
         return found[0], found[1]
@@ -232,7 +241,8 @@ class Observations:
         return found
 
     def _check_sensitivity(self) -> Check:
-        detail = f"the canary changes a sum by {self._longest:.4f} C"
+        of = "the canary" if self.group == 1 else f"each of the canary's {self.group} examples"
+        detail = f"{of} changes a sum by {self._longest:.4f} C"
         return Check("sensitivity", self._longest <= 1 + TOLERANCE, detail)
 
     def _check_independence(self) -> Check:

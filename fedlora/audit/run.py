@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlora.audit.bounds import Evidence
 from fedlora.audit.clients import observe_clients
 from fedlora.audit.examples import observe_examples
@@ -90,7 +92,7 @@ def audit(
         Attack(name, one.bound(delta, each), one.estimator, one.assumes, asdict(one))  # type: ignore[call-overload]
         for name, one in evidence.items()
     ]
-    unit = mechanism_of(chosen).unit or "one example of one client"
+    unit = mechanism_of(chosen).protects(chosen) or "one example of one client"
     return Audit(unit, claimed, delta, CONFIDENCE, count, attacks, checks)
 
 
@@ -100,13 +102,15 @@ def _claim(config: Config, data: FederatedData) -> tuple[PrivacyPlan | ServerPla
     if mechanism.noise_by == "server":
         server = mechanism.server_plan(config, len(data.partition))
         assert server is not None
-        history = [(server.noise_multiplier, server.sample_rate, server.releases)]
-        return server, spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
-    plan = mechanism.plan(config, int(data.partition.sizes.min()))
+        releases = (server.noise_multiplier, server.sample_rate, server.releases)
+        return server, spent_epsilon(privacy.accountant, privacy.target_delta, (releases,))
+    sizes = data.drawn_sizes(privacy)
+    smallest = int(np.argmin(sizes))
+    plan = mechanism.plan(config, sizes[smallest], data.units_of(smallest, privacy))
     if plan is None:
         return None, math.inf
-    history = [*plan.start, (plan.noise_multiplier, plan.sample_rate, plan.steps)]
-    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
+    charged = (*plan.start, plan.charged(plan.steps))
+    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, charged)
 
 
 def _observe(config: Config, data: FederatedData, plan: PrivacyPlan | ServerPlan, trials: int) -> Observations:
@@ -114,6 +118,6 @@ def _observe(config: Config, data: FederatedData, plan: PrivacyPlan | ServerPlan
     strategy.know(strategy.server_model(data, "meta"))
     strategy.enter(1, 1)
     if isinstance(plan, PrivacyPlan):
-        examples = int(data.partition.sizes.min())
+        examples = min(data.drawn_sizes(config.privacy))
         return observe_examples(config, partial(strategy.client_settings, 0), plan, examples, trials)
     return observe_clients(config, len(data.partition), dict(strategy.client_shapes(0)), trials)

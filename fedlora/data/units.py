@@ -9,6 +9,12 @@ import numpy as np
 from fedlora.config import PrivacySection
 
 
+def rows_by_unit(rows: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each person, in the order of the persons' numbers; ``units`` says whose each row is."""
+    order = np.argsort(units, kind="stable")
+    return np.split(rows[order], np.flatnonzero(np.diff(units[order])) + 1)
+
+
 def at_most(units: np.ndarray, most: int, seed: list[int]) -> np.ndarray:
     """Draw up to ``most`` of each person's rows; return their places, in order.
 

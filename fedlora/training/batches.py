@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedlora import entropy
+from fedlora.data.units import rows_by_unit
 
 DRAWS = 2**20
 """So many rows' chances are drawn at once: enough for many steps of a small client, and no more than memory has."""
@@ -69,8 +70,7 @@ def unit_batches(
     ndarray of int
         All rows of a unit follow each other.
     """
-    order = np.argsort(units, kind="stable")
-    members = np.split(rows[order], np.flatnonzero(np.diff(units[order])) + 1)
+    members = rows_by_unit(rows, units)
     for drawn in poisson_batches(np.arange(len(members)), sample_rate, steps, generator):
         chosen = [_some(members[unit], most, generator) for unit in drawn]
         yield np.concatenate([np.empty(0, np.int64), *chosen])

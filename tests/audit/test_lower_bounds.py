@@ -105,6 +105,18 @@ def test_releases_cover_a_gaussian(mu: float) -> None:
     assert 0.7 * truth < found.bound(delta, 0.95) < truth
 
 
+@pytest.mark.parametrize(("sigma", "rate", "steps", "group"), [(2.0, 0.1, 30, 4), (4.0, 0.3, 8, 5), (4.0, 1.0, 3, 3)])
+def test_releases_of_a_group_stay_below_its_mixture_of_gaussians(
+    sigma: float, rate: float, steps: int, group: int
+) -> None:
+    usual = round(10**6 * float(norm.cdf(-group / sigma / 2)))
+    found = Releases(usual, 10**6, usual, 10**6, rate, steps, group).bound(1e-3, 0.95)
+    truth = spent_epsilon("prv", 1e-3, ((sigma, rate, steps, group),))
+    assert 0.55 * truth < found < truth
+    # One of its examples alone would be told apart less often.
+    assert found > 1.2 * composed_epsilon(1 / sigma, rate, steps, 1e-3)
+
+
 def test_nothing_is_proved_by_guesses_that_are_wrong() -> None:
     assert Trials(20, 40, 20, 40).bound(1e-5, 0.95) == 0
     assert Releases(40, 40, 40, 40).bound(1e-5, 0.95) == 0
