@@ -35,8 +35,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links to a folder lead to its page."""
-    return re.sub(r"\]\((\w+)/\)", r"](\1/README.md)", markdown)
+    """Let links lead to pages of the site: those to a folder to its page, those to experiments/ to results/."""
+    markdown = re.sub(r"\]\((\w+)/\)", r"](\1/README.md)", markdown)
+    return re.sub(rf"\]\(\.\./((?:\.\./)*)experiments/({'|'.join(RESULTS)})/", r"](\1results/\2/", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -564,7 +564,10 @@ class FederatedStrategy(Method, Strategy):
             starter.know(adapted)
             for exchange in range(1, len(begun) + 1):
                 starter.enter(0, exchange)
-                for client in starter.sample(0):
+                asked = starter.sample(0)
+                down, up = self.secure.planned_bytes(len(asked))
+                sent["down"], sent["up"] = sent["down"] + down, sent["up"] + up
+                for client in asked if self.secure.allows(len(asked)) else ():
                     size = starter.payload_bytes(sizes, Contact(0, client, None, {}, exchange))
                     sent["down"] += size["down"]
                     sent["up"] += size["up"]

@@ -432,7 +432,7 @@ class Federation:
         roles = self._roles(server_round)
         stale = [kind for kind in sorted(self.method.changing()) if kind in roles and roles[kind].down == "stale"]
         self.wire.wanted = (INITIAL, *stale, *self.parts.chains)
-        self.method.secure.send = partial(self._query, server_round, exchange)
+        self.method.secure.send = partial(self.query, server_round, exchange)
         began = time.perf_counter()
         messages = self.rounds.configure_train(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.round_seconds
@@ -454,7 +454,7 @@ class Federation:
             raise lost
         return found
 
-    def _query(self, server_round: int, exchange: int, messages: list[Message]) -> Iterator[Message]:
+    def query(self, server_round: int, exchange: int, messages: list[Message]) -> Iterator[Message]:
         """Ask clients something within a round beside its own message; they get no arrays for it."""
         queries = in_round(messages, server_round, self.roster, exchange, attempt=self.method.attempt)
         yield from told(self.meter.send_and_receive(queries, timeout=self.config.server.timeout), self.roster)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord
@@ -36,6 +37,7 @@ def gather_start(federation: Federation) -> None:
     starter = method.starting()
     # Of the strategy that runs the rounds, which need not be the method: it keeps count of what is released.
     starter.noise = federation.stateful.get("noise", method.noise)
+    starter.secure = method.secure
     starter.know(federation.adapted)
     federation.meter.formula = starter.client_formula(federation.adapted, federation.parts)
     done = int(saved.get("gathered", 0))
@@ -56,6 +58,7 @@ def _ask(federation: Federation, starter: FederatedStrategy, exchange: int) -> A
     """Send the messages of an exchange, and aggregate the replies."""
     began = time.perf_counter()
     starter.exchange = exchange
+    starter.secure.send = partial(federation.query, 0, exchange)
     request = encode(federation.method.start_request(federation.adapted, exchange), federation.dtype)
     messages = starter.configure_train(0, request, ConfigRecord(), federation.meter)
     messages = in_round(messages, 0, federation.roster, exchange)

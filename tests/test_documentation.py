@@ -72,6 +72,8 @@ def test_commands_are_taken_as_they_are_written(page: str, words: list[str]) -> 
         return  # a list of commands, in words
     command: click.Command = typer.main.get_command(app)
     while isinstance(command, click.Group):
+        if words[0] not in command.commands and hasattr(command, "default"):
+            words = [command.default, *words]  # fedlora node NODE.toml
         command = command.commands[words[0]]
         words = words[1:]
     context = command.make_context(command.name, list(words))  # refuses options and numbers of arguments

@@ -116,15 +116,15 @@ def test_same_bytes_a_round_on_flowers_own_runtime(flower: dict[str, str], tmp_p
 
 
 def documented_command() -> str:
-    """Return the README's lines that run the app on Flower's simulation, as one script."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^    export PATH=.*\n    flwr run .*$", readme, re.MULTILINE)
+    """Return the guide's lines that run the app on Flower's simulation, as one script."""
+    guide = (ROOT / "docs" / "guides" / "gpus.md").read_text(encoding="utf-8")
+    found = re.search(r"^    export PATH=.*\n    flwr run .*$", guide, re.MULTILINE)
     assert found is not None
     return found[0]
 
 
 def run_documented(flower: dict[str, str], folder: Path, change: dict[str, str]) -> str:
-    """Run the README's command in a folder that has the app's files, with parts of it replaced."""
+    """Run the guide's command in a folder that has the app's files, with parts of it replaced."""
     for name in ("fedlora", "strategies", "clients", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -17,7 +17,7 @@ LIMIT = 2_500_000
 """Bytes of all committed results and pictures together."""
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 STUDIES = ROOT / "experiments" / "studies"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("experiments/*/*.md"))]
 
 
 def results() -> list[Path]:
@@ -121,6 +121,11 @@ def test_the_comparisons_tables_are_what_their_groups_say(study: str) -> None:
         assert megabytes == f"{float(group['total_bytes']) / 1e6:.1f}"
         assert up == f"{float(group['uplink_bytes']) / 1e6:.1f}"
         assert seconds == f"{float(group['wall_seconds']):.0f}"
+
+
+def test_the_results_in_readme_are_the_comparisons() -> None:
+    columns = [row[:4] for row in rows(STUDIES / "comparison.md")]
+    assert rows(ROOT / "README.md", "Results") == columns
 
 
 def not_as_written(folder: Path) -> list[Path]:

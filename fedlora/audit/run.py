@@ -102,15 +102,15 @@ def _claim(config: Config, data: FederatedData) -> tuple[PrivacyPlan | ServerPla
     if mechanism.noise_by == "server":
         server = mechanism.server_plan(config, len(data.partition))
         assert server is not None
-        history = [(server.noise_multiplier, server.sample_rate, server.releases)]
-        return server, spent_epsilon(privacy.accountant, privacy.target_delta, tuple(history))
+        releases = (server.noise_multiplier, server.sample_rate, server.releases)
+        return server, spent_epsilon(privacy.accountant, privacy.target_delta, (releases,))
     sizes = data.drawn_sizes(privacy)
     smallest = int(np.argmin(sizes))
     plan = mechanism.plan(config, sizes[smallest], data.units_of(smallest, privacy))
     if plan is None:
         return None, math.inf
-    taken = (*plan.start, plan.charged(plan.steps))
-    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, taken)
+    charged = (*plan.start, plan.charged(plan.steps))
+    return plan, spent_epsilon(privacy.accountant, privacy.target_delta, charged)
 
 
 def _observe(config: Config, data: FederatedData, plan: PrivacyPlan | ServerPlan, trials: int) -> Observations:

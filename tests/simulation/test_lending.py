@@ -30,6 +30,10 @@ class Actor:
     def prepare(self) -> Any:
         return type("Method", (), {"remote": staticmethod(lambda *a: self.prepared.append((a, list(self.told))))})
 
+    @property
+    def ready(self) -> Any:
+        return type("Method", (), {"remote": staticmethod(lambda: None)})
+
     @classmethod
     def options(cls, **_: Any) -> Any:
         return lambda _: type("Class", (), {"remote": staticmethod(lambda *_: cls())})
@@ -40,7 +44,7 @@ class NoExchange:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def replies(self, _: Any) -> list[Any]:
+    def replies(self) -> list[Any]:
         return []
 
 

@@ -174,6 +174,21 @@ def test_clients_may_have_ranks_of_their_own(runs: LlamaRuns, starts: list[Array
     assert not any(line["failed"] for line in lines(result))
 
 
+def test_secure_sums_carry_it(runs: LlamaRuns, starts: list[Arrays]) -> None:
+    for secure in (False, True):
+        runs.run(method=METHOD, server={"secure_aggregation": secure})
+    plain, masked = starts
+    for name, array in plain.items():
+        torch.testing.assert_close(masked[name], array, rtol=1e-3, atol=1e-5)
+
+
+def test_its_bytes_are_forecast_with_secure_sums_too(runs: LlamaRuns) -> None:
+    sections = {"method": METHOD, "server": {"secure_aggregation": True}}
+    result, expected = runs.run(**sections), runs.forecast(**sections)
+    assert payload(result, "down") == expected.downlink_bytes
+    assert payload(result, "up") == expected.uplink_bytes
+
+
 @pytest.mark.parametrize("asked", [OWNERS, OWNERS // 2])
 def test_its_bytes_are_the_formulas_and_the_forecasts(runs: LlamaRuns, asked: int) -> None:
     """k (m + n) numbers up for each client and layer, k m down; once, and apart from the rounds."""
