@@ -42,7 +42,7 @@ def use_short_attention(model: Any) -> bool:
     bool
         Whether it does.
     """
-    ways = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    ways = {getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")}
     if triton is None or ways != {"sdpa"}:
         return False
     AttentionInterface.register(NAME, short_attention_forward)
