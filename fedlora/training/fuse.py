@@ -8,7 +8,6 @@ take their inputs and gradients there.
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import numpy as np
@@ -91,16 +90,7 @@ def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
         adapter.forward = torch.compiler.disable(adapter.forward)
     for module in modules:
         module.compile(dynamic=True)
-    _fuse_rotary(adapted.model)
     return len(modules)
-
-
-def _fuse_rotary(model: nn.Module) -> None:
-    """Compile the rotary embedding of a model's code: a function, which no module holds."""
-    for code in {sys.modules[type(module).__module__] for module in model.modules()}:
-        rotate = getattr(code, "apply_rotary_pos_emb", None)
-        if rotate is not None and not hasattr(rotate, "_torchdynamo_orig_callable"):
-            code.apply_rotary_pos_emb = torch.compile(rotate, dynamic=True)  # type: ignore[attr-defined]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +64,3 @@ def test_the_numbers_of_a_model_are_about_its_parameters() -> None:
         model: Any = tiny.base_model(kind)
         matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
         assert fuse._frozen_numbers(model.config) == pytest.approx(matrices, rel=0.3)
-
-
-def test_rotary_embeddings_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = tiny.adapted_model("llama", tiny.settings("llama"))
-    code = sys.modules[type(adapted.model).__module__]
-    plain = code.apply_rotary_pos_emb
-    monkeypatch.setattr(code, "apply_rotary_pos_emb", plain)  # put back at the end
-    fuse._fuse_rotary(adapted.model)
-    fused = code.apply_rotary_pos_emb
-    assert fused is not plain
-    fuse._fuse_rotary(adapted.model)
-    assert code.apply_rotary_pos_emb is fused
