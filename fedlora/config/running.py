@@ -38,8 +38,8 @@ class SimulationSection(Section):
     )
     compile: bool | Literal["auto"] = Field(
         default="auto",
-        description="Fuse the frozen layers on a GPU by torch.compile, which takes up to a minute; auto does where a "
-        "run's training would take longer than a few.",
+        description="Fuse the frozen layers on a GPU by torch.compile, which takes up to a minute; auto does so where "
+        "a run's training is estimated to take several minutes.",
     )
     address: str | None = Field(
         default=None, description="Address of a running Ray cluster; a local one is started by default."

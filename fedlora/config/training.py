@@ -212,8 +212,8 @@ class ServerSection(Section):
     )
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] | None = Field(
         default=None,
-        description="Seconds that clients have for their training in a round, by the clock of the wall; the round goes "
-        "on without those that are late. By default timeout alone ends it.",
+        description="Seconds of wall-clock time that clients have for their training in a round; the round goes on "
+        "without those that are late. By default timeout alone ends it.",
         json_schema_extra={"unit": "seconds"},
     )
     over_sampling: Annotated[float, Field(ge=1, le=100)] = Field(

@@ -1,1 +1,1 @@
-"""Triton kernels for what PyTorch does in many passes over a GPU's memory; each has a caller that does without."""
+"""Triton kernels for what PyTorch does in many passes over a GPU's memory. Where one does not apply, PyTorch does it."""

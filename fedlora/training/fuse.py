@@ -26,7 +26,7 @@ RATE = 2e14
 """FLOP/s at which a data centre's GPU trains without fusing, about: a quarter of an H100's matrix rate."""
 
 LONG = 150.0
-"""Seconds of a run's training above which fusing pays: it saves a quarter of them, and takes up to half a minute."""
+"""Seconds of a run's training above which its frozen layers are fused: compiling should be a small part of them."""
 
 
 def compiles(config: Config, data: FederatedData) -> bool:
