@@ -1,1 +1,1 @@
-"""Triton kernels for what PyTorch does in many passes over a GPU's memory. Where one does not apply, PyTorch does it."""
+"""Triton kernels for what PyTorch does in many passes over a GPU's memory; it does so where a kernel does not apply."""
