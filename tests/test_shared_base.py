@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fedlora import simulate
 from fedlora.adapters import adapt
 from fedlora.clients import resources
 from fedlora.config import Config
+from fedlora.kernels import attention
 from fedlora.models import load_base
 from fedlora.shared_base import Loan, pickle_shared, shared_base
 from fedlora.strategies.federation import Federation
@@ -125,6 +128,25 @@ def test_a_process_uses_what_another_lends(config: Config, monkeypatch: pytest.M
         # It is the same memory.
         next(original.parameters()).zero_()
     assert not next(borrowed.parameters()).any()
+
+
+def test_a_lent_model_attends_in_a_new_process_as_it_did(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = load_base(config, None)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    monkeypatch.setattr(attention, "triton", object())  # as where there is a GPU
+    assert attention.use_short_attention(model)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    script = (
+        "import pickle, torch, fedlora.shared_base\n"
+        "model = pickle.load(open('model', 'rb'))\n"
+        "torch.save(model(input_ids=torch.arange(3, 9)[None]).logits.detach(), 'logits')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
 
 
 def test_what_cannot_be_borrowed_is_loaded(config: Config, caplog: pytest.LogCaptureFixture) -> None:

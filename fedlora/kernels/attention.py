@@ -45,8 +45,6 @@ def use_short_attention(model: Any) -> bool:
     ways = {getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")}
     if triton is None or ways != {"sdpa"}:
         return False
-    AttentionInterface.register(NAME, short_attention_forward)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(NAME)
     return True
 
@@ -98,6 +96,11 @@ def short_attention_forward(
     causal = bool(causal and attention_mask is None and query.shape[2] > 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return short_attention(query, key, value, attention_mask, scale, causal), None
+
+
+# At import, for processes that get a model from another one, its way of attending with it.
+AttentionInterface.register(NAME, short_attention_forward)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def carried(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:

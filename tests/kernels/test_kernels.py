@@ -72,7 +72,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_pytorch(vocabulary: int, sc
     expected = functional.cross_entropy(leaf * scale, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
     losses = cross_entropy.cross_entropy_(logits, targets, scale)
-    assert losses.double() == pytest.approx(expected.detach(), abs=1e-5)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert (logits.double() - gradient).norm() < 0.01 * gradient.norm()
     assert not logits[2].any()
 
@@ -86,14 +86,17 @@ def test_a_model_attends_by_the_kernel_as_without(kind: str, monkeypatch: pytest
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     adapted.layout.set_rows([3])
-    without = model(input_ids=ids, attention_mask=mask)[0]
+    without = model(input_ids=ids, attention_mask=mask)[0].float()
+    exact = model.float()(input_ids=ids, attention_mask=mask)[0]
+    model.bfloat16()
     assert attention.use_short_attention(model)
     calls: list[Any] = []
     kernel = attention.short_attention
     monkeypatch.setattr(attention, "short_attention", lambda *given: calls.append(given) or kernel(*given))
-    inside = model(input_ids=ids, attention_mask=mask)[0]
-    assert len(calls) == model.config.num_hidden_layers
-    assert (inside - without).float().norm() < 0.02 * without.float().norm()
+    inside = model(input_ids=ids, attention_mask=mask)[0].float()
+    assert len(calls) == getattr(model, "encoder", model).config.num_hidden_layers
+    # Both round to bfloat16, in other places.
+    assert (inside - exact).norm() < 2 * (without - exact).norm() + 1e-3 * exact.norm()
 
 
 def test_what_no_kernel_carries_is_left_to_pytorch() -> None:
