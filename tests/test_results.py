@@ -106,7 +106,7 @@ def test_the_wires_table_is_what_its_differences_and_groups_say() -> None:
             assert shown.replace("-0.00", "0.00") == f"{found.mean:.2f} ± {found.half:.2f}".replace("-0.00", "0.00")
 
 
-@pytest.mark.parametrize("study", ["comparison", "comparison_20newsgroups"])
+@pytest.mark.parametrize("study", ["comparison", "comparison_20newsgroups", "comparison_mpnet"])
 def test_the_comparisons_tables_are_what_their_groups_say(study: str) -> None:
     with (STUDIES / "results" / study / "groups.csv").open(encoding="utf-8", newline="") as file:
         groups = {(row["method"], row["privacy"]): row for row in csv.DictReader(file)}

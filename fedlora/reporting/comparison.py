@@ -59,13 +59,13 @@ class Mean:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Average one or more values."""
+    def of(cls, values: Sequence[float], rounding: float = 0.0) -> Mean:
+        """Average one or more values, whose rounding adds a variance of its own."""
         n = len(values)
         mean = math.fsum(values) / n
         if n == 1:
             return cls(mean, None, 1)
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) + rounding)
         return cls(mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
 
     @property

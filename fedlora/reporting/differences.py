@@ -26,9 +26,10 @@ class Difference:
         Of one level of privacy, tested on the same data; by its mean the first is no worse.
     seeds : list of int
     mean : Mean
-        Of the differences by seed.
+        Of the differences by seed. Scores count test examples, so that differences of few seeds can be all alike by
+        chance; the variance of rounding to the smallest step between two scores is added to theirs.
     p : float
-        Of the two-sided paired t test that the mean difference is 0.
+        Of the two-sided paired t test that the mean difference is 0, with that variance.
     adjusted_p : float
         The same by Holm's method over all pairs of that level and those data (Scandinavian Journal of Statistics 6,
         1979): among many pairs some differ by chance.
@@ -57,12 +58,14 @@ def differences(comparison: Comparison) -> list[Difference]:
     for level, tested_on in itertools.product(comparison.privacy_levels, data):
         ranked = [group for group in comparison.ranked(level) if group.tested_on == tested_on]
         scores = [_scores(comparison, group) for group in ranked]
+        rounding = _rounding([score for own in scores for score in own.values()])
         pairs = []
         for (first, own), (second, others) in itertools.combinations(zip(ranked, scores, strict=True), 2):
             seeds = sorted(own.keys() & others.keys())
             values = [own[seed] - others[seed] for seed in seeds]
             if len(seeds) > 1 and all(map(math.isfinite, values)):
-                pairs.append((first, second, seeds, Mean.of(values), _paired_p(values)))
+                mean = Mean.of(values, rounding)
+                pairs.append((first, second, seeds, mean, _paired_p(mean)))
         adjusted = holm([p for *_, p in pairs])
         found += [Difference(*pair, p) for pair, p in zip(pairs, adjusted, strict=True)]
     return found
@@ -110,8 +113,16 @@ def _scores(comparison: Comparison, group: Group) -> dict[int, float]:
     return {seed: score for seed, score in known.items() if score is not None}
 
 
-def _paired_p(values: Sequence[float]) -> float:
-    """Return p of the t test; 1 for differences that are all 0, and 0 for those that are all alike otherwise."""
-    if len(set(values)) == 1:
-        return float(values[0] == 0)
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+def _rounding(scores: Sequence[float]) -> float:
+    """Return the variance that a difference of two scores has by their rounding to the smallest step between any."""
+    ordered = sorted(set(filter(math.isfinite, scores)))
+    steps = [high - low for low, high in itertools.pairwise(ordered) if high - low > 1e-9]
+    return min(steps, default=0.0) ** 2 / 6
+
+
+def _paired_p(mean: Mean) -> float:
+    """Return p of the t test; 1 where no two scores differ."""
+    if not mean.half:
+        return 1.0
+    deviation = mean.half / stats.t.ppf(0.975, mean.n - 1)
+    return float(2 * stats.t.sf(abs(mean.mean) / deviation, mean.n - 1))

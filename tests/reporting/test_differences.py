@@ -57,15 +57,28 @@ def test_every_pair_is_the_paired_t_test_on_common_seeds(comparison: Comparison)
         seeds = [s for s in range(4) if {(each.first.method, s), (each.second.method, s)} <= SCORES.keys()]
         assert each.seeds == seeds
         first, second = (np.array([SCORES[g.method, s] for s in seeds]) for g in (each.first, each.second))
-        test = stats.ttest_rel(first, second)
-        assert each.p == pytest.approx(test.pvalue)
-        low, high = test.confidence_interval(0.95)
-        assert (each.mean.low, each.mean.high) == pytest.approx((low, high))
+        # The smallest step between two scores is 0.005.
+        error = np.sqrt((np.var(first - second, ddof=1) + 0.005**2 / 6) / len(seeds))
+        mean, free = np.mean(first - second), len(seeds) - 1
+        assert each.p == pytest.approx(2 * stats.t.sf(mean / error, free))
+        assert (each.mean.low, each.mean.high) == pytest.approx(stats.t.interval(0.95, free, mean, error))
     # The intervals of the best two overlap widely, and their difference is settled all the same.
     assert [d.settled for d in found] == [True, False, False]
     assert "do not tell" not in caveat(comparison, found)
     assert "do not tell" in caveat(comparison, [])
     assert [d.second.method for d in to_best(found)] == ["fedit", "ffa-lora"]
+
+
+def test_equal_differences_of_few_seeds_are_no_certainty(tmp_path: Path) -> None:
+    # 1,000 test examples; each seed differs by the same 14.
+    first, second = [0.846, 0.871, 0.859], [0.832, 0.857, 0.845]
+    scores = {("fed-sb", seed): score for seed, score in enumerate(first)}
+    scores |= {("fedit", seed): score for seed, score in enumerate(second)}
+    scores |= {("ffa-lora", seed): score + 0.001 for seed, score in enumerate(second)}
+    found = differences(make(tmp_path, scores))
+    p = 2 * stats.t.sf(14 / np.sqrt(1 / 6 / 3), 2)
+    assert [d.p for d in found if d.first.method == "fed-sb" and d.second.method == "fedit"] == [pytest.approx(p)]
+    assert all(d.mean.low is not None and d.mean.low < d.mean.mean for d in found)
 
 
 def test_levels_of_privacy_and_single_seeds_are_not_compared(tmp_path: Path) -> None:
