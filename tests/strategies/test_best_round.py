@@ -19,6 +19,7 @@ from fedlora.results.load import export_run
 from fedlora.results.privacy_spent import explain_privacy
 from fedlora.strategies.base import FederatedStrategy
 from fedlora.strategies.callbacks import Progress
+from tests.command import fedlora as fedlora_command
 from tests.small_runs import World, forget, logits, world
 
 LOSSES = (5.0, 3.0, 4.0, 3.0, 2.0)
@@ -128,6 +129,7 @@ def test_the_best_model_is_exported_with_its_own_score(runs: Validated, tmp_path
     card = (found / "README.md").read_text()
     assert "this is round 2, which validation prefers" in card
     assert f"perplexity {score:.4g}" in card
+    assert files(found) == files(Path(fedlora_command("export", str(result.folder), "--best").out.strip()))
     whole = best.export(merged=True)
     assert whole == result.folder / "best" / "merged"
     assert (whole / "model.safetensors").is_file()
