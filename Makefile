@@ -52,7 +52,7 @@ clean:  ## Remove .venv, build output and caches; runs/ stays.
 	touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) --editable ".[dev,tensorboard,evaluation]"
+	$(PIP_INSTALL) --editable ".[dev,tensorboard,wandb,mlflow,evaluation]"
 	touch $@ .venv/.installed
 
 .venv/.installed-docs: pyproject.toml constraints.txt | .venv/bin/python

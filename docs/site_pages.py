@@ -5,6 +5,7 @@ A hook of mkdocs (mkdocs.yml names it). At the end it refuses a site that would 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,10 @@ RESULTS = ("studies", "benchmarks")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are written by the code, and those of experiments/."""
-    for name, content in (("reference/config.md", _config_page()), ("reference/cli.md", _cli_page())):
+    made = {"reference/config.md": _config_page(), "reference/cli.md": _cli_page()}
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        made[f"notebooks/{path.stem}.md"] = _notebook_page(path)
+    for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     for folder in RESULTS:
         top = ROOT / "experiments" / folder
@@ -35,7 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links lead to pages of the site: those to a folder to its page, those to experiments/ to results/."""
+    """Let links lead to pages of the site: to a folder's page, a notebook's, and for experiments/ to results/."""
+    markdown = re.sub(r"(\]\([\w./]*notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
     markdown = re.sub(r"\]\((\w+)/\)", r"](\1/README.md)", markdown)
     return re.sub(rf"\]\(\.\./((?:\.\./)*)experiments/({'|'.join(RESULTS)})/", r"](\1results/\2/", markdown)
 
@@ -68,6 +73,15 @@ def _config_page() -> str:
 
     found = methods()
     return config_page(all_keys({name: method.Options for name, method in found.items()}), found)
+
+
+def _notebook_page(path: Path) -> str:
+    """Return a notebook's cells as a page; it has no outputs, which the reader makes."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    return "\n\n".join([*parts, f"[This page as a notebook]({path.name})"]) + "\n"
 
 
 def _cli_page() -> str:

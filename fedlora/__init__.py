@@ -13,7 +13,7 @@ from fedlora.errors import InputError, RunError
 from fedlora.home import ensure_home
 
 if TYPE_CHECKING:
-    from fedlora.results.folder import RunResult
+    from fedlora.results.finished import RunResult
     from fedlora.results.load import load, opt_out
     from fedlora.simulator import simulate
 
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
         return opt_out
     if name == "RunResult":
-        from fedlora.results.folder import RunResult
+        from fedlora.results.finished import RunResult
 
         return RunResult
     raise AttributeError(f"module 'fedlora' has no attribute {name!r}")

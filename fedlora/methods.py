@@ -44,6 +44,8 @@ ADAPTER = "adapter"
 """The PEFT folder that most methods leave in a run folder."""
 CLIENTS = "clients"
 """In it, a PEFT folder for each client that has a model of its own, by the client's number."""
+BEST = "best"
+"""A folder in a run folder with the same of the round that validation prefers."""
 
 
 class _MixedRanks:

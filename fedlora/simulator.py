@@ -22,10 +22,12 @@ from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
 from fedlora.models import load_base
+from fedlora.notebook import shown
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.privacy.units import compare_units, unit_advice
-from fedlora.results.folder import RunFolder, RunResult, run_folder
+from fedlora.results.finished import RunResult
+from fedlora.results.folder import RunFolder, run_folder
 from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
 from fedlora.roles import trained_kinds
@@ -75,7 +77,7 @@ def simulate(
     client_app : ClientApp or str
         The client half; fedlora's own by default.
     progress : Progress, optional
-        Hooks for a display.
+        Hooks for a display; by default a bar in a notebook, and nothing elsewhere.
 
     Returns
     -------
@@ -115,7 +117,8 @@ def simulate(
             return folder.result()
         for note in unused_keys(given):
             log.info("note: %s", note)
-        return _run(folder, method, rounds, client_app, progress, started)
+        with shown(given, progress) as display:
+            return _run(folder, method, rounds, client_app, display, started)
 
 
 def _run(

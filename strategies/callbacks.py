@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora.communication.links import link_seed, network_profile, round_network
 from fedlora.communication.meter import Row
 from fedlora.data.partition_plot import plot_partition
 from fedlora.results.plot import plot_rounds
-from fedlora.results.tracking import open_trackers
+from fedlora.results.tracking import Tracker, open_trackers, scalars
 from fedlora.strategies.base import RoundReport
 from fedlora.strategies.lost_replies import attempt_rows
 from fedlora.tasks import get_task
 
 if TYPE_CHECKING:
     from fedlora.strategies.federation import Federation
+
+log = logging.getLogger("fedlora")
 
 
 @dataclass
@@ -71,6 +76,9 @@ class Callback:
     def on_end(self, federation: Federation) -> None:
         """After the last round, once the result is exported."""
 
+    def close(self, federation: Federation) -> None:
+        """At the end of this process's part, also if the run was stopped."""
+
 
 class Network(Callback):
     """Adds what the round's messages would take on simulated links."""
@@ -93,16 +101,33 @@ class Saved(Callback):
 
 
 class Trackers(Callback):
-    """Passes each line on to the loggers that ``[tracking]`` names."""
+    """Passes each round on to the loggers that ``[tracking]`` names; one that fails later does not end the run."""
+
+    def __init__(self) -> None:
+        self._trackers: list[Tracker] = []
 
     def on_start(self, federation: Federation) -> None:
-        """Open them."""
-        self._trackers = open_trackers(federation.config, federation.folder.path)
+        """Open them; they do not learn the federation's key, which names what clients keep."""
+        key = hashlib.sha256(f"tracking {federation.roster.federation}".encode()).hexdigest()[:32]
+        for tracker in open_trackers(federation.config, federation.folder.path, key):
+            self._trackers.append(tracker)
 
     def on_round(self, federation: Federation, outcome: Outcome) -> None:
-        """Log the line."""
-        for track in self._trackers:
-            track(outcome.line)
+        """Log the line's numbers."""
+        numbers = scalars(outcome.line)
+        for tracker in self._trackers:
+            self._try(tracker, partial(tracker.log, outcome.round, numbers))
+
+    def close(self, federation: Federation) -> None:
+        """Close them."""
+        for tracker in self._trackers:
+            self._try(tracker, partial(tracker.close, federation.folder.finished))
+
+    def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever the package raises
+            log.warning("tracking.%s fails: %s", tracker.name, " ".join(str(error).split()))
 
 
 class Display(Callback):

@@ -28,11 +28,13 @@ from fedlora.data.tokens import FederatedData
 from fedlora.errors import InputError, RoundError, RunError
 from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.results.folder import RunFolder, RunResult
+from fedlora.results.finished import RunResult
+from fedlora.results.folder import RunFolder
 from fedlora.results.identity import check_model, note_environment
 from fedlora.roles import Roles
 from fedlora.simulation import SimulatedGrid
 from fedlora.strategies.base import FederatedStrategy, RoundReport
+from fedlora.strategies.best_round import BestRound
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.gathering import gather_start
@@ -130,7 +132,9 @@ class Federation:
         self.clock = started or time.perf_counter()
         self.config, self.grid, self.folder, self.data, self.method = config, grid, folder, data, method
         self.simulated, self.checkpoint, self.progress = simulated, folder.checkpoint, progress or Progress()
-        self.callbacks = [Network(), Saved(), Trackers(), Display(self.progress), Plot(), *callbacks]
+        self.best = BestRound(get_task(config.model.task), config.server.early_stopping_patience)
+        shown = Display(self.progress)
+        self.callbacks = [Network(), self.best, Saved(), Trackers(), shown, Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)
         if not own and (method.aggregator.robust or config.server.max_update_norm is not None):
             remedy = (
@@ -183,10 +187,22 @@ class Federation:
             gather_start(self)
             self.begin(time.perf_counter())
         self.rounds.summary()
+        try:
+            return self._run_rounds()
+        finally:
+            for callback in self.callbacks:
+                callback.close(self)
+
+    def _run_rounds(self) -> RunResult:
+        """Run the rounds that are left, and write the result."""
         for callback in self.callbacks:
             callback.on_start(self)
-        for server_round in range(self.done + 1, self.config.run.rounds + 1):
-            self.round(server_round)
+        while self.done < self.config.run.rounds and not self.best.stops:
+            self.round(self.done + 1)
+        if self.done < self.config.run.rounds:
+            note = f"stopped early after round {self.done}: validation prefers round {self.best.round}"
+            self.folder.tell(note)
+            self.progress.on_note(note)
         return self.finish()
 
     def enlist(self) -> None:
@@ -271,7 +287,7 @@ class Federation:
         method, personalised = self.method, self.method.personalised(self.config)
         frozen, changing = self._restore() if self._begun else self._begin()
         self.adapted.set_shared(frozen | changing)
-        self._set_residual()
+        self.adapted.set_residual(self.residual)
         # As they arrive: clients compare digests.
         self.parts.set(INITIAL, decode(encode(frozen, self.dtype)), 0)
         # In the model's order, which is that of the clients' replies; a file has another.
@@ -416,8 +432,7 @@ class Federation:
 
         def undo() -> None:
             self.arrays, self.parts.whole, self.parts.chains = arrays, whole, chains
-            self.adapted.set_shared(decode(arrays))
-            self._set_residual()
+            self.show()
             self.method.replied.pop(server_round, None)
             for key, owner in owners.items():
                 owner.load_state_dict(states[key])
@@ -481,7 +496,9 @@ class Federation:
         """Return the metrics of what a round made, on the server and by clients; of personalised models by clients."""
         if not self.method.personalised(self.config):
             metrics = self.method.evaluate(self.adapted, self.data, server_round)
-            answers = self._score_answers() if server_round == self.config.run.rounds else {}
+            self.best.see(server_round, metrics)
+            last = server_round == self.config.run.rounds or self.best.stops
+            answers = self._score_answers() if last else {}
             return metrics | answers | self._ask(server_round)
         asked = self._ask(server_round)
         scores = self.method.evaluation.scores()
@@ -523,15 +540,20 @@ class Federation:
         )
         if added:
             self.parts.add(RESIDUAL, decode(ArrayRecord({name: record[name] for name in sorted(added)})), server_round)
-            self._set_residual()
             record = ArrayRecord({name: array for name, array in record.items() if name not in added})
         self.arrays = record
-        self.adapted.set_shared(decode(record))
+        self.show()
         self._keep_stale(server_round)
 
-    def _set_residual(self) -> None:
-        """Put the sum of all increments into the model."""
-        self.adapted.set_residual(self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {})
+    @property
+    def residual(self) -> Arrays:
+        """The sum of all increments, by module path."""
+        return self.parts.chains[RESIDUAL].total if RESIDUAL in self.parts.chains else {}
+
+    def show(self) -> None:
+        """Put the global arrays and the sum of all increments into the model."""
+        self.adapted.set_shared(decode(self.arrays))
+        self.adapted.set_residual(self.residual)
 
     def _keep_stale(self, made: int) -> None:
         """Set the current version of the arrays that change, and are sent to clients that lack them."""
@@ -570,6 +592,7 @@ class Federation:
     def finish(self) -> RunResult:
         """Export the result and write the summary."""
         config, folder = self.config, self.folder
+        self.best.export(self)
         self.method.export(self.adapted, self.data, folder.path)
         personalised = self.method.personalised(config)
         if personalised:

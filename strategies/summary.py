@@ -51,7 +51,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
     return {
         "method": config.method.name,
         "seed": config.run.seed,
-        "rounds": config.run.rounds,
+        "rounds": federation.done,
         "clients": len(federation.roster.nodes),
         "personalised": method.personalised(config),
         "start": folder.checkpoint.get("start"),

@@ -45,7 +45,7 @@ def test_every_module_has_its_layer() -> None:
     # The order that matters most: a method's two halves above the library, and beside each other.
     assert "strategies | clients" in contract["layers"]
     above = contract["layers"][: contract["layers"].index("strategies | clients")]
-    assert set(above) <= {"experiments", "cli", "study", "audit", "simulator", "reporting", "deployment"}
+    assert set(above) <= {"experiments", "cli", "study", "audit", "simulator", "notebook", "reporting", "deployment"}
 
 
 def test_what_is_imported_late_is_imported_late() -> None:

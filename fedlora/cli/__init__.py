@@ -209,6 +209,7 @@ def report(
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Of the round that validation prefers, not the last.")] = False,
     output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
     client: Annotated[int | None, typer.Option(help="Whose model, where clients have models of their own.")] = None,
     push: Annotated[
@@ -219,7 +220,7 @@ def export(
     """Export a run's model as a folder that transformers (with --merged) or PEFT loads, with a model card."""
     from fedlora.results.load import export_run
 
-    target = export_run(folder, output, merged=merged, client=client)
+    target = export_run(folder, output, merged=merged, client=client, best=best)
     typer.echo(target)
     if push is not None:
         from fedlora.results.card import push_to_hub

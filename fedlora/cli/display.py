@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlora.cli.formats import COLUMNS, header, result_lines, round_cells, round_lines
 from fedlora.errors import plain_text
-from fedlora.results.folder import RunResult
+from fedlora.results.finished import RunResult
 from fedlora.strategies.callbacks import Progress as Hooks
 from fedlora.tasks import Task
 

@@ -30,7 +30,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fedlora report runs --output reports/first",
         "fedlora report runs --budget bytes=1e6 --budget epsilon=3 --target 0.7",
     ),
-    "export": ("fedlora export runs/quickstart", "fedlora export runs/quickstart --merged --output models/reviews"),
+    "export": (
+        "fedlora export runs/quickstart",
+        "fedlora export runs/quickstart --merged --output models/reviews",
+        "fedlora export runs/validated --best",
+    ),
     "privacy": ("fedlora privacy runs/quickstart", "fedlora privacy runs/quickstart --client 3 --json"),
     "audit": (
         "fedlora audit experiments/quickstart.toml",

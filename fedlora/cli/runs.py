@@ -14,18 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora.cli.formats import (
-    curve,
-    format_bytes,
-    format_epsilon,
-    header,
-    result_lines,
-    round_lines,
-    sent_bytes,
-)
+from fedlora.cli.formats import curve, header, result_lines, round_lines
 from fedlora.config import NODES, Config, input_error, read_toml
 from fedlora.config.schema import COMMON_KEYS
 from fedlora.errors import InputError, plain_text
+from fedlora.summaries import format_bytes, format_epsilon, sent_bytes
 from fedlora.tasks import Task, get_task
 
 console = Console()

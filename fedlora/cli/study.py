@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora.cli.formats import format_bytes, format_epsilon
 from fedlora.errors import InputError
 from fedlora.privacy.units import unit_advice
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
@@ -18,6 +17,7 @@ from fedlora.study.plan import Plan, PlannedRun
 from fedlora.study.run_processes import capacity
 from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
+from fedlora.summaries import format_bytes, format_epsilon
 from fedlora.tasks import get_task
 
 

@@ -85,5 +85,13 @@ class TrackingSection(Section):
     """``[tracking]``: loggers beside the run folder."""
 
     tensorboard: bool = Field(default=False, description="Log to TensorBoard, into the run folder.")
-    wandb: bool = Field(default=False, description="Log to Weights & Biases.")
-    project: str = Field(default="fedlora", description="Project in Weights & Biases.")
+    wandb: bool = Field(
+        default=False, description="Log to Weights & Biases; with WANDB_MODE=offline into the run folder alone."
+    )
+    mlflow: bool = Field(default=False, description="Log to MLflow, where MLFLOW_TRACKING_URI says.")
+    project: str = Field(default="fedlora", description="Project in Weights & Biases, and experiment in MLflow.")
+
+    def unused(self, config: Config) -> Iterator[tuple[str, str]]:
+        """TensorBoard has no projects."""
+        if not (self.wandb or self.mlflow):
+            yield "project", "neither tracking.wandb nor tracking.mlflow is set"

@@ -204,6 +204,13 @@ class ServerSection(Section):
         json_schema_extra={"unit": "rounds"},
     )
     evaluate_start: bool = Field(default=True, description="Evaluate before the first round too.")
+    early_stopping_patience: Positive | None = Field(
+        default=None,
+        description="End the run once so many evaluations in a row are no better on data.validation than the best "
+        "before; by default it has all its rounds. Privacy is spent for the rounds that were run alone; noise is "
+        "calibrated for all of them.",
+        json_schema_extra={"unit": "evaluations"},
+    )
     batch_size: Count = Field(
         default=64, description="Number of examples at once in evaluation.", json_schema_extra={"unit": "examples"}
     )
@@ -272,6 +279,9 @@ class ServerSection(Section):
         """Refuse what secure sums hide, evaluations that clients cannot give, and over-sampling of no fixed number."""
         if self.secure_aggregation:
             self._check_secure(config)
+        patience = self.early_stopping_patience
+        if patience is not None and config.data.validation is None:
+            raise InputError("server.early_stopping_patience", patience, "looks at validation; set data.validation")
         asked = self.fraction_evaluate
         if self.over_sampling > 1 and CLIENT_SAMPLINGS.get(self.sampling).independent:
             # A sum that is closed at a number of replies also changes by the client that another one keeps out.

@@ -15,7 +15,8 @@ from fedlora.config import load_config
 from fedlora.deployment.control import RunState, Server, UnreachableError
 from fedlora.deployment.download import copy_run, note_change
 from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
-from fedlora.results.folder import RunResult, to_json, write_atomically
+from fedlora.results.finished import RunResult
+from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.user_code import with_user_code
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.callbacks import Progress

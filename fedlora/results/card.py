@@ -15,7 +15,7 @@ from fedlora.paths import find_path
 CARD = "README.md"
 
 
-def write_card(run: Path, target: Path, *, adapter: bool) -> None:
+def write_card(run: Path, target: Path, *, adapter: bool, best: bool = False) -> None:
     """Write the card of a finished run into its exported folder, before what README.md already says there.
 
     Paths of this machine are left out.
@@ -26,14 +26,29 @@ def write_card(run: Path, target: Path, *, adapter: bool) -> None:
         The run folder, and the exported one.
     adapter : bool
         Whether the folder holds a PEFT adapter, or a whole model.
+    best : bool
+        Whether the model is that of the round that validation prefers.
     """
     if not (run / "summary.json").is_file():
         return
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    if best:
+        summary |= _of_best_round(run, summary)
     config = load_config(run / "config.toml")
     before = target / CARD
     more = f"\n{before.read_text(encoding='utf-8')}" if before.is_file() else ""
     before.write_text(_front_matter(config, summary, adapter) + _text(config, summary) + more, encoding="utf-8")
+
+
+def _of_best_round(run: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what the summary would say of the best round's model; epsilon stays that of the whole run."""
+    chosen = summary["best"]["round"]
+    lines = map(json.loads, (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
+    line = next(line for line in lines if line["round"] == chosen)
+    return {
+        "final": line["metrics"],
+        "rounds": f"{summary['rounds']}; this is round {chosen}, which validation prefers",
+    }
 
 
 def push_to_hub(folder: Path, repository: str) -> str:

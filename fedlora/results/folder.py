@@ -12,7 +12,6 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from fedlora.assets import is_asset
 from fedlora.config import Config, read_toml
 from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
-from fedlora.methods import get_method
+from fedlora.methods import BEST, get_method
 from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
+from fedlora.results.finished import RunResult
 from fedlora.results.outputs import check_outputs, find_outputs, write_sums
 from fedlora.storage import is_full, writes_to
 
@@ -33,21 +33,6 @@ PRIVACY = ("round", "client", "steps", "sample_rate", "noise_multiplier", "epsil
 LEFT_OUT = ("round", "attempt", "client", "code", "reason")
 _COLUMNS = {"communication.csv": COMMUNICATION, "privacy.csv": PRIVACY, "left_out.csv": LEFT_OUT}
 """Of the files that grow by rows."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes
-    ----------
-    folder : Path
-    summary : dict
-        The content of summary.json.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
 
 
 class RunFolder:
@@ -80,7 +65,10 @@ class RunFolder:
         self.notes: list[str] = []
         self.user_code: dict[str, Any] = {}
         self.finished = bool(checkpoint.get("finished", False))
-        self._log = _Log(path / "run.log", encoding="utf-8")
+
+    def _start_log(self) -> None:
+        """Log into the folder until :meth:`close`: last of all, since who opens a folder in vain does not close it."""
+        self._log = _Log(self.path / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("fedlora").addHandler(self._log)
         logging.getLogger("fedlora").setLevel(logging.INFO)
@@ -119,6 +107,7 @@ class RunFolder:
             folder.checkpoint["resolved"] = folder.resolved.to_toml()
             folder.checkpoint.commit()
             write_atomically(path / "config.toml", folder.resolved.to_toml())
+            folder._start_log()
         except (OSError, sqlite3.Error):
             shutil.rmtree(path, ignore_errors=True)  # nothing is in it yet
             raise
@@ -145,6 +134,7 @@ class RunFolder:
             write_atomically(path / "config.toml", resolved.to_toml())
             folder = cls(path, resolved, checkpoint, resumed=True)
             folder._rewrite_growing_files()
+            folder._start_log()
             if gone:
                 folder.finished = False
                 folder.tell(
@@ -242,7 +232,8 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> RunResult:
         """Write summary.json and SHA256SUMS, and mark the run as done."""
         write_atomically(self.path / "summary.json", to_json({**summary, **self.user_code}, indent=2) + "\n")
-        outputs = find_outputs(self.path, get_method(self.resolved.method.name).outputs)
+        parts = get_method(self.resolved.method.name).outputs
+        outputs = find_outputs(self.path, [*parts, *(f"{BEST}/{part}" for part in parts)])
         write_sums(self.path, outputs)
         self.checkpoint["outputs"] = outputs
         self.checkpoint["finished"] = True

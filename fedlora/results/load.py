@@ -15,7 +15,7 @@ from fedlora.alignment import align_loaded
 from fedlora.config import ANY_METHOD, Config, read_toml
 from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
-from fedlora.methods import ADAPTER, CLIENTS, Method
+from fedlora.methods import ADAPTER, BEST, CLIENTS, Method
 from fedlora.models import load_tokenizer, quiet
 from fedlora.results.card import write_card
 from fedlora.results.outputs import check_sums
@@ -23,15 +23,17 @@ from fedlora.storage import is_full, writes_to
 from fedlora.tasks import get_task
 
 
-def load(folder: str | Path, client: int | None = None) -> tuple[Any, Any]:
+def load(folder: str | os.PathLike[str], client: int | None = None, *, best: bool = False) -> tuple[Any, Any]:
     """Return the model that a run made, with its adapter merged in, and the tokenizer.
 
     Parameters
     ----------
-    folder : str or Path
+    folder : str, Path or RunResult
         A run folder.
     client : int, optional
         Whose model, in a run whose clients have models of their own.
+    best : bool
+        Give the model of the round that validation prefers, instead of the last round's.
 
     Returns
     -------
@@ -41,7 +43,8 @@ def load(folder: str | Path, client: int | None = None) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If the folder holds no finished run, its files cannot be read, or it holds no model of that client.
+        If the folder holds no finished run, its files cannot be read, or it holds no model of that client or no best
+        round.
 
     Examples
     --------
@@ -49,7 +52,7 @@ def load(folder: str | Path, client: int | None = None) -> tuple[Any, Any]:
     >>> logits = model(**tokenizer("A joy to watch.", return_tensors="pt")).logits  # doctest: +SKIP
     """
     try:
-        return _load(Path(folder), client)
+        return _load(Path(folder), client, best)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -57,21 +60,25 @@ def load(folder: str | Path, client: int | None = None) -> tuple[Any, Any]:
         raise InputError("FOLDER", str(folder), f"cannot be read ({reason}); run again into another") from None
 
 
-def _load(path: Path, client: int | None) -> tuple[Any, Any]:
+def _load(path: Path, client: int | None, best: bool) -> tuple[Any, Any]:
     part = run_method(path).outputs[0]
+    if best:
+        if not (path / BEST).is_dir():
+            remedy = f"holds no model of a best round (it has no {BEST}/); run with data.validation, or load the last"
+            raise InputError("FOLDER", str(path), remedy)
+        part = f"{BEST}/{part}"
     whole = (path / part / "config.json").is_file()
     if not whole and not (path / part / ADAPTER_FILE).is_file():
         raise InputError("FOLDER", str(path), f"holds no finished run (it has no {part}/); give a run folder")
     check_sums(path, part)
     config = _config(path)
-    made = _of_client(path / part, config, client)
+    made = _of_client(path / part, config, client, run_method(path))
     model = _whole(config, made) if whole else merged(config, made)
     return model, load_tokenizer(config)
 
 
-def _of_client(made: Path, config: Config, client: int | None) -> Path:
+def _of_client(made: Path, config: Config, client: int | None, method: type[Method]) -> Path:
     """Return the folder of a client's own model, in a run that has such models; else that of the run's one model."""
-    method = run_method(made.parent)
     own = method is not Method and method.personalised(config)
     if own and client is not None and (made / CLIENTS / str(client) / ADAPTER_FILE).is_file():
         return made / CLIENTS / str(client)
@@ -105,7 +112,12 @@ def _config(folder: Path) -> Config:
 
 
 def export_run(
-    folder: str | Path, output: str | Path | None = None, *, merged: bool = False, client: int | None = None
+    folder: str | os.PathLike[str],
+    output: str | Path | None = None,
+    *,
+    merged: bool = False,
+    client: int | None = None,
+    best: bool = False,
 ) -> Path:
     """Write a run's model for others to load.
 
@@ -114,23 +126,27 @@ def export_run(
     folder : str or Path
         A run folder.
     output : str or Path, optional
-        The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default.
+        The folder to write, which must not exist; ``FOLDER/merged`` or ``FOLDER/export`` by default, with ``best``
+        ``FOLDER/best/merged`` or ``FOLDER/best/export``.
     merged : bool
         Write a whole model with tokenizer, for ``from_pretrained``; else the PEFT adapter with the tokenizer. A run
         without an adapter always gives a whole model. README.md is a model card.
     client : int, optional
         Whose model, in a run whose clients have models of their own.
+    best : bool
+        Write the model of the round that validation prefers, instead of the last round's.
 
     Raises
     ------
     InputError
-        If the folder holds no finished run, or the output exists or cannot be written.
+        If the folder holds no finished run or no best round, or the output exists or cannot be written.
     """
-    target = Path(output) if output is not None else Path(folder) / ("merged" if merged else "export")
+    made = Path(folder) / BEST if best else Path(folder)
+    target = Path(output) if output is not None else made / ("merged" if merged else "export")
     if os.path.lexists(target):
         raise InputError("--output", str(target), "exists already; choose another folder")
     with torch.no_grad():
-        model, tokenizer = load(folder, client)
+        model, tokenizer = load(folder, client, best=best)
     try:
         target.mkdir(parents=True)
     except OSError as error:
@@ -138,7 +154,7 @@ def export_run(
             "--output", str(target), f"cannot be written ({error.strerror}); choose another folder"
         ) from None
     try:
-        adapter = Path(folder) / ADAPTER
+        adapter = made / ADAPTER
         adapter = adapter if client is None else adapter / CLIENTS / str(client)
         if merged or not (adapter / ADAPTER_FILE).is_file():
             with quiet():
@@ -146,7 +162,7 @@ def export_run(
         else:
             shutil.copytree(adapter, target, dirs_exist_ok=True)
         tokenizer.save_pretrained(target)
-        write_card(Path(folder), target, adapter=(target / ADAPTER_FILE).is_file())
+        write_card(Path(folder), target, adapter=(target / ADAPTER_FILE).is_file(), best=best)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target, ignore_errors=True)  # a partial model would block the next attempt
         if is_full(error):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.tasks import Task
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def plot_rounds(path: Path, lines: list[dict[str, Any]], title: str, task: Task) -> None:
-    """Draw the lines of rounds.jsonl as a PNG: score, training and test loss, epsilon (if any) and bytes so far."""
+    """Write :func:`draw_rounds` as a PNG."""
+    draw_rounds(lines, title, task).savefig(path, dpi=110)
+
+
+def draw_rounds(lines: list[dict[str, Any]], title: str, task: Task) -> Figure:
+    """Draw the lines of rounds.jsonl: score, training and test loss, epsilon (if any) and bytes so far."""
     from matplotlib.figure import Figure
 
     private = any(line["epsilon"] is not None for line in lines)
@@ -41,4 +49,4 @@ def plot_rounds(path: Path, lines: list[dict[str, Any]], title: str, task: Task)
         axis.set_xlabel("round")
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    return figure

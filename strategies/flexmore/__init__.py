@@ -119,6 +119,11 @@ class FlexMoRE(FederatedStrategy):
         if config.model.task != "causal-lm":
             remedy = f"{cls.name} makes a mixture of language models; use causal-lm"
             raise InputError("model.task", config.model.task, remedy)
+        if config.server.early_stopping_patience is not None:
+            remedy = (
+                f"{cls.name} tunes routers and judges experts after a last round that is known before; leave it out"
+            )
+            raise InputError("server.early_stopping_patience", config.server.early_stopping_patience, remedy)
         check_ranks(config)
         reads_public = {
             "router_init": options.router_init == "public",

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedlora.errors import InputError
 from fedlora.experts.folder import EXPERTS, MIXTURE, folder_name
 from fedlora.experts.mixture import Mixture
+from fedlora.methods import BEST
 from fedlora.models import quiet
 from fedlora.results.checkpoint import Checkpoint
 from fedlora.results.folder import to_json, write_atomically
@@ -18,6 +19,8 @@ from fedlora.results.outputs import find_outputs, write_sums
 
 def opt_out(folder: Path, owner: str) -> Mixture:
     """Remove an owner's expert from a finished run: from its mixture, its experts/ and its checkpoint.
+
+    The model of the best round, if the run kept one, is deleted.
 
     Parameters
     ----------
@@ -52,12 +55,15 @@ def opt_out(folder: Path, owner: str) -> Mixture:
     try:
         arrays = checkpoint.get_arrays("trained") or {}
         checkpoint.set_arrays("trained", {n: a for n, a in arrays.items() if n.rpartition("/")[0] != owner})
+        checkpoint[BEST] = None  # that model goes as a whole
+        checkpoint.set_arrays(BEST, {})
         checkpoint.commit()
         checkpoint.forget_previous()  # which still holds the expert
         kept.rename(old)
         new.rename(kept)
         shutil.rmtree(old)
-        shutil.rmtree(folder / EXPERTS / folder_name(owner), ignore_errors=True)
+        for gone in (folder / EXPERTS / folder_name(owner), folder / BEST):
+            shutil.rmtree(gone, ignore_errors=True)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         summary["opted_out"] = [*summary.get("opted_out", []), owner]
         write_atomically(folder / "summary.json", to_json(summary, indent=2) + "\n")
