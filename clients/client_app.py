@@ -100,7 +100,7 @@ def _describe_node(message: Message, context: Context) -> Message:
     else:
         exchanges = get_method(config.method.name).exchanges(config, 1)
         node.ledger.check_budget(federation, plan, 0, [update] * len(exchanges))
-    node.ledger.register(federation, run, label_names, sent_digest(context))
+    node.ledger.register(federation, run, label_names, sent_digest(context), config.run.name)
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
     return Message(content, reply_to=message)
