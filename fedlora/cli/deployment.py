@@ -215,6 +215,21 @@ def register(
     typer.echo(f"{name or public_key.stem} is registered on {on}")
 
 
+@keys.command("unregister")
+def unregister(
+    name: Annotated[str, typer.Argument(metavar="NODE", help="The node's name.")],
+    on: Annotated[
+        str, typer.Option("--on", metavar="NAME", help="A server that Flower's config.toml names as superlink.NAME.")
+    ],
+) -> None:
+    """Let a node in no more, on a running server."""
+    from fedlora.deployment.control import Server
+
+    with Server.named(on) as superlink:
+        superlink.unregister(name)
+    typer.echo(f"{name} is no longer registered on {on}")
+
+
 @keys.command("list")
 def list_nodes(
     on: Annotated[

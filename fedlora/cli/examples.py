@@ -50,6 +50,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "keys server": ("fedlora keys server --host 192.168.1.10 --host fl.example.org",),
     "keys node": ("fedlora keys node north",),
     "keys register": ("fedlora keys register keys/north.pub --on trial",),
+    "keys unregister": ("fedlora keys unregister north --on trial",),
     "keys list": ("fedlora keys list --on trial",),
 }
 """Command lines by command."""

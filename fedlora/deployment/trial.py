@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -250,7 +249,7 @@ def _in_front(words: Sequence[str], environment: dict[str, str]) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # stops it as Ctrl-C does
         with suppress(subprocess.TimeoutExpired):
             process.wait(_RUN_STOP_SECONDS)
         raise

@@ -36,7 +36,11 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment.pop("FLWR_HOME", None)
     command = [sys.executable, "-m", "fedlora.cli", "trial", *SMALL, *arguments]
     with (folder / "out").open("w") as stream:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=stream, text=True)
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=stream, stderr=stream, text=True,
+            # Background jobs of a shell ignore it, and so would this one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
 
 def test_a_trial_runs_and_what_it_keeps_is_ended_by_its_own_line(tmp_path: Path) -> None:
