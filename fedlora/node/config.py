@@ -106,6 +106,8 @@ class PolicySection(Section):
 
     ``allow_distributed_noise`` accepts runs with ``privacy.noise = "distributed"``, in which each node adds a share of
     the noise. ``max_epsilon`` then holds if the server follows the protocol and the other nodes add their shares.
+    Of such an update ``min_noise_multiplier`` and ``max_sample_rate`` bound what the ledger counts: half the noise
+    multiplier of the sum, and rate 1.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
