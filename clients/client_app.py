@@ -37,6 +37,7 @@ from fedlora.communication.secure_sums import SECURE
 from fedlora.corrections import VARIATES
 from fedlora.data.sources import count_own, count_own_units
 from fedlora.errors import BudgetError, ClientErrorCode, GuardError, InputError, NeedsInitialError, error_code
+from fedlora.methods import get_method
 from fedlora.models import load_tokenizer, model_config
 from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
@@ -94,8 +95,12 @@ def _describe_node(message: Message, context: Context) -> Message:
     made = {entry[:2]: entry[2] for entry in node.ledger.history(federation)}
     left = [(*step[:2], step[2] - made.get(step[:2], 0)) for step in (plan.start if plan is not None else ())]
     start = [step for step in left if step[2] > 0]
-    node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
-    node.ledger.register(federation, run, label_names, sent_digest(context))
+    if (update := node.update_charge(config)) is None:
+        node.ledger.check_budget(federation, plan, round_steps(config, examples, 1), start)
+    else:
+        exchanges = get_method(config.method.name).exchanges(config, 1)
+        node.ledger.check_budget(federation, plan, 0, [update] * len(exchanges))
+    node.ledger.register(federation, run, label_names, sent_digest(context), config.run.name)
     content = RecordDict({"metrics": MetricRecord({"num-examples": examples})})
     content[NODE_RECORD] = ConfigRecord({"name": node.config.name, "labels": labels_digest(label_names)})
     return Message(content, reply_to=message)

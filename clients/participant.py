@@ -107,6 +107,10 @@ class Participant(ABC):
     def charge_start(self) -> None:
         """Charge the start that the client is about to make from its examples, if it is private."""
 
+    def charge_update(self) -> None:
+        """Charge the noisy update that is about to leave, where a ledger of the client's own counts it."""
+        return
+
     @abstractmethod
     def own(self, sort: str = HOME) -> Arrays:
         """Return what the client keeps of a sort, as its last round of this run left it; none at first."""
@@ -208,6 +212,7 @@ class NodeClient(Participant):
         self.examples = data.drawn_from(0, config.privacy)
         plan = self.node.admit(config, self.examples, data.units_of(0, config.privacy))
         self.plan = _plan_of(message, plan)
+        self._update = self.node.update_charge(config)
         self.config = self.exchange.training(config)
         self.starts = _starts(self.exchange, message)
         self.secret = self.plan is not None
@@ -216,9 +221,13 @@ class NodeClient(Participant):
         self._charge: Charge | None = None
 
     def admit(self, held: ExitStack) -> None:
-        """Hold the owner's ledger for the round; from here on every step is charged before it is taken."""
-        steps = local_steps(self.config, self.examples)
-        also = self.plan.start if self.starts and self.plan is not None else ()
+        """Hold the owner's ledger for the round; from here on all is charged before it is taken, or leaves.
+
+        Where the update gets noise, it alone is charged: nothing else of the steps leaves.
+        """
+        steps = local_steps(self.config, self.examples) if self._update is None else 0
+        also = self.plan.start if self.starts and self.plan is not None else []
+        also = also if self._update is None else [*also, self._update]
         admitted = self.node.ledger.round(self.federation, self.run, self.turn, self.plan, steps, also)
         self._charge = held.enter_context(admitted)
         self.on_step = self._step
@@ -248,17 +257,34 @@ class NodeClient(Participant):
         make_room(self.node.config, needed, (self.folder, *self._kept(), *used))
 
     def _step(self) -> None:
-        """Charge a step; refuse it once the server's timeout has passed, since its result would be lost."""
-        assert self._charge is not None
+        """Charge a step, unless the update is charged; refuse it once the server's timeout has passed."""
+        self._check_deadline()
+        if self._update is None:
+            assert self._charge is not None
+            self._charge.step()
+
+    def _check_deadline(self) -> None:
+        """Refuse what would be lost.
+
+        Raises
+        ------
+        StaleError
+        """
         if time.monotonic() > self._deadline:
-            raise StaleError("the server's timeout is over; the steps that are left are not taken")
-        self._charge.step()
+            raise StaleError("the server's timeout is over; what is left is not done")
 
     def charge_start(self) -> None:
         """Write the start to the disk before it reads an example."""
         assert self._charge is not None
         for sigma, rate, _ in self.plan.start if self.plan is not None else ():
             self._charge.take(sigma, rate)
+
+    def charge_update(self) -> None:
+        """Write the update to the disk before it leaves."""
+        if self._update is not None:
+            self._check_deadline()
+            assert self._charge is not None
+            self._charge.take(*self._update[:2])
 
     def own(self, sort: str = HOME) -> Arrays:
         """Read the node's directory: Flower's node state ends with a restart."""
@@ -290,7 +316,8 @@ class NodeClient(Participant):
     def settle(self, steps: int) -> Ledger | None:
         """Check that the steps were charged, no more and no fewer."""
         assert self._charge is not None
-        self._charge.check_taken(steps)
+        if self._update is None:
+            self._charge.check_taken(steps)
         return None if self.plan is None else self.node.ledger.of_federation(self.federation, self.plan)
 
 

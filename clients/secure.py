@@ -24,6 +24,7 @@ from fedlora.communication.secure_sums import (
     SUM,
     UNMASK,
     FixedPoint,
+    Thresholds,
     as_residues,
     joined,
     raw_record,
@@ -88,13 +89,13 @@ def masked(client: Participant, message: Message, moves: Arrays) -> ArrayRecord:
     asked: Any = message.content[SECURE]
     state = _due(message, client.context, SUM)
     numbers = torch.cat([torch.zeros(0), *(moves[name].reshape(-1) for name in sorted(moves))]).double().numpy()
-    residues = _residues(client, message, numbers)
     own, sources = state["client"], [int(source) for source in asked["clients"]]
     if not set(sources) <= set(state["clients"]) - {own} or len(sources) + 1 < state["needed"]:
         raise StaleError(f"{len(sources)} clients hold this one's shares, and {state['needed']} are needed")
     sealed = read_raw(message.content, SECURE_BYTES, SHARES, (len(sources), masks.SEALED), np.uint8)
     keys = dict(zip(state["clients"], state["keys"], strict=True))
     seeds, privates = dict(zip([own], state["seeds"], strict=True)), dict(zip([own], state["privates"], strict=True))
+    residues, least = _residues(client, message, numbers, state["needed"])
     residues = residues + masks.mask(state["seed"], len(residues))
     for source, row in zip(sources, sealed, strict=True):
         mask_key, seal_key = keys[source][: masks.PUBLIC_KEY], keys[source][masks.PUBLIC_KEY :]
@@ -103,12 +104,19 @@ def masked(client: Participant, message: Message, moves: Arrays) -> ArrayRecord:
         residues = residues + masks.pair_mask(masks.agree(state["mask"], mask_key), own, source, len(residues))
     holders = sorted(seeds)
     kept = {"seeds": [seeds[c] for c in holders], "privates": [privates[c] for c in holders], "clients": holders}
-    _keep(message, client.context, {"stage": SUM, "client": own, "needed": state["needed"], **kept})
+    _keep(message, client.context, {"stage": SUM, "client": own, "needed": least, **kept})
     return raw_record(MASKED, residues)
 
 
-def _residues(client: Participant, message: Message, numbers: np.ndarray) -> np.ndarray:
-    """Weigh a client's numbers, or clip and noise them, and round them."""
+def _residues(client: Participant, message: Message, numbers: np.ndarray, needed: int) -> tuple[np.ndarray, int]:
+    """Weigh a client's numbers, or clip and noise them, and round them.
+
+    Returns
+    -------
+    ndarray of uint32 [n], int
+        And how many of the client's neighbours must have answered before it helps to take masks off: as many as share
+        the noise, where it has them all as neighbours; else ``needed``.
+    """
     config = client.config
     said: Any = message.content[SECURE]
     asked, promised = int(said["asked"]), int(said["promised"])
@@ -116,9 +124,14 @@ def _residues(client: Participant, message: Message, numbers: np.ndarray) -> np.
         raise StaleError(f"a sum of {promised} of {asked} clients is none")
     noise = mechanism_of(config).noisy_sum(config, len(numbers), asked, promised)
     if noise is not None:
+        thresholds = Thresholds.of(config.server, asked)
+        if promised != thresholds.clients:
+            raise StaleError(f"{promised} clients are to share the noise; by the config {thresholds.clients} do")
         if not np.isfinite(numbers).all():
             raise GuardError("the update is not finite")
-        return as_residues(noise.encode(numbers, _uniform(client, message)))
+        client.charge_update()
+        least = promised if thresholds.shares == asked else needed
+        return as_residues(noise.encode(numbers, _uniform(client, message))), max(needed, least)
     bound, largest = config.server.clipping_range, float(np.abs(numbers).max(initial=0.0))
     if not largest <= bound:  # NaN too
         remedy = f"is passed by a number of the update, {largest:.4g}; raise it, or lower the learning rate"
@@ -126,7 +139,7 @@ def _residues(client: Participant, message: Message, numbers: np.ndarray) -> np.
     share = float(said["share"])
     if not 0 <= share <= 1:
         raise StaleError(f"{share} is no share of a sum")
-    return FixedPoint.weighted(bound, asked).encode(share * numbers)
+    return FixedPoint.weighted(bound, asked).encode(share * numbers), needed
 
 
 def _uniform(client: Participant, message: Message) -> Callable[[int], np.ndarray]:

@@ -284,6 +284,12 @@ class Control:
 
         self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
 
+    def unregister(self, node_id: int) -> None:
+        """Let a node in no more."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
     def start_run(self, app: bytes, digest: str, config: dict[str, Any]) -> tuple[int | None, str]:
         """Submit a run of an app; return its number, or None and why there is none."""
         from flwr.common.serde import user_config_to_proto

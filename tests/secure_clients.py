@@ -86,7 +86,9 @@ class Crowd:
         """Return what a client answers to the round's own message."""
         content = RecordDict(self.sums.content(client))
         message = Message(content, FIRST_NODE + client, "train", group_id=group)
-        participant: Any = SimpleNamespace(config=self.config, context=self.contexts[client], client=client)
+        participant: Any = SimpleNamespace(
+            config=self.config, context=self.contexts[client], client=client, charge_update=lambda: None
+        )
         return masked(participant, message, {"a": torch.from_numpy(self.vectors[client])})
 
     def _updates(self, left: list[int], group: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:

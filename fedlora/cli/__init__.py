@@ -331,7 +331,7 @@ def _start_workers(config: Config, folder: Path, resume: bool) -> None:
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(init.init, runs.show, runs.runs, reference.config, reference.methods),
-    *(deployment.server, deployment.digest),
+    *(deployment.trial, deployment.server, deployment.digest),
 )
 for _command in _COMMANDS:
     app.command()(_command)

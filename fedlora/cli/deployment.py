@@ -1,4 +1,4 @@
-"""The commands of real nodes: ``fedlora server | node | node status | keys``."""
+"""The commands of real nodes: ``fedlora trial | server | node | node status | node backup | keys``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ node = typer.Typer(
 )
 keys = typer.Typer(help="Make keys for a trial, and let nodes in.", no_args_is_help=True, add_completion=False)
 
+_TRIAL = Path(__file__).parents[1] / "experiments" / "trial.toml"
+
 NoTls = Annotated[
     bool,
     typer.Option("--insecure-no-tls", help="Plain HTTP: anybody on the network path can read and change what is sent."),
@@ -56,6 +58,33 @@ def server(
 
     _talk()
     serve(config, tls=not no_tls, node_auth=not no_node_auth)
+
+
+def trial(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A config of a simulation; experiments/trial.toml by default."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; an empty value removes it."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, among which the examples are divided.")] = 3,
+    folder: Annotated[Path, typer.Option(help="For all files of the trial; must not exist.")] = Path("trial"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the server and the nodes running.")] = False,
+) -> None:
+    """Try real nodes on this machine: start a server and nodes, run a config on them, and stop them.
+
+    Each step is printed as the command that it is. The server and the nodes use TLS and keys, each a folder of its own.
+    """
+    from fedlora.cli import parse_overrides
+    from fedlora.config import load_config
+
+    overrides = {"data.partition.clients": nodes, **parse_overrides(set_ or [])}
+    loaded = load_config(_TRIAL if config is None else config, overrides)
+    from fedlora.deployment.trial import run_trial
+
+    run_trial(loaded, folder, typer.echo, keep=keep)
 
 
 @node.command("run")
@@ -101,13 +130,29 @@ def status(
     ):
         typer.echo(f"{name:<10}{text}")
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "first asked (UTC)", "last trained (UTC)", "round", "steps", "epsilon"):
-        table.add_column(heading, justify="right" if heading in ("round", "steps", "epsilon") else "left", no_wrap=True)
+    numbers = ("round", "steps", "epsilon", "of all so far", "left")
+    for heading in ("run", "first asked (UTC)", "last trained (UTC)", *numbers):
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     for one in found.runs:
-        numbers = str(one.rounds), str(one.steps), f"{one.epsilon:.4g}"
-        table.add_row(one.federation, one.described_at, one.begun_at or "-", *numbers)
+        spent = (f"{one.epsilon:.4g}", f"{one.total:.4g}", "-" if one.left is None else f"{one.left:.4g}")
+        dates = one.described_at, one.begun_at or "-"
+        table.add_row(one.name or one.federation, *dates, str(one.rounds), str(one.steps), *spent)
     if found.runs:
         Console(width=200, color_system=None).print(table)
+
+
+@node.command("backup")
+def backup(
+    file: NodeFile,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="The copy; must not exist.")],
+) -> None:
+    """Copy a node's ledger, whole, also while the node is running."""
+    from fedlora.node.config import load_node
+    from fedlora.node.status import open_ledger
+
+    ledger = open_ledger(load_node(file))
+    ledger.back_up(target)
+    typer.echo(f"{target}: {ledger.path}, with epsilon {ledger.epsilon():.6g} spent")
 
 
 def digest(
@@ -168,6 +213,21 @@ def register(
     with Server.named(on) as superlink:
         superlink.register(key, name or public_key.stem)
     typer.echo(f"{name or public_key.stem} is registered on {on}")
+
+
+@keys.command("unregister")
+def unregister(
+    name: Annotated[str, typer.Argument(metavar="NODE", help="The node's name.")],
+    on: Annotated[
+        str, typer.Option("--on", metavar="NAME", help="A server that Flower's config.toml names as superlink.NAME.")
+    ],
+) -> None:
+    """Let a node in no more, on a running server."""
+    from fedlora.deployment.control import Server
+
+    with Server.named(on) as superlink:
+        superlink.unregister(name)
+    typer.echo(f"{name} is no longer registered on {on}")
 
 
 @keys.command("list")

@@ -40,14 +40,21 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fedlora audit experiments/quickstart.toml",
         "fedlora audit experiments/quickstart.toml --canaries 1000 --json",
     ),
+    "trial": (
+        "fedlora trial",
+        "fedlora trial experiments/quickstart.toml --set run.rounds=2 --nodes 4 --folder trial-4",
+        "fedlora trial --keep",
+    ),
     "server": ("fedlora server server.toml",),
     "node run": ("fedlora node run node.toml",),
     "node status": ("fedlora node status node.toml",),
+    "node backup": ("fedlora node backup node.toml north-ledger.sqlite",),
     "digest": ("fedlora digest models/own-bert",),
     "keys ca": ("fedlora keys ca",),
     "keys server": ("fedlora keys server --host 192.168.1.10 --host fl.example.org",),
     "keys node": ("fedlora keys node north",),
     "keys register": ("fedlora keys register keys/north.pub --on trial",),
+    "keys unregister": ("fedlora keys unregister north --on trial",),
     "keys list": ("fedlora keys list --on trial",),
 }
 """Command lines by command."""

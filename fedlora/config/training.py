@@ -272,7 +272,10 @@ class ServerSection(Section):
         "larger one drops out. Numbers are rounded to about this divided by 2^31.",
     )
 
-    FOR_CLIENTS: ClassVar[tuple[str, ...]] = ("secure_aggregation", "clipping_range")
+    FOR_CLIENTS: ClassVar[tuple[str, ...]] = (
+        *("secure_aggregation", "clipping_range"),
+        *("num_shares", "reconstruction_threshold", "min_replies"),
+    )
     """Keys by which clients behave; real nodes ignore all others."""
 
     def check(self, config: Config) -> None:

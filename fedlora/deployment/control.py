@@ -43,11 +43,14 @@ class RegisteredNode:
         Status is registered (never seen), online or offline.
     public_key : bytes
         PEM.
+    node_id : int
+        Flower's.
     """
 
     name: str
     status: str
     public_key: bytes
+    node_id: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Server:
             listed = self._control.nodes()
         return sorted(
             (
-                RegisteredNode(info.name, info.status, info.public_key)
+                RegisteredNode(info.name, info.status, info.public_key, info.node_id)
                 for info in listed
                 if info.status != "unregistered"
             ),
@@ -174,6 +177,22 @@ class Server:
                 raise InputError("--name", name, "is the name of another node; choose another")
         with self._errors():
             self._control.register(public_key, name)
+
+    def unregister(self, name: str) -> None:
+        """Let a node in no more; its name and its key are free again.
+
+        Raises
+        ------
+        InputError
+            If no node has that name.
+        """
+        nodes = self.nodes()
+        found = [node.node_id for node in nodes if node.name == name]
+        if not found:
+            known = ", ".join(node.name for node in nodes) or "none"
+            raise InputError("NAME", name, f"is no registered node of {self.address}; registered: {known}")
+        with self._errors():
+            self._control.unregister(found[0])
 
     def node_status(self, public_key: bytes) -> NodeStatus | None:
         """Return a node's status; None if the server does not run fedlora and has no such service."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fedlora.errors import InputError
@@ -151,6 +151,15 @@ def flower_environment(home: Path, programs: Sequence[Path] = ()) -> dict[str, s
         "PATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different ports of the loopback address that nobody uses now."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def check_port(host: str, port: int, field: str) -> None:

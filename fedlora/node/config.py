@@ -103,6 +103,11 @@ class PolicySection(Section):
     These sums carry no noise, and no epsilon covers them.
 
     ``require_secure_aggregation`` refuses runs in which the server would see the node's update.
+
+    ``allow_distributed_noise`` accepts runs with ``privacy.noise = "distributed"``, in which each node adds a share of
+    the noise. ``max_epsilon`` then holds if the server follows the protocol and the other nodes add their shares.
+    Of such an update ``min_noise_multiplier`` and ``max_sample_rate`` bound what the ledger counts: half the noise
+    multiplier of the sum, and rate 1.
     """
 
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -118,6 +123,13 @@ class PolicySection(Section):
     max_evaluations_per_day: Annotated[int, Field(ge=0)] = 0
     min_test_examples: Annotated[int, Field(ge=1)] = 10
     require_secure_aggregation: bool = False
+    allow_distributed_noise: bool = False
+
+
+def counts_updates(policy: PolicySection) -> bool:
+    """Whether the owner's accountant bounds the epsilon of noisy updates: Renyi divergences alone are known of them."""
+    kind: str = ACCOUNTANTS.made(policy.accountant).kind
+    return kind == "rdp"
 
 
 class WorkerSection(Section):
@@ -219,6 +231,9 @@ def _check(node: NodeConfig) -> None:
     if policy.max_epsilon is not None and policy.allow_non_private:
         remedy = "no ceiling holds over runs without privacy; remove it, or allow_non_private"
         raise InputError("policy.max_epsilon", policy.max_epsilon, remedy)
+    if policy.allow_distributed_noise and not counts_updates(policy):
+        remedy = "has no bound for noise that nodes add to sums; use rdp, or remove allow_distributed_noise"
+        raise InputError("policy.accountant", policy.accountant, remedy)
     for number, entry in enumerate(policy.models):
         _check_model(entry, f"policy.models.{number}", [other.name for other in policy.models[:number]])
     found = find_path(data.path, "data.path")

@@ -10,7 +10,7 @@ from fedlora.config import SERVER, Config, ServerSection
 from fedlora.errors import InputError, PolicyError
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.node_ledger import NodeLedger
-from fedlora.node.policy import admitted_model, check_policy
+from fedlora.node.policy import Release, admitted_model, check_policy, update_charge
 from fedlora.privacy import PrivacyPlan
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.tasks import get_task
@@ -114,5 +114,9 @@ class LocalNode:
         if policy.require_secure_aggregation and not run.server.secure_aggregation:
             raise PolicyError("require_secure_aggregation", True, "server.secure_aggregation = false")
         plan = mechanism_of(run).plan(run, examples, units)
-        check_policy(policy, plan, run.privacy.mode)
+        check_policy(policy, run, plan, self.update_charge(run))
         return plan
+
+    def update_charge(self, run: Config) -> Release | None:
+        """Return what a noisy update of a run adds to the ledger (:func:`~fedlora.node.policy.update_charge`)."""
+        return update_charge(self.config.policy, run)

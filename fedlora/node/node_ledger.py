@@ -6,13 +6,14 @@ exactly the steps that were begun. No step begins that would exceed the owner's 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ CREATE TABLE IF NOT EXISTS seals (of TEXT PRIMARY KEY, digest TEXT NOT NULL);
 # An older ledger lacks this table or these columns, which are then added.
 _DESCRIBES = "CREATE TABLE IF NOT EXISTS describes (number INTEGER PRIMARY KEY, at REAL NOT NULL)"
 _ASKED = "ALTER TABLE describes ADD COLUMN asked TEXT NOT NULL DEFAULT 'describe'"
-_CONFIG = "ALTER TABLE runs ADD COLUMN config TEXT"
+_OF_RUNS = ("config", "name")
 _UNITS = (
     "ALTER TABLE charges ADD COLUMN group_size INTEGER NOT NULL DEFAULT 1",
     "ALTER TABLE charges ADD COLUMN unit TEXT NOT NULL DEFAULT ''",
@@ -71,19 +72,29 @@ class Served:
     Attributes
     ----------
     federation : str
+    name : str
+        What its server calls the run; "" where a ledger of an earlier version does not say.
     rounds : int
         The last round, or exchange, that was begun here.
     steps : int
+        Training steps, or updates with noise, that were charged.
     epsilon : float
         Of its steps alone.
+    total : float
+        Epsilon of its steps and those of all federations before it.
+    left : float or None
+        What is left of the owner's ceiling after these; None where there is none.
     described_at, begun_at : str or None
         When a server first described it, and when its last round began, in UTC; None where no round did.
     """
 
     federation: str
+    name: str
     rounds: int
     steps: int
     epsilon: float
+    total: float
+    left: float | None
     described_at: str
     begun_at: str | None
 
@@ -148,8 +159,10 @@ class NodeLedger:
                 database.execute(_DESCRIBES)
             if "asked" not in _columns(database, "describes"):
                 database.execute(_ASKED)
-            if "config" not in _columns(database, "runs"):
-                database.execute(_CONFIG)
+            known = _columns(database, "runs")
+            for column in _OF_RUNS:
+                if column not in known:
+                    database.execute(f"ALTER TABLE runs ADD COLUMN {column} TEXT")
             if "unit" not in _columns(database, "charges"):
                 for added in _UNITS:
                     database.execute(added)
@@ -204,7 +217,9 @@ class NodeLedger:
         if count >= most:
             raise PolicyError(key, most, "more")
 
-    def register(self, federation: str, run: str, label_names: list[str] | None, config: str = "") -> None:
+    def register(
+        self, federation: str, run: str, label_names: list[str] | None, config: str = "", name: str = ""
+    ) -> None:
         """Record a run that a server describes; this ends an earlier run of the same federation.
 
         If there are many runs that never took a step, the oldest of them are deleted.
@@ -215,6 +230,8 @@ class NodeLedger:
         label_names : list of str, optional
         config : str
             A digest of the run's config. Later messages must come with the same config.
+        name : str
+            What the server calls the run, for the owner to read.
 
         Raises
         ------
@@ -223,7 +240,7 @@ class NodeLedger:
         InputError
             If the names are longer than those of any honest server.
         """
-        if max(len(federation), len(run)) > _LONGEST_NAME or len(json.dumps(label_names)) > _LONGEST_LABELS:
+        if max(len(federation), len(run), len(name)) > _LONGEST_NAME or len(json.dumps(label_names)) > _LONGEST_LABELS:
             raise InputError("label-names", federation[:_LONGEST_NAME], "names are too long")
         with self._transaction() as database:
             database.execute(
@@ -232,9 +249,9 @@ class NodeLedger:
                 (_IDLE_RUNS,),
             )
             database.execute(
-                "INSERT INTO runs (run, federation, label_names, config) VALUES (?, ?, ?, ?) "
+                "INSERT INTO runs (run, federation, label_names, config, name) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (run) DO UPDATE SET config = excluded.config WHERE config IS NULL",
-                (run, federation, json.dumps(label_names), config),
+                (run, federation, json.dumps(label_names), config, name),
             )
             _seal(database, "runs", _sealing(database, "runs"))
             _check_newest(database, federation, run)
@@ -292,15 +309,18 @@ class NodeLedger:
         """Return what every federation was given, in the order in which they were first described."""
         with self._transaction() as database:
             rows = database.execute(
-                "SELECT federation, MAX(last_round), MIN(described_at), "
+                "SELECT federation, MAX(name), MAX(last_round), MIN(described_at), "
                 "(SELECT MAX(begun_at) FROM charges WHERE charges.federation = runs.federation) "
                 "FROM runs GROUP BY federation ORDER BY MIN(number)"
             ).fetchall()
-        found = []
-        for federation, rounds, described, begun in rows:
+        found: list[Served] = []
+        so_far: list[Steps] = []
+        for federation, name, rounds, described, begun in rows:
             history = self.history(federation)
-            steps = sum(entry[2] for entry in history)
-            found.append(Served(federation, int(rounds), steps, self._epsilon(history), described, begun))
+            so_far += history
+            steps, total = sum(entry[2] for entry in history), self._epsilon(so_far)
+            numbers = int(rounds), steps, self._epsilon(history), total, self._left(total)
+            found.append(Served(federation, name or "", *numbers, described, begun))
         return found
 
     def steps(self) -> int:
@@ -313,8 +333,41 @@ class NodeLedger:
 
     def left(self) -> float | None:
         """Return what is left of the owner's ceiling; None if there is no ceiling."""
+        return self._left(self.epsilon())
+
+    def _left(self, spent: float) -> float | None:
         ceiling = self.policy.max_epsilon
-        return None if ceiling is None else max(0.0, ceiling - self.epsilon())
+        return None if ceiling is None else max(0.0, ceiling - spent)
+
+    def back_up(self, target: Path) -> None:
+        """Write a copy of the ledger as it is at one moment, also while the node is running.
+
+        Parameters
+        ----------
+        target : Path
+            Must not exist; only its owner can read it.
+
+        Raises
+        ------
+        InputError
+            If the ledger is damaged, or the file exists or cannot be written.
+        """
+        self._check()
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "exists already")
+            os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with self._open() as ledger, closing(sqlite3.connect(partial)) as copy:
+                ledger.backup(copy)
+            os.replace(partial, target)
+        except (OSError, sqlite3.Error) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise InputError(
+                "FILE", str(target), f"cannot hold a copy of the ledger ({why}); name a new file"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def check_budget(
         self, federation: str, plan: PrivacyPlan | None, steps: int, also: Sequence[tuple[float, float, int]] = ()

@@ -7,38 +7,65 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedlora.assets import find_asset, is_asset
-from fedlora.config import ModelSection
+from fedlora.config import Config, ModelSection
 from fedlora.errors import InputError, PolicyError
-from fedlora.node.config import PolicySection
+from fedlora.node.config import PolicySection, counts_updates
 from fedlora.privacy import PrivacyPlan
+from fedlora.privacy.mechanisms import mechanism_of
+
+Release = tuple[float, float, int]
+"""Noise multiplier, sample rate and number of steps, as a ledger holds them."""
 
 
-def check_policy(policy: PolicySection, plan: PrivacyPlan | None, mode: str = "none") -> None:
+def update_charge(policy: PolicySection, run: Config) -> Release | None:
+    """Return what a noisy update of a run adds to the owner's ledger; None where none leaves, or it cannot be counted.
+
+    Notes
+    -----
+    A run of mode client compares an update with zeros. The ledger compares the owner's file with and without one
+    example, or one person. That moves a clipped update by up to two clipping norms, so the noise counts half.
+    """
+    noise = mechanism_of(run).update_noise(run)
+    if noise is None or not counts_updates(policy) or (_shares_noise(run) and not policy.allow_distributed_noise):
+        return None
+    return noise / 2, 1.0, 1
+
+
+def _shares_noise(run: Config) -> bool:
+    """Whether each client adds a share of a noise that the others complete."""
+    return run.privacy.noise == "distributed" and mechanism_of(run).update_noise(run) is not None
+
+
+def check_policy(policy: PolicySection, run: Config, plan: PrivacyPlan | None, update: Release | None = None) -> None:
     """Refuse a run whose privacy is weaker than the owner accepts. The ledger enforces the ceiling.
 
     Parameters
     ----------
     policy : PolicySection
+    run : Config
     plan : PrivacyPlan, optional
-        The run's privacy for this node's number of examples; None where the node adds no noise.
-    mode : str
-        ``privacy.mode`` of the run.
+        The DP-SGD of the run for this node's number of examples, if any.
+    update : Release, optional
+        A noisy update, by :func:`update_charge`.
 
     Raises
     ------
     PolicyError
         With the owner's key, its value, and the run's value.
     """
-    if plan is None:
-        if not policy.allow_non_private:
-            raise PolicyError("allow_non_private", False, f"privacy.mode = {mode}")
-        return
     # A start made from the owner's examples releases information about them, as a step does.
-    noise = min([plan.noise_multiplier, *(sigma for sigma, _, _ in plan.start)])
-    rate = max([plan.sample_rate, *(rate for _, rate, _ in plan.start)])
+    steps = [] if plan is None else [plan.charged(1), *plan.start]
+    released = steps if update is None else [*steps, update]
+    if not released:
+        if policy.allow_non_private:
+            return
+        if _shares_noise(run):
+            raise PolicyError("allow_distributed_noise", False, f"privacy.noise = {run.privacy.noise}")
+        raise PolicyError("allow_non_private", False, f"privacy.mode = {run.privacy.mode}")
+    noise, rate = min(entry[0] for entry in released), max(entry[1] for entry in released)
     if policy.min_noise_multiplier is not None and noise < policy.min_noise_multiplier:
         raise PolicyError("min_noise_multiplier", policy.min_noise_multiplier, noise)
-    if policy.max_grad_norm is not None and plan.max_grad_norm > policy.max_grad_norm:
+    if policy.max_grad_norm is not None and plan is not None and plan.max_grad_norm > policy.max_grad_norm:
         raise PolicyError("max_grad_norm", policy.max_grad_norm, plan.max_grad_norm)
     if policy.max_sample_rate is not None and rate > policy.max_sample_rate:
         raise PolicyError("max_sample_rate", policy.max_sample_rate, rate)

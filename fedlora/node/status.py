@@ -57,17 +57,12 @@ def node_status(config: NodeConfig) -> NodeStatus:
     InputError
         If there is no ledger yet, it is damaged, or its steps protect another unit than the owner's file says.
     """
-    path = config.directory / "ledger.sqlite"
-    if not path.is_file():
-        remedy = "holds no ledger: the node has not been asked by a run yet, or state.directory is another"
-        raise InputError("state.directory", str(config.directory), remedy)
-    policy, unit = config.policy, config.data.unit
-    ledger = NodeLedger(config.directory, policy, unit)
+    policy, unit, ledger = config.policy, config.data.unit, open_ledger(config)
     ledger.check_unit()
     return NodeStatus(
         name=config.name,
         data=config.data.path,
-        ledger=str(path),
+        ledger=str(ledger.path),
         unit="one example" if unit is None else f"one person ({unit}) with all its rows",
         epsilon=ledger.epsilon(),
         max_epsilon=policy.max_epsilon,
@@ -77,3 +72,17 @@ def node_status(config: NodeConfig) -> NodeStatus:
         steps=ledger.steps(),
         runs=ledger.served(),
     )
+
+
+def open_ledger(config: NodeConfig) -> NodeLedger:
+    """Open the ledger that a node has.
+
+    Raises
+    ------
+    InputError
+        If there is none yet, or it is damaged.
+    """
+    if not (config.directory / "ledger.sqlite").is_file():
+        remedy = "holds no ledger: the node has not been asked by a run yet, or state.directory is another"
+        raise InputError("state.directory", str(config.directory), remedy)
+    return NodeLedger(config.directory, config.policy, config.data.unit)

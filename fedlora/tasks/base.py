@@ -207,6 +207,10 @@ class Task(ABC):
         """Return a label as numbers, by the number of each class."""
         return index[label]
 
+    def named(self, label: Any, names: Sequence[str]) -> Any:
+        """Undo :meth:`number`: return a label as the names of its classes."""
+        return names[label]
+
     def label_array(self, labels: list[Any]) -> np.ndarray | None:
         """Return the numbers of all examples' labels, [rows] or [rows, labels]; None where tokens have the labels."""
         return np.array(labels, np.int64)

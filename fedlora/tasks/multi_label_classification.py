@@ -47,6 +47,10 @@ class MultiLabelClassification(TextTask):
         named = {index[name] for name in label}
         return [float(number in named) for number in range(len(index))]
 
+    def named(self, label: Any, names: Sequence[str]) -> list[str]:
+        """Return the classes of which the number is 1."""
+        return [name for name, number in zip(names, label, strict=True) if number]
+
     def label_array(self, labels: list[Any]) -> np.ndarray:
         """Return 0 or 1, float32 [rows, classes]."""
         return np.array(labels, np.float32)

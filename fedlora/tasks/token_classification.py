@@ -69,6 +69,10 @@ class TokenClassification(Task):
         """Return the number of each tag."""
         return [index[tag] for tag in label]
 
+    def named(self, label: Any, names: Sequence[str]) -> list[str]:
+        """Return each tag."""
+        return [names[number] for number in label]
+
     def label_array(self, labels: list[Any]) -> None:
         """Return nothing: tokens have the labels."""
 

@@ -18,6 +18,7 @@ import tomli_w
 
 from fedlora.deployment import keys
 from fedlora.deployment.control import ONLINE, Server
+from fedlora.deployment.processes import free_ports
 
 ROOT = Path(__file__).parents[2]
 NAME = "trial"
@@ -25,9 +26,7 @@ NAME = "trial"
 
 def free_port() -> int:
     """Return a port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -193,13 +192,18 @@ class Federation:
 
     def left(self) -> list[str]:
         """Command lines of what is still there."""
-        return [line for pid, line, env in _processes() if str(self.folder) in line + env and pid != os.getpid()]
+        return left_of(self.folder)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> Path:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(tomli_w.dumps(content), encoding="utf-8")
         return path
+
+
+def left_of(folder: Path) -> list[str]:
+    """Command lines of the processes, beside this one, that name a folder there or in their environment."""
+    return [line for pid, line, env in _processes() if str(folder) in line + env and pid != os.getpid()]
 
 
 def _processes() -> Iterator[tuple[int, str, str]]:

@@ -46,6 +46,19 @@ def test_a_key_that_was_never_registered(federation: Federation) -> None:
     assert "the server does not know this key" in refused(federation, "stranger")
 
 
+def test_a_node_that_was_removed(federation: Federation) -> None:
+    (public,) = (path for path in keys.make_node_key(federation.folder / "keys", "former") if path.suffix == ".pub")
+    for _ in range(2):  # name and key are free again
+        assert fedlora("keys", "register", public, "--on", NAME).code == 0
+        done = fedlora("keys", "unregister", "former", "--on", NAME)
+        assert (done.code, done.out) == (0, f"former is no longer registered on {NAME}\n")
+        assert "the server does not know this key" in refused(federation, "former")
+    again = fedlora("keys", "unregister", "former", "--on", NAME)
+    assert again.code == 2
+    assert "NAME = 'former': is no registered node of 127.0.0.1:" in again.err
+    assert "east" in again.err
+
+
 @pytest.mark.federation
 def test_a_key_that_another_node_uses(federation: Federation) -> None:
     line = refused(federation, "twin", private_key="keys/east.key")

@@ -301,6 +301,24 @@ def test_a_ledger_that_cannot_be_written_stops_the_node(tmp_path: Path, monkeypa
         take(NodeLedger(tmp_path, POLICY), "a", 2, 3, plan())
 
 
+def test_a_copy_is_whole_whenever_it_is_made(tmp_path: Path) -> None:
+    ledger, copy = NodeLedger(tmp_path / "state", POLICY), tmp_path / "copy" / "ledger.sqlite"
+    copy.parent.mkdir()
+    ledger.register("f", "1", None)
+    with ledger.round("f", "1", 1, plan(), 3) as charge:
+        charge.step()
+        ledger.back_up(copy)  # the round goes on
+        charge.step()
+    assert NodeLedger(copy.parent, POLICY).steps() == 1
+    assert NodeLedger(tmp_path / "state", POLICY).steps() == 2
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    with pytest.raises(InputError, match=r"FILE = .*exists already"):
+        ledger.back_up(copy)
+    with pytest.raises(InputError, match=r"FILE = .*cannot hold a copy"):
+        ledger.back_up(tmp_path / "nowhere" / "ledger.sqlite")
+    assert sorted(path.name for path in copy.parent.iterdir() if path.name.startswith(".")) == []
+
+
 def test_the_ledger_is_its_owners_alone(tmp_path: Path) -> None:
     take(NodeLedger(tmp_path / "new", POLICY), "a", 1, 3, plan())
     paths = [tmp_path / "new", *(tmp_path / "new").iterdir()]

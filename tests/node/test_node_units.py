@@ -141,16 +141,24 @@ def test_an_owner_sees_the_runs_and_what_is_spent_and_left(tmp_path: Path, cache
     with pytest.raises(InputError, match="holds no ledger"):
         node_status(load_node(file))
     ledger = LocalNode.open(file).ledger
-    for run, federation, steps in (("1", "first", 3), ("2", "second", 0), ("3", "first", 2)):
-        ledger.register(federation, run, None)
+    for run, federation, steps in (("1", "first", 3), ("2", "second", 0), ("3", "first", 2), ("4", "third", 6)):
+        ledger.register(federation, run, None, name=f"{federation}-run")
         if steps:
             with ledger.round(federation, run, 1, tiny.plan(sigma=5.0, rate=0.1), steps) as charge:
                 for _ in range(steps):
                     charge.step()
     found = node_status(load_node(file))
-    assert [(one.federation, one.rounds, one.steps) for one in found.runs] == [("first", 1, 5), ("second", 0, 0)]
-    exact = spent_epsilon("rdp", 1e-3, ((5.0, 0.1, 5),))
-    assert found.epsilon == found.runs[0].epsilon == pytest.approx(exact)
+    served = [(one.federation, one.name, one.rounds, one.steps) for one in found.runs]
+    assert served == [
+        ("first", "first-run", 1, 5), ("second", "second-run", 0, 0), ("third", "third-run", 1, 6),
+    ]  # fmt: skip
+    exact, third, first = (spent_epsilon("rdp", 1e-3, ((5.0, 0.1, steps),)) for steps in (11, 6, 5))
+    assert [one.epsilon for one in found.runs] == pytest.approx([first, 0.0, third])
+    # Epsilons do not add up: all steps together have one.
+    assert [one.total for one in found.runs] == pytest.approx([first, first, exact])
+    assert [one.left for one in found.runs] == pytest.approx([4.0 - first, 4.0 - first, 4.0 - exact])
+    assert exact < first + third
+    assert found.epsilon == pytest.approx(exact)
     assert found.left == pytest.approx(4.0 - exact)
     assert found.runs[1].begun_at is None
     done = fedlora("node", "status", file, "--json")
@@ -159,6 +167,10 @@ def test_an_owner_sees_the_runs_and_what_is_spent_and_left(tmp_path: Path, cache
     shown = fedlora("node", "status", file).out
     assert f"left      {4.0 - exact:.6g} of 4\n" in shown
     assert "one example" in shown
+    assert [line.split()[-3:] for line in shown.splitlines() if line.startswith(("first-run", "third-run"))] == [
+        [f"{first:.4g}", f"{first:.4g}", f"{4.0 - first:.4g}"],
+        [f"{third:.4g}", f"{exact:.4g}", f"{4.0 - exact:.4g}"],
+    ]
     missing = fedlora("node", "status", tmp_path / "none.toml")
     assert missing.code == 2
     assert len(missing.err.strip().splitlines()) == 1

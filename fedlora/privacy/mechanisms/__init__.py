@@ -118,6 +118,10 @@ class Mechanism(ABC):
         """
         return None
 
+    def update_noise(self, config: Config) -> float | None:
+        """Return the noise multiplier of a sum into which a client's update goes; None unless clients add its noise."""
+        return None
+
 
 def get_mechanism(name: str) -> Mechanism:
     """Return the mechanism of a name.

@@ -89,6 +89,10 @@ class Client(Mechanism):
         """Calibrate the noise of the whole run."""
         return plan_server(config, clients)
 
+    def update_noise(self, config: Config) -> float | None:
+        """Return that of the plan, which does not depend on how many clients there are."""
+        return None if config.privacy.noise == "central" else self.server_plan(config, 1).noise_multiplier
+
     def noisy_sum(self, config: Config, size: int, asked: int, promised: int) -> NoisySum | None:
         """Divide the noise by the fewest clients whose sum is made, so that drop-outs never lower it below the plan."""
         if config.privacy.noise == "central":
