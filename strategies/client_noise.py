@@ -16,6 +16,7 @@ from fedlora import entropy
 from fedlora.arrays import Arrays
 from fedlora.config import Config
 from fedlora.errors import BudgetError
+from fedlora.privacy.banded import BandedNoise, band_coefficients
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
 from fedlora.privacy.discrete_gaussian import NoisySum
 from fedlora.privacy.mechanisms import mechanism_of
@@ -42,6 +43,8 @@ class ClientNoise:
         Noisy sums that were released so far.
     by_clients : bool
         Whether clients clip and add noise themselves, under secure sums.
+    bands : int
+        Releases over which the noise is correlated, and groups of clients, which take turns.
     """
 
     def __init__(self, config: Config) -> None:
@@ -49,6 +52,8 @@ class ClientNoise:
         self.norm, self.releases = config.privacy.clipping_norm, 0
         self.plan: ServerPlan | None = None
         self.by_clients = self.active and config.privacy.noise != "central"
+        self.bands = mechanism_of(config).bands(config) if self.active else 1
+        self._banded = BandedNoise(band_coefficients(self.bands, config.run.rounds))
         self._clients, self._secret = 0, False
         self._spent: dict[float, int] = {}  # releases by noise multiplier, where clients add the noise
 
@@ -71,6 +76,19 @@ class ClientNoise:
             self.plan = mechanism_of(self.config).server_plan(self.config, clients)
             self._clients, self._secret = clients, secret
 
+    def turn(self, server_round: int) -> int:
+        """Return the number of the release that a round makes, from 0; before a run, as if no round were repeated."""
+        return self.releases if self.plan is not None else max(0, server_round - 1)
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The first column of the matrix by which the noise is correlated (:mod:`fedlora.privacy.banded`)."""
+        return self._banded.coefficients
+
+    def group_rate(self, fraction: float) -> float:
+        """Return the share of the clients whose turn it is that a round asks, for a fraction of all clients."""
+        return self.config.privacy.group_rate(fraction) if self.bands > 1 else fraction
+
     def check(self, releases: int) -> None:
         """Refuse releases that a target does not cover: repeated rounds may use up what is meant for the last ones.
 
@@ -89,13 +107,16 @@ class ClientNoise:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
         spent = {"spent": list(self._spent.items())} if self.by_clients else {}
-        return {"releases": self.releases, "norm": self.norm, **spent} if self.active else {}
+        banded = self._banded.state_dict() if self.bands > 1 else {}
+        return {"releases": self.releases, "norm": self.norm, **spent, **banded} if self.active else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         if state:
             self.releases, self.norm = int(state["releases"]), float(state["norm"])
             self._spent = {float(sigma): int(count) for sigma, count in state.get("spent", ())}
+            if self.bands > 1:
+                self._banded.load_state_dict(state)
 
     def release(self, total: torch.Tensor, unclipped: int, counted: int) -> torch.Tensor:
         """Return the noisy mean of clipped updates, and let the clipping norm follow them.
@@ -110,9 +131,9 @@ class ClientNoise:
         plan = self.plan
         assert plan is not None
         # The expected number is public, where that of the drawn clients would tell who was drawn.
-        expected = plan.sample_rate * self._clients
+        expected = plan.expected(self._clients)
         noise = self._normal(len(total) + 1)
-        total = total + plan.update_noise_multiplier * self.norm * noise[1:]
+        total = total + plan.update_noise_multiplier * self.norm * self._banded.next(noise[1:])
         self.releases += 1
         if self.config.privacy.adaptive_clipping:
             # Counted from the middle, a client changes the sum by 1/2 at most.
@@ -135,10 +156,11 @@ class ClientNoise:
         """Return what the run has spent, by the columns of privacy.csv."""
         plan = self.plan
         assert plan is not None
-        released = self._spent if self.by_clients else {plan.noise_multiplier: self.releases}
+        charged = plan.charged(self.releases)
+        released = self._spent if self.by_clients else {plan.noise_multiplier: charged}
         spent = tuple((sigma, plan.sample_rate, count) for sigma, count in released.items())
         return {
-            "steps": 1,
+            "steps": charged - plan.charged(self.releases - 1),
             "sample_rate": plan.sample_rate,
             "noise_multiplier": next(reversed(released)),
             "epsilon": spent_epsilon(plan.accountant, plan.delta, spent),
