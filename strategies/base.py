@@ -625,8 +625,9 @@ class FederatedStrategy(Method, Strategy):
         if self.attempt:
             # Accountants of sampled clients assume that each release drew its own.
             seed = int(np.random.SeedSequence([seed, self.attempt]).generate_state(1)[0])
-        there = whose_turn(self.nodes, self.noise.turn(server_round), self.noise.bands)
-        fraction = min(1.0, self.noise.group_rate(server.fraction_train) * server.over_sampling)
+        privacy = self.config.privacy
+        there = whose_turn(self.nodes, self.noise.turn(server_round), privacy.groups)
+        fraction = min(1.0, privacy.group_rate(server.fraction_train) * server.over_sampling)
         return get_sampling(server.sampling).sample(there, server_round, seed, fraction)
 
     def in_turn(self, server_round: int, clients: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from fedlora import entropy
 from fedlora.arrays import Arrays
 from fedlora.config import Config
-from fedlora.errors import BudgetError
+from fedlora.errors import BudgetError, InputError
 from fedlora.privacy.banded import BandedNoise, band_coefficients
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
 from fedlora.privacy.discrete_gaussian import NoisySum
@@ -43,8 +43,6 @@ class ClientNoise:
         Noisy sums that were released so far.
     by_clients : bool
         Whether clients clip and add noise themselves, under secure sums.
-    bands : int
-        Releases over which the noise is correlated, and groups of clients, which take turns.
     """
 
     def __init__(self, config: Config) -> None:
@@ -52,8 +50,7 @@ class ClientNoise:
         self.norm, self.releases = config.privacy.clipping_norm, 0
         self.plan: ServerPlan | None = None
         self.by_clients = self.active and config.privacy.noise != "central"
-        self.bands = mechanism_of(config).bands(config) if self.active else 1
-        self._banded = BandedNoise(band_coefficients(self.bands, config.run.rounds))
+        self._banded = BandedNoise(band_coefficients(config.privacy.groups, config.run.rounds))
         self._clients, self._secret = 0, False
         self._spent: dict[float, int] = {}  # releases by noise multiplier, where clients add the noise
 
@@ -74,6 +71,9 @@ class ClientNoise:
         """
         if self.active:
             self.plan = mechanism_of(self.config).server_plan(self.config, clients)
+            if self.plan is not None and self.plan.bands != self.config.privacy.groups:
+                remedy = "is not what the mechanism accounts for; set it to"
+                raise InputError("privacy.bands", self.config.privacy.bands, f"{remedy} {self.plan.bands}")
             self._clients, self._secret = clients, secret
 
     def turn(self, server_round: int) -> int:
@@ -84,10 +84,6 @@ class ClientNoise:
     def coefficients(self) -> tuple[float, ...]:
         """The first column of the matrix by which the noise is correlated (:mod:`fedlora.privacy.banded`)."""
         return self._banded.coefficients
-
-    def group_rate(self, fraction: float) -> float:
-        """Return the share of the clients whose turn it is that a round asks, for a fraction of all clients."""
-        return self.config.privacy.group_rate(fraction) if self.bands > 1 else fraction
 
     def check(self, releases: int) -> None:
         """Refuse releases that a target does not cover: repeated rounds may use up what is meant for the last ones.
@@ -107,7 +103,7 @@ class ClientNoise:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
         spent = {"spent": list(self._spent.items())} if self.by_clients else {}
-        banded = self._banded.state_dict() if self.bands > 1 else {}
+        banded = self._banded.state_dict() if self.config.privacy.groups > 1 else {}
         return {"releases": self.releases, "norm": self.norm, **spent, **banded} if self.active else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,7 +111,7 @@ class ClientNoise:
         if state:
             self.releases, self.norm = int(state["releases"]), float(state["norm"])
             self._spent = {float(sigma): int(count) for sigma, count in state.get("spent", ())}
-            if self.bands > 1:
+            if self.config.privacy.groups > 1:
                 self._banded.load_state_dict(state)
 
     def release(self, total: torch.Tensor, unclipped: int, counted: int) -> torch.Tensor:

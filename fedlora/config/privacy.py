@@ -124,11 +124,16 @@ class PrivacySection(Section):
         """Most examples of a protected unit that enter a step by themselves."""
         return self.group_cap or 1
 
+    @property
+    def groups(self) -> int:
+        """How many groups of clients take turns: as many as the server's noise has bands, and 1 where it adds none."""
+        return self.bands if MECHANISMS.get(self.mode).noise_by == "server" else 1
+
     def group_rate(self, fraction: float) -> float:
-        """Return the share of the round's group that is asked, where it is a fraction of all clients."""
-        rate = fraction * self.bands
+        """Return the share that is asked of the group whose turn it is, where it is a fraction of all clients."""
+        rate = fraction * self.groups
         # A third is written with a few digits.
-        return 1.0 if self.bands > 1 and math.isclose(rate, 1.0, rel_tol=1e-5) else rate
+        return 1.0 if self.groups > 1 and math.isclose(rate, 1.0, rel_tol=1e-5) else rate
 
     def of_examples(self) -> PrivacySection:
         """Return of this section what decides which examples are read and held out, and who trains on them."""

@@ -145,7 +145,7 @@ def compare_bands(config: Config, clients: int) -> list[BandNoise]:
         By rising bands, each with Poisson sampling, as far as they are possible. Empty where noise is not correlated,
         or there is no epsilon to compare at.
     """
-    own = mechanism_of(config).bands(config)
+    own = config.privacy.groups
     if own == 1 or config.privacy.target_epsilon is None:
         return []
     found = []

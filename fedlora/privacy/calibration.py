@@ -291,12 +291,13 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
     if privacy.target_delta >= 1 / clients:
         remedy = f"must be below 1 / N = {1 / clients:.3g} for {clients} clients; lower it"
         raise InputError("privacy.target_delta", privacy.target_delta, remedy)
-    if privacy.bands > clients:
+    bands = privacy.groups
+    if bands > clients:
         remedy = f"divides {clients} clients into more groups than there are clients; lower it"
         raise InputError("privacy.bands", privacy.bands, remedy)
     rate = privacy.group_rate(float(config.server.fraction_train))
     releases = sum(len(method.exchanges_of(config, r)) for r in range(config.run.rounds + 1))
-    sigma = _noise(privacy, rate, -(-releases // privacy.bands))
+    sigma = _noise(privacy, rate, -(-releases // bands))
     updates, count = sigma, 0.0
     if privacy.adaptive_clipping:
         count = COUNT_NOISE * rate * clients
@@ -307,7 +308,7 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
         updates = (sigma**-2 - (2 * count) ** -2) ** -0.5 if sigma else 0.0
         count = count if sigma else 0.0
     delta, accountant = privacy.target_delta, privacy.accountant
-    return ServerPlan(rate, sigma, updates, count, releases, delta, accountant, privacy.bands)
+    return ServerPlan(rate, sigma, updates, count, releases, delta, accountant, bands)
 
 
 @lru_cache(maxsize=65536)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 
-from fedlora.config import Config, load_config
+from fedlora.config import Config, load_config, unused_keys
 from fedlora.errors import InputError
 from fedlora.privacy.banded import BandedNoise, band_advice, band_coefficients, compare_bands, prefix_error
 from fedlora.privacy.mechanisms import mechanism_of
@@ -164,6 +166,16 @@ def test_at_equal_epsilon_correlated_noise_is_less_where_epsilon_is_not_small(ep
     assert ten.model_noise == pytest.approx(ten.noise_multiplier * prefix_error(band_coefficients(10, 200), 200) / 50)
 
 
+def test_the_guide_has_these_figures() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "privacy.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([\d. |]+) \|$", guide, re.MULTILINE)
+    assert [epsilon for epsilon, _ in rows] == ["1", "3", "8"]
+    for epsilon, told in rows:
+        for bands, figure in zip((1, 2, 5, 10, 20), told.split(" | "), strict=True):
+            own = compare_bands(config(max(2, bands), 200, privacy={"target_epsilon": float(epsilon)}), 1000)
+            assert f"{next(one.model_noise for one in own if one.bands == bands):.3f}" == figure
+
+
 def test_nothing_is_compared_without_bands_or_without_an_epsilon_to_compare_at() -> None:
     assert compare_bands(config(1), 100) == []
     assert compare_bands(config(4, privacy={"target_epsilon": None, "noise_multiplier": 1.0}), 100) == []
@@ -206,7 +218,13 @@ def test_server_optimizers_that_sum_the_means_are_taken() -> None:
     for name in SERVER_OPTIMIZERS.names():
         kind = SERVER_OPTIMIZERS.get(name)
         if kind.linear or not kind.stateful:
-            assert mechanism_of(config(server={"optimizer": name})).bands(config()) == 4
+            assert config(server={"optimizer": name}).privacy.groups == 4
+
+
+def test_bands_divide_clients_where_the_server_adds_noise_alone() -> None:
+    example = load_config(override("privacy", {"mode": "example", "target_epsilon": 8.0, "bands": 4}))
+    assert (example.privacy.groups, example.privacy.group_rate(0.3)) == (1, 0.3)
+    assert "privacy.bands is not used: privacy.mode is example" in unused_keys(example)
 
 
 def test_more_groups_than_clients_are_refused() -> None:

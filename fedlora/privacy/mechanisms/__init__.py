@@ -100,10 +100,6 @@ class Mechanism(ABC):
         """
         return None
 
-    def bands(self, config: Config) -> int:
-        """Return over how many releases the server's noise is correlated, and how many groups of clients take turns."""
-        return 1
-
     def noisy_sum(self, config: Config, size: int, asked: int, promised: int) -> NoisySum | None:
         """Return how clients clip and noise what they send to a secure sum; None where they do not, the default.
 

@@ -128,10 +128,6 @@ class Client(Mechanism):
         """Calibrate the noise of the whole run."""
         return plan_server(config, clients)
 
-    def bands(self, config: Config) -> int:
-        """Return ``privacy.bands``."""
-        return config.privacy.bands
-
     def noisy_sum(self, config: Config, size: int, asked: int, promised: int) -> NoisySum | None:
         """Divide the noise by the fewest clients whose sum is made, so that drop-outs never lower it below the plan."""
         if config.privacy.noise == "central":
