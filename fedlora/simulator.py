@@ -23,6 +23,7 @@ from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.errors import InputError
 from fedlora.models import load_base
 from fedlora.notebook import shown
+from fedlora.privacy.banded import band_advice, compare_bands
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.privacy.units import compare_units, unit_advice
@@ -161,8 +162,9 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
         longest, units = int(tokens.train.lengths.max()), config.privacy.samples_units
         log.info(_ghost_norms(choose_ghost_norms(skeleton, names, longest, units)))
-    if advice := unit_advice(compare_units(config, tokens.typical_units())):
-        tokens.notes.append(advice)
+    advice = unit_advice(compare_units(config, tokens.typical_units()))
+    advice = advice or band_advice(compare_bands(config, len(tokens.partition)))
+    tokens.notes += [advice] if advice else []
     counts = tokens.label_counts()
     folder.write_partition(tokens.client_names, tokens.counted_names, counts.tolist())
     return tokens

@@ -40,7 +40,7 @@ from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.roles import FROZEN, HEAD, Exchange, Role, Roles, changing_kinds, kind_of, trained_kinds
 from fedlora.server.aggregators import aggregator_of
 from fedlora.server.optimizers import server_optimizer
-from fedlora.server.sampling import get_sampling
+from fedlora.server.sampling import get_sampling, whose_turn
 from fedlora.shared_base import shared_base
 from fedlora.strategies.aggregation import in_client_order, weighted_mean
 from fedlora.strategies.client_noise import ClientNoise, NoisyUpdates
@@ -625,8 +625,10 @@ class FederatedStrategy(Method, Strategy):
         if self.attempt:
             # Accountants of sampled clients assume that each release drew its own.
             seed = int(np.random.SeedSequence([seed, self.attempt]).generate_state(1)[0])
-        fraction = min(1.0, server.fraction_train * server.over_sampling)
-        return get_sampling(server.sampling).sample(self.nodes, server_round, seed, fraction)
+        privacy = self.config.privacy
+        there = whose_turn(self.nodes, self.noise.turn(server_round), privacy.groups)
+        fraction = min(1.0, privacy.group_rate(server.fraction_train) * server.over_sampling)
+        return get_sampling(server.sampling).sample(there, server_round, seed, fraction)
 
     def in_turn(self, server_round: int, clients: Sequence[int]) -> list[int]:
         """Return a round's clients in the order in which they are asked: drawn, where not all of them may count."""

@@ -15,7 +15,8 @@ import torch
 from fedlora import entropy
 from fedlora.arrays import Arrays
 from fedlora.config import Config
-from fedlora.errors import BudgetError
+from fedlora.errors import BudgetError, InputError
+from fedlora.privacy.banded import BandedNoise, band_coefficients
 from fedlora.privacy.calibration import ServerPlan, spent_epsilon
 from fedlora.privacy.discrete_gaussian import NoisySum
 from fedlora.privacy.mechanisms import mechanism_of
@@ -49,6 +50,7 @@ class ClientNoise:
         self.norm, self.releases = config.privacy.clipping_norm, 0
         self.plan: ServerPlan | None = None
         self.by_clients = self.active and config.privacy.noise != "central"
+        self._banded = BandedNoise(band_coefficients(config.privacy.groups, config.run.rounds))
         self._clients, self._secret = 0, False
         self._spent: dict[float, int] = {}  # releases by noise multiplier, where clients add the noise
 
@@ -69,7 +71,19 @@ class ClientNoise:
         """
         if self.active:
             self.plan = mechanism_of(self.config).server_plan(self.config, clients)
+            if self.plan is not None and self.plan.bands != self.config.privacy.groups:
+                remedy = "is not what the mechanism accounts for; set it to"
+                raise InputError("privacy.bands", self.config.privacy.bands, f"{remedy} {self.plan.bands}")
             self._clients, self._secret = clients, secret
+
+    def turn(self, server_round: int) -> int:
+        """Return the number of the release that a round makes, from 0; before a run, as if no round were repeated."""
+        return self.releases if self.plan is not None else max(0, server_round - 1)
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The first column of the matrix by which the noise is correlated (:mod:`fedlora.privacy.banded`)."""
+        return self._banded.coefficients
 
     def check(self, releases: int) -> None:
         """Refuse releases that a target does not cover: repeated rounds may use up what is meant for the last ones.
@@ -89,13 +103,16 @@ class ClientNoise:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
         spent = {"spent": list(self._spent.items())} if self.by_clients else {}
-        return {"releases": self.releases, "norm": self.norm, **spent} if self.active else {}
+        banded = self._banded.state_dict() if self.config.privacy.groups > 1 else {}
+        return {"releases": self.releases, "norm": self.norm, **spent, **banded} if self.active else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         if state:
             self.releases, self.norm = int(state["releases"]), float(state["norm"])
             self._spent = {float(sigma): int(count) for sigma, count in state.get("spent", ())}
+            if self.config.privacy.groups > 1:
+                self._banded.load_state_dict(state)
 
     def release(self, total: torch.Tensor, unclipped: int, counted: int) -> torch.Tensor:
         """Return the noisy mean of clipped updates, and let the clipping norm follow them.
@@ -110,9 +127,9 @@ class ClientNoise:
         plan = self.plan
         assert plan is not None
         # The expected number is public, where that of the drawn clients would tell who was drawn.
-        expected = plan.sample_rate * self._clients
+        expected = plan.expected(self._clients)
         noise = self._normal(len(total) + 1)
-        total = total + plan.update_noise_multiplier * self.norm * noise[1:]
+        total = total + plan.update_noise_multiplier * self.norm * self._banded.next(noise[1:])
         self.releases += 1
         if self.config.privacy.adaptive_clipping:
             # Counted from the middle, a client changes the sum by 1/2 at most.
@@ -135,10 +152,11 @@ class ClientNoise:
         """Return what the run has spent, by the columns of privacy.csv."""
         plan = self.plan
         assert plan is not None
-        released = self._spent if self.by_clients else {plan.noise_multiplier: self.releases}
+        charged = plan.charged(self.releases)
+        released = self._spent if self.by_clients else {plan.noise_multiplier: charged}
         spent = tuple((sigma, plan.sample_rate, count) for sigma, count in released.items())
         return {
-            "steps": 1,
+            "steps": charged - plan.charged(self.releases - 1),
             "sample_rate": plan.sample_rate,
             "noise_multiplier": next(reversed(released)),
             "epsilon": spent_epsilon(plan.accountant, plan.delta, spent),

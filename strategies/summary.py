@@ -68,7 +68,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
 
 
 def memory_notes(config: Config, numbers: int, bases: int, itemsize: int) -> list[str]:
-    """Say how many bytes each client keeps between rounds beside what its method leaves with it.
+    """Say how many bytes clients and server keep between rounds beside what the method leaves with them.
 
     Parameters
     ----------
@@ -93,6 +93,9 @@ def memory_notes(config: Config, numbers: int, bases: int, itemsize: int) -> lis
         # Those of its last round, and of before, to which a round that does not count goes back.
         size = (2 * numbers + bases) * itemsize
         notes.append(f"each client keeps up to {size:,} bytes between rounds: what the uplink's codec left out")
+    if (bands := config.privacy.groups) > 1:
+        size = (bands - 1) * numbers * 8  # in float64
+        notes.append(f"the server keeps up to {size:,} bytes between rounds: noise of the {bands - 1} rounds before")
     return notes
 
 

@@ -102,7 +102,7 @@ def _claim(config: Config, data: FederatedData) -> tuple[PrivacyPlan | ServerPla
     if mechanism.noise_by == "server":
         server = mechanism.server_plan(config, len(data.partition))
         assert server is not None
-        releases = (server.noise_multiplier, server.sample_rate, server.releases)
+        releases = (server.noise_multiplier, server.sample_rate, server.charged(server.releases))
         return server, spent_epsilon(privacy.accountant, privacy.target_delta, (releases,))
     sizes = data.drawn_sizes(privacy)
     smallest = int(np.argmin(sizes))

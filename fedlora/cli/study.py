@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedlora.errors import InputError
+from fedlora.privacy.banded import band_advice
 from fedlora.privacy.units import unit_advice
 from fedlora.study.forecast import Forecast, estimate_seconds, forecast_all
 from fedlora.study.plan import Plan, PlannedRun
@@ -152,8 +153,9 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     wide = Console(file=console.file, width=max(console.width, 250), color_system=None)
     wide.print(table)
     for name, one in forecasts.items():
-        if isinstance(one, Forecast) and one.unit_noise:
-            _say(console, f"{name}: {unit_advice(one.unit_noise)}")
+        if isinstance(one, Forecast):
+            for advice in filter(None, (unit_advice(one.unit_noise), band_advice(one.band_noise))):
+                _say(console, f"{name}: {advice}")
     if any(group.private for group in plan.groups):
         _say(console, "epsilon will not cover the tuning runs: they look at private data to choose")
     expected = [forecasts[run.folder] for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,8 @@ MAX_CLIP = 1e6
 
 MAX_GROUP = 1000
 """Examples of a unit for which a step's mixture of Gaussians is computed."""
+MAX_BANDS = 1000
+"""Rounds over which noise is correlated: the server keeps the noise of so many."""
 
 
 class PrivacySection(Section):
@@ -82,6 +85,13 @@ class PrivacySection(Section):
         description="With mode client, who adds the noise: the server, to the sum; each client its share of it, under "
         "server.secure_aggregation (distributed); or each client all of it (local), for comparison.",
     )
+    bands: Annotated[int, Field(ge=1, le=MAX_BANDS)] = Field(
+        default=1,
+        description="With mode client, over how many rounds the server's noise is correlated, so that much of it "
+        "cancels in the models (banded matrix factorisation, DP-FTRL); 1 draws it anew. Clients are divided into as "
+        "many groups, which take turns: fraction_train, of all clients, is 1 / bands at most.",
+        json_schema_extra={"unit": "rounds"},
+    )
     adaptive_clipping: bool = Field(
         default=False,
         description="With mode client, let the norm follow the clients' updates: after each round it moves towards the "
@@ -113,6 +123,17 @@ class PrivacySection(Section):
     def group(self) -> int:
         """Most examples of a protected unit that enter a step by themselves."""
         return self.group_cap or 1
+
+    @property
+    def groups(self) -> int:
+        """How many groups of clients take turns: as many as the server's noise has bands, and 1 where it adds none."""
+        return self.bands if MECHANISMS.get(self.mode).noise_by == "server" else 1
+
+    def group_rate(self, fraction: float) -> float:
+        """Return the share that is asked of the group whose turn it is, where it is a fraction of all clients."""
+        rate = fraction * self.groups
+        # A third is written with a few digits.
+        return 1.0 if self.groups > 1 and math.isclose(rate, 1.0, rel_tol=1e-5) else rate
 
     def of_examples(self) -> PrivacySection:
         """Return of this section what decides which examples are read and held out, and who trains on them."""
@@ -169,7 +190,7 @@ class PrivacySection(Section):
         """Without privacy nothing of it counts; each mode clips what it protects."""
         if self.unit is None:
             yield "user_mechanism examples_per_unit", "privacy.unit names no persons"
-        clipping = "clipping_norm noise adaptive_clipping clipping_quantile"
+        clipping = "clipping_norm noise bands adaptive_clipping clipping_quantile"
         if self.mode == "none":
             keys = f"target_epsilon noise_multiplier target_delta max_grad_norm accountant {clipping}"
             if self.unit is not None:

@@ -226,7 +226,7 @@ class ServerPlan:
     Attributes
     ----------
     sample_rate : float
-        q, with which each client is drawn into a round.
+        q, with which each client whose turn it is is drawn into a round.
     noise_multiplier : float
         sigma, of all that a release tells: standard deviation by the norm that one client can change.
     update_noise_multiplier : float
@@ -237,6 +237,8 @@ class ServerPlan:
         Noisy sums that the run releases: one for each exchange of a round, or before the first.
     delta : float
     accountant : str
+    bands : int
+        Releases over which the noise is correlated; into as many groups clients are divided, which take turns.
     """
 
     sample_rate: float
@@ -246,6 +248,15 @@ class ServerPlan:
     releases: int
     delta: float
     accountant: str
+    bands: int = 1
+
+    def charged(self, releases: int) -> int:
+        """Return how many steps so many releases cost: the turns of the clients that come first."""
+        return -(-releases // self.bands)
+
+    def expected(self, clients: int) -> float:
+        """Return how many clients a release is expected to hold."""
+        return self.sample_rate * clients / self.bands
 
 
 COUNT_NOISE = 0.05
@@ -266,21 +277,27 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
     ------
     InputError
         If delta >= 1 / N, no noise reaches the target epsilon, the noise that was given has no finite epsilon, or
-        clients are too few for a noisy count of them.
+        clients are too few for a noisy count of them or for as many groups as there are bands.
 
     Notes
     -----
     With adaptive clipping a round releases a sum of updates, of noise z_u, and a count of the unclipped ones, of noise
     s. Together they are one Gaussian release of noise z with z^-2 = z_u^-2 + (2 s)^-2 (Andrew et al. 2021, arXiv
     1905.03871, theorem 1).
+
+    With b bands, the n releases are ceil(n / b) steps for a client: its turns (:mod:`fedlora.privacy.banded`).
     """
     privacy, method = config.privacy, get_method(config.method.name)
     if privacy.target_delta >= 1 / clients:
         remedy = f"must be below 1 / N = {1 / clients:.3g} for {clients} clients; lower it"
         raise InputError("privacy.target_delta", privacy.target_delta, remedy)
-    rate = float(config.server.fraction_train)
+    bands = privacy.groups
+    if bands > clients:
+        remedy = f"divides {clients} clients into more groups than there are clients; lower it"
+        raise InputError("privacy.bands", privacy.bands, remedy)
+    rate = privacy.group_rate(float(config.server.fraction_train))
     releases = sum(len(method.exchanges_of(config, r)) for r in range(config.run.rounds + 1))
-    sigma = _noise(privacy, rate, releases)
+    sigma = _noise(privacy, rate, -(-releases // bands))
     updates, count = sigma, 0.0
     if privacy.adaptive_clipping:
         count = COUNT_NOISE * rate * clients
@@ -290,7 +307,8 @@ def plan_server(config: Config, clients: int) -> ServerPlan:
             raise InputError("privacy.adaptive_clipping", True, remedy)
         updates = (sigma**-2 - (2 * count) ** -2) ** -0.5 if sigma else 0.0
         count = count if sigma else 0.0
-    return ServerPlan(rate, sigma, updates, count, releases, privacy.target_delta, privacy.accountant)
+    delta, accountant = privacy.target_delta, privacy.accountant
+    return ServerPlan(rate, sigma, updates, count, releases, delta, accountant, bands)
 
 
 @lru_cache(maxsize=65536)

@@ -16,6 +16,7 @@ from fedlora.data.tokens import FederatedData
 from fedlora.devices import gpus
 from fedlora.errors import InputError
 from fedlora.models import load_base
+from fedlora.privacy.banded import BandNoise, compare_bands
 from fedlora.privacy.calibration import local_steps
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.privacy.units import UnitNoise, compare_units
@@ -51,6 +52,8 @@ class Forecast:
         Of each client, in order; empty where clients have no ranks of their own.
     unit_noise : list of UnitNoise
         Where persons are protected: the noise of the run's way to do so, then of the other way, for a typical client.
+    band_noise : list of BandNoise
+        Where the server's noise is correlated over rounds: what other numbers of bands would give, too.
     """
 
     clients: int
@@ -63,6 +66,7 @@ class Forecast:
     noise_multipliers: list[float]
     ranks: list[int | Literal["full"]]
     unit_noise: list[UnitNoise] = field(default_factory=list)
+    band_noise: list[BandNoise] = field(default_factory=list)
 
     @property
     def payload_bytes(self) -> int:
@@ -116,6 +120,7 @@ def forecast(config: Config) -> Forecast:
         noise_multipliers=[plan.noise_multiplier for plan in plans if plan is not None],
         ranks=list(planned.ranks),
         unit_noise=compare_units(config, data.typical_units()),
+        band_noise=compare_bands(config, len(sizes)),
     )
 
 

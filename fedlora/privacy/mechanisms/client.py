@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import Method
@@ -9,7 +11,7 @@ from fedlora.privacy.calibration import ServerPlan, plan_server
 from fedlora.privacy.discrete_gaussian import NoisySum
 from fedlora.privacy.mechanisms import Mechanism
 from fedlora.ranks import has_mixed_ranks
-from fedlora.registry import ACCOUNTANTS, AGGREGATORS, CLIENT_SAMPLINGS
+from fedlora.registry import ACCOUNTANTS, AGGREGATORS, CLIENT_SAMPLINGS, SERVER_OPTIMIZERS
 
 
 class Client(Mechanism):
@@ -17,7 +19,8 @@ class Client(Mechanism):
 
     It protects a client from whoever sees the models that the server makes. With ``privacy.noise = "central"`` the
     server adds the noise, and sees every update. Otherwise clients add it under secure sums, and are protected from a
-    server that follows the protocol too (:mod:`fedlora.privacy.discrete_gaussian`).
+    server that follows the protocol too (:mod:`fedlora.privacy.discrete_gaussian`). With ``privacy.bands`` the noise is
+    correlated over rounds (:mod:`fedlora.privacy.banded`).
     """
 
     name = "client"
@@ -26,15 +29,41 @@ class Client(Mechanism):
 
     def check(self, config: Config) -> None:
         """Refuse samples of clients whose epsilon the accountants do not know."""
-        server = config.server
-        if not CLIENT_SAMPLINGS.get(server.sampling).independent and server.fraction_train < 1:
-            remedy = 'has no accountant for a share of the clients; use "poisson", or server.fraction_train = 1'
+        server, bands = config.server, config.privacy.bands
+        rate = config.privacy.group_rate(server.fraction_train)
+        if not CLIENT_SAMPLINGS.get(server.sampling).independent and rate < 1:
+            whole = f"server.fraction_train = {1 / bands:g}"
+            remedy = f'has no accountant for a share of the clients; use "poisson", or {whole}'
             raise InputError("server.sampling", server.sampling, remedy)
         if AGGREGATORS.get(server.aggregator).robust:
             remedy = f"adds noise to a sum, which {server.aggregator} is not; use the mean"
             raise InputError("server.aggregator", server.aggregator, remedy)
         if config.privacy.noise != "central":
             self._check_clients_noise(config)
+        if bands > 1:
+            self._check_bands(config, bands)
+
+    def _check_bands(self, config: Config, bands: int) -> None:
+        """Refuse correlated noise that would not cancel, and clients that would not take turns."""
+        privacy, server, rounds = config.privacy, config.server, config.run.rounds
+        optimizer = SERVER_OPTIMIZERS.get(server.optimizer)
+        sums, most = not optimizer.stateful or optimizer.linear, f"{1 / bands:g}"
+        anew = "has each client draw its noise anew, which bands correlate over rounds; use central"
+        resized = "changes the size of the noise, so that correlated noise does not cancel; set it to false"
+        unsummed = "makes no sum of the rounds' means, in which correlated noise cancels; use fedavg"
+        more = "asks more clients than those whose turn it is; set it to 1"
+        whole = f"is more than one of the {bands} groups of clients that take turns; set it to {most} at most"
+        refused: list[tuple[str, Any, bool, str]] = [
+            ("privacy.noise", privacy.noise, privacy.noise != "central", anew),
+            ("privacy.adaptive_clipping", True, privacy.adaptive_clipping, resized),
+            ("server.optimizer", server.optimizer, not sums, unsummed),
+            ("server.over_sampling", server.over_sampling, server.over_sampling > 1, more),
+            ("server.fraction_train", server.fraction_train, privacy.group_rate(server.fraction_train) > 1, whole),
+            ("run.rounds", rounds, bands > rounds, f"gives some of the {bands} groups of clients no turn; raise it"),
+        ]
+        for key, value, wrong, remedy in refused:
+            if wrong:
+                raise InputError(key, value, f"{remedy}, or set privacy.bands = 1")
 
     def _check_clients_noise(self, config: Config) -> None:
         """Refuse what the accounting of noise that clients add does not cover."""
@@ -63,6 +92,9 @@ class Client(Mechanism):
         if method.start_examples(config) and not method.start_exchanges(config):
             remedy = "adds no noise to a start that is made from clients' examples; choose another method.init"
             raise InputError("privacy.mode", self.name, remedy)
+        if config.privacy.bands > 1 and (why := _forms_no_sum(method, config)):
+            remedy = f"correlates noise that cancels in one sum over the rounds, but {why}; set it to 1"
+            raise InputError("privacy.bands", config.privacy.bands, remedy)
 
     def describe(self, config: Config) -> str:
         """Say what is clipped and noised."""
@@ -73,6 +105,13 @@ class Client(Mechanism):
                 f"each client clips its update to clipping_norm = {privacy.clipping_norm:g} and adds {how} a discrete "
                 "Gaussian noise; the server learns their sum; all clients take part"
             )
+        if privacy.bands > 1:
+            return (
+                f"the server clips each client's update to clipping_norm = {privacy.clipping_norm:g}, and adds to "
+                f"their sum Gaussian noise, correlated over {privacy.bands} rounds (banded matrix factorisation); as "
+                "many groups of clients take turns, and each client of the round's group takes part with the sample "
+                "rate; a step is a client's turn"
+            )
         follows = ", which follows the updates" if privacy.adaptive_clipping else ""
         return (
             f"the server clips each client's update to clipping_norm = {privacy.clipping_norm:g}{follows}, and adds "
@@ -80,8 +119,8 @@ class Client(Mechanism):
         )
 
     def neighbours(self, config: Config) -> str:
-        """Say which inputs epsilon compares; a client that adds noise is there all the same."""
-        if config.privacy.noise == "central":
+        """Say which inputs epsilon compares; a client that adds noise, or has its turn, is there all the same."""
+        if config.privacy.noise == "central" and config.privacy.bands == 1:
             return super().neighbours(config)
         return f"{self.unit}, and zeros in place of its update"
 
@@ -100,3 +139,16 @@ class Client(Mechanism):
         sigma = self.server_plan(config, asked).noise_multiplier
         summands = 1 if config.privacy.noise == "local" else promised
         return NoisySum.of(sigma, config.privacy.clipping_norm, size, asked, summands)
+
+
+def _forms_no_sum(method: type[Method], config: Config) -> str:
+    """Say why the releases of a run do not add up to its model, number by number; "" where they do."""
+    if not method.persistent:
+        return f"{method.name} changes its coordinates in every round"
+    rounds = range(1, config.run.rounds + 1)
+    if method.start_exchanges(config) or any(len(method.exchanges(config, r)) > 1 for r in rounds):
+        return f"{method.name} makes sums beside that of each round"
+    tables = (exchange.roles for r in rounds for exchange in method.exchanges(config, r))
+    if len({frozenset(kind for kind, role in roles.items() if role.up != "never") for roles in tables}) > 1:
+        return f"{method.name} sums other arrays in other rounds"
+    return ""

@@ -47,3 +47,11 @@ def get_sampling(name: str) -> ClientSampling:
     """Return the sampling of a name; an InputError lists the names if there is none."""
     found: ClientSampling = CLIENT_SAMPLINGS.made(name)
     return found
+
+
+def whose_turn(present: Collection[int], turn: int, groups: int) -> list[int]:
+    """Return the clients whose turn it is, sorted.
+
+    A client's group follows from its number alone, so that it is asked once in ``groups`` turns, whoever else is there.
+    """
+    return [client for client in sorted(present) if client % groups == turn % groups]
