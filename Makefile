@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test docs golden test-unaligned test-deployment clean
+.PHONY: help install quickstart test docs golden build check-wheel test-unaligned test-deployment clean
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ docs: .venv/.installed-docs  ## Build the documentation into build/site; warning
 
 golden: .venv/.installed-dev  ## Compare short runs, bit for bit, with the commit in tests/golden/REFERENCE.
 	$(OFFLINE) $(BIN)/python -m tests.golden
+
+build: .venv/.installed-dev  ## Make the source distribution, and the wheel from it, in dist/.
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+check-wheel: build  ## Install that wheel into an empty environment, and run the quickstart's first rounds from it.
+	$(PYTHON) tests/check_wheel.py dist/fedlora-*.whl --rounds 2
 
 test-unaligned: .venv/.installed-dev  ## Run the tests with weights where files and processors differ: 8, 24, 40 modulo 64.
 	for offset in 8 24 40; do $(OFFLINE) $(PYTEST) --weight-offset $$offset || exit 1; done

@@ -32,6 +32,7 @@ TINY_MODELS = {"adapters", "audit", "experts", "strategies", "training"}
 """Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
 
 SLOW_FILES = (
+    "test_documented_runs.py",
     "test_end_to_end.py", "test_runner.py", "test_federation.py", "test_codecs.py", "test_methods_conform.py",
     "test_ten_clients_on_minilm.py", "test_refused_runs.py", "test_flower_runtime.py", "test_ray_grid.py",
     "test_shadowing.py", "test_storage.py", "test_node_oracle.py",

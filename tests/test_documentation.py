@@ -1,16 +1,22 @@
-"""The pages of the documentation: commands that there are, keys that there are, configs that load, Python that parses.
+"""Every block of code on README and the pages is checked: what can run is run, the rest is read by what would run it.
 
-What the tutorials show is run by other tests: tests/cli/test_looking_at_runs.py goes from ``fedlora init`` to ``fedlora
-show``, tests/deployment/ goes from keys to a run on nodes, tests/test_adding_a_method.py runs the guide to a method.
+``tests/test_documented_runs.py`` runs whole pages, as somebody would who types what they say. Pages that others run are
+in ``RUN_BY`` of ``tests/documented.py``. A command that no test runs has its reason in ``NOT_RUN`` there; it is still
+parsed by its own parser, and its keys, files, targets and extras must be there. A block of a kind that nothing here
+checks fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import configparser
+import importlib
 import re
-import shlex
+import subprocess
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -22,53 +28,92 @@ from fedlora.cli.init import init
 from fedlora.config import Config, load_config
 from fedlora.deployment.config import load_server
 from fedlora.node.config import load_node
+from fedlora.study.config import load_study
 from tests.command import fedlora
 from tests.configs import KEYS
+from tests.documented import EXECUTED, NOT_RUN, PYTHON_RUN_BY, RUN_BY
+from tests.pages import PAGES, ROOT, Block, Command, blocks, commands, in_block, in_language, inline_commands
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted({*(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")})
 ADDED_BY_PACKAGES = {"method.weight_power", "method.refactor_every"}
 """Keys of the methods that two pages write."""
 
+SHOWN = {
+    "README.md": "a CSV file",
+    "docs/tutorials/first-run.md": "what fedlora show prints; test_what_show_prints_is_shown",
+    "docs/tutorials/own-data.md": "a CSV file and a dialogue; test_own_data_is_told_as_it_goes",
+    "docs/tutorials/real-nodes.md": "what fedlora show prints; test_what_show_prints_is_shown",
+    "docs/tutorials/study.md": "what fedlora study and report print; test_documented_runs.py compares its first words",
+    "docs/reference/source.md": "the folders; test_the_folders_are_there",
+}
+"""Pages with blocks of plain text, and what these are."""
 
-def named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield each command of fedlora on a page, with the page's name: lines that are indented, as code is."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"^ {4,}(fedlora .+)$", text, re.MULTILINE):
-            for part in re.split(r"&&|\|(?= )", line):
-                words = shlex.split(part, comments=True)
-                if words[:1] == ["fedlora"] and "..." not in words:
-                    yield named(page), words[1:]
-
-
-def blocks(language: str) -> list[tuple[str, str]]:
-    """Return the code blocks of a language, with their pages."""
-    pattern = rf"^```{language}\n(.*?)^```"
-    return [
-        (named(page), block)
-        for page in PAGES
-        for block in re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    ]
-
-
-COMMANDS = list(commands())
+COMMANDS = [command for page in PAGES for command in commands(str(page.relative_to(ROOT)))]
 
 
 def test_there_are_pages_and_commands() -> None:
-    assert len(PAGES) > 15
-    assert len(COMMANDS) > 50
-    assert len(blocks("toml")) > 8
-    assert len(blocks("python")) > 8
+    assert len(PAGES) > 20
+    assert len(COMMANDS) > 120
+    assert len(in_language("toml")) > 8
+    assert len(in_language("python")) > 8
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS])
-def test_commands_are_taken_as_they_are_written(page: str, words: list[str]) -> None:
-    if "|" in words:
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_a_block_is_of_a_kind_that_is_checked(block: Block) -> None:
+    assert block.language in ("shell", "drawing", "toml", "python", "ini", "text"), (
+        "nothing checks such a block; teach this file to"
+    )
+    if block.language == "text":
+        assert block.page in SHOWN
+    if block.language == "ini":
+        configparser.ConfigParser(strict=False, interpolation=None).read_string(block.text)
+
+
+@pytest.mark.parametrize("block", in_language("shell"), ids=str)
+def test_a_shell_reads_it(block: Block) -> None:
+    # A word such as ca | server | node stands for one of them.
+    done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_command_is_run_or_says_why_not() -> None:
+    used = set()
+    for command in COMMANDS:
+        reasons = {pattern for pattern in NOT_RUN if re.search(pattern, str(command))}
+        used |= reasons
+        run = command.page in EXECUTED or command.page in RUN_BY
+        assert run or reasons, f"no test runs {command}, and nothing says why"
+    assert not set(NOT_RUN) - used - {r"push-to-hub"}, "no command has this reason any longer"
+    for page, test in RUN_BY.items():
+        assert Path(page).name in (ROOT / test).read_text(encoding="utf-8") or "example_method" in page
+        assert (ROOT / test).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_are_taken_as_they_are_written(command: Command) -> None:
+    first, *words = command.words
+    assert first in CHECKS, f"nothing checks the command {first}; teach this file to"
+    CHECKS[first](words)
+
+
+@pytest.mark.parametrize("command", inline_commands(), ids=str)
+def test_commands_in_the_text_are_there(command: Command) -> None:
+    name, *words = command.words[1:]
+    found = typer.main.get_command(app)
+    assert isinstance(found, click.Group)
+    if name.startswith("-"):
+        return
+    inner = found.commands[name]
+    if isinstance(inner, click.Group) and words:
+        inner = inner.commands[words[0] if words[0] in inner.commands else inner.default]  # type: ignore[attr-defined]
+    options = {option for parameter in inner.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options | {"--help"}
+
+
+def check_fedlora(words: list[str]) -> None:
+    """Parse a command of fedlora's, and find its keys and files."""
+    if "..." in words or "|" in words:
+        known = set(typer.main.get_command(app).commands["keys"].commands) | {"server", "node", "keys"}  # type: ignore[attr-defined]
+        assert {word for word in words if word not in ("...", "|", "run", "CONFIG")} <= known
         return  # a list of commands, in words
     command: click.Command = typer.main.get_command(app)
     while isinstance(command, click.Group):
@@ -81,16 +126,102 @@ def test_commands_are_taken_as_they_are_written(page: str, words: list[str]) -> 
         assert key in KEYS or key in ADDED_BY_PACKAGES or key.startswith("method.peft."), key
     for word in words:
         if word.startswith(("experiments/", "docs/")):
-            assert (ROOT / word).exists()
+            assert (ROOT / word).exists(), word
 
 
-@pytest.mark.parametrize(("page", "text"), blocks("toml"))
-def test_toml_is_what_its_reader_takes(page: str, text: str, tmp_path: Path) -> None:
+def check_make(words: list[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(words) <= targets
+    assert words
+
+
+def check_python(words: list[str]) -> None:
+    """Parse what a module of ours is given by that module's own parser; see whose else it is."""
+    assert words[0] == "-m"
+    module, arguments = words[1], words[2:]
+    if module in ("pip", "pytest"):
+        CHECKS[module](arguments)
+        return
+    assert module.startswith("fedlora.experiments."), module
+
+    class ParsedError(Exception):
+        """Nothing is to be done with what was parsed."""
+
+    def parsed(self: argparse.ArgumentParser, *_: object) -> None:
+        _, unknown = argparse.ArgumentParser.parse_known_args(self, arguments)
+        assert not unknown, unknown
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        patch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(ParsedError):
+            importlib.import_module(module).main()
+
+
+def check_pip(words: list[str]) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert words[0] == "install"
+    wanted = [word for word in words[1:] if not word.startswith("--")]
+    if "--constraint" in words:
+        constraints = words[words.index("--constraint") + 1]
+        assert (ROOT / constraints).is_file()
+        wanted.remove(constraints)
+    for word in wanted:
+        extra = re.fullmatch(r"fedlora\[(.+)\]", word)
+        if extra:
+            assert set(extra[1].split(",")) <= set(settings["optional-dependencies"])
+        else:
+            assert word == "dist/fedlora-*.whl" or (ROOT / word).exists(), word
+
+
+def check_pytest(words: list[str]) -> None:
+    paths = [word for word in words if word.startswith("tests/")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+
+
+def check_flwr(words: list[str]) -> None:
+    from flwr.cli.app import app as flower
+
+    command: click.Command = typer.main.get_command(flower)
+    while isinstance(command, click.Group):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, ["1" if word == "RUN_ID" else word for word in words])
+
+
+def check_tool(_: list[str]) -> None:
+    """A tool of the development environment, or the shell's own."""
+
+
+def check_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "fedlora": check_fedlora,
+    "make": check_make,
+    "python": check_python,
+    "pip": check_pip,
+    "pytest": check_pytest,
+    "flwr": check_flwr,
+    "source": check_source,
+    **dict.fromkeys(("ruff", "mypy", "lint-imports", "export", "mkdir", "cat", "pgrep"), check_tool),
+}
+"""What checks a command, by its first word."""
+
+
+@pytest.mark.parametrize("block", in_language("toml"), ids=str)
+def test_toml_is_what_its_reader_takes(block: Block, tmp_path: Path) -> None:
+    text = block.text
     content = tomllib.loads(text)
     file = tmp_path / "file.toml"
     file.write_text(text, encoding="utf-8")
     if {"model", "data", "method"} <= set(content):
         load_config(file)
+    elif "study" in content:
+        (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+        load_study(file)
     elif text.startswith("# server.toml"):
         load_server(file)
     elif "policy" in content:
@@ -100,20 +231,43 @@ def test_toml_is_what_its_reader_takes(page: str, text: str, tmp_path: Path) -> 
         for section, keys in content.items():
             for key in keys if section != "data" else [key for key in keys if key != "partition"]:
                 assert f"{section}.{key}" in KEYS
+    else:
+        assert set(content) <= {"superlink", "report"}  # Flower's own file, and a part of a study
 
 
-@pytest.mark.parametrize(("page", "text"), blocks("python"))
-def test_python_is_python(page: str, text: str) -> None:
-    ast.parse("class Part:\n" + text if text.startswith("    ") else text)
+@pytest.mark.parametrize("block", in_language("python"), ids=str)
+def test_python_is_python(block: Block) -> None:
+    ast.parse("class Part:\n" + block.text if block.text.startswith("    ") else block.text)
+    if block.page not in EXECUTED and block.page not in RUN_BY:
+        assert block.page in PYTHON_RUN_BY, "no test runs it, and tests/documented.py names none"
+        file, _, test = PYTHON_RUN_BY[block.page].partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_the_folders_are_there() -> None:
+    (block,) = in_language("text", "docs/reference/source.md")
+    for folder in re.findall(r"^(\w+)/", block.text, re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+@pytest.mark.parametrize("page", ["docs/tutorials/first-run.md", "docs/tutorials/real-nodes.md"])
+def test_what_show_prints_is_shown(page: str) -> None:
+    """What is printed at the end of a run is named as the page names it."""
+    files = [path for folder in ("cli", "tasks") for path in (ROOT / "fedlora" / folder).glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    for block in in_language("text", page):
+        names = {line.split()[0] for line in block.text.splitlines() if re.match(r"[a-z]+ {2,}\S", line)}
+        assert len(names) > 5
+        assert not {name for name in names if name not in source}
 
 
 def test_own_data_is_told_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "tutorials" / "own-data.md").read_text(encoding="utf-8")
-    example, asked = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    page = "docs/tutorials/own-data.md"
+    example, asked = (block.text for block in in_language("text", page))
     monkeypatch.chdir(tmp_path)
     Path("reviews.csv").write_text(example)
     Path("notes.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    given = [words for name, words in COMMANDS if name.endswith("own-data.md") and words[0] == "init"]
+    given = [command.words[1:] for command in commands(page) if command.words[1] == "init"]
     assert len(given) == 3
     for number, words in enumerate(given):
         done = fedlora("init", f"{number}.toml", *words[2:], "--yes" if "--yes" not in words else "-y")
@@ -132,3 +286,19 @@ def test_own_data_is_told_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     init(Path("asked.toml"), data="reviews.csv")
     told = [line.removesuffix(" clinic") for line in asked.splitlines() if "]:" in line]
     assert prompts == told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "fedlora run a.toml --set x=1 \\\n    --output b    # why\n",
+            [("fedlora", "run", "a.toml", "--set", "x=1", "--output", "b")],
+        ),
+        ("a b && c 'd e'\n", [("a", "b"), ("c", "d e")]),
+        ('RUN="python -m x"\n$RUN --output y\n', [("python", "-m", "x", "--output", "y")]),
+        ("cat > file <<END\nfedlora is not called\nEND\nfedlora runs\n", [("cat",), ("fedlora", "runs")]),
+    ],
+)
+def test_commands_are_found(text: str, words: list[tuple[str, ...]]) -> None:
+    assert [command.words for command in in_block(Block("page", 1, "shell", text))] == words
