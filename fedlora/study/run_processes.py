@@ -26,6 +26,7 @@ from fedlora.simulator import simulate
 from fedlora.study.config import StudyConfig
 from fedlora.study.plan import Plan
 from fedlora.study.state import set_aside
+from fedlora.timeline import DOING, written
 
 _LOCK_SECONDS = 60.0
 """Seconds to wait for the processes of a killed study to end, since they hold the checkpoints of their runs."""
@@ -61,7 +62,8 @@ class Runner:
         try:
             place = Path(study) / folder
             resume = place.exists() and _can_go_on(load_config(config), Path(study), place)
-            return {"summary": simulate(config, output=place, resume=resume).summary}
+            with written(place / DOING):
+                return {"summary": simulate(config, output=place, resume=resume).summary}
         except (InputError, RunError) as error:
             return {"error": str(error).strip(), "traceback": traceback.format_exc()}
         except Exception as error:
