@@ -21,7 +21,7 @@ from pathlib import Path
 FILE = "FEDLORA_TIMELINE"
 
 DOING = ".doing"
-"""The file of :func:`written` in the folder of a run, or of a node's worker."""
+"""The file of :func:`written`, or the end of its name."""
 
 _NAMED_AFTER = 5.0
 """Seconds after which a phase of which nothing is counted tells how long it takes."""

@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         output = free_folder(output)
     print(f"The run folder is {output.absolute()}", flush=True)
     try:
-        with written(output / DOING), run_folder(output, config, resume=resume) as folder:
+        with run_folder(output, config, resume=resume) as folder, written(output / DOING):
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 data = prepare_data(config)

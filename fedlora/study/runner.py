@@ -20,11 +20,11 @@ from fedlora.simulation.ray_cluster import start_ray
 from fedlora.study.config import can_widen
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Plan, PlannedRun, TuningGroup
-from fedlora.study.run_processes import address_of, begun, count_runs, start_process
+from fedlora.study.run_processes import address_of, begun, count_runs, doing_file, start_process
 from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import beyond, choose, cost, validation_score
 from fedlora.tasks import get_task
-from fedlora.timeline import DOING, Phase, phase, read_written
+from fedlora.timeline import Phase, phase, read_written
 
 _LOOK_SECONDS = 0.5
 
@@ -61,7 +61,7 @@ class _Job:
     def begin(self, study: Path) -> None:
         """Announce that it runs."""
         folder = study / self.run.folder
-        rounds, doing = self.run.config.run.rounds, partial(read_written, folder / DOING)
+        rounds, doing = self.run.config.run.rounds, partial(read_written, doing_file(study, self.run.folder))
         self.shown = self.announced.enter_context(phase("run", self.run.folder, rounds, _rounds(folder), doing))
         self.entry["status"] = "running"
 
