@@ -65,7 +65,7 @@ def forget_data() -> None:
 
 
 @lru_cache(maxsize=1)
-@phase("model")
+@phase("model", "loading the model")
 def _model(config_text: str) -> AdaptedModel:
     config = Config.model_validate_json(config_text)
     base = shared_base(config, client_data(config).label_names, gpus(config))

@@ -95,7 +95,7 @@ def shared_base(config: Config, label_names: list[str] | None, device: Placement
     if original is None:
         original = _borrowed(key)
     if original is None:
-        with phase("weights"):
+        with phase("weights", "reading the weights"):
             original = load_base(config, label_names, device)
     _originals[key] = original
     return _copy(original)

@@ -103,8 +103,8 @@ def simulate(
         overrides = {**(overrides or {}), "data.name": materialise(data)}
     given = load_config(config, overrides)
     method = get_strategy(given.method.name)
-    _check_here(given)
-    _check_device(given)
+    check_simulated(given)
+    check_device(given)
     path = Path(output) if output is not None else Path("runs") / given.run.name
     # Create the folder before the data and the model are loaded, which may take long: it may not be writable.
     chosen = with_absolute_paths(_resolve_cohorts(resolve(given)))
@@ -152,10 +152,10 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     config = folder.resolved
     tokens = prepare_data(config)
     check_data(folder, config, tokens)
-    with phase("calibration"):
+    with phase("calibration", "calibrating the noise"):
         _check_clients(config, tokens)
     # Check target modules and rank on the model's skeleton, before its weights are loaded.
-    with phase("skeleton"):
+    with phase("skeleton", "checking the model's layers"):
         skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
     StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
     if mechanism_of(config).clips_examples:
@@ -211,7 +211,8 @@ def _settled_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _check_here(config: Config) -> None:
+def check_simulated(config: Config) -> None:
+    """Refuse examples that only real nodes have."""
     if config.data.name == NODES:
         remedy = "means examples on real nodes; name the examples to simulate on, or run on nodes with --on"
         raise InputError("data.name", NODES, remedy)
@@ -229,7 +230,8 @@ def _make_strategy(given: Strategy | Callable[[Config], Strategy] | None, config
     return made
 
 
-def _check_device(config: Config) -> None:
+def check_device(config: Config) -> None:
+    """Refuse GPUs that this machine does not have."""
     section, key = config.simulation, "simulation.gpus_per_worker"
     if not section.gpus_per_worker or section.address is not None:
         return

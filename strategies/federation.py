@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -197,8 +198,10 @@ class Federation:
         """Run the rounds that are left, and write the result."""
         for callback in self.callbacks:
             callback.on_start(self)
-        while self.done < self.config.run.rounds and not self.best.stops:
-            self.round(self.done + 1)
+        with phase("rounds", "rounds", self.config.run.rounds, self.done) as rounds:
+            while self.done < rounds.total and not self.best.stops:
+                self.round(self.done + 1)
+                rounds.advance()
         if self.done < self.config.run.rounds:
             note = f"stopped early after round {self.done}: validation prefers round {self.best.round}"
             self.folder.tell(note)
@@ -213,7 +216,7 @@ class Federation:
         self.parts = Parts(key)
         self.parts.blocks = self.method.client_blocks
 
-    @phase("gather")
+    @phase("gather", "looking for the clients")
     def gather(self) -> None:
         """Discover the clients, and number them."""
         self.roster.discover()
@@ -239,7 +242,8 @@ class Federation:
     def load(self) -> None:
         """Load the model on the server, and put the arrays into it if they do not wait for clients to help."""
         config, method = self.config, self.method
-        self.adapted: AdaptedModel = method.server_model(self.data)
+        with phase("server model", "loading the model"):
+            self.adapted: AdaptedModel = method.server_model(self.data)
         check_model(self.folder, config, self.adapted)
         note_environment(self.folder, environment(config))
         personalised = method.personalised(config)
@@ -303,7 +307,7 @@ class Federation:
             self.checkpoint["start"] = start
             self.totals.seconds["evaluate"] += time.perf_counter() - began
 
-    @phase("start arrays")
+    @phase("start arrays", "making the start")
     def _begin(self) -> tuple[Arrays, Arrays]:
         """Make the start, divided into what rounds change and what they do not."""
         start = self.method.start_arrays(self.adapted, self.data) | self.adapted.arrays(self.adapted.head_names)
@@ -458,7 +462,8 @@ class Federation:
         found: tuple[ArrayRecord | None, MetricRecord | None] = None, None
         lost: RoundError | None = None
         try:
-            found = self.rounds.aggregate_train(server_round, told(replies, self.roster))
+            with self.asking("training clients", len(self.method.sample(server_round))) as counted:
+                found = self.rounds.aggregate_train(server_round, told(counted(replies), self.roster))
         except RoundError as error:
             lost, self.rounds.report.uncounted = error, str(error)
         self.rounds.report.seconds = time.perf_counter() - began
@@ -468,6 +473,18 @@ class Federation:
         if lost is not None and self.config.server.max_round_retries is None:
             raise lost
         return found
+
+    @contextmanager
+    def asking(self, shown: str, clients: int) -> Iterator[Callable[[Iterable[Message]], Iterator[Message]]]:
+        """Announce that clients answer; yield what counts the replies that it passes on."""
+        with phase("clients", shown, clients, detail=getattr(self.grid, "doing", None)) as here:
+
+            def counted(replies: Iterable[Message]) -> Iterator[Message]:
+                for reply in replies:
+                    here.advance()
+                    yield reply
+
+            yield counted
 
     def query(self, server_round: int, exchange: int, messages: list[Message]) -> Iterator[Message]:
         """Ask clients something within a round beside its own message; they get no arrays for it."""
@@ -520,7 +537,8 @@ class Federation:
         messages = method.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.wire)
         timeout = self.config.server.timeout
         replies = self.wire.send_and_receive(in_round(messages, server_round, self.roster), timeout=timeout)
-        method.aggregate_evaluate(server_round, told(replies, self.roster))
+        with self.asking("clients evaluate", len(method.evaluation.asked)) as counted:
+            method.aggregate_evaluate(server_round, told(counted(replies), self.roster))
         if method.evaluation.rows:
             self.folder.write_clients(method.evaluation.rows)
         return {"clients": method.evaluation.metrics(self.config)}
@@ -592,13 +610,14 @@ class Federation:
     def finish(self) -> RunResult:
         """Export the result and write the summary."""
         config, folder = self.config, self.folder
-        self.best.export(self)
-        self.method.export(self.adapted, self.data, folder.path)
         personalised = self.method.personalised(config)
-        if personalised:
-            export_own(self.adapted, config, folder.path, self.data.label_names, getattr(self.grid, "states", {}))
-        for callback in self.callbacks:
-            callback.on_end(self)
+        with phase("result", "writing the result"):
+            self.best.export(self)
+            self.method.export(self.adapted, self.data, folder.path)
+            if personalised:
+                export_own(self.adapted, config, folder.path, self.data.label_names, getattr(self.grid, "states", {}))
+            for callback in self.callbacks:
+                callback.on_end(self)
         spread = folder.rounds()[-1]["metrics"].get("clients", {}).get("fairness")
         if config.server.fraction_evaluate or personalised:
             pass  # clients did it themselves, or none was to

@@ -63,7 +63,8 @@ def _ask(federation: Federation, starter: FederatedStrategy, exchange: int) -> A
     messages = starter.configure_train(0, request, ConfigRecord(), federation.meter)
     messages = in_round(messages, 0, federation.roster, exchange)
     replies = federation.meter.send_and_receive(messages, timeout=federation.config.server.timeout)
-    answered, _ = starter.aggregate_train(0, told(replies, federation.roster))
+    with federation.asking("clients help to start", len(starter.report.addressed)) as counted:
+        answered, _ = starter.aggregate_train(0, told(counted(replies), federation.roster))
     starter.report.seconds = time.perf_counter() - began
     federation.roster.after_round(starter.report)
     if answered is None:

@@ -18,6 +18,7 @@ from fedlora.results.identity import check_data
 from fedlora.results.user_code import with_user_code
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.federation import Federation
+from fedlora.timeline import DOING, written
 
 log = logging.getLogger("fedlora")
 
@@ -43,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         output = free_folder(output)
     print(f"The run folder is {output.absolute()}", flush=True)
     try:
-        with run_folder(output, config, resume=resume) as folder:
+        with run_folder(output, config, resume=resume) as folder, written(output / DOING):
             if not folder.finished:
                 method = get_strategy(config.method.name)
                 data = prepare_data(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.timeline import FILE, phase
+from fedlora.timeline import DOING, FILE, Phase, active, describe, format_seconds, phase, read_written, written
 
 
 def test_phases_are_appended_from_the_inside_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +43,62 @@ def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: py
     with phase("quiet"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_active_phases_are_described_from_the_outside_in() -> None:
+    assert describe() == ""
+    with (
+        phase("a", "rounds", 8, 2) as rounds,
+        phase("hidden"),
+        phase("b", "training", detail=lambda: "local steps 3/4"),
+    ):
+        assert describe() == "rounds 2/8, training: local steps 3/4"
+        assert active()[0] is rounds
+    assert describe() == ""
+
+
+def test_a_phase_that_fails_is_over() -> None:
+    with pytest.raises(ValueError, match="no"), phase("a", "outer"):
+        raise ValueError("no")
+    assert active() == []
+
+
+def test_what_is_left_is_estimated_from_what_was_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that were done before the phase began, as in a resumed run, took no time of it."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    resumed = Phase("rounds", 20, 10)
+    now = 130.0
+    assert resumed.left is None
+    assert resumed.describe() == "rounds 10/20 (30 s)"
+    resumed.advance(2)
+    assert resumed.left == pytest.approx(120.0)
+    assert resumed.describe() == "rounds 12/20 (2 min left)"
+    resumed.done = 20
+    assert resumed.describe() == "rounds 20/20 (30 s)"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7200, "2.0 h")])
+def test_durations_have_one_unit(seconds: float, shown: str) -> None:
+    assert format_seconds(seconds) == shown
+
+
+def test_a_process_writes_what_it_does_for_others(tmp_path: Path) -> None:
+    file = tmp_path / "later" / DOING
+    assert read_written(file) == ""
+    with written(file):
+        file.parent.mkdir()  # as a run's folder, it comes after the process has begun
+        with phase("a", "evaluating", 3):
+            deadline = time.monotonic() + 60
+            while read_written(file) != "evaluating 0/3":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert list(file.parent.iterdir()) == []
+
+
+def test_what_was_written_by_a_process_that_ended_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / DOING
+    file.write_text("training\n")
+    assert read_written(file) == "training"
+    os.utime(file, (time.time() - 120,) * 2)
+    assert read_written(file) == ""

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
 from fedlora.assets.catalogue import Distribution
+from fedlora.timeline import phase
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def download(wanted: Distribution, folder: Path) -> Path:
         return kept[0]
     for path in kept:
         path.unlink()
-    return _source(wanted, folder) if wanted.source else _wheel(wanted, folder)
+    with phase("download", f"downloading {_title(wanted)}"):
+        return _source(wanted, folder) if wanted.source else _wheel(wanted, folder)
 
 
 def _title(wanted: Distribution) -> str:
@@ -120,9 +122,11 @@ def _stream(request: urllib.request.Request, part: Path, wanted: Distribution, v
     with _opened(request, verified) as source:
         goes_on = getattr(source, "status", None) == http.HTTPStatus.PARTIAL_CONTENT
         done = done if goes_on else 0
-        with part.open("ab" if goes_on else "wb") as file:
+        megabytes = phase("megabytes", "megabytes", wanted.size // _BLOCK, done // _BLOCK)
+        with part.open("ab" if goes_on else "wb") as file, megabytes as here:
             while block := _reading(lambda: source.read(_BLOCK)):
                 done += len(block)
+                here.done = done // _BLOCK
                 if wanted.size and done > wanted.size:
                     break
                 file.write(block)

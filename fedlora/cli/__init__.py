@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import signal
@@ -22,8 +23,11 @@ from fedlora.cli import deployment, init, reference, runs
 from fedlora.cli.examples import add_examples
 from fedlora.errors import InputError, RunError
 from fedlora.storage import StorageError, storage_error, writes_to
+from fedlora.timeline import phase
 
 if TYPE_CHECKING:
+    from fedlora.cli.display import RunDisplay
+    from fedlora.cli.phases import PhaseDisplay
     from fedlora.config import Config
     from fedlora.simulation.ray_workers import RayWorkers
 
@@ -104,21 +108,29 @@ def run(
             help="Run on real nodes: a server that Flower's config.toml names as superlink.NAME.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the run's bytes, noise, steps, memory and time; train and write nothing."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run, print JSON.")] = False,
 ) -> None:
     """Simulate a federation, or run one on real nodes."""
-    from fedlora.config import load_common, load_config
-    from fedlora.tasks import get_task
+    from fedlora.cli.phases import PhaseDisplay
+    from fedlora.config import load_common
 
     overrides = parse_overrides(set_ or [])
     # Check the config first: the imports below take seconds.
     common = load_common(config, overrides)
-    if on is None:
-        _start_workers(common, output or Path("runs") / common.run.name, resume)
-    task = get_task(load_config(config, overrides).model.task)
-    from fedlora.cli.display import RunDisplay
-
+    if dry_run or as_json:
+        _estimate_run(config, overrides, on, dry_run, as_json)
+        return
     try:
-        with RunDisplay(console, task) as display:
+        with PhaseDisplay(console) as phases:
+            if on is None:
+                _start_workers(common, output or Path("runs") / common.run.name, resume)
+            display = _run_display(phases, config, overrides)
             if on is not None:
                 from fedlora.deployment.submit import run_on
 
@@ -159,19 +171,24 @@ def study(
     overrides = parse_overrides(set_ or [])
     # Check the file first: the imports below take seconds.
     loaded = load_study(file, overrides)
-    from fedlora.cli.study import StudyDisplay, show_dry_run
-    from fedlora.study.plan import make_plan
-    from fedlora.study.runner import run_study
+    from fedlora.cli.phases import PhaseDisplay
 
     folder = output or Path("runs") / loaded.study.name
-    plan = make_plan(loaded)
-    if dry_run:
-        show_dry_run(console, plan, folder)
-        return
+    room = writes_to(folder, "make room there, then the same command goes on")
     try:
-        room = writes_to(folder, "make room there, then the same command goes on")
-        with StudyDisplay(console) as display, room:
-            state = run_study(plan, folder, display.progress)
+        with PhaseDisplay(console) as phases:
+            with phase("imports", "importing libraries"):
+                from fedlora.cli.study import StudyDisplay, show_dry_run
+                from fedlora.study.plan import make_plan
+                from fedlora.study.runner import run_study
+
+                plan = make_plan(loaded)
+            display = StudyDisplay(phases)
+            if dry_run:
+                show_dry_run(console, plan, folder)
+                return
+            with room:
+                state = run_study(plan, folder, display.progress)
     except KeyboardInterrupt:
         raise RunError("stopped; the same command goes on") from None
     display.summary(state, folder)
@@ -195,13 +212,15 @@ def report(
     questions = Questions(_budgets(budget or []), target or [])
     with writes_to(output or folders[0]):
         reports = write_reports(folders, output, command, questions)
-    for page, comparison in reports:
+    for _, comparison in reports:
         for run in comparison.unfinished:
             typer.echo(f"left out, not finished: {run.folder}")
         for duplicate in comparison.duplicates:
             typer.echo(f"left out, the same run again: {duplicate.folder}")
         own = " of clients' own models" if comparison.personalised else ""
-        typer.echo(f"{len(comparison.runs)} runs{own}, {len(comparison.groups)} configurations")
+        about = f" of {comparison.task.name}, {comparison.runs[0].config.data.name}" if len(reports) > 1 else ""
+        typer.echo(f"{len(comparison.runs)} runs{own}{about}, {len(comparison.groups)} configurations")
+    for page in dict.fromkeys(page for page, _ in reports):
         typer.echo(page)
 
 
@@ -271,11 +290,14 @@ def audit(
     overrides = parse_overrides(set_ or [])
     # Check the config first: the imports below take seconds.
     load_config(config, overrides)
-    from fedlora.audit import audit as attack
-    from fedlora.cli.privacy import show_audit
-    from fedlora.results.folder import to_json, write_atomically
+    from fedlora.cli.phases import PhaseDisplay
 
-    found = attack(config, overrides, canaries=canaries, inputs=inputs, shadows=shadows)
+    with PhaseDisplay(Console(stderr=True), silence=math.inf), phase("audit", "attacking the config"):
+        from fedlora.audit import audit as attack
+        from fedlora.cli.privacy import show_audit
+        from fedlora.results.folder import to_json, write_atomically
+
+        found = attack(config, overrides, canaries=canaries, inputs=inputs, shadows=shadows)
     text = to_json(found.to_dict(), indent=2)
     if output is not None:
         with writes_to(output):
@@ -308,6 +330,33 @@ def assets(
         row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
         table.add_row(f"asset:{name}", *row)
     console.print(table)
+
+
+def _estimate_run(config: str, overrides: dict[str, Any], on: str | None, dry_run: bool, as_json: bool) -> None:
+    """Print what a simulation will take."""
+    if not dry_run:
+        raise InputError("--json", as_json, "prints what --dry-run estimates; add --dry-run, or leave it out")
+    if on is not None:
+        raise InputError("--dry-run", on, "estimates simulations, since nodes keep their examples; leave out --on")
+    from fedlora.cli.phases import PhaseDisplay
+
+    with PhaseDisplay(Console(stderr=True), silence=math.inf):
+        with phase("imports", "importing libraries"):
+            from fedlora.cli.dry_run import estimate_lines
+            from fedlora.results.folder import to_json
+            from fedlora.study.estimate import estimate
+        found = estimate(config, overrides)
+    for line in [to_json(found.to_dict(), indent=2)] if as_json else estimate_lines(found):
+        typer.echo(line)
+
+
+@phase("imports", "importing libraries")
+def _run_display(phases: PhaseDisplay, config: str, overrides: dict[str, Any]) -> RunDisplay:
+    from fedlora.cli.display import RunDisplay
+    from fedlora.config import load_config
+    from fedlora.tasks import get_task
+
+    return RunDisplay(phases, get_task(load_config(config, overrides).model.task))
 
 
 def _start_workers(config: Config, folder: Path, resume: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +58,8 @@ def server(
     config = load_server(file)
     from fedlora.deployment.server import serve
 
-    _talk()
-    serve(config, tls=not no_tls, node_auth=not no_node_auth)
+    with _talk():
+        serve(config, tls=not no_tls, node_auth=not no_node_auth)
 
 
 def trial(
@@ -99,8 +101,8 @@ def run_node(
     config = load_node(file)
     from fedlora.deployment.node import join
 
-    _talk()
-    join(file, config, tls=not no_tls, node_auth=not no_node_auth)
+    with _talk():
+        join(file, config, tls=not no_tls, node_auth=not no_node_auth)
 
 
 @node.command("status")
@@ -249,12 +251,20 @@ def _show(paths: list[Path]) -> None:
         typer.echo(path)
 
 
-def _talk() -> None:
-    """Log what the supervisor does to the terminal, where systemd and docker collect it."""
-    logger = logging.getLogger("fedlora.deployment")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+@contextmanager
+def _talk() -> Iterator[None]:
+    """Log what the supervisor does to the terminal, where systemd and docker collect it, and show what goes on."""
+    from fedlora.cli.phases import PhaseDisplay
+
+    logger, handler = logging.getLogger("fedlora.deployment"), logging.Handler()
+    display = PhaseDisplay(Console(stderr=True), log=logger.info)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.emit = lambda record: display.say(handler.format(record))  # type: ignore[method-assign]
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        with display:
+            yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before

@@ -8,6 +8,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (
         "fedlora run experiments/quickstart.toml",
         "fedlora run experiments/quickstart.toml --set method.rank=4 --output runs/rank-4",
+        "fedlora run experiments/quickstart.toml --dry-run",
         "fedlora run experiments/quickstart.toml --resume",
         "fedlora run config.toml --on trial",
     ),

@@ -1,15 +1,15 @@
-"""Terminal output of a study: its plan, and the progress of its runs. Without a terminal, one line for each run."""
+"""Output of a study: its plan, and a line for each run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedlora.cli.dry_run import noise_range, rank_list
+from fedlora.cli.phases import PhaseDisplay
 from fedlora.errors import InputError
 from fedlora.privacy.banded import band_advice
 from fedlora.privacy.units import unit_advice
@@ -20,10 +20,16 @@ from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
 from fedlora.summaries import format_bytes, format_epsilon
 from fedlora.tasks import get_task
+from fedlora.timeline import format_seconds
 
 
 class StudyDisplay:
-    """Shows the progress of a study.
+    """Prints what comes of a study's runs.
+
+    Parameters
+    ----------
+    phases : PhaseDisplay
+        Shows what goes on between them.
 
     Attributes
     ----------
@@ -31,31 +37,11 @@ class StudyDisplay:
         Hooks for :func:`fedlora.study.run_study`.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = StudyProgress(self._plan, self._start, self._round, self._end, self._widen, self._choice)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
+    def __init__(self, phases: PhaseDisplay) -> None:
+        self.phases = phases
+        self.progress = StudyProgress(
+            on_plan=self._plan, on_end=self._end, on_widen=self._widen, on_choice=self._choice
         )
-        self._tasks: dict[str, Any] = {}
-        self._width = 0
-
-    def __enter__(self) -> StudyDisplay:
-        self._bar.start()
-        self._runs = self._bar.add_task("planning", total=None)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def summary(self, state: dict[str, Any], folder: Path) -> None:
         """Print what tuning chose and cost, and the study's folder."""
@@ -73,21 +59,10 @@ class StudyDisplay:
         self._print(f"folder      {folder}")
 
     def _plan(self, total: int, done: int) -> None:
-        self._bar.update(self._runs, description="runs", total=total, completed=done)
         if done:
             self._print(f"{done} of {total} runs are done already")
 
-    def _start(self, run: PlannedRun) -> None:
-        self._tasks[run.folder] = self._bar.add_task(f"  {run.folder}", total=run.config.run.rounds)
-
-    def _round(self, run: PlannedRun, rounds: int) -> None:
-        self._bar.update(self._tasks[run.folder], completed=rounds)
-
     def _end(self, run: PlannedRun, summary: dict[str, Any] | None, error: str | None) -> None:
-        task = self._tasks.pop(run.folder, None)
-        if task is not None:
-            self._bar.remove_task(task)
-        self._bar.advance(self._runs)
         if summary is None:
             self._print(f"{run.folder}  failed: {error}")
             return
@@ -104,8 +79,6 @@ class StudyDisplay:
         self._print(f"{run.folder}  {'  '.join(facts)}")
 
     def _widen(self, group: dict[str, Any], value: Any, runs: int) -> None:
-        total = self._bar.tasks[self._runs].total or 0
-        self._bar.update(self._runs, total=total + runs)
         self._print(f"for {_shown(group['values'])} the best candidate is at the edge; {value} is tried too")
 
     def _choice(self, group: dict[str, Any]) -> None:
@@ -115,7 +88,7 @@ class StudyDisplay:
         self._print(f"chosen for {_shown(group['values'])}: {group['chosen']}{edge}")
 
     def _print(self, line: str) -> None:
-        _say(self.console, line)
+        self.phases.say(line)
 
 
 def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
@@ -173,23 +146,23 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
         _say(console, f"here they cannot run, so that there is no estimate of the time: {error}")
         return
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
-    shown = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    _say(console, f"about {shown} on this machine, {at_once} in parallel, from one measured step of each kind")
+    _say(
+        console,
+        f"about {format_seconds(seconds)} on this machine, {at_once} in parallel, from one measured step of each kind",
+    )
 
 
 def _cells(expected: Forecast | InputError, status: str) -> list[str]:
     if isinstance(expected, InputError):
         return [*["-"] * 7, f"impossible: {expected}"]
-    ranks = sorted(set(expected.ranks), key=lambda rank: (isinstance(rank, str), rank))
-    noise = sorted({f"{sigma:.4g}" for sigma in expected.noise_multipliers}, key=float)
     return [
         f"{expected.trainable_parameters:,}",
         f"{expected.initial_bytes:,}",
         f"{expected.downlink_bytes:,}",
         f"{expected.uplink_bytes:,}",
         f"{expected.steps:,}",
-        " - ".join(dict.fromkeys((noise[0], noise[-1]))) if noise else "-",
-        ", ".join(map(str, ranks)) or "-",
+        noise_range(expected),
+        rank_list(expected),
         status,
     ]
 

@@ -319,7 +319,7 @@ class FederatedData:
         return np.stack([np.bincount(labels[rows], minlength=count) for rows in self.partition])
 
 
-@phase("data")
+@phase("data", "preparing the data")
 def prepare_data(config: Config) -> FederatedData:
     """Load, tokenise and partition the examples of a run, or open what an earlier call made of the same.
 
@@ -526,17 +526,19 @@ def _write_table(
     if config.data.long_texts == "split" and task.splits:
         encode = task.split  # type: ignore[attr-defined]
     starts, flat = list[int](), {"tags": list[list[int]](), "token_types": list[list[int]]()}
-    for first in range(0, len(table), _CHUNK):
-        examples = table[first : first + _CHUNK]
-        encoded: Encoded = encode(tokenizer, examples, config.model.max_length, types)
-        if encoded.refused:
-            _replace_refused(config, encoded, examples, tokenizer)
-        coverage.add(encoded, tokenizer, config.model.max_length)
-        rows += encoded.tokens
-        of += [first + number for number in (range(len(encoded.tokens)) if encoded.of is None else encoded.of)]
-        starts += encoded.starts or []
-        for kind, values in flat.items():
-            values += getattr(encoded, kind) or []
+    with phase("tokens", f"tokenising {name}", len(table)) as here:
+        for first in range(0, len(table), _CHUNK):
+            examples = table[first : first + _CHUNK]
+            encoded: Encoded = encode(tokenizer, examples, config.model.max_length, types)
+            if encoded.refused:
+                _replace_refused(config, encoded, examples, tokenizer)
+            coverage.add(encoded, tokenizer, config.model.max_length)
+            rows += encoded.tokens
+            of += [first + number for number in (range(len(encoded.tokens)) if encoded.of is None else encoded.of)]
+            starts += encoded.starts or []
+            for kind, values in flat.items():
+                values += getattr(encoded, kind) or []
+            here.advance(min(_CHUNK, len(table) - first))
     if starts or (task.causal and flat["tags"]):
         keep = _with_loss(rows, starts, flat["tags"])
         dropped = len(rows) - len(keep)

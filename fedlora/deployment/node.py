@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +21,8 @@ from fedlora.deployment.processes import Child, Pauses, check_port, flower_envir
 from fedlora.errors import InputError, RunError
 from fedlora.flower import task_programs
 from fedlora.node.config import NodeConfig
-from fedlora.node.resident import start_worker, stop_worker
+from fedlora.node.resident import start_worker, stop_worker, worker_folder
+from fedlora.timeline import DOING, phase, read_written
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +80,14 @@ def join(file: Path, config: NodeConfig, *, tls: bool = True, node_auth: bool = 
     ):
         workers = _Workers(file.absolute(), config)
         try:
-            _watch(child, workers, server, config, key, stopping)
+            with phase("node", f"node {config.name}", detail=partial(_doing, worker_folder(config) / DOING)):
+                _watch(child, workers, server, config, key, stopping)
         finally:
             _shut_down(child, workers)
+
+
+def _doing(file: Path) -> str:
+    return read_written(file) or "waiting for messages from the server"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fedlora.deployment.config import ServerFile
@@ -15,6 +16,7 @@ from fedlora.deployment.control import ONLINE, Server
 from fedlora.deployment.keys import check_certificate, check_secret, read_file
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
+from fedlora.timeline import DOING, phase, read_written
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +70,16 @@ def serve(config: ServerFile, *, tls: bool = True, node_auth: bool = True) -> No
         try:
             _start(child, server, stopping)
             log.info("server on %s:%d, runs in %s", config.host, config.port, config.folder / "runs")
-            _watch(child, server, stopping)
+            with phase("server", "server", detail=partial(_doing, config.folder / "runs")):
+                _watch(child, server, stopping)
         finally:
             _shut_down(child, server)
+
+
+def _doing(runs: Path) -> str:
+    """Describe the runs that are under way."""
+    told = {file.parent.name: read_written(file) for file in sorted(runs.glob(f"*/{DOING}"))}
+    return "; ".join(f"run {name}: {text}" for name, text in told.items() if text) or "waiting for runs"
 
 
 def _tls_arguments(config: ServerFile, tls: bool, node_auth: bool) -> list[str]:

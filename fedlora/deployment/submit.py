@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.user_code import with_user_code
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.callbacks import Progress
+from fedlora.timeline import DOING, Phase, phase
 
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
@@ -82,7 +84,8 @@ def run_on(
         number = server.start(given.to_toml(), resume=resume)
         progress.on_start(given.run.rounds, first, 0)
         try:
-            state = _follow(server, number, given.run.name, first, told, progress)
+            with phase("server", f"server {name}") as here:
+                state = _follow(server, number, given.run.name, first, told, progress, here)
         except KeyboardInterrupt:
             server.stop(number)
             raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
@@ -90,8 +93,8 @@ def run_on(
     return _result(state, folder, name, first)
 
 
-def _follow(server: Server, number: int, name: str, shown: int, told: int, progress: Progress) -> RunState:
-    """Show rounds and warnings as the server writes them, until the run ends."""
+def _follow(server: Server, number: int, name: str, shown: int, told: int, progress: Progress, here: Phase) -> RunState:
+    """Show rounds, warnings and what the server does as it writes them, until the run ends."""
     last = time.monotonic()
     while True:
         try:
@@ -105,6 +108,7 @@ def _follow(server: Server, number: int, name: str, shown: int, told: int, progr
                 with _readable("rounds.jsonl"):
                     progress.on_round(json.loads(line))
                 shown += 1
+            here.detail = partial(plain_text, "".join(server.lines(name, DOING)[:1]))
             last = time.monotonic()
         except UnreachableError:
             if time.monotonic() - last > _PATIENCE_SECONDS:

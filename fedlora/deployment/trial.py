@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fedlora.config import Config
@@ -88,8 +89,8 @@ class Trial:
 
             self._wait(lambda: online() == len(nodes), [server, *nodes.values()], "the nodes")
             self._command("keys", "list", "--on", NAME, home=True)
-            for node in control.nodes():
-                self.say(f"    {node.name:<32}{node.status}")
+            for registered in control.nodes():
+                self.say(f"    {registered.name:<32}{registered.status}")
 
     def run(self) -> None:
         """Run the config, and show what the owners spent.
@@ -128,7 +129,7 @@ class Trial:
             for group in (running[1:], running[:1]):
                 for child in group:
                     child.process.terminate()  # type: ignore[union-attr]
-                wait_until(lambda group=group: not any(child.running for child in group), _STOP_SECONDS)
+                wait_until(partial(_ended, group), _STOP_SECONDS)
             for child in running:
                 child.stop(0.0)
                 self.say(f"    process {_pid(child)} has ended")
@@ -234,6 +235,10 @@ def _spent(file: Path) -> str:
     found = node_status(load_node(file))
     left = "there is no ceiling" if found.left is None else f"{found.left:.4g} of {found.max_epsilon:g} left"
     return f"{found.name}: epsilon {found.epsilon:.4g} spent at delta {found.delta:g}, {left}"
+
+
+def _ended(group: Sequence[Child]) -> bool:
+    return not any(child.running for child in group)
 
 
 def _pid(child: Child) -> int:

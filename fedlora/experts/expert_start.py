@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedlora.data.tokens import TokenTable
 from fedlora.experts.expert_model import ExpertModel
 from fedlora.experts.options import expert_options
 from fedlora.privacy import PrivacyPlan
+from fedlora.timeline import phase
 
 LARGEST_LOGIT = 4.0
 """A router row, public or an owner's, starts no longer than gives its own documents' mean this logit.
@@ -121,6 +123,8 @@ def document_states(
         body = body.base_model
     inputs: list[torch.Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
+    reading = ExitStack()
+    here = reading.enter_context(phase("documents", "reading documents for the router", len(rows)))
     try:
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
@@ -133,6 +137,8 @@ def document_states(
             mask = torch.arange(batch["input_ids"].shape[1], device=adapted.device) < lengths[:, None]
             weight = (mask / lengths[:, None])[:, None]
             yield torch.stack([torch.bmm(weight.to(x.dtype), x)[:, 0] for x in inputs], 1).float().cpu()
+            here.advance(len(chunk))
     finally:
+        reading.close()
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.experts.merged import MergedModel
 from fedlora.experts.options import expert_options
+from fedlora.timeline import phase
 from fedlora.training.batches import shuffled_batches
 
 _TUNING = 8  # one stream of random numbers for each use of the run's seed
@@ -38,17 +39,20 @@ def tune_router(merged: MergedModel, table: TokenTable, config: Config) -> None:
     )
     rows = np.arange(len(table))
     merged.model.train()
-    for chosen in shuffled_batches(rows, config.client.batch_size, options.router_tuning_steps, generator):
-        batch = table.batch(chosen, merged.device)
-        merged.layout.set_rows([len(chosen)])
-        table.task.loss(merged.outputs(batch, table.task), batch["labels"]).mean().backward()
-        for block in blocks:
-            assert block.router_bias.grad is not None
-            block.router_bias.grad[0] = 0.0
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
+    steps = options.router_tuning_steps
+    with phase("router", "tuning the routers", steps) as here:
+        for chosen in shuffled_batches(rows, config.client.batch_size, steps, generator):
+            batch = table.batch(chosen, merged.device)
+            merged.layout.set_rows([len(chosen)])
+            table.task.loss(merged.outputs(batch, table.task), batch["labels"]).mean().backward()
             for block in blocks:
-                block.router_bias.clamp_(max=0)
+                assert block.router_bias.grad is not None
+                block.router_bias.grad[0] = 0.0
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for block in blocks:
+                    block.router_bias.clamp_(max=0)
+            here.advance()
     for block in blocks:
         block.set_router(block.router.to(dtype), block.router_bias.to(dtype))

@@ -26,6 +26,7 @@ from fedlora.node.outward_errors import is_outward
 from fedlora.node.resident import READY, socket_address, turn_log, worker_folder, worker_lock
 from fedlora.node.room import tidy
 from fedlora.simulation.envelope import Envelope
+from fedlora.timeline import DOING, Teller, phase, written
 
 if TYPE_CHECKING:
     from fedlora.simulation.worker import Worker
@@ -52,15 +53,17 @@ def main(node_file: str, app: str) -> None:
         folder = worker_folder(node)
         (folder / "worker.pid").write_text(str(os.getpid()))
         tidy(node.cache)
-        serve(node, app, folder)
+        with written(folder / DOING), Teller(log.info):
+            serve(node, app, folder)
 
 
 def serve(node: NodeConfig, app: str, folder: Path) -> None:
     """Load the app and handle messages one by one."""
-    from fedlora.simulation.worker import Worker
-
     started = time.perf_counter()
-    worker = Worker(app, node.worker.threads or os.cpu_count() or 1)
+    with phase("worker: imports", "importing libraries"):
+        from fedlora.simulation.worker import Worker
+
+        worker = Worker(app, node.worker.threads or os.cpu_count() or 1)
     with socket.socket(socket.AF_UNIX) as listener, socket_address(folder) as address:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address)

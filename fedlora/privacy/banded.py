@@ -150,9 +150,9 @@ def compare_bands(config: Config, clients: int) -> list[BandNoise]:
         return []
     found = []
     for bands in sorted({1, own // 2, own, 2 * own}):
-        update = {"privacy": config.privacy.model_copy(update={"bands": bands})}
-        update |= {"server": config.server.model_copy(update={"sampling": "poisson"})}
-        other = config.model_copy(update=update)
+        privacy = config.privacy.model_copy(update={"bands": bands})
+        server = config.server.model_copy(update={"sampling": "poisson"})
+        other = config.model_copy(update={"privacy": privacy, "server": server})
         with suppress(InputError):
             mechanism_of(other).check(other)
             plan = plan_server(other, clients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -24,65 +25,95 @@ from fedlora.reporting.study_results import StudyResults
 from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 
-def page(
-    comparison: Comparison,
-    charts: Sequence[Chart],
-    command: str,
-    studies: Sequence[StudyResults] = (),
-    answers: Answers | None = None,
-    pairs: Sequence[Difference] = (),
-    changes: Sequence[Change] = (),
-) -> str:
-    """Return the content of report.html.
+@dataclass(frozen=True)
+class Part:
+    """What a page says of the runs of one task and data set.
 
-    Parameters
+    Attributes
     ----------
+    name : str
+        Of its section and its folder.
+    title : str
+    below : str
+        The folder of its tables.
     comparison : Comparison
     charts : sequence of Chart
         The first is the main one.
-    command : str
-        The command that wrote the report.
-    studies : sequence of StudyResults
-        Studies among the folders, for their tuning and failed runs.
-    answers : Answers, optional
+    answers : Answers
         To budgets and targets.
     pairs : sequence of Difference
         Of groups that share seeds.
     changes : sequence of Change
         Of groups that were evaluated before training.
     """
+
+    name: str
+    title: str
+    below: str
+    comparison: Comparison
+    charts: Sequence[Chart]
+    answers: Answers
+    pairs: Sequence[Difference] = ()
+    changes: Sequence[Change] = ()
+
+    def content(self, prefix: str) -> dict[str, Any]:
+        """Return the variables of the template's section; ``prefix`` begins the ids of its elements."""
+        comparison = self.comparison
+        return {
+            **vars(self),
+            "prefix": prefix,
+            "setting": _setting(comparison),
+            "answer": answer(comparison),
+            "fewest": fewest_bytes(comparison),
+            "caveat": caveat(comparison, self.pairs),
+            "columns": _columns(comparison),
+            "front": {group.name for group in comparison.front},
+            "beside": [key for key in comparison.varied if key not in ("method.name", "privacy")],
+            "pairs": to_best(self.pairs),
+            "audited": [run for run in comparison.runs if run.audit is not None],
+        }
+
+
+def page(parts: Sequence[Part], command: str, studies: Sequence[StudyResults] = ()) -> str:
+    """Return the content of report.html.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        One section each.
+    command : str
+        The command that wrote the report.
+    studies : sequence of StudyResults
+        Studies among the folders, for their tuning and failed runs.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = files("fedlora.reporting") / "page"
-    plots = {f"{chart.name}-{i}": plot(panel) for chart in charts for i, panel in enumerate(chart.panels)}
+    prefixes = {part.name: f"{part.name}-" if len(parts) > 1 else "" for part in parts}
+    plots = {
+        f"{prefixes[part.name]}{chart.name}-{i}": plot(panel)
+        for part in parts
+        for chart in part.charts
+        for i, panel in enumerate(chart.panels)
+    }
+    methods = dict.fromkeys(method for part in parts for method in part.comparison.methods)
+    variants = {variant["label"]: variant for part in parts for variant in _variants(part.comparison)}
     return environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8")).render(
-        title=_title(comparison),
-        setting=_setting(comparison),
-        answer=answer(comparison),
-        fewest=fewest_bytes(comparison),
-        caveat=caveat(comparison, pairs),
-        methods=[{"name": name, "style": style_of(name)} for name in comparison.methods],
-        variants=_variants(comparison),
-        charts=charts,
-        comparison=comparison,
-        columns=_columns(comparison),
-        front={group.name for group in comparison.front},
+        title=f"{_title(list(methods))} {'compared' if len(parts) == 1 else 'by task'}",
+        parts=[part.content(prefixes[part.name]) for part in parts],
+        methods=[{"name": name, "style": style_of(name)} for name in methods],
+        variants=list(variants.values()),
         cell=_cell,
         number=number,
         quantities=quantities,
         flatten=flatten,
-        form=lambda quantity: quantity_form(comparison.task, quantity),
-        beside=[key for key in comparison.varied if key not in ("method.name", "privacy")],
+        form=lambda comparison, quantity: quantity_form(comparison.task, quantity),
         shown=lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
         label_colours=LABEL_COLOURS,
         style_of=style_of,
         profiles=PROFILES,
-        machines=_machines(comparison.runs),
+        machines=_machines([run for part in parts for run in part.comparison.runs]),
         studies=studies,
-        answers=answers or Answers(),
-        pairs=to_best(pairs),
-        changes=changes,
         change_cells=_change_cells,
-        audited=[run for run in comparison.runs if run.audit is not None],
         difference_cell=_difference_cell,
         score_cell=_score_cell,
         cost_cell=_cost_cell,
@@ -91,7 +122,7 @@ def page(
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup((folder / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        plots=Markup(json.dumps(plots, allow_nan=False).replace("<", "\\u003c")),
+        plots=Markup(json.dumps(plots, allow_nan=False).replace("<", "\u003c")),
     )
 
 
@@ -164,9 +195,6 @@ def caveat(comparison: Comparison, pairs: Sequence[Difference]) -> Markup:
     if comparison.personalised:
         text = "Scores are personalised: each client's own model on its own test examples. "
         parts.append(Markup("{}A global model's scores do not compare with them.").format(text))
-    if "data.name" in comparison.varied:
-        text = "Runs differ in data.name. Scores on different data do not compare: report on each data set alone."
-        parts.append(Markup(text))
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:
@@ -203,8 +231,8 @@ def _at(level: str) -> str:
     return "without privacy" if level == "no privacy" else f"at {level}"
 
 
-def _title(comparison: Comparison) -> str:
-    *most, last = comparison.methods
+def _title(methods: Sequence[str]) -> str:
+    *most, last = methods
     return f"{', '.join(most)} and {last}" if most else last
 
 

@@ -12,8 +12,10 @@ import threading
 import ray
 
 from fedlora.errors import InputError
+from fedlora.timeline import phase
 
 
+@phase("ray", "starting Ray")
 def start_ray(address: str | None) -> bool:
     """Start Ray on this machine, or connect to a cluster; return whether this call did it.
 
@@ -26,6 +28,7 @@ def start_ray(address: str | None) -> bool:
         _check_connected(address)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # added to the caller's; Ray would add 15
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     terminated = signal.getsignal(signal.SIGTERM)
     try:

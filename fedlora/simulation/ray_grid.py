@@ -98,6 +98,10 @@ class RayGrid(SimulatedGrid):
         """Whether a worker is starting."""
         return self._workers.starting()
 
+    def doing(self) -> str:
+        """Describe what the workers do."""
+        return self._workers.doing()
+
     def _lend(self) -> None:
         """Tell the workers on this process' GPUs, once, of the base model that it has loaded."""
         if self.gpus and not self._loans:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,7 +18,7 @@ import ray
 from fedlora.errors import InputError
 from fedlora.simulation.placement import count_free, count_workers
 from fedlora.simulation.ray_cluster import start_ray
-from fedlora.timeline import phase
+from fedlora.timeline import phase, read_written, written
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -40,10 +43,20 @@ class WorkerActor:
     """A :class:`fedlora.simulation.worker.Worker` in a Ray actor, and its methods.
 
     The driver needs none of what a worker imports to start one: both import at the same time.
+
+    Parameters
+    ----------
+    app : ClientApp or str
+    threads : int
+    doing : str, optional
+        A file that is kept up to date with what the worker does.
     """
 
-    def __init__(self, app: ClientApp | str, threads: int) -> None:
-        with phase("worker: imports"), _quick_imports():
+    def __init__(self, app: ClientApp | str, threads: int, doing: str | None = None) -> None:
+        if doing is not None:
+            self._told = ExitStack()
+            self._told.enter_context(written(Path(doing)))
+        with phase("worker: imports", "importing libraries"), _quick_imports():
             from fedlora.simulation.worker import Worker
 
             self._worker: Worker = Worker(app, threads)
@@ -99,8 +112,10 @@ class RayWorkers:
         self.app, self.cpus, self.gpus = app, cpus, gpus
         self.actors: list[Any] = []
         self._starting: list[Any] = []
-        with phase("ray"):
-            self._started_ray = start_ray(address)
+        self._folder = TemporaryDirectory(prefix="fedlora-workers-", ignore_cleanup_errors=True)
+        self._files: list[Path] = []  # of the actors, in their order
+        self._numbers = itertools.count()
+        self._started_ray = start_ray(address)
         self.here = self._started_ray and address is None
         try:
             number = count_workers(wanted, cpus, gpus)
@@ -117,7 +132,10 @@ class RayWorkers:
 
     def start_worker(self) -> Any:
         """Start a worker more; it imports what it needs while the caller goes on."""
-        started: Any = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(WorkerActor).remote(self.app, self.cpus)
+        kind = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(WorkerActor)
+        self._files.append(Path(self._folder.name) / str(next(self._numbers)))
+        # A worker on another machine has no such folder, and tells nothing.
+        started: Any = kind.remote(self.app, self.cpus, str(self._files[-1]))
         self._starting.append(started.ready.remote())
         return started
 
@@ -132,11 +150,21 @@ class RayWorkers:
             _, self._starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
         return bool(self._starting)
 
+    def doing(self) -> str:
+        """Describe what the first worker does that says so, and how many have begun to start while some have not."""
+        if not self.here:
+            return ""
+        begun = sum(file.exists() for file in self._files)
+        told = next((text for file in self._files if (text := read_written(file))), "")
+        waiting = f"starting workers {begun}/{len(self._files)}" if begun < len(self._files) else ""
+        return ", ".join(filter(None, (waiting, told)))
+
     def replace(self, worker: int, *, kill: bool) -> Any:
         """Replace a worker that has ended, or end it first; return the new one."""
         if kill:
             ray.kill(self.actors[worker])
         self.actors[worker] = self.start_worker()
+        self._files[worker] = self._files.pop()
         return self.actors[worker]
 
     def close(self) -> None:
@@ -145,6 +173,7 @@ class RayWorkers:
             ray.kill(actor)
         self.actors = []
         _OPEN.discard(self)
+        self._folder.cleanup()
         if self._started_ray:
             ray.shutdown()
 
@@ -187,7 +216,7 @@ def _imported(modules: Sequence[str]) -> Iterator[None]:
 
     def run() -> None:
         # Whoever imports them next sees why it fails.
-        with suppress(Exception), phase("imports"), _quick_imports():
+        with suppress(Exception), phase("imports", "importing libraries"), _quick_imports():
             for module in modules:
                 importlib.import_module(module)
 

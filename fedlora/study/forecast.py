@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.privacy.units import UnitNoise, compare_units
 from fedlora.strategies.base import get_strategy
 from fedlora.study.plan import PlannedRun
+from fedlora.timeline import phase
 from fedlora.training import ClientJob, train_cohort
 
 _START_SECONDS, _LOAD_SECONDS = 20.0, 3.0
@@ -135,23 +137,45 @@ def forecast_all(runs: Iterable[PlannedRun]) -> dict[str, Forecast | InputError]
     found: dict[str, Forecast | InputError] = {}
     known: dict[str, Forecast | InputError] = {}
     # Runs on the same examples follow each other, so that the examples are opened once.
-    for run in sorted(runs, key=lambda r: (r.config.run.seed, r.config.data.model_dump_json())):
-        key = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": "run"})})
-        text = key.model_dump_json(exclude={"client": {"learning_rate"}})
-        if text not in known:
-            try:
-                known[text] = forecast(run.config)
-            except InputError as error:
-                known[text] = error
-        found[run.folder] = known[text]
+    in_turn = sorted(runs, key=lambda r: (r.config.run.seed, r.config.data.model_dump_json()))
+    with phase("forecast", "planning runs", len(in_turn)) as here:
+        for run in in_turn:
+            key = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": "run"})})
+            text = key.model_dump_json(exclude={"client": {"learning_rate"}})
+            if text not in known:
+                try:
+                    known[text] = forecast(run.config)
+                except InputError as error:
+                    known[text] = error
+            found[run.folder] = known[text]
+            here.advance()
     errors = [error for error in found.values() if isinstance(error, InputError)]
     if errors and len(errors) == len(found):
         raise errors[0]
     return found
 
 
-def seconds_a_step(config: Config) -> float:
-    """Measure how long a client's local step takes here, on the run's own model and examples.
+@dataclass(frozen=True)
+class StepCost:
+    """What a client's local step takes here.
+
+    Attributes
+    ----------
+    seconds : float
+    memory_bytes : int
+        The most that the process held: resident memory, or allocated memory of its GPUs.
+    clients : int
+        That trained together, and held it.
+    """
+
+    seconds: float
+    memory_bytes: int
+    clients: int
+
+
+@phase("probe", "measuring a step")
+def measure_step(config: Config) -> StepCost:
+    """Measure a client's local step here, on the run's own model and examples.
 
     On a GPU the clients of a cohort train together, as they do in the run.
     """
@@ -170,7 +194,8 @@ def seconds_a_step(config: Config) -> float:
         train_cohort(adapted, data.train, jobs, one_step)  # the first step allocates
         began = time.perf_counter()
         train_cohort(adapted, data.train, jobs, one_step)
-        return (time.perf_counter() - began) / len(jobs)
+        seconds = time.perf_counter() - began
+        return StepCost(seconds / len(jobs), _peak_bytes(device), len(jobs))
     finally:
         torch.set_num_threads(threads)
 
@@ -190,7 +215,7 @@ def estimate_seconds(
     gpus : int
         Runs that share a GPU share its time; 0 where each has cores of its own.
     """
-    measured: dict[str, float] = {}
+    measured: dict[str, StepCost] = {}
     training = overhead = 0.0
     for run in runs:
         expected = forecasts[run.folder]
@@ -200,11 +225,37 @@ def estimate_seconds(
         settings = run.config.client.batch_size, run.config.privacy.mode, run.config.data.packing
         key = f"{run.config.model!r} {trained} {settings}"
         if key not in measured:
-            measured[key] = seconds_a_step(run.config)
-        batches = expected.evaluated_examples / run.config.client.batch_size
-        training += (expected.steps + _EVALUATION * batches) * measured[key]
+            measured[key] = measure_step(run.config)
+        training += (expected.steps + _evaluation_steps(expected, run.config)) * measured[key].seconds
         overhead += _LOAD_SECONDS
     return _START_SECONDS + training / (gpus or at_once) + overhead / at_once
+
+
+def run_seconds(config: Config, expected: Forecast, step: StepCost, workers: int) -> float:
+    """Estimate the time of one run: its clients train side by side, and the server evaluates alone.
+
+    Parameters
+    ----------
+    config : Config
+    expected : Forecast
+    step : StepCost
+    workers : int
+        That train at once.
+    """
+    at_once = max(1, min(workers, round(config.server.fraction_train * expected.clients)))
+    steps = expected.steps / at_once + _evaluation_steps(expected, config)
+    return _START_SECONDS + _LOAD_SECONDS + steps * step.seconds
+
+
+def _evaluation_steps(expected: Forecast, config: Config) -> float:
+    """Return how many local steps take as long as the run's evaluations."""
+    return _EVALUATION * expected.evaluated_examples / config.client.batch_size
+
+
+def _peak_bytes(device: Sequence[torch.device]) -> int:
+    if device[0].type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sum(torch.cuda.max_memory_allocated(card) for card in device)
 
 
 def _jobs(config: Config, data: FederatedData, arrays: Any, most: int) -> list[ClientJob]:

@@ -26,6 +26,7 @@ from fedlora.simulator import simulate
 from fedlora.study.config import StudyConfig
 from fedlora.study.plan import Plan
 from fedlora.study.state import set_aside
+from fedlora.timeline import DOING, written
 
 _LOCK_SECONDS = 60.0
 """Seconds to wait for the processes of a killed study to end, since they hold the checkpoints of their runs."""
@@ -61,7 +62,8 @@ class Runner:
         try:
             place = Path(study) / folder
             resume = place.exists() and _can_go_on(load_config(config), Path(study), place)
-            return {"summary": simulate(config, output=place, resume=resume).summary}
+            with written(doing_file(Path(study), folder)):
+                return {"summary": simulate(config, output=place, resume=resume).summary}
         except (InputError, RunError) as error:
             return {"error": str(error).strip(), "traceback": traceback.format_exc()}
         except Exception as error:
@@ -70,6 +72,11 @@ class Runner:
             gc.collect()  # models have reference cycles, which would hold their memory
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+
+
+def doing_file(study: Path, folder: str) -> Path:
+    """Return the file that says what a run does: not in its folder, which the run itself may move or delete."""
+    return study / f".{folder.replace('/', '.')}{DOING}"
 
 
 def _can_go_on(config: Config, study: Path, place: Path) -> bool:

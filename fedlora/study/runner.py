@@ -6,7 +6,9 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from fedlora.simulation.ray_cluster import start_ray
 from fedlora.study.config import can_widen
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Plan, PlannedRun, TuningGroup
-from fedlora.study.run_processes import address_of, begun, count_runs, start_process
+from fedlora.study.run_processes import address_of, begun, count_runs, doing_file, start_process
 from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import beyond, choose, cost, validation_score
 from fedlora.tasks import get_task
+from fedlora.timeline import Phase, phase, read_written
 
 _LOOK_SECONDS = 0.5
 
@@ -34,7 +37,6 @@ class StudyProgress:
     ----------
     on_plan : callable (runs in all, runs done before)
     on_start : callable (run)
-    on_round : callable (run, rounds done)
     on_end : callable (run, summary or None, error or None)
     on_widen : callable (what study.json says of a group, the further candidate, its runs)
     on_choice : callable (what study.json says of a group)
@@ -42,7 +44,6 @@ class StudyProgress:
 
     on_plan: Callable[[int, int], None] = lambda total, done: None
     on_start: Callable[[PlannedRun], None] = lambda run: None
-    on_round: Callable[[PlannedRun, int], None] = lambda run, rounds: None
     on_end: Callable[[PlannedRun, dict[str, Any] | None, str | None], None] = lambda run, summary, error: None
     on_widen: Callable[[dict[str, Any], Any, int], None] = lambda group, value, runs: None
     on_choice: Callable[[dict[str, Any]], None] = lambda group: None
@@ -55,7 +56,14 @@ class _Job:
     run: PlannedRun
     entry: dict[str, Any]
     group: int | None = None
-    rounds: int = 0
+    announced: ExitStack = field(default_factory=ExitStack)
+
+    def begin(self, study: Path) -> None:
+        """Announce that it runs."""
+        folder = study / self.run.folder
+        rounds, doing = self.run.config.run.rounds, partial(read_written, doing_file(study, self.run.folder))
+        self.shown = self.announced.enter_context(phase("run", self.run.folder, rounds, _rounds(folder), doing))
+        self.entry["status"] = "running"
 
 
 @dataclass
@@ -66,6 +74,7 @@ class _Execution:
     progress: StudyProgress
     queue: deque[_Job] = field(default_factory=deque)
     state: dict[str, Any] = field(default_factory=dict)
+    shown: Phase = field(default_factory=lambda: Phase("runs"))
     started: float = field(default_factory=time.perf_counter)
 
     def prepare(self) -> None:
@@ -98,6 +107,7 @@ class _Execution:
     def finish(self, job: _Job, result: dict[str, Any]) -> None:
         """Record a run's outcome, and choose the tuned value once its group is complete."""
         error = result.get("error")
+        job.announced.close()
         job.entry["status"], job.entry["error"] = ("failed", error) if error else ("done", None)
         if error:
             errors = self.folder.path / "errors"
@@ -106,7 +116,12 @@ class _Execution:
         self.progress.on_end(job.run, result.get("summary"), error)
         if job.group is not None:
             self._choose(job.group)
+        self.shown.done = self.ended()
         self.save()
+
+    def ended(self) -> int:
+        """Return how many runs are done or failed."""
+        return sum(entry["status"] in ("done", "failed") for entry in all_entries(self.state))
 
     def save(self) -> None:
         """Write study.json."""
@@ -182,6 +197,7 @@ class _Execution:
         group.candidates.extend(added)
         entry["candidates"] += _candidate_entries(added, forecasts)
         self.total += len(added)
+        self.shown.total = self.total
         self.progress.on_widen(entry, value, len(added))
         for (_, run), candidate in zip(added, entry["candidates"][-len(added) :], strict=True):
             self._add(_Job(run, candidate, number))
@@ -220,7 +236,8 @@ def run_study(plan: Plan, path: str | Path, progress: StudyProgress | None = Non
         execution = _Execution(plan, folder, forecasts, progress)
         execution.prepare()
         if execution.queue:
-            _execute(execution)
+            with phase("runs", "runs", execution.total, execution.ended()) as execution.shown:
+                _execute(execution)
         execution.save()
     finally:
         folder.close()
@@ -240,6 +257,7 @@ def _execute(execution: _Execution) -> None:
     starting: dict[Any, Any] = {}  # reference -> runner
     running: dict[Any, tuple[_Job, Any]] = {}
     idle: list[Any] = []
+    announced = ExitStack()
 
     def start() -> None:
         runner = start_process(study, config)
@@ -248,13 +266,15 @@ def _execute(execution: _Execution) -> None:
 
     try:
         left = sum(entry["status"] == "planned" for entry in all_entries(execution.state))
-        for _ in range(min(left, count_runs(study, config))):
+        count = min(left, count_runs(study, config))
+        shown = announced.enter_context(phase("processes", "starting processes", count))
+        for _ in range(count):
             start()
         while execution.queue or running:
             while execution.queue and idle:
                 job, runner = execution.queue.popleft(), idle.pop()
-                job.entry["status"] = "running"
                 folder = str(execution.folder.path.resolve())
+                job.begin(execution.folder.path)
                 running[runner.run.remote(job.run.config.to_toml(), folder, job.run.folder)] = (job, runner)
                 execution.progress.on_start(job.run)
                 execution.save()
@@ -263,6 +283,7 @@ def _execute(execution: _Execution) -> None:
                 if reference in starting:
                     # Only a process that has started gets a run: one that waits for room in the cluster would block it.
                     idle.append(begun(reference, starting.pop(reference)))
+                    shown.advance()
                     continue
                 job, runner = running.pop(reference)
                 try:
@@ -274,12 +295,13 @@ def _execute(execution: _Execution) -> None:
                     start()
                 execution.finish(job, result)
             for job, _ in running.values():
-                rounds = _rounds(execution.folder.path / job.run.folder)
-                if rounds != job.rounds:
-                    job.rounds = rounds
-                    execution.progress.on_round(job.run, rounds)
+                job.shown.done = _rounds(execution.folder.path / job.run.folder)
+            if not starting:
+                announced.close()
     finally:
+        announced.close()
         for job, _ in running.values():
+            job.announced.close()
             job.entry["status"] = "planned"
         execution.save()
         for runner in runners:

@@ -16,6 +16,7 @@ from fedlora.data.tokens import TokenTable
 from fedlora.models import load_tokenizer, quiet
 from fedlora.tasks import get_task
 from fedlora.tasks.text_scores import score_texts
+from fedlora.timeline import phase
 from fedlora.training.evaluation import statistics
 
 
@@ -121,16 +122,18 @@ def generate(
     found: list[list[int]] = [[] for _ in prompts]
     # Rows of like length share a batch, which saves padding.
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        width = max(len(prompts[place]) for place in places)
-        rows = [[pad_token_id] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
-        masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
-        ids, mask = torch.tensor(rows, device=adapted.device), torch.tensor(masks, device=adapted.device)
-        adapted.layout.set_rows([len(places)])
-        with quiet():
-            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:]
-        for place, row in zip(places, new.tolist(), strict=True):
-            end = next((number for number, token in enumerate(row) if token in ends), len(row))
-            found[place] = row[:end]
+    with phase("answers", "generating answers", len(order)) as here:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            width = max(len(prompts[place]) for place in places)
+            rows = [[pad_token_id] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
+            masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
+            ids, mask = torch.tensor(rows, device=adapted.device), torch.tensor(masks, device=adapted.device)
+            adapted.layout.set_rows([len(places)])
+            with quiet():
+                new = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:]
+            for place, row in zip(places, new.tolist(), strict=True):
+                end = next((number for number, token in enumerate(row) if token in ends), len(row))
+                found[place] = row[:end]
+            here.advance(len(places))
     return found

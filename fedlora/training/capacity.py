@@ -18,7 +18,7 @@ SHARE = 0.8
 """Of the free memory; the rest is for Poisson batches above their expectation and for fragmentation."""
 
 
-@phase("capacity")
+@phase("capacity", "measuring how many clients fit")
 def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, config: Config) -> int:
     """Measure how many clients train in one pass: the memory of one and of two, then as many as fit.
 

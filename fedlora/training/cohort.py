@@ -190,14 +190,15 @@ def train_cohort(
             choose_ghost_norms(adapted, adapted.trained, int(table.lengths.max()), _draws_units(jobs[0]))
             stack.enter_context(per_example_gradients(adapted))
         stepper = _Stepper(adapted, table, config, optimizer, jobs, generators, memory, rule)
+        here = stack.enter_context(phase("steps", "local steps", max(steps)))
         for step in range(max(steps)):
             for job, n in zip(jobs, steps, strict=True):
                 if job.on_step is not None and step < n:
                     job.on_step()
             rows = [next(b) if step < n else np.empty(0, np.int64) for b, n in zip(batches, steps, strict=True)]
-            sizes = np.array([len(r) for r in rows])
             taken += np.outer(stepper.step(rows, step), step < last)
-            seen += sizes
+            seen += np.array([len(r) for r in rows])
+            here.advance()
             # A client that is done is read now: later steps of the others move its stacked rows, not its result.
             done = np.flatnonzero(last == step + 1).tolist()
             if not done:

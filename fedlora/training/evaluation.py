@@ -10,6 +10,7 @@ import torch
 
 from fedlora.adapters import AdaptedModel
 from fedlora.data.tokens import TokenTable
+from fedlora.timeline import phase
 
 
 def evaluate(
@@ -77,16 +78,18 @@ def statistics(adapted: AdaptedModel, table: TokenTable, chosen: np.ndarray, bat
     # Rows of like length share a batch, which changes no result and saves the padding.
     order = np.argsort(table.lengths[chosen], kind="stable")
     found: dict[str, np.ndarray] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = table.batch(chosen[places], adapted.device)
-        adapted.layout.set_rows([len(places)])
-        outputs = adapted.outputs(batch, table.task)
-        for name, value in table.task.statistics(outputs, batch["labels"], table.label_names).items():
-            values = (value.double() if value.is_floating_point() else value).cpu().numpy()
-            if name not in found:
-                found[name] = np.zeros((len(chosen), *values.shape[1:]), values.dtype)
-            found[name][places] = values
+    with phase("evaluation", "evaluating", len(order)) as here:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = table.batch(chosen[places], adapted.device)
+            adapted.layout.set_rows([len(places)])
+            outputs = adapted.outputs(batch, table.task)
+            for name, value in table.task.statistics(outputs, batch["labels"], table.label_names).items():
+                values = (value.double() if value.is_floating_point() else value).cpu().numpy()
+                if name not in found:
+                    found[name] = np.zeros((len(chosen), *values.shape[1:]), values.dtype)
+                found[name][places] = values
+            here.advance(len(places))
     return found
 
 

@@ -54,7 +54,7 @@ COHORT = ([0], [3, 2])
 """The rows of two clients in a pass."""
 
 
-@phase("soundness")
+@phase("soundness", "checking that examples stay apart")
 def check_sound(adapted: AdaptedModel, config: Config, pad_token_id: int) -> None:
     """Refuse a model whose examples' gradients depend on each other, under differential privacy by example.
 

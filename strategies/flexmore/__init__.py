@@ -39,6 +39,7 @@ from fedlora.strategies.base import Contact, FederatedStrategy, Payload, Planned
 from fedlora.strategies.flexmore.opting_out import opt_out
 from fedlora.strategies.replies import ReplyError
 from fedlora.strategies.updates import Shapes, Update, Updates
+from fedlora.timeline import phase
 from fedlora.training import evaluate
 
 log = logging.getLogger("fedlora")
@@ -393,12 +394,14 @@ class FlexMoRE(FederatedStrategy):
         if last and owners:
             shown: dict[str, list[str]] = {"public": []} | {owner: [owner] for owner in owners}
             top_k = [block.top_k for block in adapted.mixture.blocks]
-            for name, chosen in shown.items():
-                adapted.show(chosen)
-                for block in adapted.mixture.blocks:
-                    block.top_k = None  # as its owner trained it: both active
-                found = evaluate(adapted, data.test, self.config.server.batch_size, data.domain_names)
-                tables[name] = _domains(found)
+            with phase("experts", "evaluating each expert", len(shown)) as here:
+                for name, chosen in shown.items():
+                    adapted.show(chosen)
+                    for block in adapted.mixture.blocks:
+                        block.top_k = None  # as its owner trained it: both active
+                    found = evaluate(adapted, data.test, self.config.server.batch_size, data.domain_names)
+                    tables[name] = _domains(found)
+                    here.advance()
             for block, k in zip(adapted.mixture.blocks, top_k, strict=True):
                 block.top_k = k
             adapted.show(owners)

@@ -15,6 +15,7 @@ from rich.console import Console
 from fedlora.assets import ASSETS
 from fedlora.cli import parse_overrides
 from fedlora.cli.display import COLUMNS, RunDisplay
+from fedlora.cli.phases import PhaseDisplay
 from fedlora.errors import InputError, RunError
 from fedlora.methods import methods
 from fedlora.results import RunResult
@@ -98,27 +99,20 @@ def test_without_a_terminal_there_is_no_bar(config: Path, simulated: list[dict[s
 
 def display(task: str = "sequence-classification", **options: Any) -> tuple[RunDisplay, io.StringIO]:
     out = io.StringIO()
-    return RunDisplay(Console(file=out, width=60, **options), get_task(task)), out
+    return RunDisplay(PhaseDisplay(Console(file=out, width=60, **options)), get_task(task)), out
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_score_epsilon_and_bytes() -> None:
-    shown, out = display(force_terminal=True)
-    with shown:
-        shown.progress.on_start(2, 0, 3)
-        shown.progress.on_round(LINE)
-        shown._bar.console.width = 200
-        shown._bar.refresh()
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert "1/2" in text
-    assert "loss 0.7000  score 70.0%  epsilon 3.250  sent 6.0 kB" in text
+def test_below_the_phases_is_the_last_round() -> None:
+    shown, _ = display(force_terminal=True)
+    shown.progress.on_round(LINE)
+    assert shown.phases.note == "loss 0.7000  score 70.0%  epsilon 3.250  sent 6.0 kB"
 
 
 def test_rounds_without_evaluation_or_privacy_have_dashes() -> None:
     shown, out = display("causal-lm")
-    with shown:
-        shown.progress.on_start(2, 0, 3)
-        shown.progress.on_round({**LINE, "metrics": {}, "train_loss": None, "epsilon": None})
-        shown.progress.on_round({**LINE, "round": 2, "metrics": {"loss": 2.0, "perplexity": 7.389}})
+    shown.progress.on_start(2, 0, 3)
+    shown.progress.on_round({**LINE, "metrics": {}, "train_loss": None, "epsilon": None})
+    shown.progress.on_round({**LINE, "round": 2, "metrics": {"loss": 2.0, "perplexity": 7.389}})
     _, first, second = out.getvalue().splitlines()
     assert first.split() == ["1", "-", "-", "-", "-", "6.0", "kB", "0", "2.0"]
     assert second.split()[3] == "7.39"
@@ -127,17 +121,14 @@ def test_rounds_without_evaluation_or_privacy_have_dashes() -> None:
 def test_a_failed_client_is_shown_with_its_reason() -> None:
     shown, out = display()
     error = "Traceback (most recent call last):\n  File x\nValueError: [red]out of luck"
-    with shown:
-        shown.progress.on_start(1, 0, 3)
-        shown.progress.on_round({**LINE, "failed": [{"client": 7, "code": 101, "error": error}]})
+    shown.progress.on_start(1, 0, 3)
+    shown.progress.on_round({**LINE, "failed": [{"client": 7, "code": 101, "error": error}]})
     assert out.getvalue().splitlines()[1].split()[-2] == "1"
     assert out.getvalue().splitlines()[2] == "client 7 failed: ValueError: [red]out of luck"
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     shown, out = display("causal-lm")
-    with shown:
-        pass
     shown.summary(RunResult(tmp_path, {**SUMMARY, "epsilon": None, "final": {"perplexity": 12.345}}))
     lines = out.getvalue().splitlines()
     assert "finished already" in lines[0]
@@ -148,8 +139,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 def test_a_long_path_is_printed_as_it_is() -> None:
     shown, out = display()
     path = Path("/" + "/".join(["a[b]long folder"] * 12))
-    with shown:
-        shown.progress.on_start(1, 0, 1)
+    shown.progress.on_start(1, 0, 1)
     shown.summary(RunResult(path, SUMMARY))
     assert out.getvalue().splitlines()[-1] == f"folder      {path}"
 

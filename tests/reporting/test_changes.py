@@ -15,7 +15,7 @@ from fedlora.errors import InputError
 from fedlora.reporting.changes import changes, changes_shown, changes_table
 from fedlora.reporting.comparison import compare
 from fedlora.reporting.differences import differences
-from fedlora.reporting.report import write_report
+from fedlora.reporting.report import write_reports
 from fedlora.reporting.runs import read_runs
 from fedlora.reporting.tables import groups_table, runs_table
 from tests.reporting.folders import make_run
@@ -87,21 +87,20 @@ def test_a_start_that_is_no_score_is_refused(tmp_path: Path) -> None:
 def test_the_report_has_the_table_of_every_data_set_and_compares_none(tmp_path: Path) -> None:
     make(tmp_path / "runs" / "a", BEFORE, AFTER, **{"data.name": "asset:e2e-nlg"})
     make(tmp_path / "runs" / "b", BEFORE, AFTER, **{"data.name": "/some/where/problems"})
-    page, comparison = write_report([tmp_path / "runs"], tmp_path / "out")
-    assert [group.label for group in comparison.groups] == ["fed-sb · problems", "fed-sb · asset:e2e-nlg"]
-    assert not differences(comparison)
-    table = pd.read_csv(tmp_path / "out" / "report" / "changes.csv")
-    pd.testing.assert_frame_equal(table, changes_table(changes(comparison)), check_dtype=False)
-    lines = (tmp_path / "out" / "report" / "changes.md").read_text().splitlines()
-    assert (
-        lines[-1]
-        == "| fed-sb · asset:e2e-nlg | no privacy | rougeL | 3 | 30.0 ± 0.0 % | 55.0 ± 12.4 % | 25.0 ± 12.4 % |"
-    )
+    (page, first), (_, second) = write_reports([tmp_path / "runs"], tmp_path / "out")
+    assert not differences(first)
+    folders = ("asset-e2e-nlg-causal-lm", "problems-causal-lm")
+    for name, comparison in zip(folders, (first, second), strict=True):
+        assert [group.label for group in comparison.groups] == ["fed-sb"]
+        table = pd.read_csv(tmp_path / "out" / "report" / name / "changes.csv")
+        pd.testing.assert_frame_equal(table, changes_table(changes(comparison)), check_dtype=False)
+    lines = (tmp_path / "out" / "report" / folders[0] / "changes.md").read_text().splitlines()
+    assert lines[-1] == "| fed-sb | no privacy | rougeL | 3 | 30.0 ± 0.0 % | 55.0 ± 12.4 % | 25.0 ± 12.4 % |"
     text = page.read_text()
     assert "Before and after training" in text
     assert 'data-q="change.rougeL.mean"' in text
     for name in ("runs", "groups"):
-        assert "/some/where" not in (tmp_path / "out" / "report" / f"{name}.csv").read_text()
+        assert "/some/where" not in (tmp_path / "out" / "report" / folders[1] / f"{name}.csv").read_text()
 
 
 def test_groups_on_the_same_data_are_compared(tmp_path: Path) -> None:

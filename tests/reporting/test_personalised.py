@@ -81,13 +81,3 @@ def test_what_a_study_tuned_and_pages_that_are_no_longer_written(tmp_path: Path)
     shutil.rmtree(own)
     write_reports([tmp_path])
     assert not list(tmp_path.rglob("*personalised*"))
-
-
-def test_scores_on_different_data_are_told_not_to_compare(tmp_path: Path) -> None:
-    for number, data in enumerate(("asset:rotten-tomatoes", "asset:20newsgroups")):
-        make_run(tmp_path / str(number), number, {"data.name": data})
-    [(page, _)] = write_reports([tmp_path])
-    assert "Scores on different data do not compare" in page.read_text()
-    shutil.rmtree(tmp_path / "1")
-    [(page, _)] = write_reports([tmp_path])
-    assert "data.name. Scores" not in page.read_text()

@@ -18,10 +18,11 @@ import tomli_w
 
 from fedlora.errors import InputError
 from fedlora.study.config import load_study
-from fedlora.study.plan import make_plan
+from fedlora.study.plan import PlannedRun, make_plan
 from fedlora.study.run_processes import count_runs
 from fedlora.study.runner import StudyProgress, run_study
 from fedlora.study.state import StudyFolder, all_entries, read_state
+from fedlora.timeline import active
 from tests.command import fedlora
 from tests.study.mortal import Mortal
 from tests.study.studies import TINY, tiny
@@ -174,17 +175,24 @@ def test_a_killed_study_goes_on_to_the_same_table(commanded: tuple[Path, str], s
 
 def test_what_is_missing_or_changed_runs_and_nothing_is_lost(tmp_path: Path) -> None:
     folder, executed = tmp_path / "study", []
+    shown: list[tuple[str, int]] = []
+
+    def start(run: PlannedRun) -> None:
+        executed.append(run.name)
+        shown.extend((phase.shown, phase.total) for phase in active())
 
     def run(*points: dict[str, Any]) -> dict[str, int]:
         study = tiny(points=list(points), budget={"runs": 1, "memory_per_run": 1.0})
         del study["axes"], study["tuning"]
         executed.clear()
-        run_study(make_plan(load_study(study)), folder, StudyProgress(on_start=lambda run: executed.append(run.name)))
+        run_study(make_plan(load_study(study)), folder, StudyProgress(on_start=start))
         return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
 
     a, b, c = {"label": "a"}, {"label": "b", "run.seed": 1}, {"label": "c", "run.seed": 2}
     first = run(a, b)
     assert executed == ["a", "b"]
+    assert {("runs", 2), ("runs/a", 2), ("runs/b", 2)} <= set(shown)
+    assert active() == []
     second = run({**a, "client.local_steps": 1}, c)
     assert executed == ["a", "c"]
     assert sorted(second) == ["a", "c"]
