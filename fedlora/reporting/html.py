@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -13,15 +16,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
+from fedlora.figures.chart import Chart, Panel, format_value
+from fedlora.figures.style import DASHES, class_colours, style_of
 from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
 from fedlora.reporting.changes import Change
-from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import NAMES, Comparison, Group, Mean, flatten, quantities, quantity_form, short_name
 from fedlora.reporting.differences import Difference, to_best
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import FinishedRun
 from fedlora.reporting.study_results import StudyResults
-from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 
 def page(
@@ -55,7 +58,7 @@ def page(
     folder = files("fedlora.reporting") / "page"
     plots = {f"{chart.name}-{i}": plot(panel) for chart in charts for i, panel in enumerate(chart.panels)}
     return environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8")).render(
-        title=_title(comparison),
+        title=_title(comparison).replace("-", "\N{NON-BREAKING HYPHEN}"),
         setting=_setting(comparison),
         answer=answer(comparison),
         fewest=fewest_bytes(comparison),
@@ -73,7 +76,8 @@ def page(
         form=lambda quantity: quantity_form(comparison.task, quantity),
         beside=[key for key in comparison.varied if key not in ("method.name", "privacy")],
         shown=lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
-        label_colours=LABEL_COLOURS,
+        class_colours=class_colours,
+        height=_height,
         style_of=style_of,
         profiles=PROFILES,
         machines=_machines(comparison.runs),
@@ -90,9 +94,24 @@ def page(
         command=command,
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup((folder / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        plots=Markup(json.dumps(plots, allow_nan=False).replace("<", "\\u003c")),
+        plotly=_plotly(),
+        plots=Markup(json.dumps(plots, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
+
+
+@cache
+def _plotly() -> dict[str, Any]:
+    """Return plotly's script for the page's own to unpack: compressed, in base 85. Plain it would be 4.8 MB."""
+    packed = gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
+    # In a page "<" could end the element.
+    return {"bytes": len(packed), "text": Markup(base64.b85encode(packed, pad=True).decode().replace("<", ","))}
+
+
+def _height(panel: Panel) -> int | None:
+    """Pixels of a panel whose rows need a line each; None for the style sheet's."""
+    if panel.kind == "bars":
+        return 80 + 20 * len(panel.series[0].x)
+    return 60 + 30 * len(panel.series) if panel.kind == "table" else None
 
 
 def number(of: str, quantity: str, value: float, form: str = "number") -> Markup:
@@ -204,6 +223,8 @@ def _at(level: str) -> str:
 
 
 def _title(comparison: Comparison) -> str:
+    if len(comparison.methods) > 5:
+        return f"{len(comparison.methods)} methods"
     *most, last = comparison.methods
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -225,18 +246,12 @@ def _setting(comparison: Comparison) -> list[str]:
 
 def _variants(comparison: Comparison) -> list[dict[str, Any]]:
     """Lines and markers of methods with several variants, for the legend."""
-    counts = Counter({method: 0 for method in comparison.methods})
     seen: dict[str, dict[str, Any]] = {}
-    for group in comparison.groups:
-        if group.label not in seen:
-            counts[group.method] += 1
-            dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
-            seen[group.label] = {
-                "label": group.label,
-                "method": group.method,
-                "colour": style_of(group.method).colour,
-                "dash": dash,
-            }
+    for group in (group for facet in comparison.facets.values() for group in facet.groups):
+        dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
+        look = {"method": group.method, "colour": style_of(group.method).colour, "dash": dash}
+        seen.setdefault(group.caption, {"label": group.caption, **look})
+    counts = Counter(entry["method"] for entry in seen.values())
     return list(seen.values()) if max(counts.values()) > 1 else []
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.figures.chart import Axis, format_value
+from fedlora.figures.style import COLOURS, MARKERS, style_of
 from fedlora.methods import methods
-from fedlora.reporting.charts import Axis, format_value
-from fedlora.reporting.style import COLOURS, MARKERS, style_of
 
 METHODS = methods()
 
