@@ -1,7 +1,8 @@
 """Pages in headless Chromium: what they say and ask for, and pictures of them.
 
 ``python -m tests.browser FOLDER PAGE ...`` writes a picture of each page, wide and narrow, light and dark, and prints
-what is wrong with it.
+what is wrong with it. Pages of a site, such as build/site that ``make docs`` writes, are opened with ``--site``, as if
+a server sent them: from the disk their search would not run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (1400, 390)
 SCHEMES = ("light", "dark")
+_SERVER = "http://site.invalid"
+"""No request to it leaves: :class:`Visit` answers."""
 
 _BEYOND = """
 () => [...document.querySelectorAll('body *')].filter(element => {
@@ -43,9 +47,22 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page opened in a window, and all that it said and asked for; nothing but files can be reached."""
+    """A page opened in a window, and all that it said and asked for; nothing but files can be reached.
 
-    def __init__(self, browser: Any, page: Path, ready: str = "body", **options: Any) -> None:
+    Parameters
+    ----------
+    browser
+        Of :func:`chromium`.
+    page : Path
+    ready : str
+        Selector of what is there when the page is ready.
+    site : Path, optional
+        The folder whose files are sent as if by a server.
+    options
+        Of the window.
+    """
+
+    def __init__(self, browser: Any, page: Path, ready: str = "body", site: Path | None = None, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(300_000)  # a busy machine starts pages slowly
@@ -54,9 +71,16 @@ class Visit:
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.route(lambda url: not url.startswith(("file:", "data:", "blob:")), lambda route: route.abort())
-        self.page.goto(page.as_uri())
+        self.site = site
+        self.context.route(lambda url: url.startswith("http"), self._send)
+        self.page.goto(page.as_uri() if site is None else f"{_SERVER}/{page.relative_to(site).as_posix()}")
         self.page.wait_for_selector(ready)
+
+    def _send(self, route: Any) -> None:
+        if self.site is None or not route.request.url.startswith(f"{_SERVER}/"):
+            route.abort()
+        else:
+            route.fulfill(path=self.site / urlsplit(route.request.url).path.lstrip("/"))
 
     def beyond(self) -> list[str]:
         """Return what reaches beyond the window's right edge."""
@@ -66,7 +90,7 @@ class Visit:
 
     def faults(self) -> list[str]:
         """Return what the page said, asked of other machines, or let reach beyond the window."""
-        away = [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
+        away = [url for url in self.requests if not url.startswith(("file:", "data:", "blob:", f"{_SERVER}/"))]
         return [*self.said, *(f"asked for {url}" for url in away), *self.beyond()]
 
 
@@ -77,7 +101,7 @@ def looks(width: int, scheme: str) -> dict[str, Any]:
     return {"viewport": size, "color_scheme": scheme, "is_mobile": narrow, "has_touch": narrow}
 
 
-def shoot(folder: Path, pages: list[Path]) -> list[str]:
+def shoot(folder: Path, pages: list[Path], site: Path | None = None) -> list[str]:
     """Write pictures of pages; return their faults."""
     folder.mkdir(parents=True, exist_ok=True)
     faults = []
@@ -86,7 +110,7 @@ def shoot(folder: Path, pages: list[Path]) -> list[str]:
             for width in WIDTHS:
                 for scheme in SCHEMES:
                     report = "data-ready" in page.read_text(encoding="utf-8")[-20_000:]
-                    visit = Visit(browser, page, "html[data-ready]" if report else "body", **looks(width, scheme))
+                    visit = Visit(browser, page, "html[data-ready]" if report else "body", site, **looks(width, scheme))
                     visit.page.wait_for_timeout(1000)
                     visit.page.screenshot(path=folder / f"{page.stem}-{width}-{scheme}.png", full_page=True)
                     faults += [f"{page.name}, {width}, {scheme}: {fault}" for fault in visit.faults()]
@@ -98,5 +122,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("pages", type=lambda name: Path(name).resolve(), nargs="+")
+    parser.add_argument(
+        "--site", type=lambda name: Path(name).resolve(), help="the folder of the site that they are of"
+    )
     arguments = parser.parse_args()
-    print("\n".join(shoot(arguments.folder, arguments.pages)) or "nothing is wrong")
+    print("\n".join(shoot(arguments.folder, arguments.pages, arguments.site)) or "nothing is wrong")

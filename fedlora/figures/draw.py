@@ -59,7 +59,7 @@ def figure_of(chart: Chart) -> Figure:
         count = len(chart.panels)
         columns = chart.columns or (3 if count in (3, 5, 6) or count > 8 else min(2, count))
         rows = -(-count // columns)
-        width = {1: 6.8, 2: 8.8, 3: 11.0}.get(columns, 3.4 * columns)
+        width = {1: 6.4, 2: 8.0, 3: 10.5}.get(columns, 3.4 * columns)
         handles = [] if chart.keys else _key(chart.panels)
         # The marker and the gaps take half an inch.
         widest = 0.5 + _LETTER * max((len(str(handle.get_label())) for handle in handles), default=0)
@@ -214,7 +214,7 @@ def _marker(series: Series, colour: str, size: float = 6.0) -> dict[str, Any]:
     marker = style_of(series.method or "").marker.matplotlib
     return {
         "marker": marker,
-        "markersize": 1.6 * size if marker == "*" else size,
+        "markersize": 1.4 * size if marker == "*" else size,
         "fillstyle": fill,
         "markerfacecolor": PAPER if fill == "none" else colour,
         "markerfacecoloralt": PAPER,

@@ -190,7 +190,7 @@ def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
         f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "
         f"run is chosen by {by}."
     )
-    return Chart(name, f"Best {comparison.score_title} for a budget of {words}", caption, aligned(panels))
+    return Chart(name, f"Best {comparison.score_title} for a budget of {words}", caption, panels)
 
 
 def _front_series(comparison: Comparison, by_method: dict[str, list[MeanStep]], cost: str) -> list[Series]:

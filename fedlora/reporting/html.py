@@ -95,15 +95,19 @@ def page(
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup((folder / "report.js").read_text(encoding="utf-8")),
         plotly=_plotly(),
-        plots=Markup(json.dumps(plots, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
+        plots=_packed(json.dumps(plots, allow_nan=False, separators=(",", ":"))),
     )
 
 
 @cache
 def _plotly() -> dict[str, Any]:
-    """Return plotly's script for the page's own to unpack: compressed, in base 85. Plain it would be 4.8 MB."""
-    packed = gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
-    # In a page "<" could end the element.
+    """Return plotly's script, of 4.8 MB."""
+    return _packed(get_plotlyjs())
+
+
+def _packed(text: str) -> dict[str, Any]:
+    """Compress a text for the page's script: in base 85, with a comma for "<", which could end the element."""
+    packed = gzip.compress(text.encode(), 9, mtime=0)
     return {"bytes": len(packed), "text": Markup(base64.b85encode(packed, pad=True).decode().replace("<", ","))}
 
 

@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from tests.reporting.packed import unpacked
+
 LINKS = {
     # Medians of rates in Mbit/s and of latency in ms, and the spread of their logarithms.
     "lte": (29.0, 6.8, 29.0, 1.0, 0.5),
@@ -118,7 +120,7 @@ class Page(HTMLParser):
         super().__init__()
         self.numbers: list[dict[str, Any]] = []
         self.unmarked: dict[str, list[str]] = defaultdict(list)
-        self.plots = ""
+        self.plots = json.loads(unpacked(text, "plots"))
         self._open: list[tuple[str, dict[str, Any]]] = []
         self.feed(text)
 
@@ -133,11 +135,9 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data: str) -> None:
-        tag, attributes = self._open[-1] if self._open else ("", {})
+        tag = self._open[-1][0] if self._open else ""
         if tag == "data":
             self.numbers[-1]["text"] += data
-        elif attributes.get("id") == "plots":
-            self.plots += data
         elif tag not in ("script", "style"):
             classes = " ".join(str(a.get("class") or a.get("id")) for _, a in self._open)
             self.unmarked[classes].append(data)
@@ -274,7 +274,7 @@ def test_the_tables_are_what_the_runs_say(
 
 def points(page: Page) -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
     """Every point of every plot: the chart, what its axes are, its trace and its place."""
-    for name, plot in json.loads(page.plots).items():
+    for name, plot in page.plots.items():
         for trace in plot["data"]:
             assert len(trace["x"]) == len(trace["y"]) == len(trace["meta"]["of"]) > 0
             for i in range(len(trace["x"])):

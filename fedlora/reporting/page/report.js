@@ -1,7 +1,7 @@
 "use strict";
 // Draws the plots in the page's colours; a click on a method, or on one of its points, shows that method alone.
 (async () => {
-  // plotly comes compressed, in base 85 with "," for "<".
+  // plotly and the plots come compressed, in base 85 with "," for "<".
   const unpack = async ({ textContent: text, dataset }) => {
     const digits = new Uint8Array(128);
     [..."0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~"].forEach((digit, i) => (digits[digit.charCodeAt(0)] = i));
@@ -17,8 +17,8 @@
   const script = document.createElement("script");
   script.textContent = await unpack(document.getElementById("plotly"));
   document.head.append(script);
+  const plots = JSON.parse(await unpack(document.getElementById("plots")));
 
-  const plots = JSON.parse(document.getElementById("plots").textContent);
   const places = [...document.querySelectorAll("[data-plot]")];
   const nav = document.getElementById("filter");
   const buttons = [...nav.querySelectorAll("button[data-method]")];
