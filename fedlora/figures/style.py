@@ -59,7 +59,7 @@ class Style:
 
 DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 """Line styles of a method's variants in matplotlib's and plotly's terms."""
-FILLS = (("full", ""), ("none", "-open"), ("left", "-dot"), ("bottom", "-open-dot"))
+FILLS = (("full", ""), ("none", "-open"), ("left", "-open-dot"), ("bottom", "-dot"))
 """How the markers of a method's variants are filled, in matplotlib's and plotly's terms."""
 
 

@@ -47,7 +47,13 @@ def charts(comparison: Comparison) -> list[Chart]:
     made = {maker: _in_facets(maker, comparison) for maker in divided} | {maker: maker(comparison) for maker in whole}
     order = (*divided[:3], *whole[:3], divided[3], whole[3], *divided[4:], whole[4])
     found = [chart for maker in order if (chart := made[maker]) is not None and chart.panels]
-    return [chart for chart in found if any(panel.series for panel in chart.panels)]
+    return [chart for chart in found if any(map(_compares, chart.panels))]
+
+
+def _compares(panel: Panel) -> bool:
+    """Whether a panel has more than a single point, which the table of results says better."""
+    points = {(x, of) for series in panel.series for x, of in zip(series.x, series.of, strict=True)}
+    return bool(panel.series) and (panel.kind != "points" or len(points) > 1)
 
 
 def _in_facets(maker: Callable[[Comparison], Chart | None], comparison: Comparison) -> Chart | None:

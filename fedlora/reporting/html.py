@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
 from fedlora.figures.chart import Chart, Panel, format_value
-from fedlora.figures.style import DASHES, class_colours, style_of
+from fedlora.figures.style import DASHES, FILLS, class_colours, style_of
 from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
 from fedlora.reporting.changes import Change
 from fedlora.reporting.comparison import NAMES, Comparison, Group, Mean, flatten, quantities, quantity_form, short_name
@@ -253,7 +253,8 @@ def _variants(comparison: Comparison) -> list[dict[str, Any]]:
     seen: dict[str, dict[str, Any]] = {}
     for group in (group for facet in comparison.facets.values() for group in facet.groups):
         dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
-        look = {"method": group.method, "colour": style_of(group.method).colour, "dash": dash}
+        fill = FILLS[group.variant % len(FILLS)][1]
+        look = {"method": group.method, "colour": style_of(group.method).colour, "dash": dash, "fill": fill}
         seen.setdefault(group.caption, {"label": group.caption, **look})
     counts = Counter(entry["method"] for entry in seen.values())
     return list(seen.values()) if max(counts.values()) > 1 else []

@@ -15,7 +15,7 @@ _TICKS = {
     "bytes": ("~s", "B"),
     "seconds": ("~s", "s"),
     "integer": (",d", ""),
-    "number": ("", ""),
+    "number": ("~g", ""),
 }
 
 
@@ -59,6 +59,7 @@ def _plot(panel: Panel, data: list[dict[str, Any]], layout: dict[str, Any]) -> d
 def _traces(series: Series) -> list[dict[str, Any]]:
     style = style_of(series.method or "")
     colour = series.colour or style.colour
+    size = 16 if series.flat else 9 if series.variant < 2 else 11  # a dot in a marker needs room
     mode = "+".join(name for name, on in (("lines", series.line), ("markers", series.markers)) if on)
     meta = {"method": series.method, "label": series.label}
     points: dict[str, Any] = {
@@ -75,7 +76,7 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "marker": {
             "color": colour,
             "symbol": "line-ew-open" if series.flat else style.marker.plotly + FILLS[series.variant % len(FILLS)][1],
-            "size": [size * 1.4 for size in series.sizes] if series.sizes else 16 if series.flat else 9,
+            "size": [size * 1.4 for size in series.sizes] if series.sizes else size,
             "line": {"width": 2},
             "opacity": [0.9 if strong else 0.28 for strong in series.strong] if series.strong else 0.9,
         },
