@@ -53,7 +53,7 @@ def partition_panel(
     client_names: Sequence[str] | None = None,
     of: str = "",
 ) -> Panel:
-    """Return the examples of each client by class: bars, or, of more than 60 clients, areas, the largest client first.
+    """Return the examples of each client: bars by class, or, of more than 60, an area, the largest client first.
 
     Parameters
     ----------
@@ -63,9 +63,11 @@ def partition_panel(
     of : str
         The run's name.
     """
+    many = len(counts) > _MANY_CLIENTS
+    if many:
+        counts, label_names = counts.sum(axis=1, keepdims=True), None
     clients, labels = counts.shape
     names = list(client_names or map(str, range(clients)))
-    many = clients > _MANY_CLIENTS
     order = np.argsort(-counts.sum(axis=1), kind="stable") if many else np.arange(clients)
     series = [
         Series(
@@ -101,4 +103,6 @@ def _hover(name: str, examples: int, label: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    """Leave out the middle of a long name: similar names often differ at their ends."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

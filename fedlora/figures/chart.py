@@ -169,9 +169,9 @@ class Axis:
             room = max((high / low) ** _ROOM, 1.02)
             marks = [] if ticks is None else list(ticks)
             return cls(True, ticks, (min(low / room, *marks), max(high * room, *marks)))
+        low = min(low, 0.0) if from_zero else low
         if form == "integer" and ticks is None and all(value.is_integer() for value in known):
             ticks = _whole(low, high)
-        low = min(low, 0.0) if from_zero else low
         room = _ROOM * (high - low) or 0.02 * (1.0 if form == "percent" else abs(high) or 1.0)
         limits = (low if from_zero else low - room, high + room)
         if form == "percent":

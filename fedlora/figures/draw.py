@@ -37,15 +37,17 @@ _LETTER = 0.07
 
 def draw(chart: Chart, dpi: int = 200, endings: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
     """Draw a chart; return the content of its files by their ending, png and svg."""
-    files = {}
+    figure = figure_of(chart)
+    return {ending: saved(figure, ending, dpi) for ending in endings}
+
+
+def saved(figure: Figure, ending: str = "png", dpi: int = 150) -> bytes:
+    """Return the content of a figure's file."""
+    stream = io.BytesIO()
+    options: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": dpi}
     with rc_context(MATPLOTLIB):
-        figure = figure_of(chart)
-        for ending in endings:
-            stream = io.BytesIO()
-            options: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": dpi}
-            figure.savefig(stream, format=ending, **options)
-            files[ending] = stream.getvalue()
-    return files
+        figure.savefig(stream, format=ending, **options)
+    return stream.getvalue()
 
 
 def draw_all(charts: Sequence[Chart]) -> dict[str, bytes]:
@@ -60,7 +62,7 @@ def figure_of(chart: Chart) -> Figure:
         columns = chart.columns or (3 if count in (3, 5, 6) or count > 8 else min(2, count))
         rows = -(-count // columns)
         width = {1: 6.4, 2: 8.0, 3: 10.5}.get(columns, 3.4 * columns)
-        handles = [] if chart.keys else _key(chart.panels)
+        handles = [] if chart.keys else _key([panel for panel in chart.panels if not _alone(panel)])
         # The marker and the gaps take half an inch.
         widest = 0.5 + _LETTER * max((len(str(handle.get_label())) for handle in handles), default=0)
         ncols = max(1, min(4, len(handles), int(width / widest)))
@@ -87,8 +89,8 @@ def figure_of(chart: Chart) -> Figure:
         return figure
 
 
-def draw_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], dpi: int = 150) -> bytes:
-    """Draw a table of texts as a PNG: the first column to the left, the others to the right."""
+def table_figure(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Figure:
+    """Return a table of texts as a figure: the first column to the left, the others to the right."""
     with rc_context(MATPLOTLIB):
         table = [heads, *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
@@ -105,9 +107,12 @@ def draw_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], 
             for text, end in zip(row[1:], ends[1:], strict=True):
                 axes.text(end, number, text, ha="right", va="center", color=colour)
             axes.axhline(number + 0.5, color=MATPLOTLIB["grid.color"], linewidth=0.8)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=dpi)
-        return stream.getvalue()
+        return figure
+
+
+def _alone(panel: Panel) -> bool:
+    """Whether a panel has a single series that belongs to no method, which its axes name."""
+    return len(panel.series) == 1 and panel.series[0].method is None
 
 
 def _height(panel: Panel, count: int) -> float:
@@ -263,7 +268,7 @@ def _key(panels: Sequence[Panel]) -> list[Line2D | Patch]:
         looks.setdefault(series.label, set()).add(series.colour or style_of(series.method or "").colour)
     handles: dict[str, Line2D | Patch] = {}
     for panel in panels:
-        if panel.kind == "table" or (panel.kind == "bars" and len(panel.series) == 1):
+        if panel.kind == "table":
             continue
         if panel.kind in ("bars", "areas"):
             for series, colour in zip(panel.series, _colours(panel), strict=True):

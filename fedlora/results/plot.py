@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.figures.chart import Chart, Panel, Series, format_value
 from fedlora.figures.style import COLOURS
 from fedlora.tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Lines = Sequence[Mapping[str, Any]]
 """Of rounds.jsonl."""
@@ -29,23 +32,26 @@ def plot_rounds(
     start: Mapping[str, Any] | None = None,
     target_epsilon: float | None = None,
 ) -> None:
-    """Draw the lines of rounds.jsonl as a PNG: :func:`rounds_chart`; a table where there is a single round.
+    """Write :func:`draw_rounds` as a PNG."""
+    from fedlora.figures.draw import saved
 
-    Parameters
-    ----------
-    path : Path
-        Where the picture goes.
-    lines, title, task, start, target_epsilon
-        As :func:`rounds_chart` takes them.
-    """
-    from fedlora.figures.draw import draw, draw_table
+    path.write_bytes(saved(draw_rounds(lines, title, task, start, target_epsilon)))
+
+
+def draw_rounds(
+    lines: Lines,
+    title: str,
+    task: Task,
+    start: Mapping[str, Any] | None = None,
+    target_epsilon: float | None = None,
+) -> Figure:
+    """Draw the lines of rounds.jsonl: :func:`rounds_chart`, or a table where there is a single round."""
+    from fedlora.figures.draw import figure_of, table_figure
 
     if len(lines) == 1:
         heads = ["", *(["before training"] if start else []), f"after round {lines[0]['round']}"]
-        drawn = draw_table(title, heads, rounds_table(lines[0], task, start, target_epsilon))
-    else:
-        drawn = draw(rounds_chart(lines, title, task, start, target_epsilon), dpi=150, endings=("png",))["png"]
-    path.write_bytes(drawn)
+        return table_figure(title, heads, rounds_table(lines[0], task, start, target_epsilon))
+    return figure_of(rounds_chart(lines, title, task, start, target_epsilon))
 
 
 def rounds_chart(
