@@ -243,6 +243,21 @@ def _numbered(series: Series) -> bool:
     return series.variant >= len(FILLS) and not series.line and not series.flat
 
 
+# Functions with names, so that a figure can be pickled.
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{round(100 * value, 6):g} %"
+
+
+def _whole(value: float, _: int) -> str:
+    return f"{value:,.0f}"
+
+
+def _number(value: float, _: int) -> str:
+    return f"{round(value, 12):.5g}"
+
+
 def _format(axis: Any, form: str, look: Axis) -> None:
     if look.ticks is not None:
         axis.set_ticks(list(look.ticks), list(look.ticks.values()))
@@ -252,13 +267,13 @@ def _format(axis: Any, form: str, look: Axis) -> None:
         most = 6 if axis.axis_name == "y" else 5
         axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=form == "integer"))
     if form == "percent":
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %"))
+        axis.set_major_formatter(FuncFormatter(_percent))
     elif form in ("bytes", "seconds"):
         axis.set_major_formatter(EngFormatter("B" if form == "bytes" else "s"))
     elif form == "integer":
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_major_formatter(FuncFormatter(_whole))
     elif not look.log:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 12):.5g}"))
+        axis.set_major_formatter(FuncFormatter(_number))
 
 
 def _key(panels: Sequence[Panel]) -> list[Line2D | Patch]:

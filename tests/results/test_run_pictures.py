@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_start_largest_class_target_and_bytes_are_told_apart() -> None:
     assert [series.label for series in sent.series] == ["once 3 MB", "down 800 kB", "up 800 kB"]
     assert sent.kind == "areas"
     assert sent.y_values[-1] == 3e6 + 2 * 8e5
-    assert figure_of(chart).axes[0].get_legend() is not None
+    figure = pickle.loads(pickle.dumps(figure_of(chart)))  # as notebooks do
+    assert all(axes.get_legend() is not None for axes in figure.axes)
 
 
 def test_validation_is_drawn_beside_the_test_score() -> None:
