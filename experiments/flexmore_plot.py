@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from fedlora.experts.expert import FULL
+from fedlora.figures.style import COLOURS, MATPLOTLIB, class_colours
 from fedlora.strategies.flexmore import FULL_RATE
 
 RANKS = ["1", "4", "16", "64", "256", "full"]
 
 KINDS = {
-    "own expert": "#009e73",
-    "mixture": "#0072b2",
-    "mixture, router tuned": "#cc79a7",
-    "mixture, tuned jointly": "#e69f00",
+    "own expert": COLOURS["green"],
+    "mixture": COLOURS["blue"],
+    "mixture, router tuned": COLOURS["purple"],
+    "mixture, tuned jointly": COLOURS["orange"],
 }
 """What the figure shows of the table, and its colours."""
 
@@ -51,10 +52,13 @@ def plot(folder: Path) -> None:
     """Write table.md, ranks.png and reasoning.png from raw.json and, for more seeds, seed-*.json."""
     figures = Figures(folder)
     (folder / "table.md").write_text("\n".join(figures.table()) + "\n", encoding="utf-8")
-    if figures.own:
-        figures.draw_ranks(folder / "ranks.png")
-    if any(key.startswith("reasoning ") for key in figures.raw):
-        figures.draw_reasoning(folder / "reasoning.png")
+    from matplotlib import rc_context
+
+    with rc_context(MATPLOTLIB):
+        if figures.own:
+            figures.draw_ranks(folder / "ranks.png")
+        if any(key.startswith("reasoning ") for key in figures.raw):
+            figures.draw_reasoning(folder / "reasoning.png")
 
 
 Row = tuple[str, dict[str, float], float | None]
@@ -165,7 +169,7 @@ class Figures:
         """Draw loss against bytes, and own domain's perplexity against rank."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 4), layout="constrained")
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         mean = {name: float(np.mean(list(losses.values()))) for name, losses, _ in self.rows}
         for kind, colour in KINDS.items():
@@ -181,17 +185,19 @@ class Figures:
                 left.plot(*zip(*points, strict=True), "*", markersize=12, label=f"{kind}, mixed ranks", color=colour)
         for name, value in mean.items():
             if name == "public" or name.startswith("all-data"):
-                left.axhline(value, color="#999999", linestyle="--" if name == "public" else ":", label=name)
+                left.axhline(value, color=COLOURS["grey"], linestyle="--" if name == "public" else ":", label=name)
         left.set(xscale="log", xlabel="MB an owner sends, mean over owners", ylabel="test loss, nats a token")
-        left.legend(frameon=False, fontsize="x-small")
-        for domain in self.domains:
+        left.xaxis.set_major_formatter("{x:g}")
+        left.set_title("Loss against bytes")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
+        for domain, colour in zip(self.domains, class_colours(len(self.domains)), strict=True):
             values = [np.exp(found[domain]) for found in self.own.values()]
-            right.plot(range(len(self.own)), values, marker="o", label=domain)
+            right.plot(range(len(self.own)), values, marker="o", label=domain, color=colour)
         right.set(xticks=range(len(self.own)), xticklabels=list(self.own), xlabel="rank")
         right.set_ylabel("own domain's perplexity")
-        right.legend(frameon=False, fontsize="small", loc="upper center", ncols=3)
-        right.set_ylim(top=right.get_ylim()[1] * 1.08)
-        figure.savefig(path, dpi=110)
+        right.set_title("Own expert against rank")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
+        figure.savefig(path, dpi=150)
 
     def draw_reasoning(self, path: Path) -> None:
         """Draw which share of the highest rank's gain a rank keeps, on both kinds of text."""
@@ -203,12 +209,20 @@ class Figures:
         solved = [rank for rank in RANKS if f"reasoning {rank}" in self.raw]
         reasoning = {rank: public - self.raw[f"reasoning {rank}"]["reasoning"]["all"] for rank in solved}
         knowledge = {r: float(np.mean(self.gains(f"own expert, rank {r}"))) for r in self.own if r in RANKS}
-        for name, gains, colour in (("reasoning", reasoning, "#d55e00"), ("newsgroups", knowledge, "#0072b2")):
+        for name, gains, colour in (
+            ("reasoning", reasoning, COLOURS["vermilion"]),
+            ("newsgroups", knowledge, COLOURS["blue"]),
+        ):
             shares = [value / list(gains.values())[-1] for value in gains.values()]
-            axes.plot([RANKS.index(rank) for rank in gains], shares, marker="o", label=name, color=colour)
+            axes.plot(
+                [RANKS.index(rank) for rank in gains], shares, marker="o", label=name, color=colour, clip_on=False
+            )
+        axes.set_ylim(top=1)
         axes.set(xticks=range(len(RANKS)), xticklabels=RANKS, xlabel="rank", ylabel="gain, of the highest rank's")
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=110)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.set_title("Share of the gain that a rank keeps")
+        axes.legend()
+        figure.savefig(path, dpi=150)
 
 
 def _setting(rank: str, rate: float, alpha: float) -> str:

@@ -76,7 +76,7 @@ class Method:
         Whether the aggregate is made of more than the mean of what clients send, so that noise on a sum does not cover
         it.
     color, marker : str
-        In figures, by the names of :mod:`fedlora.reporting.style`, or a color as ``#rrggbb``; chosen by the method's
+        In figures, by the names of :mod:`fedlora.figures.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
     parameterisation : str
         What is trained beside every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.

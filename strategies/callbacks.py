@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.communication.links import link_seed, network_profile, round_network
 from fedlora.communication.meter import Row
 from fedlora.data.partition_plot import plot_partition
-from fedlora.results.plot import plot_rounds
+from fedlora.results.plot import plot_by_domain, plot_rounds
 from fedlora.results.tracking import Tracker, open_trackers, scalars
 from fedlora.strategies.base import RoundReport
 from fedlora.strategies.lost_replies import attempt_rows
@@ -152,7 +152,7 @@ class Display(Callback):
 
 
 class Plot(Callback):
-    """Draws partition.png and rounds.png."""
+    """Draws partition.png, rounds.png and, where a run scores domains, domains.png."""
 
     def on_round(self, federation: Federation, outcome: Outcome) -> None:
         """Draw who trains on what; after a round, since drawing would delay the first."""
@@ -162,11 +162,13 @@ class Plot(Callback):
         """Draw the whole run."""
         self._partition(federation)
         folder, config = federation.folder, federation.config
-        title = f"{config.run.name}: {federation.method.title}"
-        plot_rounds(folder.path / "rounds.png", folder.rounds(), title, get_task(config.model.task))
+        title, task = f"{config.run.name} · {federation.method.title}", get_task(config.model.task)
+        lines, start = folder.rounds(), folder.checkpoint.get("start")
+        plot_rounds(folder.path / "rounds.png", lines, title, task, start, config.privacy.target_epsilon)
+        plot_by_domain(folder.path / "domains.png", lines[-1]["metrics"], title, task, start)
 
     def _partition(self, federation: Federation) -> None:
         """Draw who trains on what, where that is known, once."""
         file, data = federation.folder.path / "partition.png", federation.data
         if federation.simulated and not file.exists():
-            plot_partition(file, data.label_counts(), data.counted_names)
+            plot_partition(file, data.label_counts(), data.counted_names, data.client_names)

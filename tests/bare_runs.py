@@ -12,7 +12,7 @@ import pytest
 def bare_runs() -> Iterator[pytest.MonkeyPatch]:
     """Let runs in this process draw no pictures and not collect garbage; yield what undoes it."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in ("plot_rounds", "plot_partition"):
+        for function in ("plot_rounds", "plot_by_domain", "plot_partition"):
             patch.setattr(f"fedlora.strategies.callbacks.{function}", lambda *_: None)
         patch.setattr("fedlora.simulator._settled_heap", nullcontext)
         yield patch

@@ -10,13 +10,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from fedlora.figures.chart import Axis, format_value
+from fedlora.figures.style import COLOURS, INK, LINE, MATPLOTLIB, PAPER
 
 FOLDER = Path(__file__).parent
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+BLUE, ORANGE = COLOURS["blue"], COLOURS["orange"]
 
 PARTS = ("train", "communicate", "aggregate", "evaluate")
 """Of a round's seconds."""
@@ -42,14 +44,15 @@ def raw(name: str) -> Any:
 
 def main() -> None:
     """Draw the four panels into figure.png."""
-    figure, ((cohort, parts), (rounds, size)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    _cohorts(cohort)
-    _time(parts)
-    _rounds(rounds)
-    _size(size)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(FOLDER / "figure.png", dpi=140)
+    with rc_context(MATPLOTLIB):
+        figure = Figure(figsize=(9, 6.2), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr]
+        (cohort, parts), (rounds, size) = figure.subplots(2, 2)
+        _cohorts(cohort)
+        _time(parts)
+        _rounds(rounds)
+        _size(size)
+        figure.savefig(FOLDER / "figure.png", dpi=150)
     print_kernels(raw("cohort_speed_h100"))
 
 
@@ -87,65 +90,77 @@ def _frozen(shape: dict[str, Any]) -> int:
     return int(shape["num_hidden_layers"] * (attention + matrices * d * shape["intermediate_size"]))
 
 
-def _cohorts(axes: Any) -> None:
+def _dots(axes: Axes, values: dict[str, float], texts: list[str], form: str, colours: list[str] | None = None) -> None:
+    """Draw a dot for each value on a logarithmic axis, where equal distances are equal factors, and write it beside."""
+    look = Axis.of(values.values(), form, True, None)
+    ends = look.range or (min(values.values()), max(values.values()))
+    axes.set_xscale("log")
+    axes.set_xlim(ends[0], ends[1] * (ends[1] / ends[0]) ** 0.45)  # room for what is written
+    if look.ticks is not None:
+        axes.set_xticks(list(look.ticks), list(look.ticks.values()))
+    axes.xaxis.set_minor_formatter("")
+    clear = {"facecolor": PAPER, "linewidth": 0, "pad": 1}
+    for place, (value, text) in enumerate(zip(values.values(), texts, strict=True)):
+        colour = colours[place] if colours else BLUE
+        axes.plot([value], [place], "o", markersize=8, color=colour)
+        axes.annotate(text, (value, place), (8, 0), textcoords="offset points", va="center", color=INK, bbox=clear)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _cohorts(axes: Axes) -> None:
     results = raw("cohort_speed_h100")
-    sizes = results["sizes"]
-    ratios = [row["cohort"]["islands"]["ratio"] for row in sizes.values()]
-    bars = axes.barh(list(sizes), ratios, color=BLUE)
-    axes.bar_label(bars, fmt="%.1fx", padding=3)
-    axes.axvline(1, color=GREY, linewidth=1)
-    axes.set_xlabel("client steps a second, as a multiple of PEFT + Opacus")
+    ratios = {name: row["cohort"]["islands"]["ratio"] for name, row in results["sizes"].items()}
+    _dots(axes, {"PEFT + Opacus": 1.0} | ratios, ["1"] + [f"{ratio:.1f} times" for ratio in ratios.values()], "number")
+    axes.lines[0].set_color(ORANGE)
+    axes.set_xlabel("client steps a second, times PEFT + Opacus")
     axes.set_title(f"DP-SGD in cohorts, {_machine(results)}")
-    axes.invert_yaxis()
 
 
-def _time(axes: Any) -> None:
+def _time(axes: Axes) -> None:
     results = raw("end_to_end")
     rows = results["ours"]["rounds"][1:]
     names = (*PARTS, "record")
     for row in rows:
         row["record"] = row["wall"] - sum(row[name] for name in PARTS)
-    seconds = [statistics.median(row[name] for row in rows) for name in names]
-    bars = axes.barh(names, seconds, color=[BLUE, ORANGE, GREY, GREEN, GREY])
-    axes.bar_label(bars, [f"{s:.2f} s, {s / sum(seconds):.0%}" for s in seconds], padding=3)
-    axes.set_xlim(0, 1.3 * max(seconds))
+    seconds = {name: statistics.median(row[name] for row in rows) for name in names}
+    total = sum(seconds.values())
+    _dots(axes, seconds, [f"{format_value(s, 'seconds')}, {s / total:.0%}" for s in seconds.values()], "seconds")
     axes.set_xlabel("seconds a round, 100 clients under DP")
     axes.set_title(f"Where a round's time goes, {_machine(results)}")
-    axes.invert_yaxis()
 
 
-def _rounds(axes: Any) -> None:
+def _rounds(axes: Axes) -> None:
     whole, plain = raw("end_to_end"), raw("pfl_training")
 
     def typical(rows: list[dict[str, float]]) -> float:
         return statistics.median(sum(row[name] for name in PARTS) for row in rows[1:])
 
-    dp, none = f"DP, {_machine(whole)}", f"no privacy, {_machine(plain)}"
-    bars = {
-        f"fedlora, {dp}": typical(whole["ours"]["rounds"]),
-        f"Flower's runtime, {dp}": typical(whole["flower"]["1.0"]["rounds"]),
-        f"fedlora, {none}": statistics.median(plain["seconds_a_round"]["fedlora"]),
-        f"pfl, {none}": statistics.median(plain["seconds_a_round"]["pfl"]),
+    seconds = {
+        "fedlora, DP": typical(whole["ours"]["rounds"]),
+        "Flower's runtime, DP": typical(whole["flower"]["1.0"]["rounds"]),
+        "fedlora, no privacy": statistics.median(plain["seconds_a_round"]["fedlora"]),
+        "pfl, no privacy": statistics.median(plain["seconds_a_round"]["pfl"]),
     }
-    drawn = axes.barh(list(bars), list(bars.values()), color=[BLUE, ORANGE, BLUE, ORANGE])
-    axes.bar_label(drawn, fmt="%.2f s", padding=3)
-    axes.set_xscale("log")
-    axes.set_xlim(0.1, 100)
-    axes.set_xlabel("seconds a round, 100 clients (logarithmic)")
-    axes.set_title("A whole federation")
-    axes.invert_yaxis()
+    texts = [format_value(value, "seconds") for value in seconds.values()]
+    _dots(axes, seconds, texts, "seconds", [BLUE, ORANGE, BLUE, ORANGE])
+    axes.axhline(1.5, color=LINE, linewidth=0.8)
+    axes.set_xlabel("seconds a round, 100 clients")
+    machines = dict.fromkeys([_machine(whole), _machine(plain)])
+    axes.set_title(f"A whole federation, {' and '.join(machines)}")
 
 
-def _size(axes: Any) -> None:
+def _size(axes: Axes) -> None:
     results = raw("federation_size")
     for row, colour in zip(results["sizes"], (BLUE, ORANGE), strict=True):
-        label = f"{row['clients']:,} clients: {row['peak_bytes'] / 1e9:.2f} GB at the peak"
+        label = f"{row['clients']:,} clients: {format_value(row['peak_bytes'], 'bytes')} at the peak"
         axes.plot(range(1, len(row["seconds_a_round"]) + 1), row["seconds_a_round"], "o-", color=colour, label=label)
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.1 * max(max(row["seconds_a_round"]) for row in results["sizes"]))
     axes.set_xlabel("round")
     axes.set_ylabel("seconds, 100 clients train")
     axes.set_title(f"The federation's size, {results['machine']['cores']} cores")
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="lower left")
 
 
 def _machine(results: dict[str, Any]) -> str:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fedlora.figures.chart import Chart, Panel, Series
+
 _MANY_CLIENTS = 60
+_LONGEST_NAME = 28
 
 
-def plot_partition(path: Path | str, counts: np.ndarray, label_names: list[str] | None = None) -> None:
+def plot_partition(
+    path: Path | str,
+    counts: np.ndarray,
+    label_names: Sequence[str] | None = None,
+    client_names: Sequence[str] | None = None,
+) -> None:
     """Draw how many examples of which class each client has, as a PNG.
 
     Up to 60 clients get a bar each, stacked by class. More are shown together: the clients' sizes in falling order, and
@@ -22,48 +30,79 @@ def plot_partition(path: Path | str, counts: np.ndarray, label_names: list[str] 
         Where the picture goes.
     counts : np.ndarray
         Number of examples [clients, labels]; one column if there are no labels.
-    label_names : list of str, optional
+    label_names : sequence of str, optional
         The classes.
+    client_names : sequence of str, optional
+        The clients; by default their numbers.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from fedlora.figures.draw import draw
 
     counts = np.asarray(counts)
+    panels = [partition_panel("", counts, label_names, client_names)]
     clients, labels = counts.shape
-    if clients <= _MANY_CLIENTS:
-        legend = 0.19 * labels if label_names and labels <= 20 else 0.0
-        figure = Figure(figsize=(8, max(1 + 0.25 * clients, 0.5 + legend)), layout="constrained")
-        axes = figure.add_subplot()
-        _bars(axes, counts, label_names)
-    else:
-        figure = Figure(figsize=(8, 6 if labels > 1 else 3.2), layout="constrained")
-        axes = figure.add_subplot(2 if labels > 1 else 1, 1, 1)
-        axes.step(np.arange(1, clients + 1), np.sort(counts.sum(axis=1))[::-1], where="mid")
-        axes.set(
-            xlabel=f"{clients} clients, largest first", ylabel="examples", ylim=(0, 1.05 * counts.sum(axis=1).max())
+    if clients > _MANY_CLIENTS and labels > 1:
+        panels.append(_classes_panel(counts))
+    chart = Chart("partition", "Who holds which examples", "", panels)
+    Path(path).write_bytes(draw(chart, dpi=150, endings=("png",))["png"])
+
+
+def partition_panel(
+    title: str,
+    counts: np.ndarray,
+    label_names: Sequence[str] | None = None,
+    client_names: Sequence[str] | None = None,
+    of: str = "",
+) -> Panel:
+    """Return the examples of each client: bars by class, or, of more than 60, an area, the largest client first.
+
+    Parameters
+    ----------
+    title : str
+    counts, label_names, client_names
+        As :func:`plot_partition` takes them.
+    of : str
+        The run's name.
+    """
+    many = len(counts) > _MANY_CLIENTS
+    if many:
+        counts, label_names = counts.sum(axis=1, keepdims=True), None
+    clients, labels = counts.shape
+    names = list(client_names or map(str, range(clients)))
+    order = np.argsort(-counts.sum(axis=1), kind="stable") if many else np.arange(clients)
+    series = [
+        Series(
+            None,
+            label_names[label] if label_names else "examples",
+            [float(place) for place in range(clients)],
+            counts[order, label].astype(float).tolist(),
+            [_hover(names[i], counts[i, label], label_names[label] if label_names else "") for i in order],
+            [of] * clients,
+            variant=label,
         )
-        if labels > 1:
-            below = figure.add_subplot(2, 1, 2)
-            below.hist((counts > 0).sum(axis=1), bins=[*np.arange(0.5, labels + 1.5)], rwidth=0.9)
-            below.set(xlabel="classes that a client has", ylabel="clients")
-            below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    FigureCanvasAgg(figure).print_png(str(path))
+        for label in range(labels)
+    ]
+    x_title = f"{clients} clients, largest first" if many else "client"
+    ticks = {float(place): _short(names[i]) for place, i in enumerate(order)}
+    form = {"x_form": "integer", "y_form": "integer"}
+    kind = {"kind": "areas", "from_zero": True} if many else {"kind": "bars", "x_ticks": ticks}
+    return Panel(title, x_title, "examples", series, "client", "examples", **form, **kind)  # type: ignore[arg-type]
 
 
-def _bars(axes: Any, counts: np.ndarray, label_names: list[str] | None) -> None:
-    from matplotlib import colormaps
+def _classes_panel(counts: np.ndarray) -> Panel:
+    """Return how many clients have how many classes."""
+    clients = np.bincount((counts > 0).sum(axis=1), minlength=counts.shape[1] + 1).astype(float).tolist()
+    classes = [float(number) for number in range(len(clients))]
+    hover = [f"{many:.0f} clients have {number:.0f} classes" for number, many in zip(classes, clients, strict=True)]
+    series = Series(None, "clients by number of classes", classes, clients, hover, [""] * len(hover), line=True)
+    titles = ("classes that a client has", "clients")
+    return Panel("", *titles, [series], "classes", "clients", "integer", "integer", from_zero=True)
 
-    clients, labels = counts.shape
-    colours = colormaps["tab10" if labels <= 10 else "tab20" if labels <= 20 else "nipy_spectral"]
-    left = np.zeros(clients, np.int64)
-    for label in range(labels):
-        colour = colours(label) if labels <= 20 else colours((label + 0.5) / labels)
-        name = label_names[label] if label_names else None
-        axes.barh(np.arange(clients), counts[:, label], left=left, color=colour, label=name, height=0.85)
-        left += counts[:, label]
-    axes.set(xlabel="examples", ylabel="client", ylim=(clients - 0.4, -0.6))
-    if clients <= 20:
-        axes.set_yticks(np.arange(clients))
-    if label_names and labels <= 20:
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+def _hover(name: str, examples: int, label: str) -> str:
+    return f"client {name}\n{examples} {label or 'examples'}"
+
+
+def _short(name: str) -> str:
+    """Leave out the middle of a long name: similar names often differ at their ends."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

@@ -1,15 +1,17 @@
-"""The content of each figure, independent of the library that draws it (matplotlib for files, plotly for the page)."""
+"""The figures of a report."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from fedlora.communication.links import PROFILES
+from fedlora.data.partition_plot import partition_panel
+from fedlora.figures.chart import Chart, Panel, Series, aligned, format_value, untangled
 from fedlora.reporting.budgets import COSTS, MeanStep, front, has_validation, mean_steps
 from fedlora.reporting.comparison import (
     Comparison,
@@ -19,185 +21,55 @@ from fedlora.reporting.comparison import (
     client_scores,
     flatten,
     group_epsilon,
+    pareto,
 )
 from fedlora.reporting.runs import FinishedRun
+from fedlora.results.plot import domain_panel, domain_tables
 
 _SHARES = np.linspace(0, 1, 21)
-_PARTITIONS, _CLIENTS = 4, 60
-_DODGE = 1.03
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one method in a panel.
-
-    Attributes
-    ----------
-    method : str or None
-        None if the points belong to no method, for example a class of examples.
-    label : str
-    x, y : list of float
-    low, high : list of float, optional
-        95 % interval of y, where there is one.
-    hover : list of str
-        Hover text of each point; may contain line breaks.
-    of : list of str
-        Names of the groups or runs that the points stand for.
-    variant : int
-        Index among the method's series, which sets dashes and open markers.
-    line, markers, band : bool
-        Whether to join the points, to mark them, and to draw the interval as a band instead of bars.
-    strong : list of bool, optional
-        Which points stand out; all by default.
-    sizes : list of float, optional
-        Marker sizes, in points.
-    flat : bool
-        Draw markers as horizontal strokes, for values of a formula.
-    step : bool
-        Join the points by steps: a value holds until the next point.
-    """
-
-    method: str | None
-    label: str
-    x: list[float]
-    y: list[float]
-    hover: list[str]
-    of: list[str]
-    low: list[float | None] | None = None
-    high: list[float | None] | None = None
-    variant: int = 0
-    line: bool = False
-    markers: bool = True
-    band: bool = False
-    strong: list[bool] | None = None
-    sizes: list[float] | None = None
-    flat: bool = False
-    step: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Two axes and their series.
-
-    Attributes
-    ----------
-    x_form, y_form : str
-        How numbers are shown: percent, bytes, seconds, integer or number.
-    x_quantity, y_quantity : str
-        Quantity on each axis: a name of :func:`~fedlora.reporting.comparison.quantities`, or round, share or client.
-    x_ticks : dict of float to str, optional
-    bars : bool
-        Series are stacked bars: x is a client, y its examples of a class.
-    dodge : bool
-        Draw series of equal x side by side, so that their intervals do not overlap.
-    """
-
-    title: str
-    x_title: str
-    y_title: str
-    series: list[Series]
-    x_quantity: str
-    y_quantity: str
-    x_form: str = "number"
-    y_form: str = "number"
-    x_log: bool = False
-    y_log: bool = False
-    x_ticks: dict[float, str] | None = None
-    bars: bool = False
-    dodge: bool = False
-
-    def shifted(self, place: int) -> list[float]:
-        """Return the x values at which to draw a series, shifted sideways if ``dodge`` is set."""
-        series = self.series[place]
-        factor = _DODGE ** (place - (len(self.series) - 1) / 2) if self.dodge else 1.0
-        return [x * factor for x in series.x]
-
-    @property
-    def x_axis(self) -> Axis:
-        """Scale, ticks and range of the x axis."""
-        return Axis.of([x for s in self.series for x in s.x], self.x_form, self.x_log, self.x_ticks)
-
-    @property
-    def y_axis(self) -> Axis:
-        """Scale, ticks and range of the y axis, which shows all intervals, clipped to [0, 1] for shares."""
-        if self.bars:
-            return Axis(False)
-        values = [y for s in self.series for part in (s.y, s.low, s.high) for y in part or [] if y is not None]
-        return Axis.of(values, self.y_form, self.y_log, None)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Scale, ticks and range of an axis; None leaves the choice to the drawing library.
-
-    Attributes
-    ----------
-    log : bool
-    ticks : dict of float to str, optional
-    range : (float, float), optional
-        Limits, where values could exceed what the axis can show.
-    """
-
-    log: bool
-    ticks: dict[float, str] | None = None
-    range: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, values: Sequence[float], form: str, log: bool, ticks: dict[float, str] | None) -> Axis:
-        """Choose ticks for values of a form (see :class:`Panel`)."""
-        known = sorted({value for value in values if math.isfinite(value)})
-        if ticks is not None or not known:
-            return cls(log, ticks)
-        if form == "percent" and (known[0] < 0 or known[-1] > 1):
-            return cls(False, None, (max(0.0, known[0]) - 0.02, min(1.0, known[-1]) + 0.02))
-        if form == "integer" and all(value.is_integer() for value in known):
-            step = -(-int(known[-1] - known[0] + 1) // 6)
-            marks = [value for value in known if (value - known[0]) % step == 0]
-            return cls(False, {value: f"{value:,.0f}" for value in marks})
-        if not log:
-            return cls(False)
-        low, high = known[0], known[-1]
-        if low <= 0:
-            return cls(False)
-        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-            decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-            marks = [step * 10.0**power for power in decades for step in steps]
-            marks = [mark for mark in marks if low * 0.8 <= mark <= high * 1.25]
-            if len(marks) >= 3:
-                thin = -(-len(marks) // 6)
-                return cls(True, {mark: format_value(mark, form) for mark in marks[::thin]})
-        # Too narrow for powers of ten to help.
-        return cls(False)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure: file name, title, caption and panels."""
-
-    name: str
-    title: str
-    caption: str
-    panels: list[Panel] = field(default_factory=list)
+_PARTITIONS, _DOMAINS = 4, 4
+_ALL_BYTES = "bytes, all clients and rounds"
 
 
 def charts(comparison: Comparison) -> list[Chart]:
     """Return the figures for which the runs have data, the main one first."""
-    makers = (
+    divided = (
         score_by_epsilon,
         score_by_bytes,
         pareto_front,
-        front_by_bytes,
-        front_by_epsilon,
-        front_by_seconds,
         score_by_round,
         score_by_network,
         bytes_by_round,
         drift_by_round,
         client_spread,
-        partitions,
     )
-    made = [chart for maker in makers if (chart := maker(comparison)) is not None and chart.panels]
-    return [chart for chart in made if any(panel.series for panel in chart.panels)]
+    whole = (front_by_bytes, front_by_epsilon, front_by_seconds, scores_by_domain, partitions)
+    made = {maker: _in_facets(maker, comparison) for maker in divided} | {maker: maker(comparison) for maker in whole}
+    order = (*divided[:3], *whole[:3], divided[3], whole[3], *divided[4:], whole[4])
+    found = [chart for maker in order if (chart := made[maker]) is not None and chart.panels]
+    return [chart for chart in found if any(map(_compares, chart.panels))]
+
+
+def _compares(panel: Panel) -> bool:
+    """Whether a panel has more than a single point, which the table of results says better."""
+    points = {(x, of) for series in panel.series for x, of in zip(series.x, series.of, strict=True)}
+    return bool(panel.series) and (panel.kind != "points" or len(points) > 1)
+
+
+def _in_facets(maker: Callable[[Comparison], Chart | None], comparison: Comparison) -> Chart | None:
+    """Make a figure; of many configurations as small multiples, whose axes are the same."""
+    chart = maker(comparison)
+    if chart is None or len(comparison.facets) == 1:
+        return chart and untangled(chart)
+    made = {title: maker(facet) for title, facet in comparison.facets.items()}
+    parts = {title: part.panels for title, part in made.items() if part is not None}
+    panels = [
+        replace(panel, title=f"{title} · {panel.title}" if panel.title else title)
+        for title, of in parts.items()
+        for panel in of
+    ]
+    columns = max(map(len, parts.values()))
+    return untangled(replace(chart, panels=aligned(panels), columns=columns if 1 < columns <= 4 else None))
 
 
 def score_by_epsilon(comparison: Comparison) -> Chart | None:
@@ -235,40 +107,58 @@ def score_by_bytes(comparison: Comparison) -> Chart:
         ("all messages", "total_bytes"),
         ("uplink", "uplink_bytes"),
         ("downlink", "downlink_bytes"),
-        ("initial broadcast, once a client", "initial_bytes"),
+        ("initial broadcast", "initial_bytes"),
     ):
         series = [
             _points(comparison, groups, lambda g, q=quantity: g.means[q].mean, sized=True)  # type: ignore[misc]
             for groups in _by_variant([g for g in comparison.groups if g.means[quantity].mean > 0])
         ]
         form = {"x_form": "bytes", "x_log": True}
-        panels.append(_score_panel(comparison, title, "bytes, all clients and rounds", quantity, series, **form))
+        panels.append(_score_panel(comparison, title, _ALL_BYTES, quantity, series, **form))
     caption = "Whole messages as measured. " + _size_note(comparison) + _intervals(comparison)
     return Chart("score-bytes", f"{_title(comparison)} against bytes", caption, [p for p in panels if p.series])
 
 
 def pareto_front(comparison: Comparison) -> Chart:
-    """Score against bytes, with the Pareto front of score, epsilon and bytes marked."""
-    front = {group.name for group in comparison.front}
-    series = [
-        _points(
-            comparison,
-            groups,
-            lambda g: g.means["total_bytes"].mean,
-            sized=True,
-            strong=lambda g: g.name in front,
-        )
-        for groups in _by_variant(comparison.groups)
-    ]
-    panel = _score_panel(
-        comparison, "", "bytes, all clients and rounds", "total_bytes", series, x_form="bytes", x_log=True
-    )
+    """Score against bytes, a panel a level of privacy, with the Pareto front as steps."""
+    panels = []
+    for level in comparison.privacy_levels:
+        groups = [group for group in comparison.groups if group.privacy == level]
+        known = [group for group in groups if comparison.costs(group)[0] < math.inf]
+        on_front = [known[i] for i in pareto([comparison.costs(group)[::2] for group in known])]
+        on_front.sort(key=_total_bytes)
+        best = {group.name for group in on_front}
+        series = [
+            replace(
+                _points(comparison, of, _total_bytes, strong=lambda g, best=best: g.name in best),  # type: ignore[misc]
+                low=None,
+                high=None,
+            )
+            for of in _by_variant(groups)
+        ]
+        if on_front:
+            series.insert(0, _front_steps(comparison, on_front))
+        title = level if len(comparison.privacy_levels) > 1 else ""
+        form = {"x_form": "bytes", "x_log": True}
+        panels.append(_score_panel(comparison, title, _ALL_BYTES, "total_bytes", series, **form))
     caption = (
-        f"Full colour: no other is at least as good in {comparison.score_title}, epsilon and bytes at once, "
-        "and better in one. "
-        "Pale: another is. By the means alone: seeds may change places. " + _size_note(comparison)
+        f"Steps: the best {comparison.score_title} for so many bytes at a level of privacy. Pale: another is at least "
+        "as good in both, and better in one. By the means alone: seeds may change places."
     )
-    return Chart("pareto", f"Pareto front of {comparison.score_title}, epsilon and bytes", caption, [panel])
+    return Chart("pareto", f"Pareto front of {comparison.score_title} and bytes", caption, aligned(panels))
+
+
+def _front_steps(comparison: Comparison, on_front: Sequence[Group]) -> Series:
+    """Join a front's points by steps, up to the most bytes of all."""
+    of = [*on_front, on_front[-1]]
+    x = [*map(_total_bytes, on_front), max(map(_total_bytes, comparison.groups))]
+    y = [group.means[comparison.score].mean for group in of]
+    names = [group.name for group in of]
+    return Series(None, "front", x, y, names, names, line=True, markers=False, step=True)
+
+
+def _total_bytes(group: Group) -> float:
+    return group.means["total_bytes"].mean
 
 
 def front_by_bytes(comparison: Comparison) -> Chart:
@@ -380,7 +270,7 @@ def bytes_by_round(comparison: Comparison) -> Chart:
             measured, formula = (_round_bytes(runs, way, name) for name in ("message_bytes", "formula_bytes"))
             if not any(measured.values()):
                 continue
-            of = groups[0].label
+            of, caption = groups[0].label, groups[0].caption
             for values, label, line in ((formula, "formula", True), (measured, "measured", False)):
                 hover = [
                     f"{of}\nround {number}\n{label} {format_value(value, 'bytes')}" for number, value in values.items()
@@ -388,7 +278,7 @@ def bytes_by_round(comparison: Comparison) -> Chart:
                 series.append(
                     Series(
                         groups[0].method,
-                        f"{of} · {label}",
+                        f"{caption} · {label}",
                         [float(number) for number in values],
                         list(values.values()),
                         hover,
@@ -499,31 +389,41 @@ def partitions(comparison: Comparison) -> Chart | None:
 
 
 def _partition_panel(run: FinishedRun, title: str) -> Panel:
-    counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     names = {line.client: line.name for line in run.partition}
+    clients, labels = sorted(names), list(dict.fromkeys(line.label for line in run.partition))
+    counts = np.zeros((len(clients), len(labels)), np.int64)
     for line in run.partition:
-        counts[line.label][line.client] += line.examples
-    order = sorted(names)
-    if len(order) > _CLIENTS:
-        # Too many bars for one page: sort the clients by size, largest first.
-        order.sort(key=lambda client: -sum(of_client[client] for of_client in counts.values()))
-    series = [
-        Series(
-            None,
-            label or "examples",
-            [float(place) for place in range(len(order))],
-            [float(of_client[client]) for client in order],
-            [f"client {names[client]}\n{of_client[client]} {label or 'examples'}" for client in order],
-            [run.name] * len(order),
-            variant=number,
-        )
-        for number, (label, of_client) in enumerate(counts.items())
-    ]
-    ticks = {float(place): names[client] for place, client in enumerate(order)} if len(order) <= 12 else None
-    x_title = "client" if len(order) <= _CLIENTS else f"{len(order)} clients, largest first"
-    return Panel(
-        title, x_title, "examples", series, "client", "examples", "integer", "integer", x_ticks=ticks, bars=True
+        counts[clients.index(line.client), labels.index(line.label)] += line.examples
+    shown = None if labels == [""] else labels
+    return partition_panel(title, counts, shown, [names[client] for client in clients], run.name)
+
+
+def scores_by_domain(comparison: Comparison) -> Chart | None:
+    """Primary score of every model of a run on every domain."""
+    task, panels = comparison.task, []
+    for group in comparison.groups:
+        tables = [domain_tables(run.summary.final, run.summary.start) for run in group.runs]
+        mean = {
+            model: {
+                domain: Mean.of([float(table[model][domain]) for table in tables]).mean
+                for domain in tables[0][model]
+                if all(table[model].get(domain) is not None for table in tables)
+            }
+            for model in tables[0]
+            if all(model in table for table in tables)
+        }
+        title = group.name if len(comparison.groups) > 1 else ""
+        if (panel := domain_panel(title, mean, task, group.name)) is not None and len(panels) < _DOMAINS:
+            series = [replace(series, method=group.method) for series in panel.series]
+            panels.append(replace(panel, series=series))
+    caption = (
+        "A row a model, a column a domain of the test examples. Blue: better than the first row; orange: worse. "
+        "Means over seeds."
     )
+    if len(panels) < len(comparison.groups):
+        caption += f" The first {len(panels)} configurations that have domains."
+    words = task.primary.replace("_", " ").capitalize()
+    return Chart("domains", f"{words} by domain", caption, panels) if panels else None
 
 
 def epsilon_positions(comparison: Comparison) -> dict[str, float]:
@@ -533,24 +433,6 @@ def epsilon_positions(comparison: Comparison) -> dict[str, float]:
     step = max(2.0, (max(finite) / min(finite)) ** 0.35) if finite else 2.0
     none = max(finite, default=1.0) * step
     return {name: value if math.isfinite(value) else none for name, value in known.items()}
-
-
-def format_value(value: float, form: str) -> str:
-    """Show a number: percent, bytes, seconds, integer or number."""
-    if not math.isfinite(value):
-        return "–"
-    if form == "percent":
-        return f"{100 * value:.1f} %"
-    if form == "bytes":
-        for unit in ("B", "kB", "MB", "GB"):
-            if abs(value) < 999.5 or unit == "GB":
-                return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
-            value /= 1000
-    if form == "seconds":
-        return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
-    if form == "integer":
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def describe(comparison: Comparison, group: Group) -> str:
@@ -593,7 +475,7 @@ def _points(
     means = [group.means[comparison.score] for group in groups]
     return Series(
         groups[0].method,
-        groups[0].label,
+        groups[0].caption,
         [x(group) for group in groups],
         [mean.mean for mean in means],
         [describe(comparison, group) for group in groups],
@@ -635,7 +517,7 @@ def _curve(group: Group, x: list[float], means: Sequence[Mean], hover: list[str]
     """Return a group's means as a line, with their interval as a band."""
     return Series(
         group.method,
-        group.label,
+        group.caption,
         x,
         [mean.mean for mean in means],
         hover,

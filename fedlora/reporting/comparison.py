@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ _NOT_AXES = (
     "server.evaluate_start",
 )
 _PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
+_VARIANTS = 4
+"""As many of a method have a line style of their own."""
 _START = "start_"
 """Before the name of a metric: its value before the first round."""
 PRIVACY = "privacy"
@@ -93,12 +95,19 @@ class Group:
         Method and the axes' values, privacy apart.
     variant : int
         Index among those groups of the method that differ in more than privacy.
+    caption : str
+        The label in a figure, whose panel may say a part of it.
     """
 
     runs: list[FinishedRun]
     axes: dict[str, Value]
     label: str
     variant: int
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.caption:
+            object.__setattr__(self, "caption", self.label)
 
     @property
     def method(self) -> str:
@@ -199,6 +208,37 @@ class Comparison:
         converged = [group for group in self.groups if self.costs(group)[0] < math.inf]
         return [converged[i] for i in pareto([self.costs(group) for group in converged])]
 
+    @cached_property
+    def facets(self) -> dict[str, Comparison]:
+        """The same groups, divided by one axis if there are too many of a method to be told apart; by its value."""
+        counts = {method: len({g.variant for g in self.groups if g.method == method}) for method in self.methods}
+        axes = [axis for axis in _beside(self.axes) if all(axis in group.axes for group in self.groups)]
+        if max(counts.values()) <= _VARIANTS or not axes:
+            return {"": self}
+        found = [self._divided(axis) for axis in axes]
+        return min(found, key=lambda parts: max(group.variant for part in parts.values() for group in part.groups))
+
+    def _divided(self, axis: str) -> dict[str, Comparison]:
+        by_value: dict[str, list[Group]] = defaultdict(list)
+        rest = [other for other in _beside(self.axes) if other != axis]
+        ordered = sorted(self.groups, key=lambda group: _order(group.axes, [axis]))
+        for group in ordered:
+            by_value[axis_label(axis, group.axes[axis])].append(group)
+        parts = {}
+        for title, groups in by_value.items():
+            labels: dict[str, list[str]] = defaultdict(list)
+            renamed = []
+            for group in sorted(groups, key=lambda group: (group.method, _order(group.axes, rest))):
+                caption = _label(group.method, group.axes, rest)
+                known = labels[group.method]
+                if caption not in known:
+                    known.append(caption)
+                renamed.append(replace(group, caption=caption, variant=known.index(caption)))
+            order = {group.name: place for place, group in enumerate(self.groups)}
+            renamed.sort(key=lambda group: order[group.name])
+            parts[title] = replace(self, groups=renamed)
+        return parts
+
     def ranked(self, level: str) -> list[Group]:
         """Return the groups of a level of privacy, the best score first; of equal scores, the fewest bytes."""
         groups = [group for group in self.groups if group.privacy == level]
@@ -240,20 +280,18 @@ def compare(found: Found) -> Comparison:
             duplicates.append(run)
         else:
             same[run.config.run.seed] = run
-    beside = [axis for axis in axes if axis not in ("method.name", PRIVACY)]
+    beside = _beside(axes)
     groups: list[Group] = []
     variants: dict[str, list[str]] = defaultdict(list)
     # Variants are numbered in the order of their values.
     for of_seed in sorted(by_axes.values(), key=lambda of: _order(flat[id(next(iter(of.values())))], beside)):
         runs = [run for _, run in sorted(of_seed.items())]
         own = flat[id(runs[0])]
-        label = " · ".join(
-            [runs[0].config.method.name, *(axis_label(axis, own[axis]) for axis in beside if axis in own)]
-        )
+        label = _label(runs[0].config.method.name, own, beside)
         known = variants[runs[0].config.method.name]
         if label not in known:
             known.append(label)
-        groups.append(Group(runs, {axis: own.get(axis) for axis in axes}, label, known.index(label)))
+        groups.append(Group(runs, {axis: own[axis] for axis in axes if axis in own}, label, known.index(label)))
     groups.sort(key=lambda group: (group.method, group.variant, _strictness(group)))
     return Comparison(groups, found.unfinished, duplicates, axes, varied)
 
@@ -364,32 +402,40 @@ def axis_label(axis: str, value: Value) -> str:
     """Return a short label of an axis value: rank 8, α 0.5, 10 clients."""
     if (axis, value) == ("privacy.mode", "none"):
         return "no privacy"
+    if value is None:
+        return f"{axis.rpartition('.')[2].replace('_', ' ')} default"
     if axis in ("method.name", "privacy.mode"):
         return str(value)
     if axis == "privacy.target_epsilon":
         return f"ε {value:g}" if isinstance(value, int | float) else f"ε {value}"
     if axis in NAMES:
-        return str(in_a_cell(axis, value))
+        return str(in_a_cell(value))
     if axis == "data.partition.clients":
         return f"{value} clients"
     if axis == "data.partition.alpha":
         return f"α {value}"
-    shown = f"{value:g}" if isinstance(value, float) else "default" if value is None else str(in_a_cell(axis, value))
+    shown = f"{value:g}" if isinstance(value, float) else str(in_a_cell(value))
     return f"{axis.rpartition('.')[2].replace('_', ' ')} {shown}"
 
 
 def short_name(name: str) -> str:
-    """Return an asset's or a hub's name as it is, and a path's last part: paths differ on the reader's machine."""
-    return Path(name).name if name.startswith("/") else name
+    """Return an asset's or a hub's name as it is, and a path's last part: paths differ on the reader's machine.
+
+    A folder of the hub's cache, ``.../models--OWNER--NAME/snapshots/COMMIT``, is ``OWNER/NAME``.
+    """
+    if not name.startswith(("/", "~")):
+        return name
+    cached = next((part for part in Path(name).parts if part.startswith(("models--", "datasets--"))), "")
+    return "/".join(cached.split("--")[1:]) or Path(name).name
 
 
-def in_a_cell(key: str, value: Value) -> Value:
-    """Return a config key's value as a table cell: lists and dicts become text, paths of a model or data short."""
-    if key in NAMES:
+def in_a_cell(value: Value) -> Value:
+    """Return a config key's value as a table cell: lists and dicts become text, paths short."""
+    if isinstance(value, str):
         return short_name(value)
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    return " ".join(str(in_a_cell(item)) for item in value) if isinstance(value, list) else value
 
 
 def flatten(config: Config) -> dict[str, Value]:
@@ -431,6 +477,16 @@ def _varied(flat: list[dict[str, Value]]) -> list[str]:
     return [key for key in keys if len({_hashable(row[key]) for row in flat if key in row}) > 1]
 
 
+def _beside(axes: Sequence[str]) -> list[str]:
+    """Return the axes beside method and privacy."""
+    return [axis for axis in axes if axis not in ("method.name", PRIVACY)]
+
+
+def _label(method: str, values: Mapping[str, Value], axes: Sequence[str]) -> str:
+    """Name a group by its method and its values on some axes; only a method's own runs have its own keys."""
+    return " · ".join([method, *(axis_label(axis, values[axis]) for axis in axes if axis in values)])
+
+
 def _independent(flat: list[dict[str, Value]], varied: list[str]) -> list[str]:
     """Drop keys whose value follows from the other keys, such as a learning rate tuned for each method."""
     kept = list(varied)
@@ -450,7 +506,7 @@ def _hashable(value: Value) -> Value:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _order(flat: dict[str, Value], axes: Sequence[str]) -> list[tuple[bool, float, str]]:
+def _order(flat: Mapping[str, Value], axes: Sequence[str]) -> list[tuple[bool, float, str]]:
     """Sort key of axis values: numbers by size, then words."""
     values = [flat.get(axis) for axis in axes]
     return [(False, value, "") if isinstance(value, int | float) else (True, 0.0, str(value)) for value in values]

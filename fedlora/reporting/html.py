@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -14,15 +17,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fedlora.communication.links import PROFILES
+from fedlora.figures.chart import Chart, Panel, format_value
+from fedlora.figures.style import DASHES, FILLS, class_colours, style_of
 from fedlora.reporting.budgets import Answers, BudgetRow, TargetRow
 from fedlora.reporting.changes import Change
-from fedlora.reporting.charts import Chart, format_value
 from fedlora.reporting.comparison import NAMES, Comparison, Group, Mean, flatten, quantities, quantity_form, short_name
 from fedlora.reporting.differences import Difference, to_best
 from fedlora.reporting.plotly_charts import plot
 from fedlora.reporting.runs import FinishedRun
 from fedlora.reporting.study_results import StudyResults
-from fedlora.reporting.style import DASHES, LABEL_COLOURS, style_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def page(parts: Sequence[Part], command: str, studies: Sequence[StudyResults] = 
     methods = dict.fromkeys(method for part in parts for method in part.comparison.methods)
     variants = {variant["label"]: variant for part in parts for variant in _variants(part.comparison)}
     return environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8")).render(
-        title=f"{_title(list(methods))} {'compared' if len(parts) == 1 else 'by task'}",
+        title=_title(parts, list(methods)),
         parts=[part.content(prefixes[part.name]) for part in parts],
         methods=[{"name": name, "style": style_of(name)} for name in methods],
         variants=list(variants.values()),
@@ -108,7 +111,8 @@ def page(parts: Sequence[Part], command: str, studies: Sequence[StudyResults] = 
         flatten=flatten,
         form=lambda comparison, quantity: quantity_form(comparison.task, quantity),
         shown=lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value),
-        label_colours=LABEL_COLOURS,
+        class_colours=class_colours,
+        height=_height,
         style_of=style_of,
         profiles=PROFILES,
         machines=_machines([run for part in parts for run in part.comparison.runs]),
@@ -121,9 +125,28 @@ def page(parts: Sequence[Part], command: str, studies: Sequence[StudyResults] = 
         command=command,
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup((folder / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        plots=Markup(json.dumps(plots, allow_nan=False).replace("<", "\u003c")),
+        plotly=_plotly(),
+        plots=_packed(json.dumps(plots, allow_nan=False, separators=(",", ":"))),
     )
+
+
+@cache
+def _plotly() -> dict[str, Any]:
+    """Return plotly's script, of 4.8 MB."""
+    return _packed(get_plotlyjs())
+
+
+def _packed(text: str) -> dict[str, Any]:
+    """Compress a text for the page's script: in base 85, with a comma for "<", which could end the element."""
+    packed = gzip.compress(text.encode(), 9, mtime=0)
+    return {"bytes": len(packed), "text": Markup(base64.b85encode(packed, pad=True).decode().replace("<", ","))}
+
+
+def _height(panel: Panel) -> int | None:
+    """Pixels of a panel whose rows need a line each; None for the style sheet's."""
+    if panel.kind == "bars":
+        return 80 + 20 * len(panel.series[0].x)
+    return 60 + 30 * len(panel.series) if panel.kind == "table" else None
 
 
 def number(of: str, quantity: str, value: float, form: str = "number") -> Markup:
@@ -231,7 +254,15 @@ def _at(level: str) -> str:
     return "without privacy" if level == "no privacy" else f"at {level}"
 
 
-def _title(methods: Sequence[str]) -> str:
+def _title(parts: Sequence[Part], methods: Sequence[str]) -> str:
+    several = len(parts) > 1 or len(parts[0].comparison.groups) > 1
+    ending = "" if not several else " compared" if len(parts) == 1 else " by task"
+    return _names(methods).replace("-", "\N{NON-BREAKING HYPHEN}") + ending
+
+
+def _names(methods: Sequence[str]) -> str:
+    if len(methods) > 5:
+        return f"{len(methods)} methods"
     *most, last = methods
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -253,18 +284,13 @@ def _setting(comparison: Comparison) -> list[str]:
 
 def _variants(comparison: Comparison) -> list[dict[str, Any]]:
     """Lines and markers of methods with several variants, for the legend."""
-    counts = Counter({method: 0 for method in comparison.methods})
     seen: dict[str, dict[str, Any]] = {}
-    for group in comparison.groups:
-        if group.label not in seen:
-            counts[group.method] += 1
-            dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
-            seen[group.label] = {
-                "label": group.label,
-                "method": group.method,
-                "colour": style_of(group.method).colour,
-                "dash": dash,
-            }
+    for group in (group for facet in comparison.facets.values() for group in facet.groups):
+        dash = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}[DASHES[group.variant % 4][1]]
+        fill = FILLS[group.variant % len(FILLS)][1]
+        look = {"method": group.method, "colour": style_of(group.method).colour, "dash": dash, "fill": fill}
+        seen.setdefault(group.caption, {"label": group.caption, **look})
+    counts = Counter(entry["method"] for entry in seen.values())
     return list(seen.values()) if max(counts.values()) > 1 else []
 
 

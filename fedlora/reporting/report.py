@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora.figures.draw import draw_all
 from fedlora.reporting.budgets import Questions, answer_questions, budgets_table, targets_table
 from fedlora.reporting.changes import changes, changes_shown, changes_table
 from fedlora.reporting.charts import charts
 from fedlora.reporting.comparison import Comparison, compare, short_name
 from fedlora.reporting.differences import differences, differences_table
-from fedlora.reporting.figures import draw_all
 from fedlora.reporting.html import Part, page
 from fedlora.reporting.report_files import write_files
 from fedlora.reporting.runs import FinishedRun, Found, read_runs

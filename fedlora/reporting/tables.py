@@ -27,7 +27,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     "method": group.method,
                     "privacy": group.privacy,
                     **{
-                        key: in_a_cell(key, flat.get(key))
+                        key: in_a_cell(flat.get(key))
                         for key in comparison.varied
                         if key not in ("method.name", "privacy")
                     },
@@ -54,9 +54,7 @@ def groups_table(comparison: Comparison) -> pd.DataFrame:
             "group": group.name,
             "method": group.method,
             "privacy": group.privacy,
-            **{
-                key: in_a_cell(key, flat.get(key)) for key in comparison.varied if key not in ("method.name", "privacy")
-            },
+            **{key: in_a_cell(flat.get(key)) for key in comparison.varied if key not in ("method.name", "privacy")},
             "n": len(group.runs),
             "seeds": " ".join(str(run.config.run.seed) for run in group.runs),
             "pareto": group.name in front,

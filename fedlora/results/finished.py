@@ -136,7 +136,8 @@ class RunResult:
         """Return what rounds.png shows, as a figure of matplotlib: score, losses, bytes and epsilon by round."""
         config = self._config()
         title = f"{config.run.name}: {get_method(config.method.name).title}"
-        figure = draw_rounds(self._lines(), title, get_task(config.model.task))
+        task, target = get_task(config.model.task), config.privacy.target_epsilon
+        figure = draw_rounds(self._lines(), title, task, self.summary.get("start"), target)
         # A notebook asks for it; it knows how to show figures of pyplot alone.
         figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
         return figure

@@ -22,10 +22,10 @@ import fedlora
 from fedlora.clients.resources import client_data
 from fedlora.config import Config, MethodSection, load_config, unused_keys
 from fedlora.errors import InputError
+from fedlora.figures.style import COLOURS, MARKERS
 from fedlora.methods import Method, methods
 from fedlora.privacy.calibration import spent_epsilon
 from fedlora.privacy.mechanisms import mechanism_of
-from fedlora.reporting.style import COLOURS, MARKERS
 from fedlora.roles import HEAD, trained_kinds
 from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.study.forecast import forecast

@@ -34,6 +34,7 @@ from fedlora.reporting.runs import FinishedRun, read_runs
 from fedlora.study.config import load_study
 from tests.command import fedlora
 from tests.reporting.folders import make_run, write_csv
+from tests.reporting.packed import unpacked
 from tests.study.studies import planned
 
 few = st.sampled_from([0.0, 1.0, 2.0, 3.0]) | st.floats(0, 9, allow_nan=False)
@@ -249,7 +250,7 @@ def test_a_report_answers_and_keeps_personalised_scores_apart(tmp_path: Path) ->
         text = (runs / f"{page}.html").read_text()
         assert 'data-q="budget.rounds.3.mean"' in text
         # Nor do they share a front.
-        plots = json.loads(text.split('id="plots">')[1].split("</script>")[0])
+        plots = json.loads(unpacked(text, "plots"))
         fronts = [plot for name, plot in plots.items() if name.startswith("front-")]
         assert fronts
         for plot in fronts:

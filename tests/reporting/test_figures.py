@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,10 +11,17 @@ import matplotlib.image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plotly.offline import get_plotlyjs
 
+from fedlora.figures.chart import Axis, format_value
+from fedlora.figures.style import COLOURS, MARKERS, style_of
 from fedlora.methods import methods
-from fedlora.reporting.charts import Axis, format_value
-from fedlora.reporting.style import COLOURS, MARKERS, style_of
+from fedlora.reporting.charts import charts
+from fedlora.reporting.comparison import axis_label, compare
+from fedlora.reporting.plotly_charts import plot
+from fedlora.reporting.runs import read_runs
+from tests.reporting.folders import make_run
+from tests.reporting.packed import unpacked
 
 METHODS = methods()
 
@@ -89,3 +97,81 @@ def test_ticks_of_a_logarithmic_axis_are_few_and_within_reach(values: list[float
         assert 2 <= len(axis.ticks) <= 6
         assert all(min(values) * 0.79 <= tick <= max(values) * 1.26 for tick in axis.ticks)
         assert len(set(axis.ticks.values())) == len(axis.ticks)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.booleans())
+def test_no_axis_of_shares_leaves_0_to_100_percent(values: list[float], from_zero: bool) -> None:
+    low, high = Axis.of(values, "percent", False, None, from_zero).range or (-1, 2)
+    assert 0 <= low <= high <= 1
+    inside = [value for value in values if 0 <= value <= 1]
+    assert all(low <= value <= high for value in inside)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_ticks_of_rounds_are_few_and_whole(low: int, more: int) -> None:
+    ticks = Axis.of([float(low), float(low + more)], "integer", False, None).ticks or {}
+    assert len(ticks) <= 7
+    assert all(low <= tick <= low + more and tick.is_integer() for tick in ticks)
+
+
+def test_many_configurations_are_small_multiples_with_the_same_axes(tmp_path: Path) -> None:
+    shapes = itertools.product(("fed-sb", "fedit"), (2, 8, 32), (5, 20))
+    for number, (method, rank, clients) in enumerate(shapes):
+        changes = {"method.name": method, "method.rank": rank, "data.partition.clients": clients}
+        make_run(tmp_path / str(number), number, changes)
+    comparison = compare(read_runs([tmp_path]))
+    assert [len(facet.groups) for facet in comparison.facets.values()] == [4, 4, 4]
+    (chart,) = (chart for chart in charts(comparison) if chart.name == "pareto")
+    assert [panel.title for panel in chart.panels] == ["rank 2", "rank 8", "rank 32"]
+    for panel in chart.panels:
+        labels = [series.label for series in panel.series]
+        assert labels == ["front", *(f"{m} · {c} clients" for m in ("fed-sb", "fedit") for c in (5, 20))]
+        # A point still tells which group it is.
+        names = {name for series in panel.series for name in series.of}
+        assert names == {g.name for g in comparison.groups if f"· {panel.title} ·" in g.name}
+    assert len({panel.x_axis.range for panel in chart.panels}) == 1
+    assert len({panel.y_axis.range for panel in chart.panels}) == 1
+
+
+def test_few_configurations_stay_together(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 1, {"method.rank": 2})
+    make_run(tmp_path / "b", 2, {"method.rank": 8})
+    comparison = compare(read_runs([tmp_path]))
+    assert comparison.facets == {"": comparison}
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "shown"),
+    [
+        ("data.partition.clients", None, "clients default"),
+        ("data.partition.alpha", None, "alpha default"),
+        ("model.name", "/cache/models--acme--small/snapshots/0a1b2c", "acme/small"),
+        ("data.test", "/home/me/data/test.csv", "test test.csv"),
+        ("method.target_modules", ["query", "/a/b"], "target modules query b"),
+        ("data.name", "asset:reuters-r8", "asset:reuters-r8"),
+    ],
+)
+def test_titles_show_neither_paths_nor_none(axis: str, value: object, shown: str) -> None:
+    assert axis_label(axis, value) == shown
+
+
+def test_scores_by_domain_are_a_table_of_the_means_over_seeds(tmp_path: Path) -> None:
+    for seed, factor in ((0, 1), (1, 3)):
+        path = make_run(tmp_path / str(seed), seed, {"run.seed": seed}, task="causal-lm")
+        summary = json.loads((path / "summary.json").read_text())
+        summary["final"]["by_domain"] = {
+            "public": {"law": 10.0 * factor, "news": 40.0},
+            "north": {"law": 5.0 * factor, "news": 80.0},
+        }
+        (path / "summary.json").write_text(json.dumps(summary))
+    (chart,) = (chart for chart in charts(compare(read_runs([tmp_path]))) if chart.name == "domains")
+    (trace,) = plot(chart.panels[0])["data"]
+    assert (trace["x"], trace["y"]) == (["law", "news"], ["public", "north"])
+    assert trace["text"] == [["20", "40"], ["10", "80"]]
+    assert trace["z"] == [[0, 0], [pytest.approx(1), pytest.approx(-1)]]
+
+
+def test_a_small_study_is_below_two_megabytes_and_plotly_is_whole(compared: tuple[Path, Path]) -> None:
+    whole = compared[1] / "report.html"
+    assert unpacked(whole.read_text(), "plotly") == get_plotlyjs()
+    assert whole.stat().st_size < 2e6  # 36 runs

@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from tests.reporting.packed import unpacked
+
 LINKS = {
     # Medians of rates in Mbit/s and of latency in ms, and the spread of their logarithms.
     "lte": (29.0, 6.8, 29.0, 1.0, 0.5),
@@ -118,7 +120,7 @@ class Page(HTMLParser):
         super().__init__()
         self.numbers: list[dict[str, Any]] = []
         self.unmarked: dict[str, list[str]] = defaultdict(list)
-        self.plots = ""
+        self.plots = json.loads(unpacked(text, "plots"))
         self._open: list[tuple[str, dict[str, Any]]] = []
         self.feed(text)
 
@@ -133,11 +135,9 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data: str) -> None:
-        tag, attributes = self._open[-1] if self._open else ("", {})
+        tag = self._open[-1][0] if self._open else ""
         if tag == "data":
             self.numbers[-1]["text"] += data
-        elif attributes.get("id") == "plots":
-            self.plots += data
         elif tag not in ("script", "style"):
             classes = " ".join(str(a.get("class") or a.get("id")) for _, a in self._open)
             self.unmarked[classes].append(data)
@@ -274,7 +274,7 @@ def test_the_tables_are_what_the_runs_say(
 
 def points(page: Page) -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
     """Every point of every plot: the chart, what its axes are, its trace and its place."""
-    for name, plot in json.loads(page.plots).items():
+    for name, plot in page.plots.items():
         for trace in plot["data"]:
             assert len(trace["x"]) == len(trace["y"]) == len(trace["meta"]["of"]) > 0
             for i in range(len(trace["x"])):
@@ -285,9 +285,15 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
     page: Page, groups: dict[str, list[Facts]], means: dict[tuple[str, str], tuple[float, float]]
 ) -> None:
     count: dict[str, int] = defaultdict(int)
+    fronts: dict[str, list[tuple[float, float, str]]] = {}
     for chart, quantities, trace, i in points(page):
         of, role = trace["meta"]["of"][i], trace["meta"]["role"]
         x, y = trace["x"][i], trace["y"][i]
+        if role == "bars":  # which lie
+            x, y = y, x
+        if trace["meta"]["label"] == "front":
+            fronts.setdefault(groups[of][0].level, []).append((x, y, of))
+            continue
         if chart in ("score-epsilon", "score-bytes", "pareto", "score-network"):
             if (of, quantities["x"]) in means:
                 # Points of one epsilon are drawn side by side.
@@ -297,7 +303,11 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
                 assert (chart, groups[of][0].level) == ("score-epsilon", "no privacy")
                 assert x > 8
             expected, half = means[of, "accuracy"]
-            assert (trace["error_y"]["array"][i], trace["error_y"]["arrayminus"][i]) == pytest.approx((half, half))
+            if chart == "pareto":
+                assert "error_y" not in trace
+                assert trace["meta"]["method"] == groups[of][0].config["method"]["name"]
+            else:
+                assert (trace["error_y"]["array"][i], trace["error_y"]["arrayminus"][i]) == pytest.approx((half, half))
         elif chart in ("score-rounds", "drift"):
             lines = [run.rounds[x_round(x)] for run in groups[of]]
             values = [line["drift"] if chart == "drift" else line["metrics"]["accuracy"] for line in lines]
@@ -327,6 +337,7 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
             expected = float(rows[0]["examples"])
         assert y == pytest.approx(expected, rel=1e-9, abs=1e-12), (chart, of, role)
         count[chart] += 1
+    check_fronts(fronts, means)
     assert set(count) == {
         *("score-epsilon", "score-bytes", "pareto", "score-network", "score-rounds", "drift"),
         *("fairness", "bytes-rounds", "partition", "front-bytes", "front-epsilon", "front-seconds"),
@@ -334,6 +345,23 @@ def test_every_point_of_every_plot_is_what_the_runs_say(
     assert count["score-epsilon"] == count["pareto"] == len(groups)
     assert count["score-bytes"] == 4 * len(groups)
     assert count["score-rounds"] == count["drift"] == 2 * 3 * len(groups)  # with the ends of the interval
+
+
+def check_fronts(
+    fronts: dict[str, list[tuple[float, float, str]]], means: dict[tuple[str, str], tuple[float, float]]
+) -> None:
+    """At each level of privacy the steps pass through every group that no other beats, and end at the most bytes."""
+    most = max(mean for (_, quantity), (mean, _) in means.items() if quantity == "total_bytes")
+    names = {name for name, _ in means}
+    for level, steps in fronts.items():
+        costs = {n: (means[n, "total_bytes"][0], -means[n, "accuracy"][0]) for n in names if n.endswith(level)}
+        beaten = {n for n, a in costs.items() for b in costs.values() if b != a and b[0] <= a[0] and b[1] <= a[1]}
+        best = list(costs.keys() - beaten)
+        best.sort(key=costs.__getitem__)
+        assert [of for *_, of in steps] == [*best, best[-1]]
+        assert [x for x, *_ in steps] == pytest.approx([*(costs[n][0] for n in best), most])
+        assert [y for _, y, _ in steps] == pytest.approx([-costs[n][1] for n in [*best, best[-1]]])
+    assert len(fronts) == 3
 
 
 def x_round(x: float) -> int:

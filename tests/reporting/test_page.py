@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,39 +10,30 @@ from typing import Any
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install .[dev])")
+from tests import browser as browsers
+from tests.browser import CHROMIUM, SCHEMES, WIDTHS, chromium, looks
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytest.importorskip("playwright", reason="playwright is not installed (pip install .[dev])")
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium, or set CHROMIUM)"),
 ]
+READY = "html[data-ready]"
 METHODS = ("fed-sb", "fedit", "ffa-lora")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as driver:
-        # Chromium refuses its sandbox to root, as in a container.
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
-class Visit:
-    """A report opened in a window, and all that it said and asked for."""
+class Visit(browsers.Visit):
+    """A report in a window."""
 
     def __init__(self, browser: Any, report: Path, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(300_000)  # a busy machine starts pages slowly
-        self.said: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(report.as_uri())
-        self.page.wait_for_selector("html[data-ready]")
+        super().__init__(browser, report, READY, **options)
 
     def colour(self, selector: str, property_: str) -> tuple[int, ...]:
         """Return an element's colour as red, green and blue."""
@@ -147,21 +137,19 @@ def test_a_click_on_a_point_filters_by_its_method(desktop: Visit) -> None:
     desktop.page.click("#all")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_its_text_stands_out(browser: Any, report: Path, scheme: str) -> None:
-    visit = Visit(
-        browser, report, viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True, is_mobile=True
-    )
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_fits_and_its_text_stands_out(browser: Any, report: Path, width: int, scheme: str) -> None:
+    visit = Visit(browser, report, **looks(width, scheme))
     visit.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert visit.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]") == [390, 390]
-    # Nothing is cut off either: no box but the tables' own scrolls sideways.
-    outside = "element => element.getBoundingClientRect().right > 391 && !element.closest('.plot')"
+    assert visit.faults() == []
+    # Nor is anything cut off by a plot or a table.
+    outside = f"element => element.getBoundingClientRect().right > {width + 1} && !element.closest('.plot')"
     assert visit.page.evaluate(f"[...document.querySelectorAll('body *')].filter({outside}).length") == 0
     paper, ink = visit.colour("body", "backgroundColor"), visit.colour("body", "color")
     assert (sum(paper) < sum(ink)) == (scheme == "dark")
     assert contrast(paper, ink) > 7
     assert contrast(paper, visit.ticks()) > 4.5
-    assert visit.said == []
     assert visit.requests == [report.as_uri()]
     visit.context.close()
 

@@ -161,7 +161,7 @@ def test_files_that_a_run_may_lack_are_not_needed(good: Path, tmp_path: Path) ->
     assert fedlora("report", tmp_path).code == 0
     figures = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
     assert not figures & {"fairness", "partition", "score-epsilon"}
-    assert "score-bytes" in figures
+    assert "score-rounds" in figures
 
 
 def test_a_folder_that_cannot_be_searched_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

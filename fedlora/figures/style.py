@@ -1,4 +1,4 @@
-"""One colour and one marker for each method, the same in every figure.
+"""How figures look: colours, markers, and matplotlib's settings; one colour and marker for each method.
 
 The colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can tell apart; the
 two that are hard to see on white or on black are left out. Methods that share a colour differ in their markers.
@@ -6,9 +6,11 @@ two that are hard to see on white or on black are left out. Methods that share a
 
 from __future__ import annotations
 
+import colorsys
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.errors import InputError
 from fedlora.methods import get_method
@@ -57,6 +59,8 @@ class Style:
 
 DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 """Line styles of a method's variants in matplotlib's and plotly's terms."""
+FILLS = (("full", ""), ("none", "-open"), ("left", "-open-dot"), ("bottom", "-dot"))
+"""How the markers of a method's variants are filled, in matplotlib's and plotly's terms."""
 
 
 def style_of(name: str) -> Style:
@@ -77,5 +81,48 @@ def style_of(name: str) -> Style:
     return Style(own, MARKERS.get(method.marker, marker))
 
 
-LABEL_COLOURS = tuple(COLOURS[name] for name in ("blue", "orange", "green", "purple", "sky", "vermilion", "grey"))
-"""Colours of classes, in partition pictures; they repeat beyond seven."""
+def class_colours(count: int) -> list[str]:
+    """Return a colour for each class: of up to seven ours, of more hues around the circle, dark and light in turn."""
+    if count <= len(CLASSES):
+        return list(CLASSES[:count])
+    parts = [colorsys.hls_to_rgb(i / count, (0.42, 0.68)[i % 2], 0.55) for i in range(count)]
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in parts]
+
+
+CLASSES = tuple(COLOURS[name] for name in ("blue", "orange", "green", "purple", "sky", "vermilion", "grey"))
+
+WORSE, SAME, BETTER = COLOURS["vermilion"], "#f4f4f4", COLOURS["blue"]
+"""Ends and middle of the colours of a table of scores, beside a reference."""
+
+PAPER, INK, SOFT, LINE, GRID = "#ffffff", "#1b1f24", "#5b6470", "#c4cad2", "#e8ebef"
+"""Background, text, labels, axes and grid: those of the report's page on white, in its style sheet."""
+
+MATPLOTLIB: dict[str, Any] = {
+    "svg.hashsalt": "fedlora",  # with fixed ids and without a date, the same runs give the same bytes
+    "font.size": 9,
+    "text.color": INK,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+}
+"""Settings for ``matplotlib.rc_context``."""
