@@ -4,15 +4,25 @@ Ours is a whole federation with the defaults of ``fedlora run``, in one process;
 round, after the first, by clients and steps. The peers train one client with transformers and PEFT: without privacy,
 with gradient checkpointing, under Opacus, and on a base of 4 bits. All have LoRA of one rank on the same layers, the
 base in bfloat16, and the same texts. Every measurement runs in a process of its own. Memory is the most that torch had
-allocated on the card, of which the server's part is in ours::
+allocated on the card in the rounds, of which the server's part is in ours; the start, which checks the model in
+float32 where there is room, is told apart::
 
     python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --output llm.json
+
+What is in memory at once (``client.physical_batch_size``) against what fedlora chooses, other lengths, the largest
+length that fits, and a smaller card::
+
+    python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --physical-batches 1 2 4 8 16
+    python -m fedlora.experiments.benchmarks.llm --cases 8b --tokens 2048 --runs "fedlora private"
+    python -m fedlora.experiments.benchmarks.llm --cases 8b --longest 131072
+    python -m fedlora.experiments.benchmarks.llm --cases 8b --runs "fedlora private nf4" "peft nf4" --memory-limit 14
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,6 +30,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +42,12 @@ from fedlora.experiments.benchmarks.machine import machine
 SECONDS = 400
 """A measurement that takes longer is given up."""
 
+CASE = "case.json"
+"""In a case's folder: what a measurement needs to know."""
+
+SEARCH = {"clients": 1, "batches": 2, "steps": 1, "rounds": 2}
+"""Settings of a search for the largest length: no more steps than show that it fits."""
+
 
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
     """Save a Llama of random weights, and a tokenizer of one word for each id."""
@@ -38,7 +55,7 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**shape, max_position_embeddings=2**20, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device(_device()):
         model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -57,9 +74,10 @@ def make_texts(file: Path, rows: int, tokens: int, vocabulary: int) -> None:
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> list[float]:
-    """Return seconds a client step, of each round after the first."""
+def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> dict[str, Any]:
+    """Return seconds a client step, of each round after the first, the start's memory, and what fedlora chose."""
     from fedlora import simulate
+    from fedlora.strategies.callbacks import Progress
 
     content = run_config(settings, case, folder)
     content["simulation"] = {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0}
@@ -69,10 +87,31 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         del content["privacy"]
     if "nf4" in run:
         content["model"]["quantization"] = "nf4"
+    if found := re.search(r"physical batch (\d+)", run):
+        content["client"] |= {"physical_batch_size": int(found[1]), "gradient_checkpointing": False}
+        content["simulation"]["cohort_size"] = 1
+    start: list[int | None] = []
+
+    def begin(*_: int) -> None:
+        start.append(_peak())
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
     with tempfile.TemporaryDirectory() as place:
-        simulate(content, output=Path(place) / "run")
+        simulate(content, output=Path(place) / "run", progress=Progress(on_start=begin))
         lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
-    return [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]]
+        chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
+    return {
+        "seconds": [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]],
+        "start_peak_bytes": start[0],
+        "cohort": chosen["simulation"]["cohort_size"],
+        "physical_batch": chosen["client"].get("physical_batch_size", case["batch"]),
+        "checkpointing": chosen["client"]["gradient_checkpointing"] is True,
+    }
+
+
+def _peak() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def run_config(settings: dict[str, Any], case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -97,7 +136,7 @@ def run_config(settings: dict[str, Any], case: dict[str, Any], folder: Path) -> 
     }
 
 
-def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> list[float]:
+def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> dict[str, Any]:
     """Return seconds of each training step with transformers and PEFT, and with Opacus where it is asked for."""
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
     from opacus.optimizers import DPOptimizer
@@ -143,28 +182,21 @@ def peer(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return times[2:]
+    return {"seconds": times[2:]}
 
 
-def measure(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> dict[str, Any]:
+def measure(run: str, folder: Path) -> dict[str, Any]:
     """Measure one run in this process: seconds a step, and the most memory that torch had allocated."""
-    seconds = (ours if run.startswith("fedlora") else peer)(settings, case, run, folder)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"seconds": seconds, "median": statistics.median(seconds), "peak_bytes": peak}
+    known = json.loads((folder / CASE).read_text(encoding="utf-8"))
+    settings, case, limit = known["settings"], known["case"], known["memory_limit"]
+    if limit and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    found = (ours if run.startswith("fedlora") else peer)(settings, case, run, folder)
+    return {**found, "median": statistics.median(found["seconds"]), "peak_bytes": _peak()}
 
 
-def _child(arguments: argparse.Namespace, case: str, run: str, folder: Path) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        __spec__.name,
-        "--config",
-        str(arguments.config),
-        "--child",
-        case,
-        run,
-        str(folder),
-    ]
+def _child(run: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, "--child", run, str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -178,46 +210,91 @@ def _child(arguments: argparse.Namespace, case: str, run: str, folder: Path) -> 
 
 def _shown(case: str, run: str, row: dict[str, Any], best: float | None) -> str:
     if "error" in row:
-        return f"{case:8} {run:22} {row['error'][:80]}"
+        return f"{case:8} {run:34} {row['error'][:80]}"
     memory = f"{row['peak_bytes'] / 2**30:6.1f} GiB" if row["peak_bytes"] else ""
     ratio = f"{row['median'] / best:6.2f} of peft" if best else ""
-    return f"{case:8} {run:22} {row['median']:8.3f} s {memory} {ratio}"
+    chosen = f"cohort {row['cohort']}, physical batch {row['physical_batch']}" if "cohort" in row else ""
+    chosen += ", checkpointing" if row.get("checkpointing") else ""
+    return f"{case:8} {run:34} {row['median']:8.3f} s {memory} {ratio} {chosen}".rstrip()
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def main() -> None:
-    """Measure the chosen cases, print a table and write the raw figures."""
+def write_texts(folder: Path, settings: dict[str, Any], case: dict[str, Any], limit: float | None) -> None:
+    """Write a case's texts beside its model, and what its measurements need to know."""
+    vocabulary = settings["shapes"][case["shape"]]["vocab_size"]
+    rows_of_train = settings["clients"] * case["batch"] * settings["batches"]
+    for file, count in (("train", rows_of_train), ("test", case["batch"])):
+        make_texts(folder / f"{file}.jsonl", count, case["tokens"], vocabulary)
+    known = {"settings": settings, "case": case, "memory_limit": limit}
+    (folder / CASE).write_text(json.dumps(known), encoding="utf-8")
+
+
+def chosen_runs(arguments: argparse.Namespace, case: dict[str, Any]) -> list[str]:
+    """Return the names of what is measured of a case."""
+    if arguments.physical_batches:
+        first = (arguments.runs or ["fedlora private"])[0]
+        return [first, *(f"{first}, physical batch {n}" for n in arguments.physical_batches)]
+    return [run for run in case["runs"] if not arguments.runs or run in arguments.runs]
+
+
+def measurements(
+    arguments: argparse.Namespace, settings: dict[str, Any], case: dict[str, Any], folder: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure a case, run by run; with ``--longest`` the first run at lengths that double, as far as they fit."""
+    limit = arguments.memory_limit
+    if not arguments.longest:
+        write_texts(folder, settings, case, limit)
+        for run in chosen_runs(arguments, case):
+            yield run, _child(run, folder)
+        return
+    run, tokens = chosen_runs(arguments, case)[0], case["tokens"]
+    while tokens <= arguments.longest:
+        write_texts(folder, settings | SEARCH, case | {"batch": 2, "tokens": tokens}, limit)
+        found = _child(run, folder)
+        yield f"{run}, {tokens} tokens", found
+        if "error" in found:
+            return
+        tokens *= 2
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".toml"))
     parser.add_argument("--cases", nargs="+", default=["1b", "8b"])
     parser.add_argument("--runs", nargs="+", help="only these of a case's runs")
+    parser.add_argument("--tokens", type=int, help="of a text, instead of the case's")
+    parser.add_argument("--batch", type=int, help="examples of a client and step, instead of the case's")
+    parser.add_argument("--physical-batches", type=int, nargs="+", help="measure the first run with each of them")
+    parser.add_argument("--longest", type=int, help="double the first run's tokens up to so many, while they fit")
+    parser.add_argument("--memory-limit", type=float, help="GiB that torch may allocate")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", nargs=3, metavar=("CASE", "RUN", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--child", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the chosen cases, print a table and write the raw figures."""
+    arguments = parsed()
+    if arguments.child:
+        print(json.dumps(measure(arguments.child[0], Path(arguments.child[1]))))
+        return
     settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     cases = {case["name"]: case for case in settings["cases"]}
-    if arguments.child:
-        name, run, folder = arguments.child
-        print(json.dumps(measure(settings, cases[name], run, Path(folder))))
-        return
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
     lines = []
     for name in arguments.cases:
-        case, rows = cases[name], results["cases"].setdefault(name, {})
-        shape = settings["shapes"][case["shape"]]
+        given = {"tokens": arguments.tokens, "batch": arguments.batch}
+        case = cases[name] | {key: value for key, value in given.items() if value}
+        rows = results["cases"].setdefault(name, {})
         folder = Path(tempfile.mkdtemp(prefix="llm-"))
-        make_model(folder, shape)
-        rows_of_train = settings["clients"] * case["batch"] * settings["batches"]
-        for file, count in (("train", rows_of_train), ("test", case["batch"])):
-            make_texts(folder / f"{file}.jsonl", count, case["tokens"], shape["vocab_size"])
-        for run in case["runs"]:
-            if arguments.runs and run not in arguments.runs:
-                continue
-            rows[run] = _child(arguments, name, run, folder)
-            print(_shown(name, run, rows[run], None), flush=True)
+        make_model(folder, settings["shapes"][case["shape"]])
+        for run, row in measurements(arguments, settings, case, folder):
+            rows[run] = row
+            print(_shown(name, run, row, None), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         best = rows.get("peft", {}).get("median")

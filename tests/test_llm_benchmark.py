@@ -1,0 +1,61 @@
+"""The benchmark of language models at its tiny shape: what is measured, at which sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.experiments.benchmarks import llm
+from tests.bare_runs import bare_runs
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measure in this process, into a folder of the test's own."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(llm, "_child", llm.measure)
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    output = tmp_path / "llm.json"
+    monkeypatch.setattr("sys.argv", ["llm", "--cases", "tiny", "--output", str(output), *arguments])
+    with bare_runs():
+        llm.main()
+    found: dict[str, Any] = json.loads(output.read_text())["cases"]["tiny"]
+    return found
+
+
+def test_physical_batches_are_measured_beside_what_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = measured(monkeypatch, tmp_path, "--physical-batches", "2")
+    assert {run: row["physical_batch"] for run, row in found.items()} == {
+        "fedlora private": 4,  # the whole batch, on a CPU
+        "fedlora private, physical batch 2": 2,
+    }
+    assert all(row["median"] > 0 and row["cohort"] == 1 and not row["checkpointing"] for row in found.values())
+    assert "cohort 1, physical batch 2" in capsys.readouterr().out
+
+
+def test_a_length_is_doubled_until_it_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lengths = []
+
+    def child(run: str, folder: Path) -> dict[str, Any]:
+        known = json.loads((folder / llm.CASE).read_text())
+        lengths.append(known["case"]["tokens"])
+        text = json.loads((folder / "train.jsonl").read_text().splitlines()[0])["text"]
+        assert len(text.split()) == lengths[-1] - 1  # and the token that ends it
+        return {"error": "out of memory"} if lengths[-1] > 64 else llm.measure(run, folder)
+
+    monkeypatch.setattr(llm, "_child", child)
+    found = measured(monkeypatch, tmp_path, "--tokens", "32", "--longest", "1024")
+    assert lengths == [32, 64, 128]
+    assert [run for run, row in found.items() if "median" in row] == [f"fedlora private, {n} tokens" for n in (32, 64)]
+
+
+def test_a_run_of_a_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = measured(monkeypatch, tmp_path, "--runs", "peft", "--tokens", "8", "--batch", "2")
+    assert found["peft"]["median"] > 0
