@@ -30,7 +30,7 @@ from fedlora.clients.participant import (
     sent_config,
     sent_digest,
 )
-from fedlora.clients.resources import client_data, forget_data, run_config
+from fedlora.clients.resources import client_data, forget_data, loaded_model, run_config
 from fedlora.clients.secure import answer, check_shared, masked
 from fedlora.communication.codecs import Codec, run_codecs
 from fedlora.communication.secure_sums import SECURE
@@ -43,12 +43,13 @@ from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import round_steps
 from fedlora.roles import Roles, roles_of
-from fedlora.simulation.cohort_app import CohortClientApp
+from fedlora.simulation.cohort_app import Capacity, CohortClientApp
 from fedlora.timeline import phase
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
 from fedlora.training.optimizer_state import steps_taken
 from fedlora.training.soundness import check_sound
+from fedlora.training.step_memory import last_memory
 
 log = logging.getLogger("fedlora")
 
@@ -372,15 +373,22 @@ def _error_reply(error: Exception, message: Message, context: Context) -> Messag
 
 
 @app.cohort_capacity
-def capacity(message: Message, context: Context) -> int:
-    """Measure how many clients of this run train in one pass on this process' device."""
+def capacity(message: Message, context: Context, most: int) -> Capacity:
+    """Choose how many clients of this run train in one pass on this process' device, and how much of their batches."""
     with ExitStack() as held:
         try:
             work = _prepare(message, context, held)
         except NeedsInitialError:
-            return 1
+            return Capacity(1)
         adapted, config = work.half.adapted, work.client.config
-        if adapted.device.type == "cpu":
-            return 1
         adapted.set_shared(work.frozen)
-        return cohort_capacity(adapted, client_data(config).train, work.job, config)
+        found = cohort_capacity(adapted, client_data(config).train, work.job, config, most)
+        return Capacity(found.clients, found.settings, found.note)
+
+
+@app.chosen_settings
+def chosen_settings() -> Mapping[str, Any]:
+    """Return the physical batch size and gradient checkpointing of the last training's steps."""
+    adapted = loaded_model()
+    memory = None if adapted is None else last_memory(adapted)
+    return {} if memory is None else memory.settings

@@ -84,6 +84,11 @@ def forget_model() -> None:
     _last_model.clear()
 
 
+def loaded_model() -> AdaptedModel | None:
+    """Return the model of the last :func:`client_model`, if any."""
+    return _last_model[0][1] if _last_model else None
+
+
 def client_model(config: Config) -> AdaptedModel:
     """Return the base model with adapters, loaded once a process; on the GPUs that this process was given, if any.
 

@@ -33,13 +33,14 @@ from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
 from fedlora.roles import trained_kinds
 from fedlora.simulation import CLIENT_APP, LocalGrid, SimulatedGrid
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.federation import Federation
 from fedlora.strategies.server_app import resolve
 from fedlora.timeline import phase
 from fedlora.training.dp import choose_ghost_norms
-from fedlora.training.step_memory import StepMemory
+from fedlora.training.step_memory import check_checkpointing
 
 if TYPE_CHECKING:
     import datasets
@@ -136,7 +137,7 @@ def _run(
     # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
     whole = rounds if isinstance(rounds, method) else method(config)
     try:
-        with _settled_heap(), _open_grid(client_app, folder, tokens) as grid:
+        with _settled_heap(), _open_grid(client_app, folder, tokens, progress) as grid:
             return Federation(
                 config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
             ).run()
@@ -157,7 +158,7 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     # Check target modules and rank on the model's skeleton, before its weights are loaded.
     with phase("skeleton", "checking the model's layers"):
         skeleton = method.adapt(load_base(config, tokens.label_names, "meta"), config)
-    StepMemory(skeleton, config.client)  # refuses layers that cannot be checkpointed
+    check_checkpointing(skeleton, config.client)
     if mechanism_of(config).clips_examples:
         names = skeleton.names(trained_kinds(method.roles(config, 1)))
         longest, units = int(tokens.train.lengths.max()), config.privacy.samples_units
@@ -170,14 +171,26 @@ def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedDat
     return tokens
 
 
-def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: FederatedData) -> SimulatedGrid:
+def _open_grid(
+    client_app: ClientApp | str, folder: RunFolder, tokens: FederatedData, progress: Progress | None
+) -> SimulatedGrid:
     """Start the workers of a run."""
     config = folder.resolved
     section = config.simulation
+    run_config = {"config": config.to_toml()}
 
-    def keep_cohort_size(size: int) -> None:
-        log.info("%d clients train in one pass", size)
-        folder.set_resolved(_with_cohort_size(config, size))
+    def keep_capacity(capacity: Capacity) -> None:
+        """Store what was chosen or lowered, for a resumed run too, and let all clients begin so from now on."""
+        if capacity.note:
+            log.info("%s", capacity.note)
+            if progress is not None:
+                progress.on_note(capacity.note)
+        elif capacity.clients != folder.resolved.simulation.cohort_size:
+            log.info("%d clients train in one pass", capacity.clients)
+        chosen = _with_capacity(folder.resolved, capacity)
+        if chosen != folder.resolved:
+            folder.set_resolved(chosen)
+            run_config["config"] = chosen.to_toml()
 
     kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
     return kind(
@@ -188,10 +201,10 @@ def _open_grid(client_app: ClientApp | str, folder: RunFolder, tokens: Federated
         gpus_per_worker=section.gpus_per_worker,
         cohort_size=section.cohort_size,
         address=section.address,
-        run_config={"config": config.to_toml()},
+        run_config=run_config,
         states=folder.checkpoint.states,
         work=lambda client: local_steps(config, tokens.drawn_from(client, config.privacy)),
-        on_cohort_size=keep_cohort_size,
+        on_capacity=keep_capacity,
     )
 
 
@@ -262,9 +275,14 @@ def _resolve_cohorts(config: Config) -> Config:
     """
     if config.simulation.cohort_size != "auto" or config.simulation.gpus_per_worker > 0:
         return config
-    return _with_cohort_size(config, 1)
+    return _with_capacity(config, Capacity(1))
 
 
-def _with_cohort_size(config: Config, size: int) -> Config:
-    simulation = config.simulation.model_copy(update={"cohort_size": size})
-    return config.model_copy(update={"simulation": simulation})
+def _with_capacity(config: Config, capacity: Capacity) -> Config:
+    """Return the config with what a worker chose; where workers differ, with what needs the least memory."""
+    simulation = config.simulation.model_copy(update={"cohort_size": capacity.clients})
+    found = {key.removeprefix("client."): value for key, value in capacity.settings.items()}
+    if rows := [n for n in (config.client.physical_batch_size, found.get("physical_batch_size")) if n]:
+        found["physical_batch_size"] = min(rows)
+    client = config.client.model_copy(update=found)
+    return config.model_copy(update={"simulation": simulation, "client": client})

@@ -33,8 +33,8 @@ class SimulationSection(Section):
     )
     cohort_size: Count | Literal["auto"] = Field(
         default="auto",
-        description="Number of clients that train together in one pass; auto measures what fits a GPU, and is 1 on "
-        "the CPU.",
+        description="Number of clients that train together in one pass. On a GPU, auto is 1 where one client keeps it "
+        "busy, else as many as are worth a pass and fit its memory; on the CPU it is 1.",
     )
     compile: bool | Literal["auto"] = Field(
         default="auto",

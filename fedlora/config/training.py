@@ -93,7 +93,8 @@ class ClientSection(Section):
     )
     physical_batch_size: Count | None = Field(
         default=None,
-        description="Number of examples in memory at once, to which a batch is split; whole batches by default.",
+        description="Number of examples in memory at once, to which a batch is split. By default as many as keep a "
+        "GPU busy, fewer where they do not fit its memory; on the CPU whole batches.",
         json_schema_extra={"unit": "examples"},
     )
     group_by_length: bool = Field(
@@ -104,8 +105,8 @@ class ClientSection(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description="Compute each transformer layer's activations again in the backward pass instead of keeping them: "
-        "much less memory, for about a third more time. auto does so on a GPU where a step of a single client would "
-        "not fit, and then splits the batch where it must.",
+        "much less memory, for about a third more time. auto does so on a GPU where small parts of a batch would "
+        "not fit either.",
     )
     local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         default=None,
@@ -151,7 +152,7 @@ class ClientSection(Section):
             yield "weight_decay", "it is so small that no number changes by it"
         if self.local_steps == 1:
             yield "proximal_mu", "the only step of a round begins where the term is 0"
-        if self.physical_batch_size is None:
+        if self.physical_batch_size is None and not config.simulation.gpus_per_worker:
             yield "group_by_length", "client.physical_batch_size does not split batches"
         elif config.privacy.samples_units:
             yield "group_by_length", "a person's examples stay together (privacy.unit)"

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -111,6 +111,12 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def rows_per_unit(self) -> int:
+        """How many rows a person has in the mean, rounded up."""
+        assert self.units is not None
+        return -(-len(self) // len(np.unique(self.units)))
 
     def batch(self, rows: np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """Return rows as tensors, in the order given, padded on the right to the longest of them.

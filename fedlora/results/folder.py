@@ -323,6 +323,13 @@ class _Log(logging.FileHandler):
 _PLACES = (("data", "name"), ("data", "test"), ("data", "validation"), ("data", "public"), ("model", "name"))
 """Keys that may name a file or folder; the checkpoint has a digest of its content."""
 
+_CHOSEN = (
+    ("simulation", "cohort_size"),
+    ("client", "physical_batch_size"),
+    ("client", "gradient_checkpointing"),
+)
+"""Keys that a run may choose or lower in a round."""
+
 
 def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> tuple[Config, list[str]]:
     """Return the config of the folder's run, and a note. ``config`` must be the one that the run was given.
@@ -369,8 +376,9 @@ def _check_edited(path: Path, resolved: Mapping[str, Any]) -> None:
         return
     content, known = (tomllib.loads(config.to_toml()) for config in (there, Config.model_validate(resolved)))
     for sections in (content, known):
-        # The value for "auto" is written before its round is done, and files may move.
-        sections["simulation"] = {k: v for k, v in sections["simulation"].items() if k != "cohort_size"}
+        # What "auto" became is written before its round is done, and files may move.
+        for section, key in _CHOSEN:
+            sections[section].pop(key, None)
     for section, key in _PLACES:
         content[section].pop(key, None)
         known[section] = {k: v for k, v in known[section].items() if k != key}

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 CohortFunction = Callable[[Sequence[Message], Sequence[Context]], Iterable[Message]]
-CapacityFunction = Callable[[Message, Context], int]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a worker trains in one pass.
+
+    Attributes
+    ----------
+    clients : int
+        The most clients.
+    settings : mapping of str to Any
+        Keys of the run's config, by ``section.key``, that the app has chosen.
+    note : str
+        What the user should know of the choice.
+    """
+
+    clients: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+CapacityFunction = Callable[[Message, Context, int], Capacity]
+SettingsFunction = Callable[[], Mapping[str, Any]]
 Preparation = Callable[[Context, Mapping[Any, Any]], None]
 
 
@@ -22,6 +45,7 @@ class CohortClientApp(ClientApp):
 
     cohort_function: CohortFunction | None = None
     capacity_function: CapacityFunction | None = None
+    settings_function: SettingsFunction | None = None
     preparation_function: Preparation | None = None
 
     def train_cohort(self, function: CohortFunction) -> CohortFunction:
@@ -43,8 +67,16 @@ class CohortClientApp(ClientApp):
         return function
 
     def cohort_capacity(self, function: CapacityFunction) -> CapacityFunction:
-        """Register what measures, given one client's training message, how many clients fit into one pass here."""
+        """Register what says how many clients train in one pass here.
+
+        It gets a client's training message, and the number of clients above which the answer makes no difference.
+        """
         self.capacity_function = function
+        return function
+
+    def chosen_settings(self, function: SettingsFunction) -> SettingsFunction:
+        """Register what says, after a training, which keys of the config were chosen or lowered in this process."""
+        self.settings_function = function
         return function
 
     def preparation(self, function: Preparation) -> Preparation:

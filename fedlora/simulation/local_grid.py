@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from flwr.app import Message
 
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import SimulatedGrid, late_reply
 from fedlora.simulation.worker import Worker
 
@@ -31,7 +32,7 @@ class LocalGrid(SimulatedGrid):
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:
         done: dict[int, Message] = {}
         due = 0
-        for batch in self.batches(messages, lambda: self._capacity(messages[0])):
+        for batch in self.batches(messages, lambda most: self._capacity(messages[0], most)):
             if deadline is not None and time.monotonic() > deadline:
                 break
             chosen = [messages[i] for i in batch]
@@ -42,14 +43,14 @@ class LocalGrid(SimulatedGrid):
                 done.update(zip(batch, map(late_reply, chosen), strict=True))
                 break
             done.update(zip(batch, replies, strict=True))
-            self.keep(chosen, [context.state for context in contexts], self._worker.limit)
+            self.keep(chosen, [context.state for context in contexts], self._worker.allowed)
             while due in done:
                 yield done.pop(due)
                 due += 1
         yield from (done[late] for late in sorted(done))
 
-    def _capacity(self, message: Message) -> int:
-        return self._worker.measure(message, self.context(message.metadata.dst_node_id))
+    def _capacity(self, message: Message, most: int) -> Capacity:
+        return self._worker.measure(message, self.context(message.metadata.dst_node_id), most)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fedlora.simulation.envelope import SharedRecord, pack, pack_record
 from fedlora.simulation.simulated_grid import late_reply
 
 if TYPE_CHECKING:
+    from fedlora.simulation.cohort_app import Capacity
     from fedlora.simulation.ray_grid import RayGrid
 
 PART = 16
@@ -187,13 +188,14 @@ class RayExchange:
                 self.waiting.append(len(self.batches))
                 self.batches.append([place])
 
-    def _capacity(self) -> int:
+    def _capacity(self, most: int) -> Capacity:
         message = self.messages[0]
         context = self.grid.context(message.metadata.dst_node_id)
         for left in range(DEATHS, 0, -1):
-            measured = self.grid.actors[0].capacity.remote(pack(message, self.shared), context, self.references)
+            measured = self.grid.actors[0].capacity.remote(pack(message, self.shared), context, self.references, most)
             try:
-                return int(ray.get(measured))
+                found: Capacity = ray.get(measured)
+                return found
             except ray.exceptions.RayActorError:
                 if left == 1:
                     raise

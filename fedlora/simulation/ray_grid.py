@@ -83,11 +83,11 @@ class RayGrid(SimulatedGrid):
         ray.exceptions.RayError
             If the worker ended.
         """
-        envelopes, states, limit = ray.get(reference)
+        envelopes, states, allowed = ray.get(reference)
         with self.once:
             for note in itertools.chain.from_iterable(envelope.notes for envelope in envelopes):
                 log.warning("%s", note)
-        self.keep([messages[k] for k in chosen], [states[k] for k in chosen], limit)
+        self.keep([messages[k] for k in chosen], [states[k] for k in chosen], allowed)
         return [unpack(envelopes[k]) for k in chosen]
 
     def _exchange(self, messages: list[Message], deadline: float | None) -> Iterator[Message]:

@@ -23,6 +23,7 @@ from fedlora.timeline import phase, read_written, written
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
+    from fedlora.simulation.cohort_app import Capacity
     from fedlora.simulation.worker import Part, Worker
 
 
@@ -70,7 +71,7 @@ class WorkerActor:
     def borrow(self, *arguments: Any) -> None:
         self._worker.borrow(*arguments)
 
-    def capacity(self, *arguments: Any) -> int:
+    def capacity(self, *arguments: Any) -> Capacity:
         return self._worker.capacity(*arguments)
 
     def handle(self, *arguments: Any) -> Part:

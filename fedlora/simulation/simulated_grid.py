@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import ClientErrorCode
 from fedlora.flower import Run, act_as, empty_run, set_message_id
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.notes import Once
 
 RUN_ID = 1
@@ -40,19 +41,19 @@ class SimulatedGrid(Grid):
     gpus_per_worker : float
         GPUs of a worker; a fraction shares one.
     cohort_size : int or "auto"
-        Clients that a worker gets at once; "auto" asks a worker how many fit into its memory, and gives every worker
-        some. It is lowered when memory still runs out.
+        Clients that a worker gets at once; "auto" asks a worker how many are worth a pass and fit into its memory, and
+        gives every worker some. It is lowered when memory still runs out.
     address : str, optional
         A running Ray cluster; by default Ray starts on this machine.
     run_config : dict, optional
-        What clients find in ``context.run_config``.
+        What clients find in ``context.run_config``, as it is when they are asked.
     states : mutable mapping of int to RecordDict, optional
         Where clients' ``context.state`` is kept, by client; a dict by default.
     work : callable (client) -> float, optional
         How much a client has to do. Clients of like work share a cohort, and the largest go first, so that neither a
         cohort nor a worker waits long for its last.
-    on_cohort_size : callable (int), optional
-        Called with the size that "auto" became, and when it is lowered.
+    on_capacity : callable (Capacity), optional
+        Called with what "auto" became, when the cohort is lowered, and when a worker chose other settings.
 
     Notes
     -----
@@ -74,11 +75,12 @@ class SimulatedGrid(Grid):
         run_config: dict[str, Any] | None = None,
         states: MutableMapping[int, RecordDict] | None = None,
         work: Callable[[int], float] | None = None,
-        on_cohort_size: Callable[[int], None] | None = None,
+        on_capacity: Callable[[Capacity], None] | None = None,
     ) -> None:
         self.num_clients, self.cohort_size = num_clients, cohort_size
-        self.work, self.on_cohort_size = work, on_cohort_size
-        self.run_config = run_config or {}
+        self.work, self.on_capacity = work, on_capacity
+        self._settings: Mapping[str, Any] = {}
+        self.run_config = {} if run_config is None else run_config
         self.states: MutableMapping[int, RecordDict] = {} if states is None else states
         self.client_app, self.cpus, self.gpus = client_app, cpus_per_worker, gpus_per_worker
         act_as(RUN_ID, SERVER_NODE_ID)
@@ -168,28 +170,31 @@ class SimulatedGrid(Grid):
             run_config=self.run_config,
         )
 
-    def keep(self, messages: Iterable[Message], states: Iterable[RecordDict], limit: int) -> None:
-        """Store the states of the messages' clients; lower the cohort size to ``limit`` if it is above."""
+    def keep(self, messages: Iterable[Message], states: Iterable[RecordDict], allowed: Capacity) -> None:
+        """Store the states of the messages' clients; lower the cohort size to what is allowed if it is above."""
         for message, state in zip(messages, states, strict=True):
             self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = state
-        if isinstance(self.cohort_size, int) and limit < self.cohort_size:
-            self._set_cohort_size(limit)
+        if isinstance(self.cohort_size, int):
+            size = min(self.cohort_size, allowed.clients)
+            if size < self.cohort_size or allowed.settings != self._settings:
+                self._set_capacity(Capacity(size, allowed.settings))
 
-    def batches(self, messages: list[Message], capacity: Callable[[], int]) -> list[list[int]]:
+    def batches(self, messages: list[Message], capacity: Callable[[int], Capacity]) -> list[list[int]]:
         """Divide messages, by their indices, into the batches that workers get.
 
         Parameters
         ----------
         messages : list of Message
         capacity : callable
-            Measures how many clients fit into one pass; called where ``cohort_size`` is "auto".
+            Says how many clients train in one pass, of at most so many; called where ``cohort_size`` is "auto".
         """
         order, size = list(range(len(messages))), QUERY_BATCH
         if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
             if self.cohort_size == "auto":
                 # Every worker gets some, whatever one could hold.
                 share = -(-len(messages) // self.num_workers)
-                self._set_cohort_size(min(share, capacity()))
+                found = capacity(share)
+                self._set_capacity(Capacity(min(share, found.clients), found.settings, found.note))
             assert isinstance(self.cohort_size, int)
             size = self.cohort_size
             if self.work is not None and size > 1:
@@ -204,10 +209,10 @@ class SimulatedGrid(Grid):
         self._pushed[message_id] = message
         return message_id
 
-    def _set_cohort_size(self, size: int) -> None:
-        self.cohort_size = size
-        if self.on_cohort_size is not None:
-            self.on_cohort_size(size)
+    def _set_capacity(self, capacity: Capacity) -> None:
+        self.cohort_size, self._settings = capacity.clients, capacity.settings
+        if self.on_capacity is not None:
+            self.on_capacity(capacity)
 
 
 def late_reply(message: Message) -> Message:

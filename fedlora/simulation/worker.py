@@ -23,7 +23,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDi
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ClientErrorCode
-from fedlora.simulation.cohort_app import CohortClientApp
+from fedlora.simulation.cohort_app import Capacity, CohortClientApp
 from fedlora.simulation.envelope import Envelope, pack, unpack, unpack_record
 from fedlora.simulation.notes import collected_warnings
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlora")
 
-Part = tuple[list[Envelope], list[RecordDict], int]
-"""Replies, the states of their clients, and the most clients that memory allows in a pass."""
+Part = tuple[list[Envelope], list[RecordDict], Capacity]
+"""Replies, the states of their clients, and what memory allows in a pass."""
 
 
 def load_app(app: ClientApp | str) -> ClientApp:
@@ -68,6 +68,7 @@ class Worker:
             self.broken = traceback.format_exc()
         self.shared: dict[int, ArrayRecord] = {}
         self.limit = sys.maxsize
+        self.settings: Mapping[str, Any] = {}
         self._settled = False
         self._replies: Iterator[tuple[Message, Context]] = iter(())
 
@@ -82,8 +83,8 @@ class Worker:
 
         Returns
         -------
-        (list of Envelope, list of RecordDict, int)
-            The replies and the clients' states, in the same order, and the most clients that memory allows in a pass.
+        (list of Envelope, list of RecordDict, Capacity)
+            The replies and the clients' states, in the same order, and what memory allows in a pass.
         """
         self._replies = iter(())
         self._receive(references)
@@ -98,17 +99,26 @@ class Worker:
         envelopes = [envelope for envelope, _ in made]
         if notes and envelopes:
             envelopes[0] = dataclasses.replace(envelopes[0], notes=tuple(notes))
-        return envelopes, [state for _, state in made], self.limit
+        return envelopes, [state for _, state in made], self.allowed
+
+    @property
+    def allowed(self) -> Capacity:
+        """What memory has been found to allow in a pass."""
+        return Capacity(self.limit, self.settings)
 
     def run(self, messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
         """Do as :meth:`handle` in the caller's own process; the contexts' states are changed in place."""
         done = 0
+        training = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
+        settings = self.app.settings_function if training and isinstance(self.app, CohortClientApp) else None
         while done < len(messages):
             part = slice(done, done + self.limit)
             for reply in self._run(messages[part], contexts[part]):
                 done += 1
+                if settings is not None and not reply.has_error():
+                    self.settings = settings()
                 yield reply
-        if not self._settled and messages and messages[0].metadata.message_type == MessageType.TRAIN:
+        if training and not self._settled:
             # Model and data are loaded and stay: the collector need not walk them in the middle of every few rounds.
             gc.collect()
             gc.freeze()
@@ -127,15 +137,15 @@ class Worker:
             with suppress(Exception):
                 function(context, known)
 
-    def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]]) -> int:
-        """Measure how many clients fit into one pass; 1 where the app cannot say."""
+    def capacity(self, envelope: Envelope, context: Context, references: dict[int, list[Any]], most: int) -> Capacity:
+        """Say how many clients train in one pass; 1 where the app cannot say."""
         self._receive(references)
-        return self.measure(unpack(envelope, self.shared), context)
+        return self.measure(unpack(envelope, self.shared), context, most)
 
-    def measure(self, message: Message, context: Context) -> int:
+    def measure(self, message: Message, context: Context, most: int) -> Capacity:
         """Do as :meth:`capacity` in the caller's own process."""
         function = self.app.capacity_function if isinstance(self.app, CohortClientApp) else None
-        return 1 if function is None else function(message, context)
+        return Capacity(1) if function is None else function(message, context, most)
 
     def _receive(self, references: dict[int, list[Any]]) -> None:
         if not references:

@@ -1,4 +1,4 @@
-"""How a step is kept within memory: by gradient checkpointing, and by smaller physical batches."""
+"""How a step is kept within memory: by smaller physical batches, and by gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ from weakref import WeakKeyDictionary
 from fedlora.adapters import AdaptedModel
 from fedlora.config import ClientSection
 from fedlora.errors import InputError
+from fedlora.training import passes
 from fedlora.training.checkpointing import layers_of, set_checkpointing
 
 KEY = "client.gradient_checkpointing"
+
+
+def check_checkpointing(adapted: AdaptedModel, client: ClientSection) -> bool:
+    """Say whether a model has layers that can be checkpointed.
+
+    Raises
+    ------
+    InputError
+        If it has none, and checkpointing is asked for.
+    """
+    has_layers = bool(layers_of(adapted))
+    if client.gradient_checkpointing is True and not has_layers:
+        raise InputError(KEY, True, "this model has no layers that transformers can checkpoint; set it to false")
+    return has_layers
 
 
 class StepMemory:
@@ -22,9 +37,15 @@ class StepMemory:
     ----------
     adapted : AdaptedModel
     client : ClientSection
+    batch : int
+        Examples that a client's step expects.
+    tokens : float
+        Mean tokens of an example.
 
     Attributes
     ----------
+    passes : fedlora.training.passes.Passes
+        What the rule chose by time.
     checkpointing : bool
         Whether gradient checkpointing is on.
     physical_batch_size : int or None
@@ -33,35 +54,42 @@ class StepMemory:
     Raises
     ------
     InputError
-        If checkpointing is asked for and the model has no layers for it.
+        As :func:`check_checkpointing`.
     """
 
-    def __init__(self, adapted: AdaptedModel, client: ClientSection) -> None:
-        has_layers = bool(layers_of(adapted))
-        if client.gradient_checkpointing is True and not has_layers:
-            raise InputError(KEY, True, "this model has no layers that transformers can checkpoint; set it to false")
+    def __init__(self, adapted: AdaptedModel, client: ClientSection, batch: int, tokens: float) -> None:
+        has_layers = check_checkpointing(adapted, client)
         self._may_checkpoint = has_layers and client.gradient_checkpointing == "auto"
         self.checkpointing = client.gradient_checkpointing is True
-        self.physical_batch_size = client.physical_batch_size
+        self.passes = passes.choose_passes(passes.mean_product(adapted), tokens, batch, client.physical_batch_size)
+        self.physical_batch_size = self.passes.rows if passes.in_force(adapted) else client.physical_batch_size
 
     def lower(self, adapted: AdaptedModel, rows: int) -> str | None:
         """Use less memory, after a pass of so many rows of one client did not fit.
 
-        Checkpointing comes first: it costs a third of a step's time, where small batches may cost more.
+        The batch is split first, as far as its parts keep the GPU busy enough. Then checkpointing costs less: a third
+        of a step's time.
 
         Returns
         -------
         str or None
             What is done now; None where nothing is left to do.
         """
-        if self._may_checkpoint and not self.checkpointing:
+        smaller = (rows + 1) // 2
+        if self._may_checkpoint and not self.checkpointing and (rows == 1 or smaller < self.passes.smallest):
             self.checkpointing = True
             set_checkpointing(adapted, True)
             return "client.gradient_checkpointing is on"
         if rows > 1:
-            self.physical_batch_size = (rows + 1) // 2
+            self.physical_batch_size = smaller
             return f"client.physical_batch_size is {self.physical_batch_size}"
         return None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the config would have to say to begin so: keys that are not whole batches, or no checkpointing."""
+        found = {"client.physical_batch_size": self.physical_batch_size, KEY: self.checkpointing}
+        return {key: value for key, value in found.items() if value}
 
 
 _kept: WeakKeyDictionary[AdaptedModel, tuple[tuple[Any, ...], StepMemory]] = WeakKeyDictionary()
@@ -69,20 +97,25 @@ _kept: WeakKeyDictionary[AdaptedModel, tuple[tuple[Any, ...], StepMemory]] = Wea
 
 
 @contextmanager
-def step_memory(adapted: AdaptedModel, client: ClientSection) -> Iterator[StepMemory]:
-    """Keep a model's steps within memory as the last ones of these settings were kept.
+def step_memory(adapted: AdaptedModel, client: ClientSection, batch: int, tokens: float) -> Iterator[StepMemory]:
+    """Keep a model's steps within memory as the last ones of these settings were kept; as :class:`StepMemory`.
 
     Raises
     ------
     InputError
-        If checkpointing is asked for and the model has no layers for it.
+        As :func:`check_checkpointing`.
     """
-    settings = (client.batch_size, client.physical_batch_size, client.gradient_checkpointing)
+    settings = (client.physical_batch_size, client.gradient_checkpointing, batch, tokens)
     if adapted not in _kept or _kept[adapted][0] != settings:
-        _kept[adapted] = settings, StepMemory(adapted, client)
+        _kept[adapted] = settings, StepMemory(adapted, client, batch, tokens)
     memory = _kept[adapted][1]
     set_checkpointing(adapted, memory.checkpointing)
     try:
         yield memory
     finally:
         set_checkpointing(adapted, False)
+
+
+def last_memory(adapted: AdaptedModel) -> StepMemory | None:
+    """Return what a model's last steps needed; None before the first."""
+    return _kept[adapted][1] if adapted in _kept else None

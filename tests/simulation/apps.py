@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from fedlora.simulation import CohortClientApp
+from fedlora.simulation.cohort_app import Capacity
 
 
 def handle(message: Message, context: Context, cohort: int = 1) -> Message:
@@ -117,6 +118,9 @@ def forget_one(messages: Sequence[Message], contexts: Sequence[Context]) -> list
 ROOM = 3
 """So many clients fit into the memory of :data:`small_memory`."""
 
+LOWERED = {"rows": 1}
+"""What :data:`small_memory` chose."""
+
 small_memory = CohortClientApp()
 
 
@@ -130,6 +134,12 @@ def train_in_small_memory(messages: Sequence[Message], contexts: Sequence[Contex
 
 
 @small_memory.cohort_capacity
-def room(message: Message, context: Context) -> int:
-    """Say how many clients fit."""
-    return ROOM
+def room(message: Message, context: Context, most: int) -> Capacity:
+    """Say how many clients fit, and for how many it was asked."""
+    return Capacity(ROOM, {"rows": most}, "as many as fit")
+
+
+@small_memory.chosen_settings
+def lowered() -> dict[str, int]:
+    """Say what is in force after a training: less than at first."""
+    return LOWERED

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import LocalGrid
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 from tests.tiny import save_llama
@@ -74,17 +75,19 @@ def test_a_client_that_fails_keeps_its_state_and_touches_no_other() -> None:
 
 
 def test_auto_asks_the_app() -> None:
-    told: list[int] = []
-    with LocalGrid(apps.small_memory, CLIENTS, cohort_size="auto", on_cohort_size=told.append) as grid:
-        list(grid.send_and_receive(messages()))
-    assert told == [apps.ROOM]
+    """And tells what it chose, and once what its training had to lower."""
+    told: list[Capacity] = []
+    with LocalGrid(apps.small_memory, CLIENTS, cohort_size="auto", on_capacity=told.append) as grid:
+        for _ in range(2):
+            list(grid.send_and_receive(messages()))
+    assert told == [Capacity(apps.ROOM, {"rows": CLIENTS}, "as many as fit"), Capacity(apps.ROOM, apps.LOWERED)]
 
 
 def test_a_cohort_that_does_not_fit_is_halved_from_where_it_was() -> None:
-    told: list[int] = []
-    with LocalGrid(apps.small_memory, CLIENTS, cohort_size=CLIENTS, on_cohort_size=told.append) as grid:
+    told: list[Capacity] = []
+    with LocalGrid(apps.small_memory, CLIENTS, cohort_size=CLIENTS, on_capacity=told.append) as grid:
         replies = list(grid.send_and_receive(messages()))
-    assert told == [2]
+    assert told == [Capacity(2, apps.LOWERED)]
     assert metric(replies, "calls") == [1] * CLIENTS
 
 

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.simulation import RayGrid, placement, ray_cluster, ray_exchange, ray_workers
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 
@@ -286,11 +287,12 @@ def test_clients_come_in_cohorts(cohort_grid: RayGrid) -> None:
 
 def test_an_automatic_cohort_is_what_fits_and_leaves_some_for_every_worker(ray_here: None) -> None:
     for clients, workers, expected in ((9, 1, apps.ROOM), (4, 2, 2)):
-        told: list[int] = []
+        told: list[Capacity] = []
         app = "tests.simulation.apps:small_memory"
-        with RayGrid(app, clients, workers=workers, cohort_size="auto", on_cohort_size=told.append) as grid:
+        with RayGrid(app, clients, workers=workers, cohort_size="auto", on_capacity=told.append) as grid:
             replies = list(grid.send_and_receive(messages(clients=range(clients))))
-        assert told == [expected]
+        share = -(-clients // workers)
+        assert told == [Capacity(expected, {"rows": share}, "as many as fit"), Capacity(expected, apps.LOWERED)]
         assert metric(replies, "cohort")[0] == expected
 
 

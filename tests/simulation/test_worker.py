@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import CohortClientApp
+from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack, unpack_record
 from fedlora.simulation.worker import Worker, load_app
 from tests.messages import train_message
@@ -145,16 +146,17 @@ def test_a_cohort_beyond_the_memory_is_halved_until_it_fits() -> None:
     worker = Worker(apps.small_memory, 1)
     contexts = [context(i) for i in range(7)]
     envelopes = [pack(train_message(2 + i)) for i in range(7)]
-    replies, states, limit = worker.handle(envelopes, contexts, {}, len(envelopes))
+    replies, states, allowed = worker.handle(envelopes, contexts, {}, len(envelopes))
     assert [unpack(r).content["metrics"]["client"] for r in replies] == list(range(7))
     assert max(unpack(r).content["metrics"]["cohort"] for r in replies) <= apps.ROOM
     assert [state["count"]["calls"] for state in states] == [1] * 7
-    assert 1 <= limit <= apps.ROOM
+    assert 1 <= allowed.clients <= apps.ROOM
+    assert allowed.settings == apps.LOWERED
 
 
 def test_an_app_measures_how_many_clients_fit() -> None:
-    assert Worker(apps.small_memory, 1).capacity(pack(train_message(2)), context(0), {}) == apps.ROOM
-    assert Worker(apps.plain, 1).capacity(pack(train_message(2)), context(0), {}) == 1
+    assert Worker(apps.small_memory, 1).capacity(pack(train_message(2)), context(0), {}, 4).clients == apps.ROOM
+    assert Worker(apps.plain, 1).capacity(pack(train_message(2)), context(0), {}, 4) == Capacity(1)
 
 
 def test_what_an_app_prepares_is_done_before_messages_and_may_fail() -> None:

@@ -1,9 +1,8 @@
-"""Where a step does not fit: fewer clients, then gradient checkpointing, then smaller physical batches."""
+"""What goes through a model at once: what is worth a pass, and where it does not fit, what is lowered."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 
 from fedlora.adapters import AdaptedModel
 from fedlora.config import Config
-from fedlora.training import capacity, train_cohort
+from fedlora.training import capacity, passes, train_cohort
 from fedlora.training.checkpointing import layers_of
 from fedlora.training.soundness import dependence
 from tests import tiny
+from tests.fake_gpus import FakeGPUs
 
 WITHOUT = 4
 """How many times the memory a row takes here without checkpointing."""
@@ -137,29 +137,55 @@ def test_a_single_row_that_does_not_fit_is_an_error() -> None:
         train_cohort(adapted, tiny.table("llama", 8), tiny.jobs_of([start], [np.arange(8)]), config)
 
 
-@pytest.mark.parametrize(("free", "clients"), [(0, 1), (100, 5), (19, 1)])
-def test_the_size_of_cohorts_is_measured(free: int, clients: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of 50 bytes and clients of 20; two of them run out of memory where less than 40 is free."""
-    peaks: list[int] = []
+BATCH, TOKENS = 8, 4.875
+"""Examples of a step here, and their mean tokens."""
 
-    def train(_: Any, __: Any, jobs: list[Any], ___: Any) -> None:
-        if len(jobs) > 1 and 20 * len(jobs) > free:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        peaks.append(50 + 20 * len(jobs))
+MEMORY, ALL, ENOUGH = "are what memory holds", "are all that a worker has", "keep the GPU busy"
 
-    # The second card of a split model holds less.
-    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), devices=["cuda:0", "cuda:1"])
-    _, config = made()
-    (job,) = tiny.jobs_of([{}], [np.arange(8)])
-    monkeypatch.setattr(capacity, "train_cohort", train)
-    monkeypatch.setattr(capacity, "dependence", lambda *_: None)
-    monkeypatch.setattr(capacity, "SHARE", 1.0)
-    for name, function in {
-        "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda _: None,
-        "max_memory_allocated": lambda card: peaks[-1] if card == "cuda:0" else 50 + (peaks[-1] - 50) // 2,
-        "mem_get_info": lambda _: (free, 0),
-        "memory_allocated": lambda _: 50,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, function)
-    assert capacity.cohort_capacity(gpu, tiny.table("llama", 8), job, config) == clients  # type: ignore[arg-type]
+
+@pytest.mark.parametrize(
+    ("busy", "free", "most", "clients", "rows", "on", "why"),
+    [
+        # A batch is too small: as many clients as are worth a pass, as there are, or as fit.
+        (10, 4000, 9, 5, 8, False, ENOUGH),
+        (20, 4000, 5, 5, 8, False, ALL),
+        (20, 1300, 5, 4, 8, False, MEMORY),
+        (20, 400, 5, 1, 8, False, MEMORY),
+        (20, 100, 5, 1, 8, True, MEMORY),
+        # A batch is enough, or its half, or a quarter.
+        (8, 4000, 5, 1, 8, False, ENOUGH),
+        (4, 4000, 5, 1, 4, False, ENOUGH),
+        (2, 4000, 5, 1, 2, False, ENOUGH),
+        # Memory holds less: smaller passes, then checkpointing, then smaller ones again.
+        (8, 130, 5, 1, 2, False, MEMORY),
+        (8, 39, 5, 1, 2, True, MEMORY),
+        (8, 10, 5, 1, 1, True, MEMORY),
+    ],
+)
+def test_what_a_pass_takes_is_chosen(
+    busy: int, free: int, most: int, clients: int, rows: int, on: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``busy`` examples keep these GPUs busy."""
+    adapted, config = made()
+    table, start = tiny.table("llama", BATCH), adapted.arrays(tiny.trained_names(adapted, config))
+    assert table.lengths.mean() == TOKENS
+    dependence(adapted, config, table.pad_token_id)
+    monkeypatch.setattr(passes, "BUSY", busy * TOKENS * passes.mean_product(adapted))
+    FakeGPUs(monkeypatch, free)
+    (job,) = tiny.jobs_of([start], [np.arange(BATCH)], [tiny.plan(0.5, 0.1, 1.0, 4.0)])
+    found = capacity.cohort_capacity(adapted, table, job, config, most)
+    assert found.clients == clients
+    sizes = {} if rows == BATCH else {"client.physical_batch_size": rows}
+    assert found.settings == sizes | ({"client.gradient_checkpointing": True} if on else {})
+    checkpointing = "gradient checkpointing" if on else "no checkpointing"
+    size = f"physical batch {rows} of {BATCH}, cohort {clients}, {checkpointing}"
+    assert found.note == f"{size}: {round(clients * rows * TOKENS)} tokens a pass {why}, 0 GiB"
+
+
+def test_on_a_cpu_a_batch_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "BUSY", 1.0)
+    adapted, config = made()
+    start = adapted.arrays(tiny.trained_names(adapted, config))
+    memory = SmallMemory(adapted, 100, "forward")
+    train_cohort(adapted, tiny.table("llama", BATCH), tiny.jobs_of([start], [np.arange(BATCH)]), config)
+    assert memory.passes == [(BATCH, False)] * 2
