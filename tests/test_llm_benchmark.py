@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedlora.experiments.benchmarks import llm
 from tests.bare_runs import bare_runs
@@ -20,8 +22,11 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    output = tmp_path / "llm.json"
-    monkeypatch.setattr("sys.argv", ["llm", "--cases", "tiny", "--output", str(output), *arguments])
+    output, config = tmp_path / "llm.json", tmp_path / "llm.toml"
+    settings = tomllib.loads(Path(llm.__file__).with_suffix(".toml").read_text())
+    config.write_text(tomli_w.dumps(settings | {"clients": 2, "batches": 2, "steps": 1, "rounds": 2, "peer_steps": 1}))
+    given = ["--config", str(config), "--cases", "tiny", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["llm", *given, *arguments])
     with bare_runs():
         llm.main()
     found: dict[str, Any] = json.loads(output.read_text())["cases"]["tiny"]

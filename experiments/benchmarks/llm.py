@@ -213,6 +213,8 @@ def _shown(case: str, run: str, row: dict[str, Any], best: float | None) -> str:
         return f"{case:8} {run:34} {row['error'][:80]}"
     memory = f"{row['peak_bytes'] / 2**30:6.1f} GiB" if row["peak_bytes"] else ""
     ratio = f"{row['median'] / best:6.2f} of peft" if best else ""
+    if row.get("start_peak_bytes"):
+        memory += f" (start {row['start_peak_bytes'] / 2**30:.1f})"
     chosen = f"cohort {row['cohort']}, physical batch {row['physical_batch']}" if "cohort" in row else ""
     chosen += ", checkpointing" if row.get("checkpointing") else ""
     return f"{case:8} {run:34} {row['median']:8.3f} s {memory} {ratio} {chosen}".rstrip()

@@ -152,7 +152,8 @@ def test_a_run_goes_on_with_the_config_that_it_has(tmp_path: Path, same: str) ->
 
 
 def test_what_auto_became_in_a_round_is_kept_with_that_round(tmp_path: Path) -> None:
-    given, measured = config(), config(simulation__cohort_size=16)
+    chosen = {"client__physical_batch_size": 4, "client__gradient_checkpointing": True}
+    given, measured = config(), config(simulation__cohort_size=16, **chosen)
     folder = RunFolder.create(tmp_path / "run", given)
     folder.set_resolved(measured)
     folder.close()  # the round was not done: it will be measured again

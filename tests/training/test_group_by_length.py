@@ -51,9 +51,11 @@ def test_steps_are_those_of_whole_batches(kind: str, private: bool, monkeypatch:
 
 
 def test_without_physical_batches_there_is_nothing_to_group() -> None:
-    def notes(**client: Any) -> list[str]:
-        config = tiny.settings("bert", client={"group_by_length": True, **client})
+    def notes(gpus: int = 0, **client: Any) -> list[str]:
+        simulation = {"gpus_per_worker": gpus}
+        config = tiny.settings("bert", client={"group_by_length": True, **client}, simulation=simulation)
         return [note for note in unused_keys(config) if "group_by_length" in note]
 
     assert len(notes()) == 1
     assert not notes(physical_batch_size=2)
+    assert not notes(gpus=1)  # which may split them

@@ -36,7 +36,12 @@ def on_cards(free: int, busy: float) -> Iterator[FakeGPUs]:
 
 
 def run(
-    runs: LlamaRuns, folder: Path, notes: list[str] | None = None, stop: int = 0, resume: bool = False
+    runs: LlamaRuns,
+    folder: Path,
+    notes: list[str] | None = None,
+    stop: int = 0,
+    resume: bool = False,
+    physical: int | None = None,
 ) -> RunResult:
     """Run or resume in a folder; with ``stop``, end after that round."""
 
@@ -45,7 +50,8 @@ def run(
             raise KeyboardInterrupt
 
     progress = Progress(on_round=on_round, on_note=([] if notes is None else notes).append)
-    content = runs.config(client={"batch_size": 8, "local_steps": 2}).model_dump(exclude_none=True)
+    client = {"batch_size": 8, "local_steps": 2, "physical_batch_size": physical}
+    content = runs.config(client=client).model_dump(exclude_none=True)
     with runs._cache():
         return simulate(content, output=folder, progress=progress, resume=resume)
 
@@ -108,6 +114,14 @@ def test_what_does_not_fit_on_the_other_card_is_lowered_and_said(
 
 
 def test_what_the_config_says_is_not_chosen(runs: LlamaRuns, tmp_path: Path) -> None:
-    """Nor is anything on a CPU: the run writes no other config than that it began with."""
-    result = run(runs, tmp_path / "run")
+    with on_cards(MUCH, 4) as cards:
+        result = run(runs, tmp_path / "run", physical=3)
+    assert kept(result.folder) == (4, 3, "auto")  # several clients: three examples of one are not enough
+    assert max(rows for rows, _ in cards.passes) == 4 * 3
+
+
+def test_on_a_cpu_nothing_is_chosen(runs: LlamaRuns, tmp_path: Path) -> None:
+    notes: list[str] = []
+    result = run(runs, tmp_path / "run", notes)
     assert kept(result.folder) == (1, None, "auto")
+    assert not any("physical batch" in note for note in notes)

@@ -53,7 +53,7 @@ def test_larger_models_and_longer_texts_never_take_more_examples(
     small, large = choose_passes(flops, tokens, batch), choose_passes(flops * factor, tokens, batch)
     assert (large.rows or batch) <= (small.rows or batch)
     assert large.smallest <= small.smallest
-    assert large == choose_passes(flops, tokens * factor, batch) or factor > 1
+    assert large.clients <= small.clients
 
 
 def test_a_model_without_matrices_is_no_reason_to_split() -> None:
