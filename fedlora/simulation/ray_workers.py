@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from fedlora.errors import InputError
+from fedlora.imports import import_modules, quick_imports
 from fedlora.simulation.placement import count_free, count_workers
 from fedlora.simulation.ray_cluster import start_ray
 from fedlora.timeline import phase
@@ -23,19 +22,6 @@ if TYPE_CHECKING:
     from fedlora.simulation.worker import Part, Worker
 
 
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Import without the garbage collector, which takes a fifth of the time, and finds nothing: modules stay."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collects:
-            gc.enable()
-
-
 class WorkerActor:
     """A :class:`fedlora.simulation.worker.Worker` in a Ray actor, and its methods.
 
@@ -43,7 +29,7 @@ class WorkerActor:
     """
 
     def __init__(self, app: ClientApp | str, threads: int) -> None:
-        with phase("worker: imports"), _quick_imports():
+        with phase("worker: imports"), quick_imports():
             from fedlora.simulation.worker import Worker
 
             self._worker: Worker = Worker(app, threads)
@@ -187,9 +173,8 @@ def _imported(modules: Sequence[str]) -> Iterator[None]:
 
     def run() -> None:
         # Whoever imports them next sees why it fails.
-        with suppress(Exception), phase("imports"), _quick_imports():
-            for module in modules:
-                importlib.import_module(module)
+        with suppress(Exception):
+            import_modules(modules)
 
     thread = threading.Thread(target=run, name="imports")
     thread.start()
