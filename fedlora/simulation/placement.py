@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple
 
 
 def in_own_process(section: SimulationSection) -> bool:
-    """Return whether a run's clients train in the run's own process, without Ray and without torch imported.
+    """Return whether a run's clients train in the run's own process, without Ray.
 
     They do where ``simulation.workers`` is 0, and by default where this machine has room for one worker alone: it would
     import and load again, on the same GPU, what the run has in memory. A Ray that this process has started is used.
@@ -164,21 +165,24 @@ def in_own_process(section: SimulationSection) -> bool:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs this process may use: by the driver's library as long as torch is not imported."""
-    if "torch" in sys.modules:
-        return int(sys.modules["torch"].cuda.device_count())
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
+    """Return how many GPUs this process may use; where torch is not imported yet, by the driver, which is quicker."""
+    if "torch" not in sys.modules:
+        with suppress(OSError):
+            return _gpus_of_driver()
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _gpus_of_driver() -> int:
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
     found = ctypes.c_uint()
-    if nvml.nvmlInit_v2():
-        return 0
-    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(found))
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(found)):
+        raise OSError("NVIDIA's driver does not answer")
     nvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if failed or visible is None:
-        return 0 if failed else found.value
+    if visible is None:
+        return found.value
     # CUDA takes those before the first that is none.
     named = itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(",")))
     return min(found.value, len(list(named)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,15 +135,22 @@ def test_gpus_are_counted_without_torch(visible: str | None, expected: int, monk
     assert count_gpus() == expected
 
 
-def test_torch_counts_gpus_once_it_is_there_and_without_a_driver_there_are_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 3)))  # type: ignore[arg-type]
+def test_torch_counts_gpus_once_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: NVML)
     assert count_gpus() == 3
-    monkeypatch.delitem(sys.modules, "torch")
 
-    def missing(_: str) -> None:
-        raise OSError("no such library")
 
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert count_gpus() == 0
+@pytest.mark.parametrize("answer", [None, 9])
+def test_where_the_driver_does_not_answer_torch_is_asked(answer: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(_: str) -> Any:
+        if answer is None:
+            raise OSError("no such library")
+        return SimpleNamespace(nvmlInit_v2=lambda: answer)
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    torch: Any = ModuleType("torch")
+    torch.cuda = SimpleNamespace(device_count=lambda: 2)
+    monkeypatch.setattr(placement, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert count_gpus() == 2
