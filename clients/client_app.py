@@ -47,6 +47,7 @@ from fedlora.simulation.cohort_app import Capacity, CohortClientApp
 from fedlora.timeline import phase
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
+from fedlora.training.fuse import compiles
 from fedlora.training.optimizer_state import steps_taken
 from fedlora.training.soundness import check_sound
 from fedlora.training.step_memory import last_memory
@@ -111,9 +112,9 @@ def _describe_node(message: Message, context: Context) -> Message:
 def prepare(context: Context, known: Mapping[Any, Any]) -> None:
     """Load a simulation's data and model; ``known`` is whether the model is sound, as the server measured it."""
     config = run_config(context.run_config)
-    client_data(config)
+    fused = compiles(config, client_data(config))
     adapted = client_half(config).adapted
-    if not config.simulation.compile:  # fused, it is another than the server's
+    if not fused:  # else it is another than the server's
         adapted.independent.update(known)
 
 

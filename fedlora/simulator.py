@@ -34,6 +34,7 @@ from fedlora.results.user_code import UserCode, describe, describe_app, with_use
 from fedlora.roles import trained_kinds
 from fedlora.simulation import CLIENT_APP, LocalGrid, SimulatedGrid
 from fedlora.simulation.cohort_app import Capacity
+from fedlora.simulation.placement import in_own_process
 from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.callbacks import Progress
 from fedlora.strategies.federation import Federation
@@ -136,16 +137,21 @@ def _run(
     config = folder.resolved
     # A strategy of the method's own class replaces the method; any other one only configures and aggregates.
     whole = rounds if isinstance(rounds, method) else method(config)
+    keep = False
     try:
         with _settled_heap(), _open_grid(client_app, folder, tokens, progress) as grid:
-            return Federation(
+            result = Federation(
                 config, grid, folder, tokens, whole, training=rounds, progress=progress, started=started, simulated=True
             ).run()
-    except KeyboardInterrupt:
-        from fedlora.clients.resources import forget_model
+        keep = config.simulation.workers == 0
+        return result
+    finally:
+        if not keep:
+            from fedlora.clients.resources import forget_model
 
-        forget_model()  # which may have been stopped amid a change; the next run of this process would go on with it
-        raise
+            # The clients' model, if it is in this process: a run that was stopped may have left it amid a change, and
+            # one that did not ask for this process leaves it the memory.
+            forget_model()
 
 
 def _prepare(folder: RunFolder, method: type[FederatedStrategy]) -> FederatedData:
@@ -192,7 +198,7 @@ def _open_grid(
             folder.set_resolved(chosen)
             run_config["config"] = chosen.to_toml()
 
-    kind = LocalGrid if section.workers == 0 else simulation.RayGrid  # imports Ray
+    kind = LocalGrid if in_own_process(section) else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
         len(tokens.partition),

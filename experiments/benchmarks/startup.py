@@ -1,8 +1,9 @@
-"""Seconds from the command to the first training step of ``fedlora run`` with Ray workers, and where they go.
+"""Seconds from the command to the first training step of ``fedlora run``, and where they go.
 
 The floor is one process that imports torch, transformers, opacus, ray and flwr and puts the same weights on the device.
 A case's first run finds no tokens in the cache, the others do; the floor is measured before each of these. Phases come
-from :mod:`fedlora.timeline`, in all processes of a run::
+from :mod:`fedlora.timeline`, in all processes of a run. Clients train where the default has them; ``--workers 1`` gives
+them a process on Ray, ``--workers 0`` the run's own::
 
     python -m fedlora.experiments.benchmarks.startup --cases minilm 1b --output startup.json
 """
@@ -117,11 +118,14 @@ def prepare(case: dict[str, Any], settings: dict[str, Any], folder: Path) -> tup
         content = tomllib.loads((HERE.parents[1] / case["config"]).read_text(encoding="utf-8"))
         content["model"]["name"] = case["model"]
         content["run"]["rounds"] = 1
-        content["client"]["local_steps"] = 2
+        content["client"]["local_steps"] = 1
+        content["server"]["fraction_train"] = 0.1  # what comes behind the first step is not looked at
         content["server"]["evaluate_start"] = case.get("evaluate_start", True)
         name = case["model"].removeprefix("asset:")
         kind, source = "AutoModel", str(fetch(name)) if is_asset(case["model"]) else name
-    content["simulation"] = {"workers": 1, "gpus_per_worker": gpus}
+    content["simulation"] = {"gpus_per_worker": gpus}
+    if settings["workers"] is not None:
+        content["simulation"]["workers"] = settings["workers"]
     (folder / "config.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
     return kind, source
 
@@ -167,12 +171,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE.with_suffix(".toml"))
     parser.add_argument("--cases", nargs="+", default=["minilm", "1b"])
     parser.add_argument("--model", help="in the place of a case's model, such as a folder")
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     settings["llm"] = tomllib.loads((HERE.parent / "llm.toml").read_text(encoding="utf-8"))
-    settings["repeats"] = arguments.repeats or settings["repeats"]
+    settings |= {"repeats": arguments.repeats or settings["repeats"], "workers": arguments.workers}
     cases = {case["name"]: case for case in settings["cases"]}
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
     for name in arguments.cases:

@@ -22,6 +22,7 @@ from rich.table import Table
 from fedlora.cli import deployment, init, reference, runs
 from fedlora.cli.examples import add_examples
 from fedlora.errors import InputError, RunError
+from fedlora.imports import import_modules
 from fedlora.storage import StorageError, storage_error, writes_to
 from fedlora.timeline import phase
 
@@ -129,7 +130,7 @@ def run(
     try:
         with PhaseDisplay(console) as phases:
             if on is None:
-                _start_workers(common, output or Path("runs") / common.run.name, resume)
+                _start_early(common, output or Path("runs") / common.run.name, resume)
             display = _run_display(phases, config, overrides)
             if on is not None:
                 from fedlora.deployment.submit import run_on
@@ -359,15 +360,20 @@ def _run_display(phases: PhaseDisplay, config: str, overrides: dict[str, Any]) -
     return RunDisplay(phases, get_task(load_config(config, overrides).model.task))
 
 
-def _start_workers(config: Config, folder: Path, resume: bool) -> None:
-    """Start a run's own Ray and its workers beside the imports of the run, unless the run will not begin."""
+def _start_early(config: Config, folder: Path, resume: bool) -> None:
+    """Import what a run that will begin needs, and start its own Ray and workers, if any, at the same time."""
     from fedlora.config import NODES
     from fedlora.methods import has_module
+    from fedlora.simulation.placement import in_own_process
 
     section = config.simulation
     begins = os.path.exists(folder) == resume and not os.path.exists(folder / "summary.json")  # of any string
     begins = begins and config.data.name != NODES and has_module(config.method.name)
-    if section.workers == 0 or section.address is not None or not begins or "torch" in sys.modules:
+    if not begins or "torch" in sys.modules:
+        return
+    modules = ("fedlora.cli.display", "fedlora.simulator")
+    if in_own_process(section) or section.address is not None:
+        import_modules(modules)
         return
     from fedlora.simulation import CLIENT_APP
     from fedlora.simulation.ray_workers import RayWorkers, start_early
@@ -375,7 +381,7 @@ def _start_workers(config: Config, folder: Path, resume: bool) -> None:
     def start() -> RayWorkers:
         return RayWorkers(CLIENT_APP, section.workers, section.cpus_per_worker, section.gpus_per_worker, None)
 
-    start_early(("fedlora.cli.display", "fedlora.simulator"), start)
+    start_early(modules, start)
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (

@@ -19,8 +19,8 @@ class SimulationSection(Section):
 
     workers: Annotated[int, Field(ge=0, le=10_000)] | None = Field(
         default=None,
-        description="Number of worker processes; 0 runs the clients in the run's own process, without Ray. As many as "
-        "fit by default.",
+        description="Number of worker processes; 0 runs the clients in the run's own process, without Ray. By default "
+        "as many as fit, and 0 where that is one on this machine.",
     )
     cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=1, description="Cores, and threads, of a worker.", json_schema_extra={"unit": "cores"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from flwr.app import Message
 
 from fedlora.simulation.cohort_app import Capacity
-from fedlora.simulation.simulated_grid import SimulatedGrid, late_reply
+from fedlora.simulation.simulated_grid import FIRST_NODE_ID, SimulatedGrid, late_reply
 from fedlora.simulation.worker import Worker
 
 
@@ -25,6 +26,11 @@ class LocalGrid(SimulatedGrid):
         self.num_workers = 1
         with _threads(self.cpus):
             self._worker = Worker(self.client_app, self.cpus)
+
+    def prepare(self, known: Mapping[Any, Any]) -> None:
+        """Load the app's model and data, which here is on the server's devices."""
+        with _threads(self.cpus):
+            self._worker.prepare(self.context(FIRST_NODE_ID), known)
 
     def close(self) -> None:
         """Do nothing: nothing was started."""

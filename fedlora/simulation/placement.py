@@ -1,15 +1,21 @@
-"""How many processes of a kind fit into the running Ray cluster."""
+"""How many processes of a kind fit into the running Ray cluster, or on this machine."""
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import InputError
+
+if TYPE_CHECKING:
+    from fedlora.config import SimulationSection
 
 _ROUNDING = 1e-9
 """Shares like 1 / 3 are not exact."""
@@ -66,6 +72,8 @@ def count_processes(needs: Sequence[Need], what: str) -> int:
     InputError
         If not even one fits.
     """
+    import ray
+
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = [need for need in needs if need.amount]
     for need in wanted:
@@ -93,11 +101,7 @@ def count_workers(wanted: int | None, cpus: int, gpus: float) -> int:
     InputError
         If none fits, or fewer than are wanted.
     """
-    needs = [
-        Need("CPU", cpus, "simulation.cpus_per_worker", cpus),
-        Need("GPU", gpus, "simulation.gpus_per_worker", gpus),
-    ]
-    fit = count_processes(needs, "worker")
+    fit = count_processes(_worker_needs(cpus, gpus), "worker")
     if wanted is not None and wanted > fit:
         raise InputError("simulation.workers", wanted, f"only {fit} fit; lower it, cpus_per_worker or gpus_per_worker")
     return wanted or fit
@@ -125,6 +129,8 @@ def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple
     InputError
         If there is room for none, or for fewer than are wanted.
     """
+    import ray
+
     own_cpus, own_gpus = own
     deadline = time.monotonic() + _FREED_SECONDS
     while True:
@@ -142,3 +148,48 @@ def count_free(most: int, wanted: int | None, cpus: int, gpus: float, own: tuple
     held = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
     field, value = ("simulation.workers", wanted) if room else ("simulation.cpus_per_worker", cpus)
     raise InputError(field, value, f"others hold so much that {room} workers find room ({held} free); lower it")
+
+
+def in_own_process(section: SimulationSection) -> bool:
+    """Return whether a run's clients train in the run's own process, without Ray.
+
+    They do where ``simulation.workers`` is 0, and by default where this machine has room for one worker alone: it would
+    import and load again, on the same GPU, what the run has in memory. A Ray that this process has started is used.
+    """
+    if section.workers is not None or section.address is not None:
+        return section.workers == 0
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return False
+    machine = {"CPU": os.cpu_count() or 1, "GPU": count_gpus() if section.gpus_per_worker else 0}
+    return processes_on(machine, _worker_needs(section.cpus_per_worker, section.gpus_per_worker)) == 1
+
+
+def count_gpus() -> int:
+    """Return how many GPUs this process may use; where torch is not imported yet, by the driver, which is quicker."""
+    if "torch" not in sys.modules:
+        with suppress(OSError):
+            return _gpus_of_driver()
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _gpus_of_driver() -> int:
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    found = ctypes.c_uint()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(found)):
+        raise OSError("NVIDIA's driver does not answer")
+    nvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found.value
+    # CUDA takes those before the first that is none.
+    named = itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(",")))
+    return min(found.value, len(list(named)))
+
+
+def _worker_needs(cpus: int, gpus: float) -> list[Need]:
+    return [
+        Need("CPU", cpus, "simulation.cpus_per_worker", cpus),
+        Need("GPU", gpus, "simulation.gpus_per_worker", gpus),
+    ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import itertools
 import threading
 import weakref
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from fedlora.errors import InputError
+from fedlora.imports import import_modules, quick_imports
 from fedlora.simulation.placement import count_free, count_workers
 from fedlora.simulation.ray_cluster import start_ray
 from fedlora.timeline import phase, read_written, written
@@ -25,19 +24,6 @@ if TYPE_CHECKING:
 
     from fedlora.simulation.cohort_app import Capacity
     from fedlora.simulation.worker import Part, Worker
-
-
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Import without the garbage collector, which takes a fifth of the time, and finds nothing: modules stay."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collects:
-            gc.enable()
 
 
 class WorkerActor:
@@ -57,7 +43,7 @@ class WorkerActor:
         if doing is not None:
             self._told = ExitStack()
             self._told.enter_context(written(Path(doing)))
-        with phase("worker: imports", "importing libraries"), _quick_imports():
+        with phase("worker: imports", "importing libraries"), quick_imports():
             from fedlora.simulation.worker import Worker
 
             self._worker: Worker = Worker(app, threads)
@@ -217,9 +203,8 @@ def _imported(modules: Sequence[str]) -> Iterator[None]:
 
     def run() -> None:
         # Whoever imports them next sees why it fails.
-        with suppress(Exception), phase("imports", "importing libraries"), _quick_imports():
-            for module in modules:
-                importlib.import_module(module)
+        with suppress(Exception):
+            import_modules(modules)
 
     thread = threading.Thread(target=run, name="imports")
     thread.start()

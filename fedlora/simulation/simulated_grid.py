@@ -94,7 +94,7 @@ class SimulatedGrid(Grid):
         """Start the workers, and set ``num_workers``."""
 
     def prepare(self, known: Mapping[Any, Any]) -> None:
-        """Let the workers load what clients will need while the caller goes on, where they are processes.
+        """Let the workers load what clients will need, while the caller goes on where they are processes.
 
         Parameters
         ----------

@@ -13,11 +13,12 @@ from fedlora.clients import client_app
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_data_and_model_are_loaded_and_what_is_known_is_kept(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config: Any = SimpleNamespace(simulation=SimpleNamespace(compile=compiled))
+    config: Any = SimpleNamespace()
     adapted: Any = SimpleNamespace(independent={})
     loaded = []
     monkeypatch.setattr(client_app, "run_config", lambda values: config)
     monkeypatch.setattr(client_app, "client_data", loaded.append)
+    monkeypatch.setattr(client_app, "compiles", lambda *_: compiled)
     monkeypatch.setattr(client_app, "client_half", lambda of: loaded.append(of) or SimpleNamespace(adapted=adapted))
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
     client_app.prepare(context, {(64, 0): None})

@@ -104,12 +104,12 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval."""
-    mean = float(np.mean(values))
-    if len(set(values)) == 1:
+def interval(values: list[float], step: float = 0.0) -> tuple[float, float]:
+    """Mean and half of the 95 % interval, of values that are differences of scores rounded to a step."""
+    mean, error = float(np.mean(values)), np.sqrt((np.var(values, ddof=1) + step**2 / 6) / len(values))
+    if not error:
         return mean, 0.0
-    high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))[1]
+    high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)[1]
     return mean, high - mean
 
 
@@ -199,7 +199,10 @@ def test_every_marked_number_is_what_the_runs_say(
         elif name == "minus":
             first, second = groups[part.rpartition(".")[0]], groups[of]
             pairs = [a.values()["accuracy"] - b.values()["accuracy"] for a, b in zip(first, second, strict=True)]
-            expected = interval(pairs)[("mean", "half").index(part.rpartition(".")[2])]
+            level = of.rpartition(" · ")[2]
+            rivals = [run for name, runs in groups.items() if name.rpartition(" · ")[2] == level for run in runs]
+            scores = sorted({run.values()["accuracy"] for run in rivals})
+            expected = interval(pairs, min(np.diff(scores)))[("mean", "half").index(part.rpartition(".")[2])]
         elif part:
             expected = means[of, name][("mean", "half").index(part)]
         else:

@@ -114,16 +114,19 @@ def common(tmp_path: Path, **overrides: Any) -> Config:
 
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Count early starts of a process that has yet to import."""
+    """Count early starts of a process that has yet to import, on a machine of eight cores."""
     found: list[Any] = []
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr(ray_workers, "start_early", lambda modules, start: found.append((modules, start())))
+    monkeypatch.setattr(cli, "import_modules", lambda modules: None)
     monkeypatch.delitem(sys.modules, "torch")
     return found
 
 
 def test_the_command_starts_what_its_grid_will_take(starts: list[Any], tmp_path: Path) -> None:
     overrides = {"simulation__workers": 2, "simulation__cpus_per_worker": 3, "simulation__gpus_per_worker": 0.5}
-    cli._start_workers(common(tmp_path, **overrides), tmp_path / "out", False)
+    cli._start_early(common(tmp_path, **overrides), tmp_path / "out", False)
     ((modules, workers),) = starts
     assert workers.asked == ("fedlora.clients.client_app:app", 2, 3, 0.5, None)
     assert "fedlora.simulator" in modules
@@ -133,6 +136,7 @@ def test_the_command_starts_what_its_grid_will_take(starts: list[Any], tmp_path:
     ("overrides", "there", "resume"),
     [
         ({"simulation__workers": 0}, "", False),
+        ({"simulation__cpus_per_worker": 5}, "", False),  # one has room: it trains in the run's own process
         ({"simulation__address": "127.0.0.1:1"}, "", False),
         ({"data__name": "nodes", "data__test": "t.csv"}, "", False),
         ({"method__name": "fedti"}, "", False),
@@ -147,19 +151,24 @@ def test_nothing_starts_for_a_run_that_needs_no_workers_or_will_not_begin(
     config = common(tmp_path, **overrides)
     if there:
         (tmp_path / there).mkdir(parents=True)
-    cli._start_workers(config, tmp_path / "out", resume)
+    cli._start_early(config, tmp_path / "out", resume)
     assert starts == []
+
+
+def test_one_worker_that_is_asked_for_starts(starts: list[Any], tmp_path: Path) -> None:
+    cli._start_early(common(tmp_path, simulation__workers=1, simulation__cpus_per_worker=5), tmp_path / "out", False)
+    assert len(starts) == 1
 
 
 def test_a_folder_may_have_any_name(starts: list[Any], tmp_path: Path) -> None:
     for name in ("n" * 300, "n\0"):
-        cli._start_workers(common(tmp_path), tmp_path / name, False)
+        cli._start_early(common(tmp_path), tmp_path / name, False)
     assert len(starts) == 2  # the run says what is wrong with it
 
 
 def test_nothing_starts_early_where_everything_is_imported(starts: list[Any], tmp_path: Path) -> None:
     sys.modules["torch"] = sys.modules[__name__]
-    cli._start_workers(common(tmp_path), tmp_path / "out", False)
+    cli._start_early(common(tmp_path), tmp_path / "out", False)
     assert starts == []
 
 

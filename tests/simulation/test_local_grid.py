@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ClientErrorCode
-from fedlora.simulation import LocalGrid
+from fedlora.simulation import CohortClientApp, LocalGrid
 from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
@@ -112,8 +112,23 @@ def test_pushed_messages_are_pulled() -> None:
         assert metric(list(grid.pull_messages(pushed[1:3])), "client") == [1, 2]
 
 
-def test_a_run_in_this_process_imports_no_ray(tmp_path: Path) -> None:
-    """Ray takes seconds to import, and is not there on every machine that a run without it fits."""
+def test_the_app_is_prepared_with_what_the_server_knows() -> None:
+    prepared: list[Any] = []
+    app = CohortClientApp()
+    app.preparation(lambda context, known: prepared.append((context.run_config, known, torch.get_num_threads())))
+    threads = torch.get_num_threads()
+    with LocalGrid(app, CLIENTS, cpus_per_worker=threads + 1, run_config={"config": "c"}) as grid:
+        grid.prepare({(64, 0): None})
+    assert prepared == [({"config": "c"}, {(64, 0): None}, threads + 1)]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("section", [{"workers": 0}, {}])
+def test_a_run_in_this_process_imports_no_ray(section: dict[str, int], tmp_path: Path) -> None:
+    """Ray takes seconds to import, and is not there on every machine that a run without it fits.
+
+    By default that is a machine of one core. Such a run leaves no model in memory; one that asked for it, for the next.
+    """
     save_llama(tmp_path / "model")
     lines = "".join(json.dumps({"text": f"w4 w5 w{word}"}) + "\n" for word in range(6, 26))
     (tmp_path / "texts.jsonl").write_text(lines)
@@ -123,15 +138,16 @@ def test_a_run_in_this_process_imports_no_ray(tmp_path: Path) -> None:
         "data": {"name": "texts.jsonl", "test": "texts.jsonl", "partition": {"clients": 2}},
         "method": {"name": "fedit", "rank": 2},
         "client": {"batch_size": 4, "local_steps": 1},
-        "simulation": {"workers": 0},
+        "simulation": section,
     }
     code = (
-        "import json, sys, fedlora; r = fedlora.simulate(json.load(sys.stdin)); "
-        "print(r.summary['rounds'], [name for name in sys.modules if name.split('.')[0] == 'ray'])"
+        "import json, os, sys, fedlora; os.cpu_count = lambda: 1; r = fedlora.simulate(json.load(sys.stdin)); "
+        "from fedlora.clients.resources import _model; ray = [n for n in sys.modules if n.split('.')[0] == 'ray']; "
+        "print(r.summary['rounds'], ray, _model.cache_info().currsize)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path, input=json.dumps(config), capture_output=True, text=True,
         env={**os.environ, "FEDLORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1:] == ["1 []"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == [f"1 [] {len(section)}"], done.stdout + done.stderr
