@@ -23,8 +23,8 @@ FILE = "FEDLORA_TIMELINE"
 DOING = ".doing"
 """The file of :func:`written`, or the end of its name."""
 
-_NAMED_AFTER = 5.0
-"""Seconds after which a phase of which nothing is counted tells how long it takes."""
+_TIMED_AFTER = 5.0
+"""Seconds after which a phase tells how long it takes, where it cannot tell how long it will take."""
 
 _LONGEST = 500  # characters of another process's description
 _REWRITTEN_AFTER, _OLD_AFTER = 5.0, 60.0  # seconds; what writes no more has ended
@@ -81,7 +81,7 @@ class Phase:
         text = f"{self.shown} {self.count}".rstrip()
         if left is not None and self.done < self.total:
             text += f" ({format_seconds(left)} left)"
-        elif not detail and self.seconds >= _NAMED_AFTER and self.detail is None:
+        elif not detail and self.seconds >= _TIMED_AFTER:
             text += f" ({format_seconds(self.seconds)})"
         return f"{text}: {detail}" if detail else text
 
@@ -176,7 +176,7 @@ class Teller:
 def written(path: Path) -> Iterator[None]:
     """Keep a file with what this process does, for :func:`read_written` in others, until the end of what is inside.
 
-    A file that cannot be written, such as in a folder that is not there yet, is tried again every second.
+    A file that cannot be written, such as in a folder that is not there yet, is tried again soon.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_write, args=(path, ended), name="doing", daemon=True)
@@ -192,12 +192,14 @@ def written(path: Path) -> Iterator[None]:
 
 def _write(path: Path, ended: threading.Event) -> None:
     last, when, temporary = None, 0.0, path.with_name(f"{path.name}.{os.getpid()}")
-    while not ended.wait(1.0):
+    over = False
+    while not over:
         if (text := describe()) != last or time.monotonic() - when > _REWRITTEN_AFTER:
             with suppress(OSError):
                 temporary.write_text(f"{text}\n", encoding="utf-8")
                 os.replace(temporary, path)
                 last, when = text, time.monotonic()
+        over = ended.wait(0.5)
 
 
 def read_written(path: Path) -> str:

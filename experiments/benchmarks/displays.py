@@ -25,18 +25,34 @@ from pathlib import Path
 LIMIT = 10.0
 """Seconds for which no display may be silent."""
 
-_STUDY = "experiments/studies/smoke.toml"
+STUDY = """
+[study]
+name = "two"
+
+[base]
+config = "{config}"
+
+[base.run]
+rounds = 2
+
+[base.data]
+max_examples = 4000
+
+[axes]
+"method.name" = ["ffa-lora", "fed-sb"]
+"""
+
 CASES: dict[str, tuple[bool, list[str]]] = {
-    "quickstart": (True, ["run", "experiments/quickstart.toml"]),
+    "quickstart": (True, ["run", "experiments/quickstart.toml", "--set", "run.rounds=3"]),
     "flexmore": (True, ["run", "experiments/flexmore.toml"]),
-    "study": (True, ["study", _STUDY, "--set", "axes.privacy.target_epsilon=[3.0]", "--set", "axes.run.seed=[0]"]),
+    "study": (True, ["study", "{study}"]),
     "log": (False, ["run", "experiments/flexmore.toml"]),
 }
-"""Whether a case is on a terminal, and its command without ``--output``."""
+"""Whether a case is on a terminal, and its command without ``--output``; ``{study}`` is a file of :data:`STUDY`."""
 
 _RUN = "from fedlora.cli import main; main()"
 _WINDOW = 1.0  # seconds of output that are looked at together
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[━╸╺\r]")
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[━╸╺]")
 _MOVING = re.compile(r"\d+:\d\d(:\d\d)?|\(?[\d.]+ (s|min|h)( left)?\)?")
 
 
@@ -100,9 +116,9 @@ def _windows(command: list[str], terminal: bool, found: Recording) -> Iterator[s
 
 
 def _words(text: str) -> list[str]:
-    """Return the lines of output that say something, without control codes and bars; each once, as it was last."""
-    lines = [" ".join(_CONTROL.sub(" ", line).split()) for line in text.split("\n")]
-    last = {_still(line): line for line in lines if re.search(r"[A-Za-z]{3}", line)}
+    """Return the lines of output that say something, without control codes and bars; of like lines the last."""
+    lines = [" ".join(_CONTROL.sub(" ", line).split()) for line in re.split(r"[\r\n]+", text)]
+    last = {re.sub(r"\d+/\d+|[\d,]{4,}", "", _still(line)): line for line in lines if re.search(r"[A-Za-z]{2}", line)}
     return list(last.values())
 
 
@@ -122,11 +138,13 @@ def main() -> None:
     for case in options.cases:
         terminal, arguments = CASES[case]
         with tempfile.TemporaryDirectory(prefix="displays-") as folder:
-            run = [sys.executable, "-c", _RUN, *arguments, "--output", f"{folder}/{case}"]
-            found = record(run, terminal)
+            study = Path(folder) / "two.toml"
+            study.write_text(STUDY.format(config=Path("experiments/quickstart.toml").resolve()), encoding="utf-8")
+            told = [argument.format(study=study) for argument in arguments]
+            found = record([sys.executable, "-c", _RUN, *told, "--output", f"{folder}/{case}"], terminal)
         where = "a terminal" if terminal else "a pipe"
         head = [
-            f"fedlora {' '.join(arguments)}, in {where}",
+            f"fedlora {' '.join(arguments)}, in {where}".format(study="two.toml"),
             f"exit {found.code}; longest without a byte {found.silent:.1f} s, without a word {found.wordless:.1f} s",
         ]
         body = [f"{seconds:7.1f}  {line}" for seconds, line in found.lines]

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fedlora.figures.chart import Axis, format_value
 from fedlora.figures.style import COLOURS, INK, LINE, MATPLOTLIB, PAPER
@@ -45,8 +46,7 @@ def raw(name: str) -> Any:
 def main() -> None:
     """Draw the four panels into figure.png."""
     with rc_context(MATPLOTLIB):
-        figure = Figure(figsize=(9, 6.2), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr]
+        figure = Figure(figsize=(9, 6.2), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
         (cohort, parts), (rounds, size) = figure.subplots(2, 2)
         _cohorts(cohort)
         _time(parts)

@@ -1,1 +1,1 @@
-"""Figures: what one shows, apart from how it is drawn. Nothing here imports matplotlib before something is drawn."""
+"""Figures: how they look, what they show, and, in :mod:`~fedlora.figures.draw` alone, matplotlib."""

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
@@ -70,8 +71,7 @@ def figure_of(chart: Chart) -> Figure:
             max(_height(panel, count) for panel in chart.panels[i * columns : (i + 1) * columns]) for i in range(rows)
         ]
         height = sum(heights) + 0.3 + 0.2 * -(-len(handles) // ncols)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr]
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
         grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten().tolist()
         for axes, panel in zip(grid, chart.panels, strict=False):
             title = textwrap.fill(panel.title, int(width / columns / 0.1))
@@ -228,7 +228,7 @@ def _marker(series: Series, colour: str, size: float = 6.0) -> dict[str, Any]:
     }
 
 
-def _dash(series: Series) -> str:
+def _dash(series: Series) -> Any:
     return DASHES[series.variant % len(DASHES)][0]
 
 

@@ -97,7 +97,7 @@ WORSE, SAME, BETTER = COLOURS["vermilion"], "#f4f4f4", COLOURS["blue"]
 PAPER, INK, SOFT, LINE, GRID = "#ffffff", "#1b1f24", "#5b6470", "#c4cad2", "#e8ebef"
 """Background, text, labels, axes and grid: those of the report's page on white, in its style sheet."""
 
-MATPLOTLIB: dict[str, Any] = {
+MATPLOTLIB: Any = {
     "svg.hashsalt": "fedlora",  # with fixed ids and without a date, the same runs give the same bytes
     "font.size": 9,
     "text.color": INK,

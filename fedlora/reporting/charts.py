@@ -400,7 +400,8 @@ def _partition_panel(run: FinishedRun, title: str) -> Panel:
 
 def scores_by_domain(comparison: Comparison) -> Chart | None:
     """Primary score of every model of a run on every domain."""
-    task, panels = comparison.task, []
+    task = comparison.task
+    panels: list[Panel] = []
     for group in comparison.groups:
         tables = [domain_tables(run.summary.final, run.summary.start) for run in group.runs]
         mean = {
