@@ -11,6 +11,7 @@ EXECUTED = {
     "docs/guides/mixed-ranks.md": "",
     "docs/guides/privacy.md": "docs/index.md",
     "docs/guides/reports.md": "docs/tutorials/first-run.md",
+    "docs/guides/results.md": "docs/index.md",
     "docs/guides/resuming.md": "",
 }
 """Pages that tests/test_documented_runs.py runs, and the page whose runs each one expects to be there."""
@@ -35,7 +36,7 @@ NOT_RUN = {
     r"chat.toml": "a language model of 135 M parameters; tests/data/test_messages.py and test_scored_answers.py",
     r"(wire|privacy|privacy_20newsgroups|communication|comparison)\.toml": "hundreds of runs on a GPU; smoke.toml runs",
     r"gpus_per_worker|ray://": "needs GPUs or a cluster; tests/simulation and tests/training/test_two_gpus.py",
-    r"(deployment|real-nodes).md: ": "servers and nodes; tests/deployment has each of these commands",
+    r"(deployment|real-nodes|two-machines|node-owners)\.md: ": "servers and nodes; tests/deployment has these commands",
     r"studies/.*\.md: fedlora report": "runs of a study that needs a GPU; reports.md has its options",
     r"push-to-hub": "uploads",
 }

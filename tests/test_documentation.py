@@ -42,6 +42,8 @@ SHOWN = {
     "docs/tutorials/first-run.md": "what fedlora show prints; test_what_show_prints_is_shown",
     "docs/tutorials/own-data.md": "a CSV file and a dialogue; test_own_data_is_told_as_it_goes",
     "docs/tutorials/real-nodes.md": "what fedlora show prints; test_what_show_prints_is_shown",
+    "docs/tutorials/two-machines.md": "files, and what commands print; tests/deployment has each of these commands",
+    "docs/guides/node-owners.md": "what commands print; tests/deployment has each of these commands",
     "docs/tutorials/study.md": "what fedlora study and report print; test_documented_runs.py compares its first words",
     "docs/reference/source.md": "the folders; test_the_folders_are_there",
 }

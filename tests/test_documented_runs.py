@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "bare")]
 SHORT: dict[str, Any] = {
     "run": {"rounds": 2},
     "model": {"num_hidden_layers": 1, "max_length": 16},
-    "data": {"max_examples": 600, "max_test_examples": 40},
+    "data": {"max_examples": 600, "max_test_examples": 40, "validation": 0.1},
     "client": {"batch_size": 8, "local_steps": 1},
     "simulation": {"workers": 0},
 }

@@ -26,6 +26,7 @@ from fedlora.flower import Control, NoConnectionError, build_app, error_of, read
 
 SERVER_APP, CLIENT_APP = "fedlora.strategies.server_app:app", "fedlora.clients.node_app:app"
 ONLINE = "online"
+_REMOVED = "unregistered"
 
 _PLAIN = {"Accept-Encoding": "identity"}  # a compressed reply could grow a thousandfold
 _MOST_BYTES_OF_A_LIST = 8 * 2**20
@@ -151,16 +152,14 @@ class Server:
 
     def nodes(self) -> list[RegisteredNode]:
         """Return the registered nodes by name."""
+        return [node for node in self._known() if node.status != _REMOVED]
+
+    def _known(self) -> list[RegisteredNode]:
+        """Return the nodes that are or were registered, by name."""
         with self._errors():
             listed = self._control.nodes()
-        return sorted(
-            (
-                RegisteredNode(info.name, info.status, info.public_key, info.node_id)
-                for info in listed
-                if info.status != "unregistered"
-            ),
-            key=lambda node: node.name,
-        )
+        nodes = (RegisteredNode(info.name, info.status, info.public_key, info.node_id) for info in listed)
+        return sorted(nodes, key=lambda node: node.name)
 
     def register(self, public_key: bytes, name: str) -> None:
         """Let a node in.
@@ -168,18 +167,20 @@ class Server:
         Raises
         ------
         InputError
-            If its key or its name is registered already.
+            If its key or its name is registered already, or its key was removed.
         """
-        for node in self.nodes():
+        for node in self._known():
             if node.public_key == public_key:
-                raise InputError("PUBLIC_KEY", node.name, "is registered already under this name; one key is one node")
-            if node.name == name:
+                removed = "was removed under this name, for good; make a new key"
+                known = "is registered already under this name; one key is one node"
+                raise InputError("PUBLIC_KEY", node.name, removed if node.status == _REMOVED else known)
+            if node.name == name and node.status != _REMOVED:
                 raise InputError("--name", name, "is the name of another node; choose another")
         with self._errors():
             self._control.register(public_key, name)
 
     def unregister(self, name: str) -> None:
-        """Let a node in no more; its name and its key are free again.
+        """Let a node in no more. Its name is free again; its key cannot come back.
 
         Raises
         ------

@@ -7,7 +7,7 @@ normal: the models then have the noise B G, which is less than A G, since much o
 It is private because C X + G is what a run releases, in other words. An update in round t changes rows t to
 t + bands - 1 of C X, by the norm of a column of C, which is 1. Clients are divided into as many groups as there are
 bands, and each round draws from one of them in turn. The rows that a client's updates change never overlap, so that
-each of its turns is a Gaussian mechanism by itself, Poisson-sampled if clients are (theorem 4 there).
+each of its turns is a Gaussian mechanism by itself, Poisson-sampled if clients are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def band_coefficients(bands: int, releases: int) -> tuple[float, ...]:
     Notes
     -----
     The search begins at the square root of A, the coefficients of (1 - x)^(-1/2), whose first ``bands`` are kept. No
-    coefficient is larger than the one before it. C^-1 is then bounded, as the theorem of Enestrom and Kakeya says.
+    coefficient is larger than the one before it: by the theorem of Enestrom and Kakeya, C^-1 then does not grow with n.
     """
     if bands == 1:
         return (1.0,)

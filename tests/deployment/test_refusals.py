@@ -12,7 +12,7 @@ import pytest
 from fedlora.deployment import keys
 from fedlora.deployment.control import Server
 from fedlora.errors import InputError
-from tests.command import fedlora
+from tests.command import Done, fedlora
 from tests.deployment.federation import NAME, Federation, free_port
 
 
@@ -47,12 +47,21 @@ def test_a_key_that_was_never_registered(federation: Federation) -> None:
 
 
 def test_a_node_that_was_removed(federation: Federation) -> None:
-    (public,) = (path for path in keys.make_node_key(federation.folder / "keys", "former") if path.suffix == ".pub")
-    for _ in range(2):  # name and key are free again
-        assert fedlora("keys", "register", public, "--on", NAME).code == 0
-        done = fedlora("keys", "unregister", "former", "--on", NAME)
-        assert (done.code, done.out) == (0, f"former is no longer registered on {NAME}\n")
-        assert "the server does not know this key" in refused(federation, "former")
+    def register() -> Done:
+        _, public = keys.make_node_key(federation.folder / "keys", "former")
+        return fedlora("keys", "register", public, "--on", NAME)
+
+    assert register().code == 0
+    done = fedlora("keys", "unregister", "former", "--on", NAME)
+    assert (done.code, done.out) == (0, f"former is no longer registered on {NAME}\n")
+    assert "the server does not know this key" in refused(federation, "former")
+    back = fedlora("keys", "register", federation.folder / "keys" / "former.pub", "--on", NAME)
+    assert "PUBLIC_KEY = 'former': was removed under this name, for good" in back.err
+    # With a new key the name is free.
+    for file in (federation.folder / "keys").glob("former.*"):
+        file.unlink()
+    assert register().code == 0
+    assert fedlora("keys", "unregister", "former", "--on", NAME).code == 0
     again = fedlora("keys", "unregister", "former", "--on", NAME)
     assert again.code == 2
     assert "NAME = 'former': is no registered node of 127.0.0.1:" in again.err
