@@ -292,7 +292,7 @@ def _key(panels: Sequence[Panel]) -> list[Line2D | Patch]:
         for series in panel.series:
             colour = series.colour or style_of(series.method or "").colour
             label = f"{series.label} ({series.variant + 1})" if _numbered(series) else series.label
-            line = _dash(series) if series.line else "none"
+            line: Any = _dash(series) if series.line else "none"
             marker = _marker(series, colour) if series.markers else {}
             if len(looks[series.label]) > 1:
                 colour, marker = SOFT, {}
