@@ -82,7 +82,7 @@ class Phase:
         if left is not None and self.done < self.total:
             text += f" ({format_seconds(left)} left)"
         elif not detail and self.seconds >= _TIMED_AFTER:
-            text += f" ({format_seconds(self.seconds)})"
+            text += f" ({format_clock(self.seconds)})"
         return f"{text}: {detail}" if detail else text
 
 
@@ -135,6 +135,12 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def format_clock(seconds: float) -> str:
+    """Return a duration to the second: 0:40, 3:05, 2:30:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
 class Teller:
     """Says what this process does where nothing was said for a while; inside a ``with``.
 
@@ -143,10 +149,12 @@ class Teller:
     log : callable (line)
     silence : float
         Seconds without a line.
+    once : bool
+        Say the same only once: for processes that wait for hours, of which the last line in the log says so.
     """
 
-    def __init__(self, log: Callable[[str], None], silence: float = SILENCE) -> None:
-        self.log, self.silence = log, silence
+    def __init__(self, log: Callable[[str], None], silence: float = SILENCE, once: bool = False) -> None:
+        self.log, self.silence, self.once = log, silence, once
         self._heard, self._last, self._ended = time.monotonic(), "", threading.Event()
         self._thread = threading.Thread(target=self._listen, name="teller", daemon=True)
 
@@ -164,9 +172,8 @@ class Teller:
 
     def _listen(self) -> None:
         while not self._ended.wait(min(0.25, self.silence)):
-            # Who waits for others says so once, and again when there is something else to say.
             silent = time.monotonic() - self._heard >= self.silence
-            if silent and (text := describe()) not in ("", self._last):
+            if silent and (text := describe()) and not (self.once and text == self._last):
                 self._last = text
                 self.heard()
                 self.log(text)

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.timeline import DOING, FILE, Phase, active, describe, format_seconds, phase, read_written, written
+from fedlora.timeline import (
+    DOING,
+    FILE,
+    Phase,
+    active,
+    describe,
+    format_clock,
+    format_seconds,
+    phase,
+    read_written,
+    written,
+)
 
 
 def test_phases_are_appended_from_the_inside_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,17 +81,22 @@ def test_what_is_left_is_estimated_from_what_was_done_here(monkeypatch: pytest.M
     resumed = Phase("rounds", 20, 10)
     now = 130.0
     assert resumed.left is None
-    assert resumed.describe() == "rounds 10/20 (30 s)"
+    assert resumed.describe() == "rounds 10/20 (0:30)"
     resumed.advance(2)
     assert resumed.left == pytest.approx(120.0)
     assert resumed.describe() == "rounds 12/20 (2 min left)"
     resumed.done = 20
-    assert resumed.describe() == "rounds 20/20 (30 s)"
+    assert resumed.describe() == "rounds 20/20 (0:30)"
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7200, "2.0 h")])
 def test_durations_have_one_unit(seconds: float, shown: str) -> None:
     assert format_seconds(seconds) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(5.9, "0:05"), (65, "1:05"), (3600 + 62, "1:01:02")])
+def test_clocks_move_every_second(seconds: float, shown: str) -> None:
+    assert format_clock(seconds) == shown
 
 
 def test_a_process_writes_what_it_does_for_others(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.errors import plain_text
-from fedlora.timeline import SILENCE, Teller, active, format_seconds
+from fedlora.timeline import SILENCE, Teller, active, format_clock, format_seconds
 
 _LONGEST_LINE = 20_000  # characters
 
@@ -26,7 +26,7 @@ class PhaseDisplay:
         Seconds without a line, after which one is printed; infinite for none. On a terminal every phase is seen at all
         times instead.
     log : callable (line), optional
-        Prints that line instead of :meth:`say`.
+        Prints that line instead of :meth:`say`, the same only once.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class PhaseDisplay:
 
     def __init__(self, console: Console, silence: float = SILENCE, log: Callable[[str], None] | None = None) -> None:
         self.console, self.note = console, ""
-        self._teller = Teller(log or self.say, silence)
+        self._teller = Teller(log or self.say, silence, once=log is not None)
         self._shown: Live | Teller = self._teller
         if console.is_terminal and not console.is_dumb_terminal:
             self._shown = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
@@ -63,13 +63,8 @@ class PhaseDisplay:
             left, total = each.left, each.total
             bar = ProgressBar(total, min(each.done, total), width=20) if total else ""
             shown_left = "" if left is None or each.done >= total else f"{format_seconds(left)} left"
-            table.add_row(Text(each.shown), bar, each.count, _clock(each.seconds), shown_left)
+            table.add_row(Text(each.shown), bar, each.count, format_clock(each.seconds), shown_left)
             if each.detail is not None and (detail := each.detail()):
                 details.append(f"{each.shown}: {detail}")
         lines = (*details, self.note) if self.note else details
         return Group(table, *(Text(plain_text(line), no_wrap=True, overflow="ellipsis") for line in lines))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

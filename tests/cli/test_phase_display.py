@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.cli.deployment import _talk
-from fedlora.cli.phases import PhaseDisplay, _clock
+from fedlora.cli.phases import PhaseDisplay
 from fedlora.timeline import phase
 
 
@@ -45,21 +45,19 @@ def test_elsewhere_a_line_is_printed_where_nothing_was_said_for_a_while() -> Non
         until(lambda: out.getvalue() == "evaluating 0/20\n")
         here.done = 3
         display.say("something else")
-        assert "3/20" not in out.getvalue()
-        until(
-            lambda: (
-                re.fullmatch(r"evaluating 0/20\nsomething else\nevaluating 3/20 \(\d+ s left\)\n", out.getvalue())
-                is not None
-            )
-        )
+        told = r"something else\nevaluating 3/20 \(\d+ s left\)\n"
+        until(lambda: re.search(told, out.getvalue()) is not None)
 
 
-def test_who_waits_says_so_once() -> None:
+def test_a_log_of_what_waits_for_hours_says_so_once() -> None:
     out = io.StringIO()
-    with PhaseDisplay(Console(file=out), silence=0.05), phase("a", "node", detail=lambda: "waiting"):
-        until(lambda: "waiting" in out.getvalue())
-        time.sleep(0.5)
-    assert out.getvalue() == "node: waiting\n"
+    said: list[str] = []
+    for log in (None, said.append):
+        with PhaseDisplay(Console(file=out), silence=0.05, log=log), phase("a", "node", detail=lambda: "waiting"):
+            time.sleep(0.5)
+    assert said == ["node: waiting"]
+    # Who works repeats it: a log that is still may be a run that hangs.
+    assert out.getvalue().count("node: waiting\n") > 1
 
 
 def test_a_node_logs_to_the_terminal_with_the_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,8 +67,3 @@ def test_a_node_logs_to_the_terminal_with_the_time(capsys: pytest.CaptureFixture
         logging.getLogger("fedlora.deployment.node").info("[b]north is in")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \S+ INFO \[b\]north is in\n", capsys.readouterr().err)
     assert logger.handlers == before
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(5.9, "0:05"), (65, "1:05"), (3600 + 62, "1:01:02")])
-def test_clock(seconds: float, shown: str) -> None:
-    assert _clock(seconds) == shown

@@ -18,8 +18,14 @@ LIMIT = 10.0
 
 def test_no_display_is_silent_during_a_run(federation: Federation, examples: Path) -> None:
     federation.set_policy(allow_non_private=True)
-    steps = {"local_steps": 100, "batch_size": 32}
-    content = config_of(examples, "shown", run={"rounds": 2}, client=steps, privacy={"mode": "none"})
+    content = config_of(
+        examples,
+        "shown",
+        run={"rounds": 2},
+        client={"local_steps": 30},
+        privacy={"mode": "none"},
+        server={"timeout": 600.0},
+    )
     path = federation.folder / "shown.run.toml"
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
     federation.start("shown", "run", path, "--on", NAME)
