@@ -198,7 +198,10 @@ def _open_grid(
             folder.set_resolved(chosen)
             run_config["config"] = chosen.to_toml()
 
-    kind = LocalGrid if in_own_process(section) else simulation.RayGrid  # imports Ray
+    here = in_own_process(section)
+    if here and section.workers is None:
+        log.info("one worker fits: clients train in the run's own process (simulation.workers = 1 starts a worker)")
+    kind = LocalGrid if here else simulation.RayGrid  # imports Ray
     return kind(
         client_app,
         len(tokens.partition),

@@ -151,3 +151,5 @@ def test_a_run_in_this_process_imports_no_ray(section: dict[str, int], tmp_path:
         env={**os.environ, "FEDLORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == [f"1 [] {len(section)}"], done.stdout + done.stderr
+    log = (tmp_path / "runs" / "local" / "run.log").read_text()
+    assert ("clients train in the run's own process" in log) == (not section)
