@@ -39,6 +39,7 @@ ADDED_BY_PACKAGES = {"method.weight_power", "method.refactor_every"}
 
 SHOWN = {
     "README.md": "a CSV file",
+    "docs/guides/gpus.md": "what a run says of its passes; test_step_memory.py compares such lines",
     "docs/tutorials/first-run.md": "what fedlora show prints; test_what_show_prints_is_shown",
     "docs/tutorials/own-data.md": "a CSV file and a dialogue; test_own_data_is_told_as_it_goes",
     "docs/tutorials/real-nodes.md": "what fedlora show prints; test_what_show_prints_is_shown",

@@ -13,7 +13,7 @@ from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
 from fedlora.timeline import phase
 from fedlora.training import passes
-from fedlora.training.cohort import ClientJob, expected_rows, train_cohort
+from fedlora.training.cohort import ClientJob, expected_batch, train_cohort
 from fedlora.training.soundness import dependence
 from fedlora.training.step_memory import StepMemory, last_memory
 
@@ -40,7 +40,7 @@ class Capacity:
     note: str
 
 
-@phase("capacity", "measuring how many clients fit")
+@phase("capacity", "choosing what goes through the model at once")
 def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, config: Config, most: int) -> Capacity:
     """Choose the cohort, the physical batch and gradient checkpointing on a GPU: by time, as far as memory holds it.
 
@@ -67,7 +67,7 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
     """
     if not passes.in_force(adapted):
         return Capacity(1, {}, "")
-    batch = expected_rows(table, job, config)
+    batch, tokens = expected_batch(table, job, config)
     rows = np.sort(np.argsort(table.lengths, kind="stable")[-batch:])
     plan = job.plan and dataclasses.replace(job.plan, sample_rate=1.0)
     probe = dataclasses.replace(job, rows=rows, plan=plan)
@@ -92,7 +92,7 @@ def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, co
         except torch.cuda.OutOfMemoryError:
             worth = 1
         clients = min(worth, _fitting(adapted, one, each))
-    note = describe(memory, clients, most, batch, float(table.lengths.mean()), int((one + (clients - 1) * each).max()))
+    note = describe(memory, clients, most, batch, tokens, int((one + (clients - 1) * each).max()))
     return Capacity(clients, memory.settings, note)
 
 

@@ -183,8 +183,7 @@ def train_cohort(
     results: list[ClientResult | None] = [None] * len(jobs)
     seen, taken = np.zeros(len(jobs), np.int64), np.zeros((len(named), len(jobs)), np.int64)
     with ExitStack() as stack:
-        batch, tokens = expected_rows(table, jobs[0], config), float(table.lengths.mean())
-        memory = stack.enter_context(step_memory(adapted, client, batch, tokens))
+        memory = stack.enter_context(step_memory(adapted, client, *expected_batch(table, jobs[0], config)))
         if config.method.dropout:
             stack.enter_context(adapted.layout.dropout([g.dropout() for g in generators]))
         if private:
@@ -244,12 +243,15 @@ def _drawn_from(job: ClientJob, table: TokenTable) -> int:
     return len(np.unique(_units(job.rows, table))) if _draws_units(job) else len(job.rows)
 
 
-def expected_rows(table: TokenTable, job: ClientJob, config: Config) -> int:
-    """Return how many examples a step of a run's clients expects; where it draws units, those of a mean unit each."""
+def expected_batch(table: TokenTable, job: ClientJob, config: Config) -> tuple[int, float]:
+    """Return how many examples a step of a run's clients expects, and their mean tokens.
+
+    Where a step draws units, a mean unit's examples count for each.
+    """
     each = 1
     if job.plan is not None and job.plan.samples_units and table.units is not None:
         each = min(table.rows_per_unit, job.plan.examples_per_unit or len(table))
-    return config.client.batch_size * each
+    return config.client.batch_size * each, float(table.lengths.mean())
 
 
 def _units(rows: np.ndarray, table: TokenTable) -> np.ndarray:
