@@ -9,9 +9,10 @@ longer and much longer ones, and their logits and gradients compared.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedlora.errors import GuardError, InputError
 from fedlora.models import has_token_types, unchanged
 from fedlora.tasks import Task, get_task
 from fedlora.timeline import phase
+from fedlora.training.checkpointing import layers_of, set_checkpointing
 from fedlora.training.dp import per_example_gradients
 
 LOGITS, GRADIENTS = 1e-4, 5e-3
@@ -43,6 +45,9 @@ rounding may be large; clipping looks at the whole."""
 
 ROOM = 0.7
 """Of a GPU's free memory that a float32 copy of the model may take."""
+
+LARGE = 4 * 2**30
+"""Bytes of a float32 copy of all layers, above which each layer has one for as long as it computes."""
 
 BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
 """The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
@@ -103,8 +108,7 @@ def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str 
     key = (config.model.max_length, pad_token_id)
     if key not in adapted.independent:
         # Compiling for these few rows would take longer than the rows.
-        with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
-            _widen(adapted)
+        with _unchanged(adapted), torch.compiler.set_stance("force_eager"), _in_float32(adapted):
             adapted.independent[key] = _measure(adapted, _synthetic(adapted, config, pad_token_id))
     return adapted.independent[key]
 
@@ -121,8 +125,7 @@ def check_packing(adapted: AdaptedModel, config: Config, pad_token_id: int) -> N
     """
     key = ("packing", config.model.max_length, pad_token_id)
     if key not in adapted.independent:
-        with _unchanged(adapted), torch.compiler.set_stance("force_eager"):
-            _widen(adapted)
+        with _unchanged(adapted), torch.compiler.set_stance("force_eager"), _in_float32(adapted):
             adapted.independent[key] = _measure_packing(adapted, _synthetic(adapted, config, pad_token_id))
     found = adapted.independent[key]
     if found is not None:
@@ -416,12 +419,71 @@ def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
         vars(adapted.layout).update(layout)
 
 
-def _widen(adapted: AdaptedModel) -> None:
-    """Put float32 copies in the place of parameters and buffers in half precision; :func:`_unchanged` undoes it."""
+@contextmanager
+def _in_float32(adapted: AdaptedModel) -> Iterator[None]:
+    """Let a model in half precision compute in float32, a large one's layers one at a time, in either direction."""
+    layers, trained = layers_of(adapted), set(map(id, adapted.parameters()))
+    inside = {id(t): t for layer in layers for t in _narrow(layer) if id(t) not in trained}
+    if 4 * sum(t.numel() for t in inside.values()) <= LARGE:
+        _widen(adapted, {})
+        yield
+        return
+    _widen(adapted, inside)
+    own = [vars(layer).get("forward") for layer in layers]
+    # A layer's float32 weights are not kept for the way back, but made again.
+    set_checkpointing(adapted, True)
+    for layer in layers:
+        wide, run = partial(_forward_in_float32, layer), cast(Any, layer._gradient_checkpointing_func)
+        layer.forward = partial(wide, layer.forward)  # type: ignore[method-assign]
+        # What is computed again is not always the attribute above.
+        layer._gradient_checkpointing_func = partial(_checkpointed, run, wide)
+    try:
+        yield
+    finally:
+        set_checkpointing(adapted, False)  # as of now; whoever trains sets it as the step needs
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _checkpointed(run: Callable[..., Any], wide: Callable[..., Any], function: Callable[..., Any], *given: Any) -> Any:
+    return run(partial(wide, function), *given)
+
+
+def _forward_in_float32(layer: nn.Module, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    kept = [(part, dict(part)) for module in layer.modules() for part in (module._parameters, module._buffers)]
+    _replace(layer, {id(t): _wide(t) for t in _narrow(layer)})
+    try:
+        return forward(*given, **named)
+    finally:
+        for part, content in kept:
+            part.update(content)  # type: ignore[arg-type]
+
+
+def _narrow(module: nn.Module) -> list[torch.Tensor]:
+    """Return parameters and buffers in half precision."""
+    tensors = (*module.parameters(), *module.buffers())
+    return [t for t in tensors if t.is_floating_point() and t.element_size() < 4]
+
+
+def _wide(tensor: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4
+    value = tensor.detach().to(device or tensor.device, torch.float32 if narrow else tensor.dtype)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _replace(model: nn.Module, wide: Mapping[int, torch.Tensor]) -> None:
+    """Put tensors in the place of parameters and buffers, by the ids of these."""
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            kept.update({name: wide[id(t)] for name, t in kept.items() if id(t) in wide})  # type: ignore[misc]
+
+
+def _widen(adapted: AdaptedModel, but: Mapping[int, torch.Tensor]) -> None:
+    """Put float32 copies in the place of tensors in half precision but for some; :func:`_unchanged` undoes it."""
     model, to_cpu = adapted.model, False
-    narrow = {
-        id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.element_size() < 4
-    }
+    narrow = {id(t): t for t in _narrow(model) if id(t) not in but}
     if not narrow:
         return
     for device in adapted.devices:
@@ -429,13 +491,4 @@ def _widen(adapted: AdaptedModel) -> None:
         to_cpu |= device.type == "cuda" and needed > ROOM * torch.cuda.mem_get_info(device)[0]
     if to_cpu:
         narrow = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    wide: dict[int, torch.Tensor] = {}
-    for key, tensor in narrow.items():
-        value = tensor.detach().to(
-            "cpu" if to_cpu else tensor.device,
-            torch.float32 if tensor.element_size() < 4 and tensor.is_floating_point() else tensor.dtype,
-        )
-        wide[key] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    for module in model.modules():
-        for kept in (module._parameters, module._buffers):
-            kept.update({name: wide[id(t)] for name, t in kept.items() if id(t) in wide})  # type: ignore[misc]
+    _replace(model, {key: _wide(tensor, "cpu" if to_cpu else None) for key, tensor in narrow.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
 from fedlora.experts.expert_model import adapt_experts
 from fedlora.results import RunResult
-from fedlora.training import train_cohort
+from fedlora.training import soundness, train_cohort
+from fedlora.training.checkpointing import layers_of
 from fedlora.training.dp import per_example_gradients
 from fedlora.training.soundness import check_sound, dependence
 from tests import tiny
@@ -179,6 +181,30 @@ def test_other_precisions_are_measured_too(dtype):
     mixing = leaky(LEAKS["beside rows of twice the length"])
     mixing.model.to(dtype)
     assert dependence(mixing, tiny.settings(), PAD) is not None
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_large_model_computes_in_float32_one_layer_at_a_time(kind, monkeypatch):
+    config = tiny.settings(kind)
+    adapted = adapt(tiny.base_model(kind, torch.bfloat16), config, "lora")
+    layers, parameters = layers_of(adapted), dict(adapted.model.named_parameters())
+    assert len(layers) > 1
+    seen = []
+
+    def look(layer, *_):
+        seen.append([one for one in layers if next(one.parameters()).dtype == torch.float32] == [layer])
+
+    for layer in layers:
+        list(layer.modules())[-1].register_forward_pre_hook(partial(look, layer))
+    monkeypatch.setattr(soundness, "LARGE", 0)
+    assert dependence(adapted, config, PAD) is None
+    assert len(seen) > len(layers)
+    assert all(seen)
+    assert all(value is parameters[name] for name, value in adapted.model.named_parameters())
+    assert not any("forward" in vars(layer) or layer.gradient_checkpointing for layer in layers)
+    mixing = leaky(LEAKS["beside rows of twice the length"])
+    mixing.model.to(torch.bfloat16)
+    assert "beside" in dependence(mixing, tiny.settings(), PAD)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
