@@ -28,7 +28,7 @@ from fedlora.cli.init import init
 from fedlora.config import Config, load_config
 from fedlora.deployment.config import load_server
 from fedlora.node.config import load_node
-from fedlora.study.config import load_study
+from fedlora.study.config import StudyConfig, load_study
 from tests.command import fedlora
 from tests.configs import KEYS
 from tests.documented import EXECUTED, NOT_RUN, PYTHON_RUN_BY, RUN_BY
@@ -126,7 +126,8 @@ def check_fedlora(words: list[str]) -> None:
         words = words[1:]
     context = command.make_context(command.name, list(words))  # refuses options and numbers of arguments
     for key in parse_overrides(list(context.params.get("set_") or [])):
-        assert key in KEYS or key in ADDED_BY_PACKAGES or key.startswith("method.peft."), key
+        of_study = command.name == "study" and key.partition(".")[0] in StudyConfig.model_fields
+        assert of_study or key in KEYS or key in ADDED_BY_PACKAGES or key.startswith("method.peft."), key
     for word in words:
         if word.startswith(("experiments/", "docs/")):
             assert (ROOT / word).exists(), word

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached", "bare")]
 SHORT: dict[str, Any] = {
     "run": {"rounds": 2},
     "model": {"num_hidden_layers": 1, "max_length": 16},
-    "data": {"max_examples": 600, "max_test_examples": 40, "validation": 0.1},
+    "data": {"max_examples": 600, "max_test_examples": 40},
     "client": {"batch_size": 8, "local_steps": 1},
     "simulation": {"workers": 0},
 }
@@ -34,6 +34,9 @@ SHORT: dict[str, Any] = {
 
 AXES = {"method.name": ["ffa-lora"], "privacy.target_epsilon": [3.0, 8.0]}
 """Of a study that is short."""
+
+VALIDATED = "docs/index.md"
+"""The page whose runs have validation examples: another one exports their best round."""
 
 MORE = {"init": ["--yes"], "audit": ["--canaries", "40"]}
 """What commands are given beside what the page says: answers, and less work."""
@@ -60,13 +63,17 @@ def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def lay_folder(folder: Path) -> None:
-    """Make a checkout's experiments/, shorter, and the files that pages take for given."""
+def lay_folder(folder: Path, page: str) -> None:
+    """Make a checkout's experiments/, shorter, and the files that a page takes for given."""
     shutil.copytree(
         ROOT / "experiments", folder / "experiments", ignore=shutil.ignore_patterns("results", "*.py", "*.md")
     )
     for name in ("quickstart.toml", "studies/smoke.toml"):
         shorten(folder / "experiments" / name)
+    if page == VALIDATED:
+        config = folder / "experiments" / "quickstart.toml"
+        content = tomllib.loads(config.read_text(encoding="utf-8"))
+        config.write_text(tomli_w.dumps(_merged(content, {"data": {"validation": 0.1}})), encoding="utf-8")
     (example, *_) = in_language("text", "docs/tutorials/own-data.md")
     head, *rows = example.text.splitlines()
     clinics = ("north", "south", "east", "west")
@@ -130,7 +137,7 @@ def test_a_page_does_what_it_says(
 ) -> None:
     assert commands(page)
     folder = folders[page] = tmp_path_factory.mktemp("page")
-    lay_folder(folder)
+    lay_folder(folder, page)
     if EXECUTED[page]:
         before = folders.get(EXECUTED[page])
         if before is None:
