@@ -422,7 +422,8 @@ def _unchanged(adapted: AdaptedModel) -> Iterator[None]:
 @contextmanager
 def _in_float32(adapted: AdaptedModel) -> Iterator[None]:
     """Let a model in half precision compute in float32, a large one's layers one at a time, in either direction."""
-    layers, trained = layers_of(adapted), set(map(id, adapted.parameters()))
+    layers: Any = layers_of(adapted)
+    trained = set(map(id, adapted.parameters()))
     inside = {id(t): t for layer in layers for t in _narrow(layer) if id(t) not in trained}
     if 4 * sum(t.numel() for t in inside.values()) <= LARGE:
         _widen(adapted, {})
@@ -433,8 +434,8 @@ def _in_float32(adapted: AdaptedModel) -> Iterator[None]:
     # A layer's float32 weights are not kept for the way back, but made again.
     set_checkpointing(adapted, True)
     for layer in layers:
-        wide, run = partial(_forward_in_float32, layer), cast(Any, layer._gradient_checkpointing_func)
-        layer.forward = partial(wide, layer.forward)  # type: ignore[method-assign]
+        wide, run = partial(_forward_in_float32, layer), cast(Any, layer)._gradient_checkpointing_func
+        layer.forward = partial(wide, layer.forward)
         # What is computed again is not always the attribute above.
         layer._gradient_checkpointing_func = partial(_checkpointed, run, wide)
     try:
