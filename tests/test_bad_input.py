@@ -261,7 +261,8 @@ def test_a_resume_with_another_config_names_the_change(
     with monkeypatch.context() as patched:
         patched.setattr("fedlora.simulation.RayGrid", stop)
         stopped = fedlora("run", config, "--output", out)
-    assert (stopped.code, stopped.err) == (1, "fedlora: stopped; go on with --resume\n")
+    resumes = f"fedlora: stopped; go on with: fedlora run {config} --output {out} --resume\n"
+    assert (stopped.code, stopped.err) == (1, resumes)
     before = sorted(p.name for p in out.rglob("*"))
     command = ("run", config, "--output", out, "--resume")
     one_line(fedlora(*command, "--set", "client.batch_size=9"), "client.batch_size", "9", "8", "--output")
@@ -271,7 +272,7 @@ def test_a_resume_with_another_config_names_the_change(
     with monkeypatch.context() as patched:
         patched.setattr("fedlora.simulation.RayGrid", stop)
         again = fedlora(*command)  # with the same config it goes on as far as the grid
-    assert again.err == "fedlora: stopped; go on with --resume\n"
+    assert again.err == resumes
 
 
 # The command line itself.

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -456,7 +457,8 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cac
         time.sleep(0.1)
     run.terminate()
     _, told = run.communicate(timeout=600)
-    assert (run.returncode, told) == (1, "fedlora: stopped; go on with --resume\n")
+    again = ["fedlora", "run", str(config_file), "--set", "run.rounds=200", "--output", str(stopped), "--resume"]
+    assert (run.returncode, told) == (1, f"fedlora: stopped; go on with: {shlex.join(again)}\n")
     assert not (stopped / "summary.json").exists()
     # Ray, and the imports of the driver and of its worker, went side by side.
     first = {line["phase"]: line for line in map(json.loads, reversed(timeline.read_text().splitlines()))}

@@ -124,13 +124,14 @@ def run(
     overrides = parse_overrides(set_ or [])
     # Check the config first: the imports below take seconds.
     common = load_common(config, overrides)
+    folder = output or Path("runs") / common.run.name
     if dry_run or as_json:
         _estimate_run(config, overrides, on, dry_run, as_json)
         return
     try:
         with PhaseDisplay(console) as phases:
             if on is None:
-                _start_early(common, output or Path("runs") / common.run.name, resume)
+                _start_early(common, folder, resume)
             display = _run_display(phases, config, overrides)
             if on is not None:
                 from fedlora.deployment.submit import run_on
@@ -141,14 +142,9 @@ def run(
 
                 result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
     except KeyboardInterrupt:
-        raise RunError("stopped; go on with --resume") from None
+        raise RunError(f"stopped; go on with: {_again(config, set_ or [], on, folder)}") from None
     except StorageError as error:
-        folder = output or Path("runs") / common.run.name
-        again = ["fedlora", "run", config, *(part for pair in set_ or [] for part in ("--set", pair))]
-        again += [*(["--on", on] if on else []), "--output", str(folder)]
-        if on is not None or (folder / "checkpoint").exists():
-            again.append("--resume")
-        remedy = f"{error.remedy.partition(',')[0]}, then go on with: {shlex.join(again)}"
+        remedy = f"{error.remedy.partition(',')[0]}, then go on with: {_again(config, set_ or [], on, folder)}"
         raise StorageError(error.place, error.reason, remedy) from error
     display.summary(result)
 
@@ -358,6 +354,15 @@ def _run_display(phases: PhaseDisplay, config: str, overrides: dict[str, Any]) -
     from fedlora.tasks import get_task
 
     return RunDisplay(phases, get_task(load_config(config, overrides).model.task))
+
+
+def _again(config: str, changes: list[str], on: str | None, folder: Path) -> str:
+    """Return the command that goes on with a run, or begins it if it did not."""
+    words = ["fedlora", "run", config, *(part for pair in changes for part in ("--set", pair))]
+    words += [*(["--on", on] if on else []), "--output", str(folder)]
+    if on is not None or (folder / "checkpoint").exists():
+        words.append("--resume")
+    return shlex.join(words)
 
 
 def _start_early(config: Config, folder: Path, resume: bool) -> None:

@@ -63,7 +63,7 @@ def show(
             _print(*round_lines(line, run.task))
     _print(*_curves(run))
     if run.summary is None:
-        _print("", f"not finished; go on with: fedlora run CONFIG --output {folder} --resume")
+        _print("", f"not finished; go on with: fedlora run {folder}/config.toml --output {folder} --resume")
         return
     _print(*_by_domain(run.summary["final"], run.task), "")
     _print(*result_lines(run.summary, run.task, folder), *_more(run.summary))

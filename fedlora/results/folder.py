@@ -344,13 +344,18 @@ def _resumable(path: Path, checkpoint: Checkpoint, config: Config) -> tuple[Conf
         raise InputError("--resume", str(path), "stopped before it began; delete the folder and run again")
     result, notes = tomllib.loads(resolved), []
     _check_edited(path, result)
+    from fedlora.data.sources import with_absolute_paths  # late: it takes a second
+
     wanted, known = tomllib.loads(config.to_toml()), tomllib.loads(given)
+    places = tomllib.loads(with_absolute_paths(config).to_toml())
     for section, key in _PLACES:
-        now, then = wanted[section].get(key), result[section].get(key)
-        if now != then and _is_path(now) and isinstance(then, str) and not is_asset(then):
+        now, then = places[section].get(key), result[section].get(key)
+        if not _is_path(now) or not isinstance(then, str) or is_asset(then):
+            continue
+        known[section][key] = wanted[section][key]  # by whatever name, from whatever folder
+        if now != then:
             notes.append(f"{section}.{key} is {now} now, and was {then}")
-            for content in (known, result):
-                content[section][key] = now
+            result[section][key] = now
     given, resolved = (Config.model_validate(content).to_toml() for content in (known, result))
     new = config.to_toml()
     if new not in (given, resolved):

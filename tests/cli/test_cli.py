@@ -166,7 +166,9 @@ def test_control_c_says_how_to_go_on(config: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("fedlora.simulator.simulate", stop)
     done = fedlora("run", config)
-    assert (done.code, done.err) == (1, "fedlora: stopped; go on with --resume\n")
+    # Nothing had begun.
+    folder = Path("runs") / "run"
+    assert (done.code, done.err) == (1, f"fedlora: stopped; go on with: fedlora run {config} --output {folder}\n")
 
 
 def test_a_bug_is_not_hidden(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

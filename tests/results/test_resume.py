@@ -281,6 +281,18 @@ def test_files_that_were_touched_or_moved_are_the_same(runs: Runs, tmp_path: Pat
     assert (folder / ADAPTER).read_bytes() == (runs.whole / ADAPTER).read_bytes()
 
 
+def test_a_file_that_is_named_from_another_folder_is_the_same(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs.copy(tmp_path / "run")
+    before = (folder / "config.toml").read_bytes()
+    monkeypatch.chdir(runs.place)
+    assert runs.go_on(folder, **{"data.name": "train.jsonl"}) == []
+    # It means that file from any folder, as before.
+    assert (folder / "config.toml").read_bytes() == before
+    runs.check_bits(folder)
+
+
 @pytest.mark.parametrize("changed", ["train", "test", "row", "model", "moved"])
 def test_other_data_or_another_model_is_one_line(runs: Runs, tmp_path: Path, changed: str) -> None:
     folder = runs.copy(tmp_path / "run")
