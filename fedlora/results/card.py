@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets import is_asset
+from fedlora.assets import find_asset, is_asset
 from fedlora.config import Config, load_config
+from fedlora.continuing import ADAPTER_FILE
 from fedlora.data.files import first_line
 from fedlora.errors import InputError
 from fedlora.paths import find_path
@@ -54,6 +55,8 @@ def _of_best_round(run: Path, summary: dict[str, Any]) -> dict[str, Any]:
 def push_to_hub(folder: Path, repository: str) -> str:
     """Upload a folder to a repository of the Hugging Face hub; return its address. A new repository is private.
 
+    An adapter whose base is a folder of this machine loses that path first.
+
     Raises
     ------
     InputError
@@ -61,6 +64,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi
 
+    _forget_path(folder / ADAPTER_FILE)
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
@@ -71,12 +75,26 @@ def push_to_hub(folder: Path, repository: str) -> str:
     return f"{api.endpoint}/{repository}"
 
 
+def _forget_path(file: Path) -> None:
+    """Take the base's name out of adapter_config.json where it is a path."""
+    if not file.is_file():
+        return
+    about = json.loads(file.read_text(encoding="utf-8"))
+    name = about["base_model_name_or_path"]
+    if name is not None and (Path(name).is_absolute() or _public(name, "base_model_name_or_path") is None):
+        file.write_text(
+            json.dumps(about | {"base_model_name_or_path": None}, indent=2, sort_keys=True), encoding="utf-8"
+        )
+
+
 def _front_matter(config: Config, summary: dict[str, Any], adapter: bool) -> str:
     tags = ["federated-learning", "fedlora", config.method.name]
     tags += ["differential-privacy"] if summary["epsilon"] else []
     lines = [f"library_name: {'peft' if adapter else 'transformers'}", f"tags: [{', '.join(tags)}]"]
     base = _public(config.model.name, "model.name")
-    if base is not None and not is_asset(base):
+    if base is not None and is_asset(base):
+        base = find_asset(base).hub
+    if base:
         lines.insert(0, f"base_model: {base}")
     return "---\n" + "".join(f"{line}\n" for line in lines) + "---\n\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fedlora.alignment import align_loaded
+from fedlora.assets import find_asset, is_asset
 from fedlora.config import ANY_METHOD, Config, read_toml
 from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
@@ -144,7 +146,7 @@ def export_run(
     made = Path(folder) / BEST if best else Path(folder)
     target = Path(output) if output is not None else made / ("merged" if merged else "export")
     if os.path.lexists(target):
-        raise InputError("--output", str(target), "exists already; choose another folder")
+        raise InputError("--output", str(target), "exists already; remove it, or choose another folder")
     with torch.no_grad():
         model, tokenizer = load(folder, client, best=best)
     try:
@@ -161,6 +163,7 @@ def export_run(
                 model.save_pretrained(target)
         else:
             shutil.copytree(adapter, target, dirs_exist_ok=True)
+            _name_base(target / ADAPTER_FILE, _config(Path(folder)))
         tokenizer.save_pretrained(target)
         write_card(Path(folder), target, adapter=(target / ADAPTER_FILE).is_file(), best=best)
     except (OSError, SafetensorError) as error:
@@ -171,6 +174,18 @@ def export_run(
         remedy = f"cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
         raise InputError("--output", str(target), remedy) from None
     return target
+
+
+def _name_base(file: Path, config: Config) -> None:
+    """Let an exported adapter name an asset as the hub or the catalogue does, not by its folder in this cache.
+
+    PEFT's ``AutoPeftModel`` and a further run load the base by that name. The path of any other folder stays, so that
+    it is found here.
+    """
+    if is_asset(config.model.name):
+        base = find_asset(config.model.name).hub or config.model.name
+        about = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        file.write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def opt_out(folder: str | Path, owner: str) -> Any:

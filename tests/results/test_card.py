@@ -10,6 +10,8 @@ import huggingface_hub
 import pytest
 import yaml
 
+from fedlora.assets import cache_dir
+from fedlora.continuing import adapter_config
 from fedlora.results.card import push_to_hub
 from fedlora.results.load import export_run
 from tests.command import fedlora
@@ -46,7 +48,7 @@ def test_the_card_says_what_the_run_did(run: Path, merged: bool) -> None:
     facts = yaml.safe_load(front)
     assert facts["library_name"] == ("transformers" if merged else "peft")
     assert {"federated-learning", "differential-privacy", "fed-sb"} <= set(facts["tags"])
-    assert "base_model" not in facts, "an asset is nothing that the hub knows"
+    assert facts["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     for told in (
         "asset:minilm-l6",
         "asset:rotten-tomatoes, of 10 clients",
@@ -68,6 +70,19 @@ def test_no_path_of_this_machine_is_in_the_card(run: Path) -> None:
     assert "patients" not in card
     assert "data that their owners keep" in card
     assert "| privacy | none |" in card
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_path_of_the_cache_is_in_what_is_exported(tmp_path: Path, merged: bool, pooling: str) -> None:
+    finished_run(tmp_path / "run", pooling=pooling)
+    folder = export_run(tmp_path / "run", merged=merged)
+    texts = {file.name: file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md")}
+    assert not [name for name, text in texts.items() if str(cache_dir()) in text]
+    if not merged:
+        base = json.loads(texts["adapter_config.json"])["base_model_name_or_path"]
+        assert base == "sentence-transformers/all-MiniLM-L6-v2"
+        assert adapter_config("", folder).model.name == "asset:minilm-l6", "a further run needs no hub"
 
 
 class Hub:
@@ -94,6 +109,17 @@ def test_the_folder_is_uploaded_privately(run: Path, monkeypatch: pytest.MonkeyP
     (created, options), (_, uploaded) = Hub.calls
     assert (created, options) == ("clinic/reviews", {"private": True, "exist_ok": True})
     assert uploaded["folder_path"] == str(folder)
+
+
+@pytest.mark.parametrize(("base", "named"), [("owner/model", "owner/model"), ("FOLDER", None), ("/gone", None)])
+def test_the_path_of_a_local_base_is_not_uploaded(
+    base: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"r": 8, "base_model_name_or_path": base.replace("FOLDER", str(tmp_path))}))
+    push_to_hub(tmp_path, "clinic/reviews")
+    assert json.loads(file.read_text()) == {"r": 8, "base_model_name_or_path": named}
 
 
 def test_a_hub_that_refuses_is_told_in_a_line_and_the_folder_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
