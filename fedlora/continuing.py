@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +123,31 @@ def merged(config: Config, adapter: Path) -> Any:
     InputError, OSError, ValueError, KeyError, safetensors.SafetensorError
         If the base cannot be loaded, or the folder's files are damaged.
     """
-    from peft import PeftModel  # slow, and few runs continue another
-
     task, labels = adapter / TASK_FILE, adapter / LABELS_FILE
     if task.is_file() and json.loads(task.read_text(encoding="utf-8")) != config.model.task:
         raise ValueError(f"{TASK_FILE} names another task than the run's {config.model.task}")
     names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None
     model: Any = load_base(unquantized(config), names)
     if isinstance(model, MeanPoolingClassifier):
-        encoder = PeftModel.from_pretrained(model.encoder, str(adapter), trust_remote_code=False)
-        model.encoder = encoder.merge_and_unload()
+        model.encoder = _with_adapter(model.encoder, adapter)
         head = load_file(adapter / HEAD_FILE)
         dtype = next(model.parameters()).dtype
         model.load_state_dict({name: value.to(dtype) for name, value in head.items()}, strict=False)
     else:
-        model = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False).merge_and_unload()
+        model = _with_adapter(model, adapter)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    """Return a stock model with a PEFT adapter merged into its weights."""
+    from peft import PeftModel  # slow, and few runs continue another
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads this property of every model; transformers 5 has another name for it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped: Any = PeftModel.from_pretrained(model, str(adapter), trust_remote_code=False)
+    return wrapped.merge_and_unload()
 
 
 def adapter_config(name: str, adapter: Path) -> Config:

@@ -7,6 +7,7 @@ heads stay as they are. Adapters lie beside the quantised layers, in full precis
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import InputError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 KEY = "model.quantization"
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
+
+# PEFT imports bitsandbytes wherever it is installed, and that asks for a kernel which keep_layout leaves without a use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
 
 
 def check_quantization(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,16 @@ def test_the_loaded_and_the_exported_model_give_the_runs_logits(pooling: str, tm
     with torch.no_grad():
         expected = adapted.logits(batch)
     assert expected.std() > 0.01
-    model, tokenizer = fedlora.load(tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model, tokenizer = fedlora.load(tmp_path / "run")
     tiny.assert_close(logits(model, tokenizer), expected)
     assert [model.config.id2label[i] for i in range(2)] == LABELS
     target = export_run(tmp_path / "run", merged=True)
     merged = AutoModelForSequenceClassification.from_pretrained(target).eval()
     tiny.assert_close(logits(merged, AutoTokenizer.from_pretrained(target)), expected)
     assert merged.config.id2label == dict(enumerate(LABELS))
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="exists already; remove it, or choose another folder"):
         export_run(tmp_path / "run", merged=True)
 
 
