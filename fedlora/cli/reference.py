@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 console = Console()
 
+_READ_BY_SOME = ("model.quantization",)
+"""Keys outside ``[method]`` that not every method reads."""
+
 
 def _complete(begun: str) -> list[str]:
     """Return the keys and sections that begin so; keys of single methods are left out, whose import takes seconds."""
@@ -40,11 +43,14 @@ def config(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of the documentation.")] = False,
 ) -> None:
     """Describe the keys of a config: their types, defaults, units and meaning, and which methods read them."""
-    # Methods have keys of their own. Their import takes seconds.
-    from fedlora.methods import methods as find_methods
+    found: Mapping[str, type[Method]] = {}
+    keys = all_keys({})
+    if as_markdown or not _read_by_all(key, keys):
+        # Methods have keys of their own. Their import takes seconds.
+        from fedlora.methods import methods as find_methods
 
-    found = find_methods()
-    keys = all_keys({name: method.Options for name, method in found.items()})
+        found = find_methods()
+        keys = all_keys({name: method.Options for name, method in found.items()})
     chosen = keys if key is None else find_keys(key, keys)
     if as_markdown:
         typer.echo(config_page(chosen, found))
@@ -61,6 +67,13 @@ def config(
             default = f"{row.default} {row.unit}" if row.default and row.unit else row.default
             table.add_row(*map(escape, (row.last, default, row.type, row.description)))
         console.print(table, "")
+
+
+def _read_by_all(name: str | None, keys: Iterable[Key]) -> bool:
+    """Whether this is a key that every method reads, or a section without a method's own keys."""
+    if name is None or name in _READ_BY_SOME or name.partition(".")[0] == "method":
+        return False
+    return any(name in (key.name, key.section) for key in keys)
 
 
 def _by_section(keys: Iterable[Key], methods: Mapping[str, type[Method]]) -> Iterator[tuple[str, list[Key]]]:
@@ -111,7 +124,7 @@ def _reads(method: type[Method], key: Key) -> bool:
     """Whether a method reads a key; with the defaults of its other keys, if that matters."""
     if key.method:
         return key.last in _own_keys(method)
-    if key.name == "model.quantization":
+    if key.name in _READ_BY_SOME:
         return method.quantized
     if key.section != "method":
         return True

@@ -214,11 +214,14 @@ def test_pairs_are_split_at_the_first_equals_sign() -> None:
         parse_overrides(["a.b"])
 
 
-def test_a_config_is_checked_without_torch(config: Path) -> None:
+@pytest.mark.parametrize("key", ["", "data.name", "data"])
+def test_a_config_is_checked_and_its_keys_described_without_torch(config: Path, key: str) -> None:
     # Seconds pass before torch is there; a mistyped key should not wait for it.
     script = (
         "import sys\nfrom fedlora.cli import main\ntry:\n    main()\nexcept SystemExit as e:\n"
         "    print(e.code, sorted({'torch', 'flwr', 'ray', 'transformers'} & sys.modules.keys()))"
     )
-    command = [sys.executable, "-c", script, "run", str(config), "--set", "run.sed=1"]
-    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "2 []\n"
+    arguments, code = (["config", key], 0) if key else (["run", str(config), "--set", "run.sed=1"], 2)
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == f"{code} []"
