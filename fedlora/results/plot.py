@@ -61,7 +61,7 @@ def rounds_chart(
     start: Mapping[str, Any] | None = None,
     target_epsilon: float | None = None,
 ) -> Chart:
-    """Return a run's rounds as a chart: score, training and test loss, bytes so far, and epsilon, if any.
+    """Return a run's rounds as a chart: score, losses, bytes so far, and epsilon, if any.
 
     Parameters
     ----------
@@ -175,9 +175,7 @@ def _scores(tested: Sequence[tuple[float, Mapping[str, Any]]], task: Task) -> Pa
     name, form = task.primary, task.form(task.primary)
     words = name.replace("_", " ")
     series = [_curve("test", tested, name, COLOURS["blue"], form)]
-    validation = [(number, metrics.get("validation") or {}) for number, metrics in tested]
-    if any(metrics for _, metrics in validation):
-        series.append(_curve("validation", validation, name, COLOURS["orange"], form))
+    series.append(_curve("validation", _validated(tested), name, COLOURS["orange"], form))
     if task.baseline is not None:
         of = {metrics[task.baseline.metric] for _, metrics in tested if task.baseline.metric in metrics}
         ends = [number for number, metrics in tested if metrics]
@@ -185,10 +183,16 @@ def _scores(tested: Sequence[tuple[float, Mapping[str, Any]]], task: Task) -> Pa
     return _by_round(words.capitalize(), "" if form == "percent" else words, series, form)
 
 
+def _validated(tested: Sequence[tuple[float, Mapping[str, Any]]]) -> list[tuple[float, Mapping[str, Any]]]:
+    """Return the metrics on the validation examples, by round; empty ones where a run has none."""
+    return [(number, metrics.get("validation") or {}) for number, metrics in tested]
+
+
 def _losses(lines: Lines, tested: Sequence[tuple[float, Mapping[str, Any]]], task: Task) -> Panel:
     trained = [(float(line["round"]), {"loss": line["train_loss"]}) for line in lines]
     series = [
         _curve("test", tested, "loss", COLOURS["blue"], "number"),
+        _curve("validation", _validated(tested), "loss", COLOURS["orange"], "number"),
         _curve("training", trained, "loss", COLOURS["vermilion"], "number", variant=1),
     ]
     return _by_round("Loss", f"{task.loss_unit}", series, "number")

@@ -82,10 +82,12 @@ def test_start_largest_class_target_and_bytes_are_told_apart() -> None:
     assert all(axes.get_legend() is not None for axes in figure.axes)
 
 
-def test_validation_is_drawn_beside_the_test_score() -> None:
+def test_validation_is_drawn_beside_the_test_score_and_loss() -> None:
     scored = lines(2)
-    scored[1]["metrics"]["validation"] = {"accuracy": 0.8}
-    assert series_of(rounds_chart(scored, "run", CLASSES).panels[0], "validation").y == [0.8]
+    scored[1]["metrics"]["validation"] = {"accuracy": 0.8, "loss": 0.4}
+    panels = rounds_chart(scored, "run", CLASSES).panels
+    assert series_of(panels[0], "validation").y == [0.8]
+    assert series_of(panels[1], "validation").y == [0.4]
 
 
 def test_a_single_round_is_a_table() -> None:
