@@ -1,9 +1,13 @@
-"""The quickstart as a script."""
+"""Run the quickstart from Python, and print its accuracy, epsilon and bytes."""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 from fedlora import simulate
 
 if __name__ == "__main__":
-    result = simulate("experiments/quickstart.toml", output="runs/quickstart-script")
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", default="runs/quickstart-script", help="the run folder to write")
+    result = simulate("experiments/quickstart.toml", output=parser.parse_args().output)
     final = result.summary["final"]
     print(f"accuracy {final['accuracy']:.3f}, majority {final['majority']:.3f}")
     print(f"epsilon {result.summary['epsilon']['max']:.2f}")
