@@ -10,12 +10,14 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test docs golden build check-wheel test-unaligned test-deployment clean
+.PHONY: help install dev quickstart test docs golden build check-wheel test-unaligned test-deployment clean
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## Install fedlora into .venv.
+
+dev: .venv/.installed-dev  ## Install with the development tools, such as pytest and ruff.
 
 quickstart: .venv/.installed  ## Install, then run experiments/quickstart.toml into runs/quickstart.
 	$(BIN)/fedlora run experiments/quickstart.toml
