@@ -53,6 +53,33 @@ def test_a_clipping_norm_whose_noise_would_be_rounded_to_nothing_is_refused() ->
     assert torch.empty(1000).normal_(0, 1e-4 * smallest).std() == pytest.approx(1e-4 * smallest, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("run.rounds", "ten", "give an integer from 1 to 100000"),
+        ("run.rounds", 2.5, "give an integer from 1 to 100000"),
+        ("run.seed", 2**70, "give an integer of at least 0 and below 2^63"),
+        ("server.fraction_train", "1.5", "give a number above 0 and at most 1"),
+        ("privacy.target_epsilon", "eight", "give a number above 0"),
+        ("privacy.target_epsilon", "-1", "give a number above 0"),
+        ("privacy.target_epsilon", "inf", "give a finite number"),
+        ("client.optimizer", "adam", "give 'sgd' or 'adamw'"),
+        ("client.gradient_checkpointing", "maybe", "give true or false or 'auto'"),
+        ("method.target_modules", "5", "give a text or a list of values, each a text"),
+        ("data.packing", "1", "give true or false"),
+        ("data.partition.clients", "0", "give an integer of at least 1 and below 2^31"),
+    ],
+)
+def test_the_remedy_is_what_the_key_takes(key: str, value: Any, remedy: str) -> None:
+    assert refused(BASE, {key: value}).remedy == remedy
+
+
+def test_the_remedy_for_an_option_of_a_method_says_its_range() -> None:
+    source = {**BASE, "method": {"name": "ravan"}}
+    assert refused(source, {"method.heads": "x"}).remedy == "give an integer"
+    assert refused(source, {"method.heads": "0"}).remedy == "give a number of at least 1"
+
+
 # Round trip.
 
 word = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from fedlora.config.schema import Config
+from fedlora.config.values import expected, range_words
 from fedlora.errors import InputError
+
+_BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+"""Pydantic's errors about ranges, and the bounds that they name."""
+_WRONG = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "an integer"),
+    **dict.fromkeys(("float_type", *_BOUNDS), "a number"),
+    "finite_number": "a finite number",
+    **{"bool_type": "true or false", "string_type": "a text", "list_type": "a list", "dict_type": "a table"},
+    "literal_error": "",
+}
+"""Pydantic's errors about types and ranges, and which values they ask for."""
 
 
 def input_error(error: ValidationError, root: type[BaseModel] = Config, name: str = "CONFIG") -> InputError:
@@ -33,8 +45,31 @@ def input_error(error: ValidationError, root: type[BaseModel] = Config, name: st
         return InputError(field, first["input"], f"is a section; write [{field}] and its keys below")
     # A union reports a mistake for each of its members; all of them are named.
     same = [first] + [other for other in others if _real_path(other["loc"], root) == location]
-    expected = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
-    return InputError(field, first["input"], f"{expected}; change the value")
+    if all(mistake["type"] in _WRONG for mistake in same):
+        return InputError(field, first["input"], f"give {_taken(location, same, root)}")
+    told = " or ".join(dict.fromkeys(mistake["msg"][0].lower() + mistake["msg"][1:] for mistake in same))
+    return InputError(field, first["input"], f"{told}; change the value")
+
+
+def _taken(location: tuple[str, ...], mistakes: Sequence[Any], root: type[BaseModel]) -> str:
+    """Say which values a key takes: by its own annotation, or for an option of a method by what pydantic says."""
+    model = _section(location[:-1], root) if location else None
+    if any(mistake["type"] == "finite_number" for mistake in mistakes):
+        model = None  # an annotation does not say that its numbers are finite
+    field = model.model_fields.get(location[-1]) if model else None
+    words = ""
+    if field is not None:
+        words = expected(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+    return words or " or ".join(dict.fromkeys(map(_asked, mistakes)))
+
+
+def _asked(mistake: Any) -> str:
+    """Say what one of pydantic's errors asks for."""
+    context = mistake.get("ctx", {})
+    if mistake["type"] == "literal_error":
+        return str(context["expected"])
+    bounds = {name: context[name] for name in _BOUNDS.values() if name in context}
+    return f"{_WRONG[mistake['type']]} {range_words(bounds)}".strip()
 
 
 def unknown_key(field: str, key: str, value: Any, known: Iterable[str], others: Iterable[str] = ()) -> InputError:
@@ -45,7 +80,8 @@ def unknown_key(field: str, key: str, value: Any, known: Iterable[str], others: 
     return InputError(field, value, f"there is no such key; {hint}")
 
 
-def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+def _section(path: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel] | None:
+    """Return the section that lies at a path; None if a value does."""
     model: Any = root
     for part in path:
         if part.isdecimal() and model is not root:
@@ -55,8 +91,13 @@ def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if model is None:
-            return []
-    return list(model.model_fields)
+            return None
+    return model
+
+
+def _known_keys(path: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    section = _section(path, root)
+    return list(section.model_fields) if section else []
 
 
 def _real_path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, ...]:

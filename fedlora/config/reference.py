@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,11 +15,10 @@ from pydantic.fields import FieldInfo
 from fedlora.config.schema import Config
 from fedlora.config.section import Section
 from fedlora.config.training import MethodSection
+from fedlora.config.values import BOUNDS, limits
 from fedlora.errors import InputError
 
 _KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", list: "list", dict: "table"}
-_POWERS = {2**31: "2^31", 2**63: "2^63"}
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def _type(annotation: Any) -> tuple[str, str]:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         words, bounds = _type(parts[0])
-        return words, " and ".join([*([bounds] if bounds else []), *_limits(parts[1:])])
+        own = (f"{BOUNDS[name]} {value}" for name, value in limits(parts[1:]).items())
+        return words, " and ".join([*([bounds] if bounds else []), *own])
     if origin is Literal:
         return " | ".join(json.dumps(value) for value in parts), ""
     if origin in (Union, types.UnionType):
@@ -144,13 +144,3 @@ def _type(annotation: Any) -> tuple[str, str]:
     if origin is dict:
         return f"table of {_type(parts[1])[0]}", ""
     return _KINDS.get(annotation, str(annotation)), ""
-
-
-def _limits(metadata: Iterable[Any]) -> Iterator[str]:
-    for limit in metadata:
-        if isinstance(limit, FieldInfo):
-            yield from _limits(limit.metadata)
-            continue
-        for name, sign in _BOUNDS.items():
-            if (value := getattr(limit, name, None)) is not None:
-                yield f"{sign} {_POWERS.get(value, value)}"

@@ -39,7 +39,7 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
         ({"base": BASE | {"run": "x"}}, "base.run", "[base.run]"),
         ({"axes": {"run.name": ["a", "b"]}}, "axes.run.name", "cannot be varied"),
         ({"axes": {"simulation.workers": [1, 2]}}, "axes.simulation.workers", "cannot be varied"),
-        ({"draw": {"number": 0, "distributions": {}}}, "draw.number", "greater than"),
+        ({"draw": {"number": 0, "distributions": {}}}, "draw.number", "give an integer of at least 1"),
         ({"draw": {"number": 1, "distributions": {"method.rank": {"kind": "normal"}}}}, None, "uniform"),
         (
             {"draw": {"number": 1, "distributions": {"method.rank": {"kind": "integer", "low": 3, "high": 3}}}},
@@ -73,7 +73,7 @@ SHIPPED = sorted((ROOT / "experiments/studies").glob("*.toml"))
         ({"tuning": {"values": {"fedit": [0.1, 0.2, 0.1]}}}, "tuning.values.fedit", "twice"),
         ({"tuning": {"values": [0.1, 0.1]}}, "tuning.values", "twice"),
         ({"tuning": {"values": [0.1], "seeds": [1, 1]}}, "tuning.seeds", "twice"),
-        ({"budget": {"runs": 0}}, "budget.runs", "greater than"),
+        ({"budget": {"runs": 0}}, "budget.runs", "give an integer of at least 1"),
     ],
 )
 def test_a_mistake_is_told_by_its_field(sections: dict[str, Any], field: str | None, said: str) -> None:
