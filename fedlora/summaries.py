@@ -63,6 +63,11 @@ def format_epsilon(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.3f}"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Write a number of things: ``1 run``, ``2 runs``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def format_bytes(count: float) -> str:
     """Format a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):

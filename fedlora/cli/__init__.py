@@ -15,15 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedlora.cli import deployment, init, reference, runs
 from fedlora.cli.examples import add_examples
+from fedlora.cli.usage import usage_error
 from fedlora.errors import InputError, RunError
 from fedlora.imports import import_modules
 from fedlora.storage import StorageError, storage_error, writes_to
+from fedlora.summaries import format_count
 from fedlora.timeline import phase
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ def main() -> None:
     # Schedulers, containers and `timeout` send SIGTERM. It stops a run as Ctrl-C does, and the run can be resumed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        sys.exit(_call())
     except InputError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         sys.exit(2)
@@ -75,6 +78,19 @@ def main() -> None:
             raise
         print(f"fedlora: a file cannot be written or read ({error}); make room there", file=sys.stderr)
         sys.exit(1)
+
+
+def _call() -> int:
+    """Run the command that the arguments name, and return its exit code; a mistake in them is an InputError."""
+    try:
+        return app(standalone_mode=False) or 0
+    except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # new in click 8.2; typer has printed the help already
+            return error.exit_code
+        raise usage_error(error) from None
+    except click.Abort:  # at a question
+        print("Aborted.", file=sys.stderr)
+        return 1
 
 
 def _print_version(asked: bool) -> None:
@@ -216,7 +232,8 @@ def report(
             typer.echo(f"left out, the same run again: {duplicate.folder}")
         own = " of clients' own models" if comparison.personalised else ""
         about = f" of {comparison.task.name}, {comparison.runs[0].config.data.name}" if len(reports) > 1 else ""
-        typer.echo(f"{len(comparison.runs)} runs{own}{about}, {len(comparison.groups)} configurations")
+        found = format_count(len(comparison.runs), "run")
+        typer.echo(f"{found}{own}{about}, {format_count(len(comparison.groups), 'configuration')}")
     for page in dict.fromkeys(page for page, _ in reports):
         typer.echo(page)
 

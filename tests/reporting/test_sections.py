@@ -82,7 +82,7 @@ def test_the_command_tells_of_each_section_and_of_the_page_once(several: Path, t
     assert done.code == 0, done.err
     assert done.out.splitlines() == [
         "2 runs of sequence-classification, asset:rotten-tomatoes, 2 configurations",
-        "1 runs of sequence-classification, asset:20newsgroups, 1 configurations",
+        "1 run of sequence-classification, asset:20newsgroups, 1 configuration",
         "2 runs of causal-lm, asset:rotten-tomatoes, 2 configurations",
         str(tmp_path / "report.html"),
     ]
