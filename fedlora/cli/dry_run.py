@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlora.cli.formats import config_rows
 from fedlora.privacy.banded import band_advice
 from fedlora.privacy.units import unit_advice
 from fedlora.study.estimate import Estimate
@@ -15,6 +16,7 @@ def estimate_lines(found: Estimate) -> list[str]:
     expected, privacy = found.forecast, found.config.privacy
     ways = (expected.initial_bytes, "once"), (expected.downlink_bytes, "down"), (expected.uplink_bytes, "up")
     rows = [
+        *config_rows(found.config),
         ("clients", f"{expected.clients:,}"),
         ("rounds", f"{found.config.run.rounds:,}"),
         ("trained", f"{expected.trainable_parameters:,} numbers"),

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.summaries import format_bytes, result_rows, sent_bytes
+from fedlora.config import NODES, Config
+from fedlora.summaries import format_bytes, format_count, result_rows, sent_bytes
 from fedlora.tasks import Task
 
 COLUMNS = (
@@ -19,6 +20,22 @@ COLUMNS = (
     ("failed", 6),
     ("seconds", 7),
 )
+
+
+def config_rows(config: Config, nodes: int | None = None) -> list[tuple[str, str]]:
+    """Return the titles and values of a run's method, model, task and data; ``nodes`` is their number, if known."""
+    partition = config.data.partition
+    owners = f"{format_count(partition.clients or 0, 'client')}, {partition.kind}"
+    if partition.kind == "natural":
+        owners = f"one client for each {partition.column}"
+    if config.data.name == NODES:
+        owners = "a client a node" if nodes is None else format_count(nodes, "node")
+    return [
+        ("task", config.model.task),
+        ("model", config.model.name),
+        ("data", f"{config.data.name}, {owners}"),
+        ("method", f"{config.method.name}, rank {config.method.rank}"),
+    ]
 
 
 def header() -> str:

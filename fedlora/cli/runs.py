@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora.cli.formats import curve, header, result_lines, round_lines
-from fedlora.config import NODES, Config, input_error, read_toml
+from fedlora.cli.formats import config_rows, curve, header, result_lines, round_lines
+from fedlora.config import Config, input_error, read_toml
 from fedlora.config.schema import COMMON_KEYS
 from fedlora.errors import InputError, plain_text
 from fedlora.summaries import format_bytes, format_epsilon, sent_bytes
@@ -43,9 +43,8 @@ class _Run:
         return get_task(self.config.model.task)
 
     @property
-    def state(self) -> str:
-        done = f"{len(self.rounds)}/{self.config.run.rounds}"
-        return done if self.summary else f"{done} unfinished"
+    def done(self) -> str:
+        return f"{len(self.rounds)}/{self.config.run.rounds}"
 
 
 def show(
@@ -111,7 +110,7 @@ def _cells(run: _Run, name: Path) -> list[str]:
         str(name) if name.parts else run.folder.resolve().name,
         run.config.method.name,
         Path(run.config.model.name).name,
-        run.state,
+        run.done if run.summary else f"{run.done} unfinished",
         f"{score} {run.task.primary}",
         epsilon,
         format_bytes(sent_bytes(traffic)) if traffic else "-",
@@ -152,17 +151,11 @@ def _read(folder: Path) -> _Run:
 
 def _about(run: _Run) -> list[str]:
     config, privacy = run.config, run.config.privacy
-    partition = config.data.partition
-    owners = f"{partition.clients} clients, {partition.kind}"
-    if partition.kind == "natural":
-        owners = f"one client for each {partition.column}"
-    if config.data.name == NODES:
-        owners = f"{run.summary['clients']} nodes" if run.summary else "a client a node"
+    nodes = run.summary["clients"] if run.summary else None
+    unfinished = "" if run.summary else ", unfinished"
     rows = [
-        ("run", f"{run.folder}, {run.state} rounds, seed {config.run.seed}"),
-        ("method", f"{config.method.name}, rank {config.method.rank}"),
-        ("model", f"{config.model.name}, {config.model.task}"),
-        ("data", f"{config.data.name}, {owners}"),
+        ("run", f"{run.folder}, {run.done} rounds{unfinished}, seed {config.run.seed}"),
+        *config_rows(config, nodes),
     ]
     if privacy.mode != "none":
         aim = f"noise multiplier {privacy.noise_multiplier:g}" if privacy.noise_multiplier is not None else ""

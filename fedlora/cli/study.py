@@ -18,7 +18,7 @@ from fedlora.study.plan import Plan, PlannedRun
 from fedlora.study.run_processes import capacity
 from fedlora.study.runner import StudyProgress
 from fedlora.study.state import all_entries, check_output, is_unchanged, read_state
-from fedlora.summaries import format_bytes, format_epsilon
+from fedlora.summaries import format_bytes, format_count, format_epsilon
 from fedlora.tasks import get_task
 from fedlora.timeline import format_seconds
 
@@ -48,8 +48,9 @@ class StudyDisplay:
         tuning = state["tuning"]
         if tuning:
             spent = tuning["cost"]
+            took = f"{spent['seconds']:.0f} s, {format_bytes(spent['bytes'])}"
             self._print(
-                f"tuning      {spent['runs']} runs, {spent['seconds']:.0f} s, {format_bytes(spent['bytes'])}, on "
+                f"tuning      {format_count(spent['runs'], 'run')}, {took}, on "
                 f"validation data at seed{'s' * (len(tuning['seeds']) > 1)} {', '.join(map(str, tuning['seeds']))}"
             )
             if any(group["covered_by_privacy"] is False for group in tuning["groups"]):
@@ -134,11 +135,13 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     expected = [forecasts[run.folder] for run in runs]
     sent = sum(one.payload_bytes for one in expected if isinstance(one, Forecast))
     tuning = len(runs) - len(plan.runs)
-    added = f" and {tuning} tuning runs" if tuning else ""
+    added = f" and {format_count(tuning, 'tuning run')}" if tuning else ""
     if plan.study.tuning is not None and plan.study.tuning.widen:
         most = plan.study.tuning.widen * len(plan.study.tuning.seeds) * len(plan.groups)
         added += f" (up to {most} more where the best candidate is at an edge)"
-    _say(console, f"{len(plan.runs)} runs{added}, {format_bytes(sent)} of payload, {len(missing)} to go")
+    _say(
+        console, f"{format_count(len(plan.runs), 'run')}{added}, {format_bytes(sent)} of payload, {len(missing)} to go"
+    )
     try:
         at_once, gpus = capacity(plan)
     except InputError as error:

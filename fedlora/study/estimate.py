@@ -48,9 +48,12 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-compatible values; what is not known is None, or not finite."""
+        given = self.config
+        about = {"task": given.model.task, "model": given.model.name, "data": given.data.name}
+        about["method"] = given.method.name
         expected = self.forecast.to_dict() | {"payload_bytes": self.forecast.payload_bytes}
         measured = {"memory_bytes": None if self.step is None else self.step.memory_bytes, "seconds": self.seconds}
-        return expected | {"workers": self.workers} | measured
+        return about | expected | {"workers": self.workers} | measured
 
 
 def estimate(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Estimate:

@@ -64,6 +64,13 @@ def test_people_read_the_same(config: Path, elsewhere: Path) -> None:
     assert done.code == 0, done.err
     told = dict(line.split(maxsplit=1) for line in done.out.splitlines())
     expected = estimated(config)
+    base = TINY["base"]
+    assert list(told)[:4] == ["task", "model", "data", "method"]
+    assert told["task"] == expected["task"] == "sequence-classification"
+    assert told["model"] == expected["model"] == base["model"]["name"]
+    assert told["data"] == f"{expected['data']}, 3 clients, {base['data']['partition']['kind']}"
+    assert told["method"].startswith(f"{expected['method']}, rank ")
+    assert expected["method"] == base["method"]["name"]
     assert told["clients"] == "3"
     assert told["payload"].split(", ")[-1] == f"{expected['uplink_bytes']:,} bytes up"
     assert told["steps"] == f"{expected['steps']} of all clients"

@@ -58,7 +58,7 @@ def test_a_run_is_shown_as_its_folder_has_it(folder: Path) -> None:
 
 def test_an_unfinished_run_is_shown_with_how_to_go_on(folder: Path) -> None:
     out = shown(folder / "second").out
-    assert "1/2 unfinished" in out
+    assert "1/2 rounds, unfinished, seed" in out
     assert out.splitlines()[-1].endswith(f"--output {folder / 'second'} --resume")
 
 
