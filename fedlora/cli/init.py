@@ -5,43 +5,26 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
 import typer
 
+from fedlora.cli.columns import NONE, Columns, check_classes
 from fedlora.config import Config, load_config, read_toml
-from fedlora.errors import InputError
+from fedlora.errors import InputError, plain_text
+from fedlora.summaries import format_count
 
-_TEXTS = ("text", "sentence", "review", "content", "body", "message", "comment", "document")
-_LABELS = ("label", "labels", "class", "category", "target", "sentiment", "verdict", "rating", "stars", "score")
-"""Names by which a column is taken for the texts or the labels, in this order."""
 _SENTENCE_ENCODERS = ("asset:minilm-l6", "asset:mpnet-base")
 """Models without a trained pooler, whose tokens are averaged."""
-_NONE = "none"
 _QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
 """Where method and local training come from: an example that is known to work."""
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a file; of other sources nothing is known before they are loaded."""
-
-    names: Sequence[str]
-    table: Any
-
-    def guess(self, usual: Sequence[str], other: str = "") -> str:
-        """Return the first of the usual names that is a column, or another column."""
-        lower = {name.lower(): name for name in self.names}
-        return next((lower[name] for name in usual if name in lower), other)
-
-    def values(self, name: str, option: str) -> list[Any]:
-        """Return a column's values; raise InputError, naming the option, if there is none of that name."""
-        from fedlora.data.columns import read_column
-
-        return read_column(self.table, name, option)
+_LABEL_QUESTION = "Column of the labels; none trains a language model"
+_LABEL_HELP = (
+    "Column of the labels; none trains a language model. By default one named label, class, sentiment or alike, "
+    "else the only other column with 2 to 50 values that has five rows a value."
+)
 
 
 def init(
@@ -49,10 +32,14 @@ def init(
     data: Annotated[
         str | None, typer.Option(help="A CSV, TSV, JSONL or Parquet file, asset:NAME, or a hub id.")
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the texts.")] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of the labels; none trains a language model.")
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the texts; by default one named text, review or alike, else the longest texts.",
+        ),
     ] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help=_LABEL_HELP)] = None,
     model: Annotated[str | None, typer.Option(help="asset:NAME, a hub id, or a folder.")] = None,
     owner: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column that names each row's owner: one client an owner.")
@@ -78,7 +65,7 @@ def init(
     columns = _columns(source)
     if columns is not None:
         typer.echo(f"{source}: {columns.table.rows} rows, columns {', '.join(columns.names)}")
-    section = _data(ask, columns, text, label)
+    section = _data(ask, columns, text, label, owner)
     lm = section["task"] == "causal-lm"
     name = ask("Model: asset:NAME, a hub id, or a folder", model, "asset:smollm2-135m" if lm else "asset:minilm-l6")
     partition = _partition(ask, columns, owner, clients)
@@ -86,6 +73,8 @@ def init(
     content = _content(file.stem, source, name, section, partition, spent, columns.table.rows if columns else None)
     written = _commented(content, file)
     load_config(written)  # what is written runs; a wrong answer is told here
+    for line in _chosen(section, name, partition, columns):
+        typer.echo(line)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(written, encoding="utf-8")
     typer.echo(f"{file} is written; run it with: fedlora run {file}")
@@ -102,8 +91,17 @@ class _Questions:
             return given
         return typer.prompt(question, default=default, type=kind) if self.asks else default
 
+    def label(self, columns: Columns, given: str | None, taken: tuple[str | None, ...]) -> str:
+        """Ask for the column of the labels; raise InputError where nobody can be asked which of several it is."""
+        found = [] if given else columns.labels(taken)
+        if len(found) > 1 and not self.asks:
+            counts = ", ".join(f"{name} ({len(columns.classes(name, '--label'))} values)" for name in found)
+            raise InputError("--label", None, f"may be one of {counts}; name it by --label, or give --label {NONE}")
+        answer: str = self(_LABEL_QUESTION, given, found[0] if found else NONE)
+        return answer
 
-def _columns(source: str) -> _Columns | None:
+
+def _columns(source: str) -> Columns | None:
     """Read the columns of a file; None for an asset, a hub id or a folder."""
     from fedlora.data.files import SUFFIXES, first_line, read_file
     from fedlora.paths import find_path
@@ -119,28 +117,61 @@ def _columns(source: str) -> _Columns | None:
         table = read_file(path)
     except Exception as error:  # the file may be damaged in any way
         raise InputError("--data", source, f"cannot be read ({first_line(error)}); fix the file") from None
-    return _Columns(list(table.columns), table)
+    return Columns(table)
 
 
-def _data(ask: _Questions, columns: _Columns | None, text: str | None, label: str | None) -> dict[str, str]:
+def _data(
+    ask: _Questions, columns: Columns | None, text: str | None, label: str | None, owner: str | None
+) -> dict[str, str]:
     """Ask for the columns, and return them with the task that they make."""
-    names = columns.names if columns else ()
-    if columns and text is None and label in (None, _NONE) and "messages" in names:
-        return {"task": "causal-lm", "messages": "messages"}
-    if columns and text is None and label in (None, _NONE) and {"prompt", "answer"} <= set(names):
-        return {"task": "causal-lm", "prompt": "prompt", "answer": "answer"}
-    label_guess = columns.guess(_LABELS, _NONE) if columns else "label"
-    other = next((name for name in names if name != label_guess), "text")
-    chosen = ask("Column of the texts", text, columns.guess(_TEXTS, other) if columns else "text")
-    of = ask("Column of the labels; none trains a language model", label, label_guess)
-    if columns:
-        columns.values(chosen, "--text")
-    if of == _NONE:
+    question = "Column of the texts"
+    if columns is None:
+        chosen, of = ask(question, text, "text"), ask(_LABEL_QUESTION, label, "label")
+        if of == NONE:
+            return {"task": "causal-lm", "text": chosen}
+        return {"task": "sequence-classification", "text": chosen, "label": of}
+    if text is None and label in (None, NONE):
+        if "messages" in columns.names:
+            return {"task": "causal-lm", "messages": "messages"}
+        if {"prompt", "answer"} <= set(columns.names):
+            return {"task": "causal-lm", "prompt": "prompt", "answer": "answer"}
+    usual = columns.usual_label((text, owner))
+    chosen = ask(question, text, columns.text((usual, label, owner)))
+    columns.values(chosen, "--text")
+    of = ask.label(columns, label, (chosen, owner))
+    if of == NONE:
         return {"task": "causal-lm", "text": chosen}
-    task = "sequence-classification"
-    if columns and _measured(columns.values(of, "--label")):
-        task = "regression"
-    return {"task": task, "text": chosen, "label": of}
+    check_classes(columns, of)
+    measured = _measured(columns.values(of, "--label"))
+    return {"task": "regression" if measured else "sequence-classification", "text": chosen, "label": of}
+
+
+def _chosen(data: dict[str, str], model: str, partition: dict[str, Any], columns: Columns | None) -> list[str]:
+    """Say what the config was made of, and how to choose otherwise."""
+    parts = [f"task {data['task']}", f"model {model}"]
+    for key, column in data.items():
+        if key == "label" and columns and data["task"] != "regression":
+            column += _listed(columns.classes(column, "--label"))
+        if key != "task":
+            parts.append(f"{key} {column}")
+    if "label" not in data:
+        parts.append("no label")
+    if partition["kind"] == "natural":
+        owners = f" ({format_count(len(columns.classes(partition['column'], '--owner')), 'owner')})" if columns else ""
+        parts.append(f"owner {partition['column']}{owners}")
+    else:
+        parts.append(f"no owner: rows at random to {format_count(partition['clients'], 'client')}")
+    return [
+        "chosen: " + ", ".join(parts),
+        "to choose otherwise, edit the file, or remove it and give --model, --text, --label, --owner or --clients",
+    ]
+
+
+def _listed(classes: Sequence[str]) -> str:
+    """Write the number of classes, and the first of them; "" where labels are no words."""
+    words = [" ".join(plain_text(name).split()) for name in classes[:5]]
+    shown = ", ".join(word if len(word) <= 20 else f"{word[:17]}..." for word in words)
+    return f" ({len(classes)} classes: {shown}{', ...' if len(classes) > 5 else ''})" if classes else ""
 
 
 def _measured(values: Sequence[Any]) -> bool:
@@ -152,14 +183,13 @@ def _measured(values: Sequence[Any]) -> bool:
     return any(number != int(number) for number in numbers if abs(number) < 1e300)
 
 
-def _partition(ask: _Questions, columns: _Columns | None, owner: str | None, clients: int | None) -> dict[str, Any]:
+def _partition(ask: _Questions, columns: Columns | None, owner: str | None, clients: int | None) -> dict[str, Any]:
     if owner is None and clients is None and columns:
-        asked = ask("Column that names each row's owner; none divides the rows at random", None, _NONE)
-        owner = None if asked == _NONE else asked
+        asked = ask("Column that names each row's owner; none divides the rows at random", None, NONE)
+        owner = None if asked == NONE else asked
     if owner is not None:
         if columns:
-            owners = {str(value) for value in columns.values(owner, "--owner") if value is not None}
-            typer.echo(f"{len(owners)} owners")
+            columns.values(owner, "--owner")
         return {"kind": "natural", "column": owner}
     return {"kind": "iid", "clients": ask("Number of clients", clients, 10, int)}
 

@@ -63,7 +63,7 @@ def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     done = fedlora("init")
     assert done.code == 0, done.err
     assert "reviews.csv: 9 rows, columns review, stars, clinic" in done.out
-    assert "3 owners" in done.out
+    assert "owner clinic (3 owners)" in done.out
     config = load_config("fedlora.toml")
     assert (config.data.text, config.data.label) == ("review", "stars")
     assert (config.data.partition.column, config.privacy.target_epsilon) == ("clinic", 3.0)
@@ -87,6 +87,76 @@ def test_the_task_follows_from_the_columns(rows: list[object], task: str, column
     assert {key: getattr(config.data, key) for key in columns} == columns
 
 
+def table(file: str, head: str, rows: int = 60, values: tuple[str, ...] = ("good", "bad")) -> None:
+    """Write a file with an id, a note and, as ``head`` names them, columns of the values and of three sites."""
+    lines = [f"{i},a note of some length {i},{values[i % len(values)]},{'abc'[i % 3]}" for i in range(rows)]
+    Path(file).write_text("\n".join([head, *lines]) + "\n")
+
+
+def test_the_only_column_with_few_values_is_the_label() -> None:
+    table("notes.csv", "id,note,opinion,site")
+    config = written("--data", "notes.csv", "--owner", "site")
+    assert (config.data.text, config.data.label) == ("note", "opinion")
+    assert config.model.task == "sequence-classification"
+
+
+def test_of_several_columns_with_few_values_nobody_guesses() -> None:
+    table("notes.csv", "id,note,opinion,site")
+    done = fedlora("init", "--data", "notes.csv", "--yes")
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert line == (
+        "fedlora: --label = None: may be one of opinion (2 values), site (3 values); name it by --label, "
+        "or give --label none"
+    )
+    assert not Path("fedlora.toml").exists()
+    assert written("--data", "notes.csv", "--label", "site").data.label == "site"
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "few"),
+    [
+        (10, ("good", "bad"), True),
+        (9, ("good", "bad"), False),  # fewer than five rows a value
+        (500, tuple(map(str, range(50))), True),
+        (500, tuple(map(str, range(51))), False),
+        (60, ("good",), False),
+    ],
+)
+def test_few_values_are_2_to_50_with_five_rows_each(rows: int, values: tuple[str, ...], few: bool) -> None:
+    table("notes.csv", "id,note,opinion,site", rows, values)
+    config = written("--data", "notes.csv", "--owner", "site", "--model", "m")
+    assert config.model.task == ("sequence-classification" if few else "causal-lm")
+
+
+def test_it_says_what_it_chose_and_how_to_choose_otherwise() -> None:
+    done = fedlora("init", "--data", "reviews.csv", "--owner", "clinic")
+    assert done.out.splitlines()[1:3] == [
+        "chosen: task sequence-classification, model asset:minilm-l6, text review, label stars (2 classes: bad, good), "
+        "owner clinic (3 owners)",
+        "to choose otherwise, edit the file, or remove it and give --model, --text, --label, --owner or --clients",
+    ]
+    done = fedlora("init", "lm.toml", "--data", "reviews.csv", "--label", "none", "--clients", "1", "--model", "m")
+    chosen = done.out.splitlines()[1]
+    assert chosen == "chosen: task causal-lm, model m, text review, no label, no owner: rows at random to 1 client"
+
+
+def test_a_file_cannot_write_to_the_terminal_through_its_labels() -> None:
+    table("notes.csv", "id,note,label,site", 60, ("good\x1b[2J", "b" * 30))
+    done = fedlora("init", "--data", "notes.csv")
+    assert done.code == 0
+    assert "(2 classes: " + "b" * 17 + "..., good\\x1b[2J)" in done.out
+
+
+def test_a_label_without_two_classes_is_refused() -> None:
+    for values, told in ((("good",), "has one class, 'good'"), (("",), "is an empty column")):
+        table("notes.csv", "id,note,label,site", 60, values)
+        done = fedlora("init", "--data", "notes.csv")
+        assert done.code == 2
+        assert done.err.startswith(f"fedlora: --label = 'label': {told}")
+        assert len(done.err.splitlines()) == 1
+
+
 def test_delta_is_below_one_over_the_rows_of_a_large_file() -> None:
     Path("many.csv").write_text("text,label\n" + "a,1\nb,2\n" * 60_000)
     assert written("--data", "many.csv").privacy.target_delta < 1 / 120_000
@@ -108,6 +178,8 @@ def test_each_key_has_its_meaning_above_it() -> None:
         (["--data", "reviews.csv", "--label", "l"], "--label = 'l': there is no such column"),
         (["--data", "reviews.csv", "--owner", "o"], "--owner = 'o': there is no such column"),
         (["--owner", "a", "--clients", "3"], "--clients = 3: goes by --owner already"),
+        (["--epsilon", "eight"], "--epsilon = 'eight': give a number of at least 0"),
+        (["--clients", "0"], "--clients = 0: give an integer of at least 1"),
         (["--epsilon", "2000"], "privacy.target_epsilon = 2000.0"),
         (["reviews.csv"], "FILE = 'reviews.csv': exists already"),
     ],
