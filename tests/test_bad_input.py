@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -302,8 +303,8 @@ def test_a_mistyped_command_exits_with_two(arguments: list[str]) -> None:
     done = fedlora(*arguments)
     assert done.code == 2
     assert done.out == ""
-    assert "Traceback" not in done.err
-    assert "Error" in done.err
+    assert done.err.startswith("fedlora: ")
+    assert done.err.count("\n") == 1
 
 
 def test_a_folder_without_a_run_cannot_be_exported(tmp_path: Path) -> None:
@@ -367,5 +368,7 @@ def test_the_installed_command_says_it_in_one_line(mistake: str, config: Path, t
     changes, field, parts = {**BEFORE_THE_DATA, **WITH_THE_DATA}[mistake]
     command = [str(Path(sys.executable).parent / "fedlora"), "run", str(config), "--output", str(tmp_path / "out")]
     ended = subprocess.run([*command, *sets(changes)], capture_output=True, text=True, check=False)
-    one_line(Done(ended.returncode, ended.stdout, ended.stderr), field, *parts)
+    # Where imports take long, a line says so first.
+    told = re.sub(r"^.* \(\d+:\d\d\)\n", "", ended.stderr, flags=re.MULTILINE)
+    one_line(Done(ended.returncode, ended.stdout, told), field, *parts)
     assert not (tmp_path / "out").exists()

@@ -18,10 +18,7 @@ from fedlora import simulate
 from fedlora.config import load_config
 from fedlora.data.tokens import FederatedData, prepare_data
 from fedlora.models import MeanPoolingClassifier
-from fedlora.reporting.charts import charts
-from fedlora.reporting.comparison import compare
-from fedlora.reporting.html import page
-from fedlora.reporting.runs import read_runs
+from fedlora.reporting.report import write_report
 from fedlora.reporting.tables import runs_table
 from fedlora.tasks import get_task
 
@@ -92,9 +89,9 @@ def test_a_file_becomes_a_model_and_a_report(case: str, tmp_path: Path) -> None:
     else:
         assert torch.allclose(run(stock(result.folder, data), batch), logits, atol=1e-4)
 
-    comparison = compare(read_runs([result.folder]))
+    page, comparison = write_report([result.folder], tmp_path / "compared")
     assert comparison.score == task.primary
-    assert f"test {comparison.score_title}" in page(comparison, charts(comparison), "")
+    assert f"test {comparison.score_title}" in page.read_text()
     line = runs_table(comparison).iloc[0]
     assert {name: float(line[name]) for name in final} == pytest.approx(final)
 
