@@ -17,7 +17,7 @@ _RESIDUAL = "best residual"
 """Name of the sum of increments of that round in the checkpoint, whose arrays are named as the folder is."""
 
 
-class BestRound(Callback):
+class KeepBest(Callback):
     """Keeps the arrays of the best round so far in the checkpoint, in the transaction of that round.
 
     What is the best follows from the lines of rounds.jsonl alone, so that a resumed run goes on as if it had never

@@ -35,7 +35,7 @@ from fedlora.results.identity import check_model, note_environment
 from fedlora.roles import Roles
 from fedlora.simulation import SimulatedGrid
 from fedlora.strategies.base import FederatedStrategy, RoundReport
-from fedlora.strategies.best_round import BestRound
+from fedlora.strategies.best_round import KeepBest
 from fedlora.strategies.callbacks import Callback, Display, Network, Outcome, Plot, Progress, Saved, Trackers
 from fedlora.strategies.evaluation import stale_kinds
 from fedlora.strategies.gathering import gather_start
@@ -133,7 +133,7 @@ class Federation:
         self.clock = started or time.perf_counter()
         self.config, self.grid, self.folder, self.data, self.method = config, grid, folder, data, method
         self.simulated, self.checkpoint, self.progress = simulated, folder.checkpoint, progress or Progress()
-        self.best = BestRound(get_task(config.model.task), config.server.early_stopping_patience)
+        self.best = KeepBest(get_task(config.model.task), config.server.early_stopping_patience)
         shown = Display(self.progress)
         self.callbacks = [Network(), self.best, Saved(), Trackers(), shown, Plot(), *callbacks]
         own = training is None or isinstance(training, FederatedStrategy)

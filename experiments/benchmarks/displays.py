@@ -148,7 +148,8 @@ def main() -> None:
             f"exit {found.code}; longest without a byte {found.silent:.1f} s, without a word {found.wordless:.1f} s",
         ]
         body = [f"{seconds:7.1f}  {line}" for seconds, line in found.lines]
-        (options.output / f"{case}.txt").write_text("\n".join([*head, "", *body, ""]), encoding="utf-8")
+        text = "\n".join([*head, "", *body, ""]).replace(folder, "runs")
+        (options.output / f"{case}.txt").write_text(text, encoding="utf-8")
         print(case, head[1], flush=True)
         if found.code or max(found.silent, found.wordless) > LIMIT:
             failed.append(case)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,32 +157,17 @@ def in_own_process(section: SimulationSection) -> bool:
         return section.workers == 0
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return False
-    machine = {"CPU": os.cpu_count() or 1, "GPU": count_gpus() if section.gpus_per_worker else 0}
-    return processes_on(machine, _worker_needs(section.cpus_per_worker, section.gpus_per_worker)) == 1
+    return workers_here(section) == 1
 
 
-def count_gpus() -> int:
-    """Return how many GPUs this process may use; where torch is not imported yet, by the driver, which is quicker."""
-    if "torch" not in sys.modules:
-        with suppress(OSError):
-            return _gpus_of_driver()
-    import torch
+def workers_here(section: SimulationSection) -> int:
+    """Return how many workers this machine has room for, by its cores and GPUs."""
+    machine = {"CPU": os.cpu_count() or 1, "GPU": 0}
+    if section.gpus_per_worker:
+        import torch  # takes seconds, which runs on the CPU need not wait for
 
-    return torch.cuda.device_count()
-
-
-def _gpus_of_driver() -> int:
-    nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    found = ctypes.c_uint()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(found)):
-        raise OSError("NVIDIA's driver does not answer")
-    nvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found.value
-    # CUDA takes those before the first that is none.
-    named = itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(",")))
-    return min(found.value, len(list(named)))
+        machine["GPU"] = torch.cuda.device_count()
+    return processes_on(machine, _worker_needs(section.cpus_per_worker, section.gpus_per_worker))
 
 
 def _worker_needs(cpus: int, gpus: float) -> list[Need]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
+from fedlora.simulation.placement import workers_here
 from fedlora.simulator import check_device, check_simulated
 from fedlora.strategies.server_app import resolve
 from fedlora.study.forecast import Forecast, StepCost, forecast, measure_step, run_seconds
@@ -79,7 +77,8 @@ def estimate(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any
     except InputError as error:
         # A plan may be printed on another machine than the one that will run it.
         return Estimate(chosen, expected, chosen.simulation.workers or 1, None, str(error))
-    return Estimate(chosen, expected, _count_workers(chosen), measure_step(chosen))
+    workers = workers_here(chosen.simulation) if chosen.simulation.workers is None else chosen.simulation.workers
+    return Estimate(chosen, expected, max(1, workers), measure_step(chosen))
 
 
 def _check_local(config: Config) -> None:
@@ -87,14 +86,3 @@ def _check_local(config: Config) -> None:
         remedy = "is a cluster, which is not measured; leave it out to estimate for this machine"
         raise InputError("simulation.address", config.simulation.address, remedy)
     check_device(config)
-
-
-def _count_workers(config: Config) -> int:
-    """Return how many workers the run has on this machine, without starting Ray."""
-    section = config.simulation
-    if section.workers is not None:
-        return max(1, section.workers)
-    fit = len(os.sched_getaffinity(0)) // section.cpus_per_worker
-    if section.gpus_per_worker:
-        fit = min(fit, int(torch.cuda.device_count() / section.gpus_per_worker))
-    return max(1, fit)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +10,8 @@ from hypothesis import strategies as st
 
 from fedlora.config import SimulationSection
 from fedlora.errors import InputError
-from fedlora.simulation import placement
 from fedlora.simulation.placement import (
     Need,
-    count_gpus,
     count_processes,
     count_workers,
     in_own_process,
@@ -101,7 +96,7 @@ def test_clients_train_in_the_run_where_one_worker_alone_fits(
     section: dict[str, Any], cores: int, cards: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    monkeypatch.setattr(placement, "count_gpus", lambda: cards)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert in_own_process(SimulationSection(**section)) is expected
 
@@ -111,46 +106,3 @@ def test_a_ray_that_runs_already_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     assert not in_own_process(SimulationSection())
     assert in_own_process(SimulationSection(workers=0))
-
-
-def _count_four(found: Any) -> int:
-    found._obj.value = 4
-    return 0
-
-
-NVML = SimpleNamespace(nvmlInit_v2=lambda: 0, nvmlDeviceGetCount_v2=_count_four, nvmlShutdown=lambda: 0)
-"""Stands for NVIDIA's library on a machine with four GPUs."""
-
-
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [(None, 4), ("", 0), ("2", 1), ("0, 3", 2), ("GPU-1a,GPU-2b", 2), ("0,-1,2", 1), ("0,1,2,3,4", 4)],
-)
-def test_gpus_are_counted_without_torch(visible: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: NVML)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert count_gpus() == expected
-
-
-def test_torch_counts_gpus_once_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: NVML)
-    assert count_gpus() == 3
-
-
-@pytest.mark.parametrize("answer", [None, 9])
-def test_where_the_driver_does_not_answer_torch_is_asked(answer: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def library(_: str) -> Any:
-        if answer is None:
-            raise OSError("no such library")
-        return SimpleNamespace(nvmlInit_v2=lambda: answer)
-
-    monkeypatch.setattr(ctypes, "CDLL", library)
-    torch: Any = ModuleType("torch")
-    torch.cuda = SimpleNamespace(device_count=lambda: 2)
-    monkeypatch.setattr(placement, "sys", SimpleNamespace(modules={}))
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    assert count_gpus() == 2
