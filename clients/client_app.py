@@ -14,6 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedlora.arrays import Arrays
+from fedlora.capacity import Capacity
 from fedlora.clients.evaluation import evaluate_own
 from fedlora.clients.feedback import encode_with_errors
 from fedlora.clients.half import ClientHalf, client_half
@@ -43,7 +44,7 @@ from fedlora.node.names import NODE_RECORD, labels_digest
 from fedlora.node.outward_errors import outward_error
 from fedlora.privacy.calibration import round_steps
 from fedlora.roles import Roles, roles_of
-from fedlora.simulation.cohort_app import Capacity, CohortClientApp
+from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.timeline import phase
 from fedlora.training import ClientJob, ClientResult
 from fedlora.training.capacity import cohort_capacity
@@ -383,8 +384,7 @@ def capacity(message: Message, context: Context, most: int) -> Capacity:
             return Capacity(1)
         adapted, config = work.half.adapted, work.client.config
         adapted.set_shared(work.frozen)
-        found = cohort_capacity(adapted, client_data(config).train, work.job, config, most)
-        return Capacity(found.clients, found.settings, found.note)
+        return cohort_capacity(adapted, client_data(config).train, work.job, config, most)
 
 
 @app.chosen_settings

@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlora import simulation
+from fedlora.capacity import Capacity
 from fedlora.config import NODES, SERVER, Config, load_config, unused_keys
 from fedlora.data.sources import materialise, with_absolute_paths
 from fedlora.data.tokens import FederatedData, prepare_data
@@ -33,7 +34,6 @@ from fedlora.results.identity import check_data
 from fedlora.results.user_code import UserCode, describe, describe_app, with_user_code
 from fedlora.roles import trained_kinds
 from fedlora.simulation import CLIENT_APP, LocalGrid, SimulatedGrid
-from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.placement import in_own_process
 from fedlora.strategies.base import FederatedStrategy, get_strategy
 from fedlora.strategies.callbacks import Progress

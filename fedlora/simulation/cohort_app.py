@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedlora.capacity import Capacity
+
 CohortFunction = Callable[[Sequence[Message], Sequence[Context]], Iterable[Message]]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a worker trains in one pass.
-
-    Attributes
-    ----------
-    clients : int
-        The most clients.
-    settings : mapping of str to Any
-        Keys of the run's config, by ``section.key``, that the app has chosen.
-    note : str
-        What the user should know of the choice.
-    """
-
-    clients: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
 
 
 CapacityFunction = Callable[[Message, Context, int], Capacity]

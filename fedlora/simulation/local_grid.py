@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedlora.simulation.cohort_app import Capacity
+from fedlora.capacity import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID, SimulatedGrid, late_reply
 from fedlora.simulation.worker import Worker
 

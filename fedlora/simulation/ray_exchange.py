@@ -17,7 +17,7 @@ from fedlora.simulation.envelope import SharedRecord, pack, pack_record
 from fedlora.simulation.simulated_grid import late_reply
 
 if TYPE_CHECKING:
-    from fedlora.simulation.cohort_app import Capacity
+    from fedlora.capacity import Capacity
     from fedlora.simulation.ray_grid import RayGrid
 
 PART = 16

@@ -22,7 +22,7 @@ from fedlora.timeline import phase, read_written, written
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from fedlora.simulation.cohort_app import Capacity
+    from fedlora.capacity import Capacity
     from fedlora.simulation.worker import Part, Worker
 
 

@@ -12,9 +12,9 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
 from fedlora.flower import Run, act_as, empty_run, set_message_id
-from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.notes import Once
 
 RUN_ID = 1

@@ -22,8 +22,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
-from fedlora.simulation.cohort_app import Capacity, CohortClientApp
+from fedlora.simulation.cohort_app import CohortClientApp
 from fedlora.simulation.envelope import Envelope, pack, unpack, unpack_record
 from fedlora.simulation.notes import collected_warnings
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import torch
 
 from fedlora.adapters import AdaptedModel
+from fedlora.capacity import Capacity
 from fedlora.config import Config
 from fedlora.data.tokens import TokenTable
-from fedlora.timeline import phase
 from fedlora.training import passes
 from fedlora.training.cohort import ClientJob, expected_batch, train_cohort
 from fedlora.training.soundness import dependence
@@ -21,26 +20,6 @@ SHARE = 0.8
 """Of the free memory; the rest is for Poisson batches above their expectation and for fragmentation."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Capacity:
-    """What goes through the model at once, by time and memory.
-
-    Attributes
-    ----------
-    clients : int
-        Clients of a pass, at least 1.
-    settings : dict of str to int or bool
-        The physical batch size and gradient checkpointing, as :attr:`StepMemory.settings`.
-    note : str
-        A line that says so.
-    """
-
-    clients: int
-    settings: dict[str, Any]
-    note: str
-
-
-@phase("capacity", "choosing what goes through the model at once")
 def cohort_capacity(adapted: AdaptedModel, table: TokenTable, job: ClientJob, config: Config, most: int) -> Capacity:
     """Choose the cohort, the physical batch and gradient checkpointing on a GPU: by time, as far as memory holds it.
 

@@ -11,8 +11,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlora.capacity import Capacity
 from fedlora.simulation import CohortClientApp
-from fedlora.simulation.cohort_app import Capacity
 
 
 def handle(message: Message, context: Context, cohort: int = 1) -> Message:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import CohortClientApp, LocalGrid
-from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 from tests.tiny import save_llama

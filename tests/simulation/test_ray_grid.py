@@ -14,9 +14,9 @@ import pytest
 import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode, InputError
 from fedlora.simulation import RayGrid, placement, ray_cluster, ray_exchange, ray_workers
-from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.simulated_grid import FIRST_NODE_ID
 from tests.simulation import apps
 

@@ -15,9 +15,9 @@ from flwr.common.serde import message_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
 from fedlora.simulation import CohortClientApp
-from fedlora.simulation.cohort_app import Capacity
 from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack, unpack_record
 from fedlora.simulation.worker import Worker, load_app
 from tests.messages import train_message
