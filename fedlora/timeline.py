@@ -147,14 +147,15 @@ class Teller:
     Parameters
     ----------
     log : callable (line)
-    silence : float
-        Seconds without a line.
+    silence : float, optional
+        Seconds without a line; :data:`SILENCE` by default.
     once : bool
         Say the same only once: for processes that wait for hours, of which the last line in the log says so.
     """
 
-    def __init__(self, log: Callable[[str], None], silence: float = SILENCE, once: bool = False) -> None:
-        self.log, self.silence, self.once = log, silence, once
+    def __init__(self, log: Callable[[str], None], silence: float | None = None, once: bool = False) -> None:
+        self.log, self.once = log, once
+        self.silence = SILENCE if silence is None else silence
         self._heard, self._last, self._ended = time.monotonic(), "", threading.Event()
         self._thread = threading.Thread(target=self._listen, name="teller", daemon=True)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.errors import plain_text
-from fedlora.timeline import SILENCE, Teller, active, format_clock, format_seconds
+from fedlora.timeline import Teller, active, format_clock, format_seconds
 
 _LONGEST_LINE = 20_000  # characters
 
@@ -22,9 +22,9 @@ class PhaseDisplay:
     Parameters
     ----------
     console : Console
-    silence : float
-        Seconds without a line, after which one is printed; infinite for none. On a terminal every phase is seen at all
-        times instead.
+    silence : float, optional
+        Seconds without a line, after which one is printed; infinite for none. ``timeline.SILENCE`` by default. On a
+        terminal every phase is seen at all times instead.
     log : callable (line), optional
         Prints that line instead of :meth:`say`, the same only once.
 
@@ -34,7 +34,9 @@ class PhaseDisplay:
         Shown below the phases.
     """
 
-    def __init__(self, console: Console, silence: float = SILENCE, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, console: Console, silence: float | None = None, log: Callable[[str], None] | None = None
+    ) -> None:
         self.console, self.note = console, ""
         self._teller = Teller(log or self.say, silence, once=log is not None)
         self._shown: Live | Teller = self._teller
