@@ -27,7 +27,7 @@ CASES = [(4.0, 0.05, 200, 5), (5.0, 1.0, 10, 4), (10.0, 0.02, 500, 20)]
 
 def tight(delta: float, *steps: tuple[float, float, int, int]) -> float:
     """Epsilon by Google's privacy loss distributions."""
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=1e-3)  # its own 1e-4 changes no epsilon by 3e-4
     for sigma, rate, count, k in steps:
         j = range(k + 1)
         accountant.compose(MixtureOfGaussiansDpEvent(sigma, list(j), list(binom.pmf(j, k, rate))), count)
