@@ -229,19 +229,17 @@ def _compare(adapted: AdaptedModel, examples: _Examples, arrays: list[Arrays]) -
                     return "its logits are not finite, so that nothing can be compared"
             for batch in BATCHES if client == 0 else ():
                 company = _run(adapted, examples, [batch])
-                for place, row in enumerate(batch):
-                    found = _difference(company, place, alone[0, row], examples, batch)
-                    if found is not None:
-                        return _explain(adapted, examples, alone[0, 0]) or found
+                found = _difference(company, batch, [alone[0, row] for row in batch], examples)
+                if found is not None:
+                    return _explain(adapted, examples, alone[0, 0]) or found
     adapted.set_clients(arrays)
     with per_example_gradients(adapted):
         company = _run(adapted, examples, COHORT)
     batch = [row for rows in COHORT for row in rows]
-    for place, row in enumerate(batch):
-        client = 0 if place < len(COHORT[0]) else 1
-        found = _difference(company, place, alone[client, row], examples, batch)
-        if found is not None:
-            return f"{found}, with several clients in a pass"
+    apart = [alone[client, row] for client, rows in enumerate(COHORT) for row in rows]
+    found = _difference(company, batch, apart, examples, ", with several clients in a pass")
+    if found is not None:
+        return found
     adapted.set_clients(arrays[:1])
     return _compare_values(adapted, examples, longest)
 
@@ -291,24 +289,31 @@ def _run(adapted: AdaptedModel, examples: _Examples, clients: Sequence[Sequence[
     return _Pass(logits.detach(), samples)
 
 
-def _difference(company: _Pass, place: int, alone: _Pass, examples: _Examples, batch: list[int]) -> str | None:
-    """Compare a row of a batch with the same row alone."""
-    row = batch[place]
-    mine = company.logits[place]
-    if alone.logits.dim() == 3:
-        mine = mine[: alone.logits.shape[1]]
-    share = _share(mine, alone.logits[0])
-    if not share <= LOGITS:
-        return _sentence("logits", share, examples, batch, row, LOGITS)
-    norms = {}
-    for name, sample in alone.samples.items():
-        reference = _gradient(sample, 0)
-        norms[name] = (float(reference.norm()), float((_gradient(company.samples[name], place) - reference).norm()))
-    whole = sum(norm**2 for norm, _ in norms.values()) ** 0.5
-    shares = {name: apart / max(norm, SMALL * whole, 1e-30) for name, (norm, apart) in norms.items()}
-    name = max(shares, key=lambda n: (shares[n] != shares[n], shares[n]))
-    if not shares[name] <= GRADIENTS:
-        return _sentence(f"the gradient of {name}", shares[name], examples, batch, row, GRADIENTS)
+def _difference(
+    company: _Pass, batch: list[int], alone: Sequence[_Pass], examples: _Examples, among: str = ""
+) -> str | None:
+    """Compare the rows of a batch with the same rows alone."""
+    for place, (row, one) in enumerate(zip(batch, alone, strict=True)):
+        mine = company.logits[place]
+        if one.logits.dim() == 3:
+            mine = mine[: one.logits.shape[1]]
+        share = _share(mine, one.logits[0])
+        if not share <= LOGITS:
+            return _sentence("logits", share, examples, batch, row, LOGITS) + among
+    names = list(company.samples)
+    norms, apart = [], []
+    for name in names:
+        # All rows at once, and no number read before the end: on a GPU each would wait for it.
+        reference = torch.cat([_gradients(one.samples[name]) for one in alone]).flatten(1)
+        norms.append(reference.norm(dim=1))
+        apart.append((_gradients(company.samples[name]).flatten(1) - reference).norm(dim=1))
+    first = norms[0].device
+    norm, distance = (torch.stack([each.to(first) for each in found]) for found in (norms, apart))
+    shares = (distance / norm.maximum(SMALL * norm.norm(dim=0)).clamp(min=1e-30)).cpu()
+    for place, row in enumerate(batch):
+        worst = int(shares[:, place].nan_to_num(nan=torch.inf).argmax())
+        if not (share := float(shares[worst, place])) <= GRADIENTS:
+            return _sentence(f"the gradient of {names[worst]}", share, examples, batch, row, GRADIENTS) + among
     return None
 
 
@@ -338,9 +343,9 @@ def _share(values: torch.Tensor, reference: torch.Tensor) -> float:
     return float(apart / reference.double().norm().clamp(min=1e-30))
 
 
-def _gradient(sample: torch.Tensor | RowProducts, row: int) -> torch.Tensor:
-    """Return a row's gradient, multiplied out."""
-    return sample.g[row].T @ sample.x[row] if isinstance(sample, RowProducts) else sample[row]
+def _gradients(samples: torch.Tensor | RowProducts) -> torch.Tensor:
+    """Return each row's gradient, multiplied out."""
+    return samples.g.mT @ samples.x if isinstance(samples, RowProducts) else samples
 
 
 @dataclass
