@@ -31,13 +31,16 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def align_weights(model: Model) -> Model:
     """Bring all parameters and buffers of a model to multiples of :data:`ALIGNMENT`, in place, and return it."""
-    mapped = _mapped_weights()
+    mapped: list[tuple[int, int]] | None = None
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             before = tensor.data
             tensor.data = aligned(before)
-            if tensor.data_ptr() != before.data_ptr():
-                _unmap_pages(before, mapped)
+            first, size = _whole_pages(before)
+            if tensor.data_ptr() != before.data_ptr() and size > 0:
+                # A long list, which small models need not read.
+                mapped = _mapped_weights() if mapped is None else mapped
+                _unmap_pages(first, size, mapped)
     return model
 
 
@@ -58,10 +61,14 @@ def _mapped_weights() -> list[tuple[int, int]]:
     return [(int(first, 16), int(behind, 16)) for first, behind in found]
 
 
-def _unmap_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Let go of the pages of a file that hold a tensor: it would be in memory twice. They are read again if needed."""
+def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of the pages of memory that hold nothing but a tensor."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    return first, (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _unmap_pages(first: int, size: int, mapped: list[tuple[int, int]]) -> None:
+    """Let go of pages of a file: what was copied would be in memory twice. They are read again if needed."""
     # Only of a file: other memory would be lost.
-    if size > 0 and any(start <= first and first + size <= behind for start, behind in mapped):
+    if any(start <= first and first + size <= behind for start, behind in mapped):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

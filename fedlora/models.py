@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable, Hashable, Iterator
@@ -776,11 +777,14 @@ def quiet() -> Iterator[None]:
     """Keep transformers from drawing progress bars and talking of what it loads."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    talks = verbosity < logging.ERROR
+    if talks:  # else not set again: that empties the caches of all loggers
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        if talks:
+            transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -24,6 +24,7 @@ from fedlora.storage import is_full, storage_error
 PREVIOUS = "previous.sqlite"
 """Copy of the checkpoint before its last transaction, in the same folder."""
 
+_SYNCHRONOUS = "FULL"  # a round that is done stays done when the power goes
 _PART_BYTES = 2**28
 
 
@@ -72,6 +73,7 @@ class Checkpoint:
         try:
             # Locked until close() or the end of the process, so that two runs cannot mix their rounds in one folder.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
             self._connection.execute("BEGIN EXCLUSIVE")
             new = self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
             self._connection.execute("COMMIT")
