@@ -383,15 +383,25 @@ def _again(config: str, changes: list[str], on: str | None, folder: Path) -> str
 
 
 def _start_early(config: Config, folder: Path, resume: bool) -> None:
-    """Import what a run that will begin needs, and start its own Ray and workers, if any, at the same time."""
-    from fedlora.config import NODES
+    """Import what a run that will begin needs, and start its own Ray and workers, if any, at the same time.
+
+    Names of a model, a source or a column that are wrong are told before: all of this takes many seconds.
+    """
+    from fedlora.assets import find_model
+    from fedlora.config import NODES, SERVER
+    from fedlora.data.sources import check_sources
     from fedlora.methods import has_module
     from fedlora.simulation.placement import in_own_process
 
     section = config.simulation
     begins = os.path.exists(folder) == resume and not os.path.exists(folder / "summary.json")  # of any string
-    begins = begins and config.data.name != NODES and has_module(config.method.name)
-    if not begins or "torch" in sys.modules:
+    begins = begins and config.data.name != NODES and config.data.test != SERVER and has_module(config.method.name)
+    if not begins:
+        return
+    if not resume:  # paths are those of where the run began
+        find_model(config.model.name)
+        check_sources(config)
+    if "torch" in sys.modules:
         return
     modules = ("fedlora.cli.display", "fedlora.simulator")
     if in_own_process(section) or section.address is not None:

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.assets import HUB_ID, Asset, build_once, cache_dir, fetch, find_asset, is_asset
 from fedlora.config import NODES, SERVER, Config
 from fedlora.data import bigbench
 from fedlora.data.columns import (
     alike_classes,
     cells,
+    check_column,
     listed,
     not_messages,
     read_choices,
@@ -32,7 +33,16 @@ from fedlora.data.columns import (
     read_texts,
     read_words,
 )
-from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, without_format
+from fedlora.data.files import (
+    FORMATS,
+    SUFFIXES,
+    Table,
+    first_line,
+    read_file,
+    read_folder_header,
+    read_header,
+    without_format,
+)
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
 from fedlora.tasks import get_task
@@ -51,7 +61,6 @@ UNIT_COLUMN = "unit"
 PLACE = "place"
 """Column of conversations that says where each is from, for errors."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One stream of random numbers for each use of the run's seed.
 _HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST, QUESTIONS, _PUBLIC = 1, 2, 3, 4, 5, 6
 
@@ -117,21 +126,15 @@ def load_examples(config: Config) -> Examples:
         return _own_examples(config)
     seed = draw_seed(config)
     notes: list[str] = []
-    splits = _load(data.name, "data.name", data.format, data.subset)
-    train_name = _train_split(config, splits)
-    train = _shape(config, splits[train_name], "data.name", notes, is_train=True)
-    other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
-    if data.test is None and "test" in splits and train_name != "test":
-        other["test"] = _shape(config, splits["test"], "data.name", notes)
+    sources = _sources(config)
+    train = _shape(config, *sources["train"], notes, is_train=True)
+    other = _shape_others(config, sources, notes)
     label_names, task = None, get_task(config.model.task)
     if task.classes:
-        train, label_names = _encode_train(config, splits[train_name], train)
+        train, label_names = _encode_train(config, sources["train"][0], train)
         notes += alike_classes(config, label_names)
-        for name, table in other.items():
-            if table is not None:
-                field = f"data.{name}" if getattr(data, name) else "data.name"
-                other[name] = _encode(config, table, label_names, field)
-    test = other["test"]
+        other = {name: _encode(config, table, label_names, sources[name][1]) for name, table in other.items()}
+    test = other.get("test")
     if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
@@ -148,7 +151,24 @@ def load_examples(config: Config) -> Examples:
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
     test = _subset_of_test(config, test)
-    return Examples(train, test, other["validation"], other["public"], label_names, list(dict.fromkeys(notes)))
+    return Examples(train, test, other.get("validation"), other.get("public"), label_names, list(dict.fromkeys(notes)))
+
+
+def check_sources(config: Config) -> None:
+    """Check that the sources, splits and columns which ``data.*`` names are there, without loading any examples.
+
+    Headers of files tell it within milliseconds. What is on the hub, or yet to be fetched, is left to
+    :func:`load_examples`, and so is all that depends on rows.
+
+    Raises
+    ------
+    InputError
+        Naming the key of what is not there.
+    """
+    for part, (table, named) in _sources(config, header=True).items():
+        where = "" if named == "data.name" else f" in {getattr(config.data, part)}"
+        for key, column in _columns_of(config, part).items():
+            check_column(table, column, key, where)
 
 
 def draw_seed(config: Config) -> int:
@@ -183,19 +203,16 @@ def held_out(config: Config, examples: int) -> int:
 
 def _server_examples(config: Config) -> Examples:
     """Load what a server has when its clients are nodes: all but the training examples."""
-    names, notes = ("test", "validation", "public"), list[str]()
-    tables = {name: _other(config, {}, name, notes) for name in names}
-    label_names = None
+    notes = list[str]()
+    tables = _shape_others(config, _sources(config), notes)
+    names = None
     if get_task(config.model.task).classes:
-        assert tables["test"] is not None
-        label_names = config.data.label_names or _sorted_labels(config, tables["test"])
-        _check_classes(config, label_names)
-        notes += alike_classes(config, label_names)
-        for name, table in tables.items():
-            if table is not None:
-                tables[name] = _encode(config, table, label_names, f"data.{name}")
+        names = config.data.label_names or _sorted_labels(config, tables["test"])
+        _check_classes(config, names)
+        notes += alike_classes(config, names)
+        tables = {part: _encode(config, table, names, f"data.{part}") for part, table in tables.items()}
     test = _subset_of_test(config, tables["test"])
-    return Examples(None, test, tables["validation"], tables["public"], label_names, list(dict.fromkeys(notes)))
+    return Examples(None, test, tables.get("validation"), tables.get("public"), names, list(dict.fromkeys(notes)))
 
 
 # A node's own file. What it answers must not depend on its texts: every row counts, and every value is a text.
@@ -304,9 +321,7 @@ def _own_rows(config: Config) -> tuple[Table, list[int]]:
     table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
     label = {"label": data.label} if get_task(config.model.task).labelled else {}
     for name, column in (_text_columns(config) | label).items():
-        if column not in table.columns or column in table.repeated:
-            there = "there is no such column" if column not in table.columns else "is the name of several columns"
-            raise InputError(f"data.{name}", column, f"{there}; columns: {listed(table.columns)}")
+        check_column(table, column, f"data.{name}")
     if len(table.columns) == 1:
         return table, list(range(table.rows))
     columns = [read() for read in table.columns.values()]
@@ -501,11 +516,86 @@ class _HashSink(io.RawIOBase):
 
 # Where examples come from.
 
+Sources = dict[str, tuple[Table, str]]
+"""The tables of train, test, validation and public, each with the key that names its source."""
 
-def _load(name: str, field: str, file_format: str | None = None, subset: str | None = None) -> dict[str, Table]:
+
+def _sources(config: Config, header: bool = False) -> Sources:
+    """Find the tables of a run; what is a share of train has none.
+
+    With ``header`` they have the names of their columns alone, and those that only loading would tell are left out.
+    """
+    data, found = config.data, Sources()
+
+    def read(part: str, name: str, *about: str | None) -> dict[str, Table] | None:
+        field = "data.name" if part == "train" else f"data.{part}"
+        if not header:
+            return _load(name, field, *about)
+        return _headers(name, field, set(_columns_of(config, part).values()), *about)
+
+    splits: dict[str, Table] | None = {}
+    if data.name != NODES:
+        splits = read("train", data.name, data.format, data.subset)
+    if data.name != NODES and splits is not None:
+        train = _train_split(config, splits)
+        found["train"] = splits[train], "data.name"
+        if data.test is None and "test" in splits and train != "test":
+            found["test"] = splits["test"], "data.name"
+    for part in ("test", "validation", "public"):
+        given = getattr(data, part)
+        if isinstance(given, str):  # else it is not there, or a share of train
+            table = _other(config, splits, part, given, read)
+            if table is not None:
+                found[part] = table, f"data.{part}"
+    return found
+
+
+def _columns_of(config: Config, part: str) -> dict[str, str]:
+    """Return the columns that examples for a part of a run must have, by the keys that name them."""
+    data, task = config.data, get_task(config.model.task)
+    found = {f"data.{key}": column for key, column in _text_columns(config).items()}
+    if task.labelled:
+        found["data.label"] = data.label
+    first_is_right = data.prompt is not None and data.answer is None
+    chosen_from = first_is_right or (part == "test" and config.evaluation.kind == "choice")
+    if data.choices is not None and task.answers and chosen_from:
+        found["data.choices"] = data.choices
+    if part == "train" and data.partition.column is not None:
+        found["data.partition.column"] = data.partition.column
+    if part == "train" and config.privacy.unit is not None:
+        found["privacy.unit"] = config.privacy.unit
+    return found
+
+
+def _find(name: str, field: str, subset: str | None) -> Path | None:
+    """Return the path of a file or folder; None for an asset, and for what may be on the hub."""
     path = None if is_asset(name) else find_path(name, field)
     if subset is not None and (is_asset(name) or path is not None):
         raise InputError("data.subset", subset, f"is a part of a data set on the hub, but {name} is none; leave it out")
+    return path
+
+
+def _headers(
+    name: str, field: str, wanted: set[str], file_format: str | None = None, subset: str | None = None
+) -> dict[str, Table] | None:
+    """Return the splits of a source with the names of their columns alone; None where only loading tells them."""
+    path = _find(name, field, subset)
+    if is_asset(name):
+        return _asset_headers(find_asset(name, "data", field))
+    if path is None:
+        _check_hub_name(name, field)
+        return None
+    if path.is_dir():
+        return read_folder_header(path)
+    with _readable(field, name):
+        table = read_header(path, file_format, wanted)
+    if not table.columns:
+        raise InputError(field, name, "holds no rows; give a file with examples")
+    return {"train": table}
+
+
+def _load(name: str, field: str, file_format: str | None = None, subset: str | None = None) -> dict[str, Table]:
+    path = _find(name, field, subset)
     if is_asset(name):
         return _load_asset(name, field)
     if path is None:
@@ -526,8 +616,7 @@ def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
 def _load_hub(name: str, field: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
     import datasets
 
-    if Path(name).suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
-        raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
+    _check_hub_name(name, field)
     try:
         with _quiet():
             loaded = datasets.load_dataset(name, subset)
@@ -536,6 +625,24 @@ def _load_hub(name: str, field: str, subset: str | None = None) -> dict[str, dat
         remedy = f"is no file here and the hub does not give it{part} ({first_line(error)}); give a path or asset:NAME"
         raise InputError(field, name, remedy) from error
     return {str(split): table for split, table in loaded.items()}
+
+
+def _check_hub_name(name: str, field: str) -> None:
+    """Refuse what is no path here and cannot be on the hub."""
+    if Path(name).suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(name):
+        raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
+
+
+_MORE_COLUMNS = {"rotten-tomatoes": ["movie"], "20newsgroups": ["domain"]}
+"""Columns of an asset beside text and label."""
+
+
+def _asset_headers(asset: Asset) -> dict[str, Table] | None:
+    if asset.package == bigbench.PACKAGE:
+        files = bigbench.table_files(asset)
+        return {split: read_header(path) for split, path in files.items()} if files["train"].exists() else None
+    splits = ("train",) if asset.name == "rotten-tomatoes" else ("train", "test")
+    return dict.fromkeys(splits, Table.of_names(["text", "label", *_MORE_COLUMNS.get(asset.name, [])]))
 
 
 def _load_asset(name: str, field: str) -> dict[str, Table]:
@@ -589,14 +696,20 @@ def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Datase
 def _load_file(
     path: Path, field: str, name: str, file_format: str | None = None, any_text: bool = False
 ) -> dict[str, Table]:
-    try:
+    with _readable(field, name):
         table = read_file(path, file_format, any_text=any_text)
-    except Exception as error:  # the file may be damaged in any way
-        remedy = f"cannot be read ({first_line(error)}); fix the file"
-        raise InputError(field, name, remedy) from error
     if table.rows == 0:
         raise InputError(field, name, "holds no rows; give a file with examples")
     return {"train": table}
+
+
+@contextmanager
+def _readable(field: str, name: str) -> Iterator[None]:
+    """Make an InputError of whatever a damaged file makes its reader raise."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(field, name, f"cannot be read ({first_line(error)}); fix the file") from error
 
 
 def _identity(name: str, field: str, subset: str | None = None) -> list[Any]:
@@ -655,25 +768,38 @@ def _train_split(config: Config, splits: Mapping[str, Table]) -> str:
     return wanted
 
 
-def _other(config: Config, splits: Mapping[str, Table], name: str, notes: list[str]) -> datasets.Dataset | None:
-    given = getattr(config.data, name)
-    if not isinstance(given, str):
-        return None  # not there, or a share of train
-    field = f"data.{name}"
-    if given in splits:
-        return _shape(config, splits[given], field, notes)
+def _other(
+    config: Config,
+    splits: Mapping[str, Table] | None,
+    part: str,
+    given: str,
+    read: Callable[[str, str], dict[str, Table] | None],
+) -> Table | None:
+    """Find the table of a split of the training data, or of a source of its own; None where nobody can tell yet."""
+    field = f"data.{part}"
+    if splits is not None and given in splits:
+        return splits[given]
     if not is_asset(given) and find_path(given, field) is None:
+        if splits is None:
+            return None
         if config.data.name == NODES:
             raise InputError(field, given, f"there is no such file on the server, in {Path.cwd()}; give its path there")
         raise InputError(field, given, f"is no split (splits: {listed(splits)}) and no file; give one of these")
-    loaded = _load(given, field)
-    table = loaded.get(name) or (next(iter(loaded.values())) if len(loaded) == 1 else None)
+    loaded = read(part, given)
+    if loaded is None:
+        return None
+    table = loaded.get(part) or (next(iter(loaded.values())) if len(loaded) == 1 else None)
     if table is None:
         raise InputError(field, given, f"holds the splits {listed(loaded)}; give a source with one split")
-    return _shape(config, table, field, notes)
+    return table
 
 
 # Columns.
+
+
+def _shape_others(config: Config, sources: Sources, notes: list[str]) -> dict[str, datasets.Dataset]:
+    """Shape what is there beside the training examples."""
+    return {part: _shape(config, *source, notes) for part, source in sources.items() if part != "train"}
 
 
 def _shape(config: Config, table: Table, field: str, notes: list[str], is_train: bool = False) -> datasets.Dataset:
