@@ -245,7 +245,7 @@ class Method:
         ------
         InputError
         """
-        remedy = "holds no finished run of a method that keeps what its owners gave apart; give the folder of one"
+        remedy = "holds no finished run of a method that keeps owners' parts apart; give the folder of such a run"
         raise InputError("FOLDER", str(folder), remedy)
 
 
@@ -401,11 +401,11 @@ def _check_secure(method: type[Method], config: Config) -> None:
     """Refuse to hide what the method's aggregate is made of."""
     why = ""
     if method.reads_single_updates:
-        why = f"hides single clients' updates, of which {method.name} makes more than a mean; choose another method"
+        why = f"hides single clients' updates, but {method.name} needs more than their mean; choose another method"
     elif has_mixed_ranks(config):
         why = "sums updates of one shape; leave method.ranks and method.device_profile out"
     elif any(role.made_by == "client" for e in method.exchanges(config, 1) for role in e.roles.values()):
-        why = f"sums moves from one start, but clients of {method.name} make starts of their own; choose another method"
+        why = f"sums moves from one start, but clients of {method.name} have different starts; choose another method"
     if why:
         raise InputError("server.secure_aggregation", True, why)
 
@@ -419,7 +419,7 @@ def _check_correction(method: type[Method], config: Config) -> None:
     kind.check(config)
     roles = [role for exchange in method.exchanges(config, 1) for role in exchange.roles.values()]
     if any(role.made_by == "client" for role in roles):
-        remedy = f"draws clients to their mean, but those of {method.name} start from arrays of their own; use none"
+        remedy = f"draws clients to their mean, but those of {method.name} start from different arrays; use none"
         raise InputError("client.correction", name, remedy)
     if has_mixed_ranks(config):
         remedy = "needs arrays of one shape; leave method.ranks and method.device_profile out, or use none"

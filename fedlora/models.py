@@ -546,7 +546,7 @@ def _hidden_size(config: Config, model: Any) -> int:
     except InputError as error:
         if not getattr(model.config, "is_encoder_decoder", False):
             raise
-        remedy = "its decoder wants a text beside the encoder's; take a model of one text, such as an encoder"
+        remedy = "its decoder needs a text beside the encoder's; take a model of one text, such as an encoder"
         raise InputError("model.name", config.model.name, remedy) from error
     return width
 

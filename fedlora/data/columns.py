@@ -240,4 +240,4 @@ def alike_classes(config: Config, names: list[str]) -> list[str]:
     if not found:
         return []
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-    return [f"{config.data.label}: {'; '.join(found[:3])}{more} are classes of their own, though they look alike"]
+    return [f"{config.data.label}: {'; '.join(found[:3])}{more} are separate classes, though they look alike"]

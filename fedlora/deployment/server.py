@@ -140,7 +140,7 @@ def _watch(child: Child, server: Server, stopping: threading.Event) -> None:
             if not stopping.wait(pauses.next()):
                 try:
                     _start(child, server, stopping)
-                    log.info("the SuperLink is back; runs go on with --resume")
+                    log.info("the SuperLink is back; continue runs with --resume")
                 except RunError as error:
                     log.warning("%s", error)
             continue
@@ -157,7 +157,7 @@ def _shut_down(child: Child, server: Server) -> None:
         try:
             running = server.unfinished()
             for number in running:
-                log.info("stopping run %d; it goes on with --resume", number)
+                log.info("stopping run %d; continue it with --resume", number)
                 server.stop(number)
             if running:
                 # Busy ClientApps still push their reply, and would wait for a SuperLink that has ended.

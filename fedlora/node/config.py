@@ -241,7 +241,7 @@ def _check(node: NodeConfig) -> None:
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     _check_test(node)
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
-        remedy = f"its name does not tell its format; set data.format to one of {', '.join(_FORMATS)}"
+        remedy = f"its name does not show its format; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)
 
 

@@ -192,7 +192,7 @@ def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
     validated = all(map(has_validation, comparison.runs))
     by = "the validation examples" if validated else "its test score, which makes every curve optimistic"
     caption = (
-        f"A method's steps: the best {comparison.score_title} for what was spent so far, over all its configurations. "
+        f"Steps: the best {comparison.score_title} of a method within the budget, over all its configurations.  "
         f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "
         f"run is chosen by {by}."
     )
@@ -252,8 +252,8 @@ def drift_by_round(comparison: Comparison) -> Chart:
         for level, of_level in series.items()
     ]
     caption = (
-        "Sum over clients of p |dᵢ − d|² / |d|²: dᵢ is what client i changed in the arrays that are trained, d the "
-        "clients' mean and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
+        "Sum over clients of p |dᵢ − d|² / |d|²: dᵢ is client i's change of the trained arrays, d the clients' mean "
+        "and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
         f"{_intervals(comparison)}"
     )
     return Chart("drift", "Client drift", caption, [panel for panel in panels if panel.series])
@@ -325,8 +325,8 @@ def score_by_network(comparison: Comparison) -> Chart:
         form = {"x_form": "seconds", "x_log": True}
         panels.append(_score_panel(comparison, title, "seconds, all rounds", f"seconds_{name}", series, **form))
     caption = (
-        "Simulated: what the measured messages take on links whose rates and latencies are drawn for each client from "
-        "log-normal distributions. A round lasts as long as its slowest client; training is not counted. "
+        "Simulated: the time that the measured messages take on links with rates and latencies drawn for each client "
+        "from log-normal distributions. A round lasts as long as its slowest client; training is not counted.  "
         + _size_note(comparison)
         + _intervals(comparison)
     )

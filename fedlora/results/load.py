@@ -112,7 +112,7 @@ def _config(folder: Path) -> Config:
     try:
         find_model(base)
     except InputError:
-        remedy = f"its base model is not at {base}; set model.name in its config.toml to where that model lies here"
+        remedy = f"its base model is not at {base}; set model.name in its config.toml to where that model is here"
         raise InputError("FOLDER", str(folder), remedy) from None
     return config.model_copy(update={"model": config.model.model_copy(update={"name": base})})
 
