@@ -192,7 +192,7 @@ def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
     validated = all(map(has_validation, comparison.runs))
     by = "the validation examples" if validated else "its test score, which makes every curve optimistic"
     caption = (
-        f"Steps: the best {comparison.score_title} of a method within the budget, over all its configurations.  "
+        f"Steps: the best {comparison.score_title} of a method within the budget, over all its configurations. "
         f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "
         f"run is chosen by {by}."
     )
@@ -326,7 +326,7 @@ def score_by_network(comparison: Comparison) -> Chart:
         panels.append(_score_panel(comparison, title, "seconds, all rounds", f"seconds_{name}", series, **form))
     caption = (
         "Simulated: the time that the measured messages take on links with rates and latencies drawn for each client "
-        "from log-normal distributions. A round lasts as long as its slowest client; training is not counted.  "
+        "from log-normal distributions. A round lasts as long as its slowest client; training is not counted. "
         + _size_note(comparison)
         + _intervals(comparison)
     )
