@@ -16,7 +16,8 @@ from fedlora.deployment.control import ONLINE, Server
 from fedlora.deployment.keys import check_certificate, check_secret, read_file
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
-from fedlora.timeline import DOING, phase, read_written
+from fedlora.status import DOING, read_written
+from fedlora.timeline import phase
 
 log = logging.getLogger(__name__)
 

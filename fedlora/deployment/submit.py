@@ -19,9 +19,10 @@ from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
 from fedlora.results.finished import RunResult
 from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.user_code import with_user_code
+from fedlora.status import DOING
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.callbacks import Progress
-from fedlora.timeline import DOING, Phase, phase
+from fedlora.timeline import Phase, phase
 
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
