@@ -158,7 +158,7 @@ def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]
         remedy = "is needed for a second opinion; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
     grouped = any(group_of(entry) > 1 for entry in history)
-    # Mixtures take long on its own grid of 1e-4. This one changes an epsilon of 4 after 500 steps by 2e-4.
+    # Mixtures of Gaussians take long on its own grid of 1e-4. This one changes an epsilon of 4 after 500 steps by 2e-4.
     accountants = (
         {"pld": PLDAccountant(value_discretization_interval=1e-3)}
         if grouped
