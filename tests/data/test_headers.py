@@ -14,9 +14,10 @@ import pytest
 
 from fedlora.assets import ASSETS, find_model
 from fedlora.config import Config, load_config
-from fedlora.data import sources
+from fedlora.data import origins
 from fedlora.data.files import read_file, read_header
 from fedlora.data.sources import check_sources
+from fedlora.data.tokens import prepare_data
 from fedlora.errors import InputError
 
 CSV = "text,label,clinic\nfine,good,north\nlate,bad,south\n"
@@ -74,8 +75,8 @@ def test_a_header_of_parquet_is_its_schema(tmp_path: Path) -> None:
 def test_a_folders_header_is_that_of_its_splits(splits: bool, tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["text"])
     (datasets.DatasetDict({"train": table, "dev": table}) if splits else table).save_to_disk(tmp_path / "saved")
-    loaded = sources._load(str(tmp_path / "saved"), "data.name")
-    found = sources._headers(str(tmp_path / "saved"), "data.name", set())
+    loaded = origins.load_tables(str(tmp_path / "saved"), "data.name")
+    found = origins.load_headers(str(tmp_path / "saved"), "data.name", set())
     assert found is not None
     assert {name: list(header.columns) for name, header in found.items()} == {name: ["text"] for name in loaded}
 
@@ -83,8 +84,8 @@ def test_a_folders_header_is_that_of_its_splits(splits: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["rotten-tomatoes", "20newsgroups", "reuters-r8"])
 def test_an_assets_header_is_what_its_files_give(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(cache))
-    loaded = sources._load(f"asset:{name}", "data.name")
-    found = sources._asset_headers(ASSETS[name])
+    loaded = origins.load_tables(f"asset:{name}", "data.name")
+    found = origins._asset_headers(ASSETS[name])
     assert found is not None
     assert {s: list(t.columns) for s, t in found.items()} == {s: list(t.columns) for s, t in loaded.items()}
 
@@ -140,7 +141,7 @@ def test_what_is_not_there_is_named_with_its_key(what: str, tmp_path: Path, monk
         "rows.jsonl": JSONL,
     }.items():
         put(tmp_path, name, content)
-    monkeypatch.setattr(sources, "read_file", None)
+    monkeypatch.setattr(origins, "read_file", None)
     changes, field, said = WRONG[what]
     with pytest.raises(InputError) as caught:
         check_sources(config(tmp_path, **changes))
@@ -164,6 +165,12 @@ def test_what_only_loading_can_tell_is_left_to_it(
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "rows.jsonl", JSONL)
     check_sources(config(tmp_path, **changes))
+
+
+def test_the_model_is_not_fetched_before_the_data_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.data.tokens.model_config", None)
+    with pytest.raises(InputError, match=r"^data\.text = 'txt'"):
+        prepare_data(config(tmp_path, data__text="txt"))
 
 
 @pytest.mark.parametrize("name", ["asset:minilm", "asset:rotten-tomatoes", "./no/such/folder", "a.csv"])
