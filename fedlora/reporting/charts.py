@@ -142,8 +142,8 @@ def pareto_front(comparison: Comparison) -> Chart:
         form = {"x_form": "bytes", "x_log": True}
         panels.append(_score_panel(comparison, title, _ALL_BYTES, "total_bytes", series, **form))
     caption = (
-        f"Steps: the best {comparison.score_title} for so many bytes at a level of privacy. Pale: another is at least "
-        "as good in both, and better in one. By the means alone: seeds may change places."
+        f"Steps: the best {comparison.score_title} within a number of bytes, at a level of privacy. Pale: another "
+        "one is at least as good in both, and better in one. Means over seeds; single seeds may differ."
     )
     return Chart("pareto", f"Pareto front of {comparison.score_title} and bytes", caption, aligned(panels))
 
@@ -366,8 +366,8 @@ def client_spread(comparison: Comparison) -> Chart | None:
         for level in levels
     ]
     caption = (
-        "The final model on the examples that each client trains on, or holds out to test on; a flat line is fair. "
-        f"Computed without noise: no epsilon covers it. {_intervals(comparison)}"
+        "The final model on the examples that each client trains on, or holds out to test on. The flatter, the fairer. "
+        f"Computed without noise: epsilon does not cover it. {_intervals(comparison)}"
     )
     return Chart("fairness", f"{name.replace('_', ' ').capitalize()} by client", caption, panels)
 
@@ -384,7 +384,7 @@ def partitions(comparison: Comparison) -> Chart | None:
             panels[way] = _partition_panel(run, f"{title}, seed {run.config.run.seed}".lstrip(", "))
     if not panels:
         return None
-    caption = "Drawn from the clients' examples: no epsilon covers it."
+    caption = "Computed from the clients' examples: epsilon does not cover it."
     return Chart("partition", "Who holds which examples", caption, list(panels.values()))
 
 
@@ -418,7 +418,7 @@ def scores_by_domain(comparison: Comparison) -> Chart | None:
             series = [replace(series, method=group.method) for series in panel.series]
             panels.append(replace(panel, series=series))
     caption = (
-        "A row a model, a column a domain of the test examples. Blue: better than the first row; orange: worse. "
+        "Rows are models, columns are domains of the test examples. Blue: better than the first row; orange: worse. "
         "Means over seeds."
     )
     if len(panels) < len(comparison.groups):

@@ -217,7 +217,7 @@ def caveat(comparison: Comparison, pairs: Sequence[Difference]) -> Markup:
     parts: list[Markup] = []
     if comparison.personalised:
         text = "Scores are personalised: each client's own model on its own test examples. "
-        parts.append(Markup("{}A global model's scores do not compare with them.").format(text))
+        parts.append(Markup("{}They cannot be compared with a global model's scores.").format(text))
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:
