@@ -56,14 +56,14 @@ class _MixedRanks:
 
 
 class Method:
-    """What a method says of itself, to the config, the command line, reports, server and clients.
+    """Facts of a method, for the config, the command line, reports, server and clients.
 
     Attributes
     ----------
     name, title, paper : str
-        ``method.name``, what it is in a line, and where it comes from.
+        ``method.name``, a description in one line, and the paper.
     sends : str
-        What travels in a round, in numbers for an adapted layer of m outputs and n inputs at rank r.
+        What is sent in a round: numbers for an adapted layer of m outputs and n inputs at rank r.
     exact : bool
         Whether the mean of what is sent is the mean of the updates.
     mixed_ranks : bool
@@ -73,20 +73,19 @@ class Method:
     quantized : bool
         Whether the frozen layers may be quantised.
     reads_single_updates : bool
-        Whether the aggregate is made of more than the mean of what clients send, so that noise on a sum does not cover
-        it.
+        Whether the aggregate uses more than the mean of what clients send, so that noise on a sum does not protect it.
     color, marker : str
         In figures, by the names of :mod:`fedlora.figures.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
     parameterisation : str
-        What is trained beside every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
+        The adapter of every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
     learning_rates : dict of str to float
-        Default learning rate by optimiser.
+        Default learning rate by optimizer.
     persistent : bool
-        Whether an array's coordinates mean the same from round to round, so that a server optimiser's moments, or an
-        error memory, may be kept. Where it does not, :meth:`transport` may carry what is linear.
+        Whether an array's coordinates mean the same from round to round, so that a server optimizer's moments, or error
+        feedback, may be kept. If not, :meth:`transport` may carry linear state into the new coordinates.
     client : str
-        Where its client half is, as ``MODULE:CLASS``; "" for the common one.
+        Its client half, as ``MODULE:CLASS``; "" for the common one.
     outputs : tuple of str
         Folders of the result in a run folder, with the model in the first of them: a PEFT adapter, or a whole model
         of transformers. A method with an architecture of its own registers it with transformers in its module, and
