@@ -26,7 +26,7 @@ def client_half(config: Config) -> ClientHalf:
 
 
 class ClientHalf:
-    """The common client half: it trains what came, and sends what it trained.
+    """The common client half: it trains the arrays that it receives, and sends them back.
 
     A method names another one in :attr:`fedlora.methods.Method.client`.
 
@@ -39,7 +39,7 @@ class ClientHalf:
     Attributes
     ----------
     rule : StepRule
-        Which arrays a local step trains, and what becomes of their gradients.
+        Which arrays a local step trains, and how their gradients are changed.
     """
 
     rule = StepRule()

@@ -90,8 +90,8 @@ def _cli_page() -> str:
     lines = [
         "# Command line",
         "",
-        "`fedlora --help` and `fedlora COMMAND --help` say the same in the terminal. Commands exit with 0 when done,",
-        "with 2 for a mistake in what was given, which they tell in one line, and with 1 for anything else.",
+        "`fedlora --help` and `fedlora COMMAND --help` print the same in the terminal. Commands exit with 0 when done,",
+        "with 2 for a mistake in the input, with an error of one line, and with 1 for anything else.",
         "`fedlora --install-completion` teaches your shell the commands, their options, and the keys of a config.",
     ]
     for name, command in _commands(typer.main.get_command(app)):

@@ -42,7 +42,7 @@ class LabelError(InputError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that is not the user's config; exit code 1."""
+    """A run that cannot continue, for a reason other than the user's config; exit code 1."""
 
 
 class RoundError(RunError):

@@ -56,14 +56,14 @@ class _MixedRanks:
 
 
 class Method:
-    """What a method says of itself, to the config, the command line, reports, server and clients.
+    """Facts of a method, for the config, the command line, reports, server and clients.
 
     Attributes
     ----------
     name, title, paper : str
-        ``method.name``, what it is in a line, and where it comes from.
+        ``method.name``, a description in one line, and the paper.
     sends : str
-        What travels in a round, in numbers for an adapted layer of m outputs and n inputs at rank r.
+        What is sent in a round: numbers for an adapted layer of m outputs and n inputs at rank r.
     exact : bool
         Whether the mean of what is sent is the mean of the updates.
     mixed_ranks : bool
@@ -73,20 +73,19 @@ class Method:
     quantized : bool
         Whether the frozen layers may be quantised.
     reads_single_updates : bool
-        Whether the aggregate is made of more than the mean of what clients send, so that noise on a sum does not cover
-        it.
+        Whether the aggregate uses more than the mean of what clients send, so that noise on a sum does not protect it.
     color, marker : str
         In figures, by the names of :mod:`fedlora.figures.style`, or a color as ``#rrggbb``; chosen by the method's
         name where they are empty.
     parameterisation : str
-        What is trained beside every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
+        The adapter of every adapted layer: a name in :data:`fedlora.registry.PARAMETERISATIONS`.
     learning_rates : dict of str to float
-        Default learning rate by optimiser.
+        Default learning rate by optimizer.
     persistent : bool
-        Whether an array's coordinates mean the same from round to round, so that a server optimiser's moments, or an
-        error memory, may be kept. Where it does not, :meth:`transport` may carry what is linear.
+        Whether an array's coordinates mean the same from round to round, so that a server optimizer's moments, or error
+        feedback, may be kept. If not, :meth:`transport` may carry linear state into the new coordinates.
     client : str
-        Where its client half is, as ``MODULE:CLASS``; "" for the common one.
+        Its client half, as ``MODULE:CLASS``; "" for the common one.
     outputs : tuple of str
         Folders of the result in a run folder, with the model in the first of them: a PEFT adapter, or a whole model
         of transformers. A method with an architecture of its own registers it with transformers in its module, and
@@ -245,7 +244,7 @@ class Method:
         ------
         InputError
         """
-        remedy = "holds no finished run of a method that keeps what its owners gave apart; give the folder of one"
+        remedy = "holds no finished run of a method that keeps owners' parts apart; give the folder of such a run"
         raise InputError("FOLDER", str(folder), remedy)
 
 
@@ -401,11 +400,11 @@ def _check_secure(method: type[Method], config: Config) -> None:
     """Refuse to hide what the method's aggregate is made of."""
     why = ""
     if method.reads_single_updates:
-        why = f"hides single clients' updates, of which {method.name} makes more than a mean; choose another method"
+        why = f"hides single clients' updates, but {method.name} needs more than their mean; choose another method"
     elif has_mixed_ranks(config):
         why = "sums updates of one shape; leave method.ranks and method.device_profile out"
     elif any(role.made_by == "client" for e in method.exchanges(config, 1) for role in e.roles.values()):
-        why = f"sums moves from one start, but clients of {method.name} make starts of their own; choose another method"
+        why = f"sums moves from one start, but clients of {method.name} have different starts; choose another method"
     if why:
         raise InputError("server.secure_aggregation", True, why)
 
@@ -419,7 +418,7 @@ def _check_correction(method: type[Method], config: Config) -> None:
     kind.check(config)
     roles = [role for exchange in method.exchanges(config, 1) for role in exchange.roles.values()]
     if any(role.made_by == "client" for role in roles):
-        remedy = f"draws clients to their mean, but those of {method.name} start from arrays of their own; use none"
+        remedy = f"draws clients to their mean, but those of {method.name} start from different arrays; use none"
         raise InputError("client.correction", name, remedy)
     if has_mixed_ranks(config):
         remedy = "needs arrays of one shape; leave method.ranks and method.device_profile out, or use none"

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import pickle
-import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
@@ -33,19 +32,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlora.alignment import align_loaded, align_weights
-from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.assets import build_once, cache_dir, fetch, find_asset, find_model, is_asset
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
 from fedlora.kernels.attention import use_short_attention
 from fedlora.methods import get_method
-from fedlora.paths import find_path
 from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading
 from fedlora.tasks import Task, get_task, tasks
 
 T = TypeVar("T")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS = ("classifier", "score", "classification_head", "logits_proj")
 _BEFORE_HEADS = ("pre_classifier", "pooler", "sequence_summary")
 # Their first positions are reserved for padding, so fewer tokens fit than there are position embeddings.
@@ -203,19 +200,15 @@ def pretrained_source(config: Config) -> str:
         gguf = asset.file(".gguf")
         converted = cache_dir() / "converted" / f"{asset.name}-{asset.version}"
         return str(build_once(converted, lambda target: _convert_gguf(folder, gguf, target), "model.name", name))
-    path = find_path(name, "model.name")
-    if path is not None and path.is_dir():
-        trained = run_source(name, path)
-        if trained is None and not (path / "config.json").is_file():
-            raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
-        _know_architecture(trained or path)
-        # Written into results, which are read from anywhere.
-        return str((trained or path).absolute())
-    if path is not None:
-        raise InputError("model.name", name, "is a file; give the folder of a model saved by save_pretrained")
-    if not _HUB_ID.fullmatch(name):
-        raise InputError("model.name", name, "there is no such folder; give asset:NAME, a hub id or an existing folder")
-    return name
+    path = find_model(name)
+    if path is None:
+        return name
+    trained = run_source(name, path)
+    if trained is None and not (path / "config.json").is_file():
+        raise InputError("model.name", name, "has no config.json; give a folder of save_pretrained")
+    _know_architecture(trained or path)
+    # Written into results, which are read from anywhere.
+    return str((trained or path).absolute())
 
 
 def _know_architecture(folder: Path) -> None:
@@ -554,7 +547,7 @@ def _hidden_size(config: Config, model: Any) -> int:
     except InputError as error:
         if not getattr(model.config, "is_encoder_decoder", False):
             raise
-        remedy = "its decoder wants a text beside the encoder's; take a model of one text, such as an encoder"
+        remedy = "its decoder needs a text beside the encoder's; take a model of one text, such as an encoder"
         raise InputError("model.name", config.model.name, remedy) from error
     return width
 

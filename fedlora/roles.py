@@ -31,17 +31,17 @@ class Role:
         ``round``: every client of the round gets them. ``stale``: a client that lacks their current version gets it,
         and keeps it. ``never``: they stay on the server, or with the client.
     up : str
-        What the server gets of them: their ``value``, the ``update`` (value after minus value before), or ``never``.
-        Where the wire takes updates alone, as coarse codecs do, the server adds what it sent to those of values.
+        What clients send to the server: the ``value``, the ``update`` (value after minus value before), or ``never``.
+        With a codec that encodes only updates, the server adds the values that it sent.
     home : bool
-        Whether each client keeps its own trained copy from round to round. Such arrays do not go up. The server sends
-        the start of those that it makes once; the others start at 0. The run's models are then its clients': see
+        Whether each client keeps its own trained copy from round to round. Such arrays are not sent up. The server
+        sends the start of those that it makes once; the others start at 0. Each client then has its own model: see
         :meth:`fedlora.methods.Method.personalised`.
     made_by : str
-        Who makes their start: the ``server``, or the ``client`` in the first round in which nothing comes down to it.
+        Who initialises them: the ``server``, or the ``client`` in the first round in which it does not receive them.
     increment : bool
-        Whether what the server makes in a round is added to what clients hold, instead of taking its place. The sum
-        enters the model as a residual of the frozen weights.
+        Whether clients add the server's result of a round to their copy, instead of replacing it. The sum is a residual
+        of the frozen weights.
 
     Raises
     ------

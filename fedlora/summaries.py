@@ -38,7 +38,7 @@ def result_rows(facts: Mapping[str, Any], task: Task, folder: Path) -> list[tupl
     if flower:
         moved = flower["sent_bytes"] + flower["received_bytes"]
         rows.append(("moved", f"{format_bytes(moved)} by Flower, {flower['overhead']:+.1%} to the messages above"))
-    rows.append(("trained", f"{facts['trainable_parameters']:,} numbers"))
+    rows.append(("trained", f"{facts['trainable_parameters']:,} parameters"))
     rows.append(("seconds", f"{facts['seconds']['total']:.1f}"))
     rows.append(("folder", str(folder)))
     return rows

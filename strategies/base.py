@@ -208,11 +208,11 @@ class Planned:
 
 
 class FederatedStrategy(Method, Strategy):
-    """Base of all methods: samples clients, sends the global arrays, aggregates what comes back.
+    """Base of all methods: samples clients, sends the global arrays, and aggregates the replies.
 
     A method's file fills in the class attributes of :class:`~fedlora.methods.Method`, :meth:`roles`,
-    :meth:`start_arrays` and :meth:`payload`. One whose aggregate is no weighted mean overrides :meth:`aggregate`. One
-    whose clients hold arrays of other shapes overrides :meth:`client_arrays` and :meth:`client_shapes`.
+    :meth:`start_arrays` and :meth:`payload`. If its aggregate is not a weighted mean, it overrides :meth:`aggregate`.
+    If its clients hold arrays of other shapes, it overrides :meth:`client_arrays` and :meth:`client_shapes`.
 
     Parameters
     ----------
@@ -227,34 +227,34 @@ class FederatedStrategy(Method, Strategy):
     names : list of str
         Names of the real nodes, by client number; empty in simulation.
     examples : dict of int to int
-        Each client's number of examples, stated before the first round; it is the client's weight. A client without an
-        entry is weighed by the number in its reply.
+        Each client's number of examples, known before the first round; it is the client's weight. A client without an
+        entry is weighted by the number in its reply.
     replied : dict of int to list of int
-        By each round that counted, the clients whose replies entered it.
+        For each round that counted, the clients whose replies it includes.
     waits : bool
-        Whether the run goes on after a round in which all clients were absent.
+        Whether the run continues after a round in which all clients were absent.
     exchange : int
-        Which exchange of its round is under way, from 1; the loop sets it by :meth:`enter`.
+        Number of the current exchange in its round, from 1; the loop sets it by :meth:`enter`.
     attempt : int
-        How often the round under way was repeated.
+        How often the current round was repeated.
     report : RoundReport
         Of the last exchange.
     evaluation : ClientEvaluation
-        What clients that evaluate gave in the last round.
+        Results of the clients that evaluated in the last round.
     optimizer : ServerOptimizer
-        Goes from the global arrays to the clients' mean of those that they train. Its state is in the checkpoint.
+        Steps from the global arrays along the clients' mean. Its state is in the checkpoint.
     codecs : RunCodecs
         Encode the arrays that a round's messages and replies carry.
     variates : Variates
-        Of the clients' correction (``client.correction``); with an inactive one nothing is kept or sent.
+        Control variates of ``client.correction``; without one nothing is kept or sent.
     noise : ClientNoise
-        Where whole clients are protected (``privacy.mode = "client"``), clips and noises what they send.
+        If whole clients are protected (``privacy.mode = "client"``), clips and noises their updates.
     aggregator : Aggregator
-        Combines the clients' moves (``server.aggregator``).
+        Combines the clients' updates (``server.aggregator``).
     gathered : dict of str to Tensor
-        Means of what clients answered in exchanges before the first round; :meth:`start_arrays` may use them.
+        Means of the replies in exchanges before the first round; :meth:`start_arrays` may use them.
     secure : SecureSums
-        Where sums are secure (``server.secure_aggregation``), runs the exchanges that hide what each client sends.
+        If sums are secure (``server.secure_aggregation``), runs the exchanges that hide each client's update.
     """
 
     def __init__(self, config: Config) -> None:

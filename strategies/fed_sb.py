@@ -46,9 +46,11 @@ class FedSBOptions(RankedOptions):
     )
     init_examples: Count = Field(
         default=500,
-        description="At most so many examples that the gradient is taken on; of each client, where init is federated.",
+        description="Maximum number of examples for the gradient; with init = federated, of each client.",
     )
-    init_learning_rate: LearningRate = Field(default=1e-4, description="Step along the gradient that dW starts at.")
+    init_learning_rate: LearningRate = Field(
+        default=1e-4, description="Size of the step along the gradient, at which dW starts."
+    )
     init_oversampling: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=8, description="Vectors with which the federated start samples the gradient, beyond the rank."
     )

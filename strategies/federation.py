@@ -65,7 +65,7 @@ RESIDUAL = "residual"
 """Name of the part that increments are added to."""
 
 UNSCORED = (
-    "clients keep models of their own, which nobody scores: set server.fraction_evaluate, and data.client_test in a "
+    "clients keep personal models, which nobody scores: set server.fraction_evaluate, and data.client_test in a "
     "simulation, to have them scored"
 )
 """Note of a run of personalised models that no client evaluates."""
@@ -143,10 +143,10 @@ class Federation:
             )
             raise InputError("server.aggregator", config.server.aggregator, f"{remedy}, and no max_update_norm")
         if not own and method.noise.active:
-            remedy = "adds noise to a method's own mean; a strategy that was brought along aggregates without it"
+            remedy = "adds noise to a method's own mean; a custom strategy aggregates without it"
             raise InputError("privacy.mode", config.privacy.mode, remedy)
         if not own and method.secure.active:
-            remedy = "hides what a strategy that was brought along would aggregate; leave it out"
+            remedy = "hides the updates that a custom strategy would aggregate; leave it out"
             raise InputError("server.secure_aggregation", True, remedy)
         self.rounds: Any = (training or method) if own else Guest(training, method)  # type: ignore[arg-type]
         # Objects with a state, by their key in the checkpoint.
@@ -223,7 +223,7 @@ class Federation:
         nodes, real = self.roster.nodes, self.roster.real
         if not real and len(nodes) < len(self.data.partition):
             clients = len(self.data.partition)
-            remedy = f"{len(nodes)} nodes are there, and every client needs one; give flwr run --federation-config"
+            remedy = f"{len(nodes)} nodes are online, and every client needs one; give flwr run --federation-config"
             raise InputError("data.partition.clients", clients, f"{remedy} num-supernodes={clients}")
         if self.folder.resumed and self.method.private and not (self.simulated or real):
             # Flower's runtimes keep a client's state for one of their runs: epsilon would begin at 0 again.
@@ -249,7 +249,7 @@ class Federation:
         personalised = method.personalised(config)
         unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
         if personalised and self.data.questions is not None:
-            unscored.append("evaluation.kind is not used: clients keep models of their own")
+            unscored.append("evaluation.kind is not used: clients keep personal models")
         for note in (*self.data.notes, *self.adapted.notes, *method.codecs.notes, *unscored):
             self.folder.tell(note)
         for note in self.folder.notes:
@@ -416,7 +416,7 @@ class Federation:
         self.folder.add_attempt(*attempt_rows(server_round, self.meter.take_rows(), reports))
         if not left:
             times = f"{len(self.failed_attempts)} times" if len(self.failed_attempts) > 1 else "once"
-            raise RunError(f"round {server_round} failed {times}, the last time since {why}; go on with --resume")
+            raise RunError(f"round {server_round} failed {times}, the last time since {why}; continue with --resume")
         log.warning("round %d is repeated; %d more attempts are left", server_round, left)
 
     def count(self, seconds: Mapping[str, float], spent: Iterable[Mapping[str, Any]]) -> None:

@@ -69,7 +69,7 @@ def _ask(federation: Federation, starter: FederatedStrategy, exchange: int) -> A
     federation.roster.after_round(starter.report)
     if answered is None:
         why = starter.report.uncounted or "there was no answer"
-        raise RunError(f"exchange {exchange} of the start gave nothing: {why}; go on with --resume")
+        raise RunError(f"exchange {exchange} of the start gave nothing: {why}; continue with --resume")
     text = "exchange %d before the first round: %d of %d clients answered in %.1f s"
     clients, seconds = len(starter.report.clients), starter.report.seconds
     log.info(text, exchange, len(starter.report.metrics), clients, seconds)

@@ -15,8 +15,7 @@ class LALoRAOptions(MethodSection):
 
     smoothing: bool = Field(
         default=True,
-        description="Smooth the factors' gradients along their long side before each step, which takes noise out of "
-        "them.",
+        description="Smooth the factors' gradients along their long side before each step, which reduces their noise.",
     )
 
 

@@ -118,7 +118,7 @@ class Roster:
             self._raise_refusal()
             raise RunError(f"{len(self.nodes) or 'no'} clients answered; server.min_replies asks for more")
         if self._refused:
-            log.warning("the run goes on with %d of %d nodes", len(self.nodes), len(self.nodes) + len(self._refused))
+            log.warning("the run continues with %d of %d nodes", len(self.nodes), len(self.nodes) + len(self._refused))
 
     def refresh(self) -> None:
         """See who left and who is back, without waiting; wait only while fewer than ``min_replies`` are there.
@@ -142,7 +142,7 @@ class Roster:
                 self._raise_refusal()
             if time.monotonic() > deadline:
                 away = ", ".join(self.names[client] for client in sorted(self.away))
-                raise RunError(f"{len(self.present())} nodes are there, too few for server.min_replies; away: {away}")
+                raise RunError(f"{len(self.present())} nodes are online, too few for server.min_replies; away: {away}")
             time.sleep(_POLL_SECONDS)
 
     def present(self) -> dict[int, int]:
@@ -215,7 +215,7 @@ class Roster:
                 return node_ids
             if len(node_ids) != told:
                 told = len(node_ids)
-                log.info("%d of %d nodes are there", told, wanted)
+                log.info("%d of %d nodes are online", told, wanted)
             time.sleep(_POLL_SECONDS)
 
     def _wanted(self) -> int:
@@ -321,7 +321,7 @@ def refusal(config: Config, who: str, code: int, reason: str | None) -> RunError
     if detail.startswith("max_describes_per_day"):
         return RefusedError(f"{said}: it was asked as often as its owner allows, {detail}; try again tomorrow")
     if detail.startswith(("max_evaluations_per_day", "min_test_examples")):
-        return RefusedError(f"{said}: its owner's policy for evaluation is {detail}; ask them, or go on without it")
+        return RefusedError(f"{said}: its owner's policy for evaluation is {detail}; ask them, or continue without it")
     if detail.startswith("models"):
         remedy = f"{said}: its owner does not list this model and revision in [policy] models of node.toml; ask them to"
         return InputError("model.name", config.model.name, remedy)

@@ -16,9 +16,9 @@ from fedlora.errors import INPUT_MARK, InputError, RunError
 from fedlora.results.folder import run_folder
 from fedlora.results.identity import check_data
 from fedlora.results.user_code import with_user_code
+from fedlora.status import DOING, written
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.federation import Federation
-from fedlora.timeline import DOING, written
 
 log = logging.getLogger("fedlora")
 

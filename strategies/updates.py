@@ -51,15 +51,15 @@ class Update:
 
 
 class Updates:
-    """The updates of a round, to be taken once: iterate over them, or ask for their :meth:`mean`.
+    """The updates of a round, which can be read once: iterate over them, or take their :meth:`mean`.
 
-    They are read as the replies come, so that a mean holds one sum and not an array of every client.
+    They are read as replies arrive, so that a mean holds one sum and not an array for every client.
 
     Parameters
     ----------
     stream : iterator of Update
     start : Tensor [n], optional
-        What all clients started from, for :attr:`drift`; None where clients' arrays have shapes of their own.
+        The arrays from which all clients started, for :attr:`drift`; None if clients' arrays differ in shape.
     """
 
     def __init__(self, stream: Iterator[Update], start: torch.Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from fedlora import timeline
+from fedlora import status
 from fedlora.cli import main
 
 IN_TURN = """
@@ -42,7 +42,7 @@ def fedlora(*arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     code: object = None
     with (
-        patch.object(timeline, "SILENCE", math.inf),
+        patch.object(status, "SILENCE", math.inf),
         patch.object(sys, "argv", ["fedlora", *map(str, arguments)]),
         redirect_stdout(out),
         redirect_stderr(err),

@@ -377,7 +377,7 @@ def test_setup_py_would_leave_its_mark_if_it_ran(index, tmp_path):
 
 def test_a_download_that_was_cut_off_goes_on(index):
     index.cut = 1_000_000
-    with pytest.raises(InputError, match="goes on where it stopped"):
+    with pytest.raises(InputError, match="to continue where it stopped"):
         fetch("one")
     assert not (cache_dir() / "assets" / "one-1.0").exists()
     index.cut = 0

@@ -262,7 +262,7 @@ def test_a_resume_with_another_config_names_the_change(
     with monkeypatch.context() as patched:
         patched.setattr("fedlora.simulation.RayGrid", stop)
         stopped = fedlora("run", config, "--output", out)
-    resumes = f"fedlora: stopped; go on with: fedlora run {config} --output {out} --resume\n"
+    resumes = f"fedlora: stopped; continue with: fedlora run {config} --output {out} --resume\n"
     assert (stopped.code, stopped.err) == (1, resumes)
     before = sorted(p.name for p in out.rglob("*"))
     command = ("run", config, "--output", out, "--resume")

@@ -458,7 +458,7 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(config_file: Path, folder: Path, cac
     run.terminate()
     _, told = run.communicate(timeout=600)
     again = ["fedlora", "run", str(config_file), "--set", "run.rounds=200", "--output", str(stopped), "--resume"]
-    assert (run.returncode, told) == (1, f"fedlora: stopped; go on with: {shlex.join(again)}\n")
+    assert (run.returncode, told) == (1, f"fedlora: stopped; continue with: {shlex.join(again)}\n")
     assert not (stopped / "summary.json").exists()
     # Ray, and the imports of the driver and of its worker, went side by side.
     first = {line["phase"]: line for line in map(json.loads, reversed(timeline.read_text().splitlines()))}

@@ -181,7 +181,7 @@ def test_an_owner_leaves_a_finished_run(run):
     checkpoint.close()
     assert owners == {"cats", "sea"}
     assert json.loads((run / "summary.json").read_text())["opted_out"] == ["misc+alt"]
-    with pytest.raises(InputError, match="holds no finished run of a method that keeps what its owners gave apart"):
+    with pytest.raises(InputError, match="holds no finished run of a method that keeps owners' parts apart"):
         fedlora.opt_out(run / "mixture", "cats")
 
 

@@ -146,7 +146,7 @@ def run_documented(flower: dict[str, str], folder: Path, change: dict[str, str])
 @pytest.mark.timeout(900)
 def test_the_documented_command_refuses_fewer_nodes_than_clients(flower: dict[str, str], tmp_path: Path) -> None:
     told = run_documented(flower, tmp_path, {"num-supernodes=10": "num-supernodes=2"})
-    assert "data.partition.clients = 10: 2 nodes are there" in told
+    assert "data.partition.clients = 10: 2 nodes are online" in told
     assert "num-supernodes=10" in told
     assert not (tmp_path / "runs" / "quickstart").exists()
     assert not any(tmp_path.rglob("torch")), "an environment of its own was built"
@@ -172,7 +172,7 @@ def test_the_server_refuses_fewer_nodes_than_clients(tmp_path: Path) -> None:
     output = tmp_path / "run"
     values = {"config": str(config), "output": str(output)}
     grid = LocalGrid("fedlora.clients.client_app:app", 2, run_config=values)
-    with pytest.raises(RunError, match=r"clients = 3: 2 nodes are there.*num-supernodes=3$"):
+    with pytest.raises(RunError, match=r"clients = 3: 2 nodes are online.*num-supernodes=3$"):
         main(grid, Context(1, 1, {}, RecordDict(), values))
     assert not output.exists()
 

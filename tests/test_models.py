@@ -198,7 +198,7 @@ def test_an_encoder_is_no_causal_language_model(tiny, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_model_of_two_texts_is_refused(tmp_path, device):
     T5Model(T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"model\.name.*its decoder wants a text"):
+    with pytest.raises(InputError, match=r"model\.name.*its decoder needs a text"):
         load_base(config(tmp_path, pooling="mean"), LABELS, device)
 
 

@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_line_with_the_command_that_goes_on(place: Path, tmp_
     assert (done.code, len(done.err.splitlines())) == (1, 1), done
     assert done.err.startswith(f"fedlora: {out}")
     assert "cannot be written" in done.err
-    command = shlex.split(done.err.strip().partition("go on with: ")[2])
+    command = shlex.split(done.err.strip().partition("continue with: ")[2])
     assert command == ["fedlora", *given, *(["--resume"] if out.exists() else [])]
     assert out.exists() == (size > 600)
     again = fedlora(*command[1:])

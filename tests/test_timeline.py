@@ -9,18 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.timeline import (
-    DOING,
-    FILE,
-    Phase,
-    active,
-    describe,
-    format_clock,
-    format_seconds,
-    phase,
-    read_written,
-    written,
-)
+from fedlora.status import DOING, read_written, written
+from fedlora.timeline import FILE, Phase, active, describe, format_clock, format_seconds, phase
 
 
 def test_phases_are_appended_from_the_inside_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

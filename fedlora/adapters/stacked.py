@@ -83,7 +83,7 @@ class RowLayout:
         """
         if (self.per_example or len(self.counts) > 1) and rows != sum(self.counts):
             raise GuardError(
-                f"{layer} sees {rows} rows of a batch of {sum(self.counts)}, so whose they are cannot be told; "
+                f"{layer} sees {rows} rows of a batch of {sum(self.counts)}, so it is unknown whose they are; "
                 "leave the layer out of method.target_modules"
             )
 

@@ -7,9 +7,11 @@ imported or run.
 
 from fedlora.assets.cache import build_once, cache_dir, fetch, show_size
 from fedlora.assets.catalogue import ASSETS, PREFIX, Asset, Distribution, asset_of, find_asset, is_asset
+from fedlora.assets.names import HUB_ID, find_model
 
 __all__ = [
     "ASSETS",
+    "HUB_ID",
     "PREFIX",
     "Asset",
     "Distribution",
@@ -18,6 +20,7 @@ __all__ = [
     "cache_dir",
     "fetch",
     "find_asset",
+    "find_model",
     "is_asset",
     "show_size",
 ]

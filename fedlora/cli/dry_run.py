@@ -19,7 +19,7 @@ def estimate_lines(found: Estimate) -> list[str]:
         *config_rows(found.config),
         ("clients", f"{expected.clients:,}"),
         ("rounds", f"{found.config.run.rounds:,}"),
-        ("trained", f"{expected.trainable_parameters:,} numbers"),
+        ("trained", f"{expected.trainable_parameters:,} parameters"),
         ("ranks", rank_list(expected)),
         ("payload", ", ".join(f"{count:,} bytes {way}" for count, way in ways)),
         ("steps", f"{expected.steps:,} of all clients"),

@@ -22,8 +22,8 @@ _QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
 """Where method and local training come from: an example that is known to work."""
 _LABEL_QUESTION = "Column of the labels; none trains a language model"
 _LABEL_HELP = (
-    "Column of the labels; none trains a language model. By default one named label, class, sentiment or alike, "
-    "else the only other column with 2 to 50 values that has five rows a value."
+    "Column of the labels; none trains a language model. By default the one named label, class, sentiment or "
+    "similar, otherwise the only other column with 2 to 50 values and at least five rows per value."
 )
 
 
@@ -36,13 +36,13 @@ def init(
         str | None,
         typer.Option(
             metavar="COLUMN",
-            help="Column of the texts; by default one named text, review or alike, else the longest texts.",
+            help="Column of the texts; by default the one named text, review or similar, otherwise the longest texts.",
         ),
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help=_LABEL_HELP)] = None,
     model: Annotated[str | None, typer.Option(help="asset:NAME, a hub id, or a folder.")] = None,
     owner: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column that names each row's owner: one client an owner.")
+        str | None, typer.Option(metavar="COLUMN", help="Column that names each row's owner: one client per owner.")
     ] = None,
     clients: Annotated[
         int | None, typer.Option(min=1, help="Number of clients among which rows are divided at random.")
@@ -50,16 +50,20 @@ def init(
     epsilon: Annotated[
         float | None, typer.Option(min=0, help="Epsilon that no client may exceed; 0 trains without privacy.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take defaults for what is not given.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: use defaults for options that are not given.")
+    ] = False,
 ) -> None:
     """Write a commented config that runs, from a few questions.
 
-    What an option gives is not asked. Without a terminal nothing is asked at all.
+    Options that are given are not asked. Without a terminal nothing is asked.
     """
     if file.exists():
         raise InputError("FILE", str(file), "exists already; name another file, or remove it")
     if owner is not None and clients is not None:
-        raise InputError("--clients", clients, "goes by --owner already: one client for each value of that column")
+        raise InputError(
+            "--clients", clients, "follows from --owner: there is one client for each value of that column"
+        )
     ask = _Questions(asks=not yes and sys.stdin.isatty())
     source = ask("Data: a CSV, TSV, JSONL or Parquet file, asset:NAME, or a hub id", data, "asset:rotten-tomatoes")
     columns = _columns(source)

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.errors import plain_text
-from fedlora.timeline import Teller, active, format_clock, format_seconds
+from fedlora.status import Teller
+from fedlora.timeline import active, format_clock, format_seconds
 
 _LONGEST_LINE = 20_000  # characters
 
@@ -23,7 +24,7 @@ class PhaseDisplay:
     ----------
     console : Console
     silence : float, optional
-        Seconds without a line, after which one is printed; infinite for none. ``timeline.SILENCE`` by default. On a
+        Seconds without a line, after which one is printed; infinite for none. ``status.SILENCE`` by default. On a
         terminal every phase is seen at all times instead.
     log : callable (line), optional
         Prints that line instead of :meth:`say`, the same only once.

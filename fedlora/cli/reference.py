@@ -138,8 +138,8 @@ _CONFIG_HEAD = """\
 
 `fedlora config --markdown` writes this page from the code. `fedlora config KEY` describes one key in the terminal.
 
-A config is a TOML file. `--set section.key=value` overrides a key of it. A key without a default is either required, or
-its meaning says what holds without it."""
+A config is a TOML file. `--set section.key=value` overrides a key of it. A key without a default is required, unless
+its meaning says what applies without it."""
 
 
 def config_page(keys: Iterable[Key], methods: Mapping[str, type[Method]]) -> str:
@@ -178,7 +178,7 @@ of them sent unchanged.
 {options}"""
 
 METHODS_HEAD = """\
-| `method.name` | what | sent, a layer and round | exact | mixed ranks | example-level DP | paper |
+| `method.name` | what | sent per layer and round | exact | mixed ranks | example-level DP | paper |
 |---|---|---|---|---|---|---|"""
 """Heading of the table of methods, which stands in README, too."""
 

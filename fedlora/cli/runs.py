@@ -62,7 +62,7 @@ def show(
             _print(*round_lines(line, run.task))
     _print(*_curves(run))
     if run.summary is None:
-        _print("", f"not finished; go on with: fedlora run {folder}/config.toml --output {folder} --resume")
+        _print("", f"not finished; continue with: fedlora run {folder}/config.toml --output {folder} --resume")
         return
     _print(*_by_domain(run.summary["final"], run.task), "")
     _print(*result_lines(run.summary, run.task, folder), *_more(run.summary))
@@ -74,7 +74,7 @@ def runs(
     """List the runs below a folder: state, score, epsilon, bytes and time. Tuning runs of studies are left out."""
     found = sorted(path.parent for path in folder.rglob("config.toml") if _is_listed(path.parent, folder))
     if not found:
-        raise InputError("FOLDER", str(folder), "holds no run; give the folder in which runs lie")
+        raise InputError("FOLDER", str(folder), "holds no run; give a folder that contains runs")
     table = Table(box=None, pad_edge=False)
     names = ("run", "method", "model", "rounds", "score", "epsilon", "sent", "seconds")
     for name in names:

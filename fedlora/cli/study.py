@@ -146,7 +146,7 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
         at_once, gpus = capacity(plan)
     except InputError as error:
         # A plan may be printed on another machine than the one that will run it.
-        _say(console, f"here they cannot run, so that there is no estimate of the time: {error}")
+        _say(console, f"they cannot run here, so there is no estimate of the time: {error}")
         return
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
     _say(

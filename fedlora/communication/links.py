@@ -55,7 +55,7 @@ PROFILES: dict[str, LinkProfile] = {
     "lte": LinkProfile("LTE", 29.0, 6.8, 29.0, 1.0, 0.5, f"mobile networks worldwide; {_OOKLA}"),
     "broadband": LinkProfile("home broadband", 58.0, 22.0, 10.0, 1.2, 0.5, f"fixed networks worldwide; {_OOKLA}"),
     "datacenter": LinkProfile(
-        "data centre", 10_000.0, 10_000.0, 0.5, 0.0, 0.0, "10 Gbit/s Ethernet (IEEE 802.3ae), all links alike"
+        "data centre", 10_000.0, 10_000.0, 0.5, 0.0, 0.0, "10 Gbit/s Ethernet (IEEE 802.3ae), the same for all links"
     ),
 }
 

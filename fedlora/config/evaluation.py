@@ -28,7 +28,7 @@ class EvaluationSection(Section):
     )
     max_examples: Positive | None = Field(
         default=None,
-        description="Score at most so many test examples, drawn at random; all by default.",
+        description="Maximum number of test examples that are scored, drawn at random; all by default.",
         json_schema_extra={"unit": "examples"},
     )
 

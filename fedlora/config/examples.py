@@ -45,7 +45,7 @@ class ModelSection(Section):
     )
     num_hidden_layers: Positive | None = Field(
         default=None,
-        description="Keep only the first so many layers of the base model; all by default.",
+        description="Number of layers of the base model that are kept, from the first; all by default.",
         json_schema_extra={"unit": "layers"},
     )
     revision: str | None = Field(
@@ -87,7 +87,8 @@ class PartitionSection(Section):
     )
     column: str | None = Field(
         default=None,
-        description="Column to divide by: the owner with kind natural, else what is skewed; the label by default.",
+        description="Column to divide by: with kind natural the owner, otherwise the column that is skewed; the "
+        "label by default.",
     )
     min_examples: Positive = Field(
         default=1,
@@ -119,7 +120,9 @@ class DataSection(Section):
     subset: str | None = Field(
         default=None, description="Part of a data set on the hub, such as mnli of glue; for data.name alone."
     )
-    format: FileFormat | None = Field(default=None, description="Format of the files; by default told by their names.")
+    format: FileFormat | None = Field(
+        default=None, description="Format of the files; by default by the suffix of their names."
+    )
     train: str | None = Field(
         default=None, description="Split to train on, where the data has several; train by default."
     )
@@ -129,18 +132,18 @@ class DataSection(Section):
     )
     validation: str | Share | None = Field(
         default=None,
-        description="Examples that best and tuning look at: a split, another source, or a share of the training "
-        "examples; none by default.",
+        description="Examples by which the best round and tuned values are chosen: a split, another source, or a "
+        "share of the training examples; none by default.",
     )
     client_test: str | Share | None = Field(
         default=None,
-        description="Share of each client's examples that it does not train on, but tests on; none by default. Real "
-        "nodes hold test examples of their own.",
+        description="Share of each client's examples that it tests on instead of training on them; none by default. "
+        "Real nodes have their own test examples.",
     )
     public: str | Share | None = Field(
         default=None,
-        description="Examples that the server may read: a split, another source, or a share of the training examples, "
-        "which no client has then; none by default.",
+        description="Examples that the server may read: a split, another source, or a share of the training "
+        "examples, taken from the clients; none by default.",
     )
     text: str = Field(default="text", description="Column of the texts.")
     text_pair: str | None = Field(default=None, description="Column of the second text of each pair; none by default.")
@@ -150,13 +153,11 @@ class DataSection(Section):
         description="Names of the classes, in order; by default those of the training examples, or of the test set "
         "with nodes.",
     )
-    prompt: str | None = Field(
-        default=None, description="Column of the prompts of a language model, on which there is no loss."
-    )
+    prompt: str | None = Field(default=None, description="Column of a language model's prompts, which have no loss.")
     answer: str | None = Field(
         default=None,
-        description="Column of the answers, on which the loss is; the first of data.choices by default, if that is "
-        "given.",
+        description="Column of a language model's answers, which have the loss; by default the first of "
+        "data.choices, if that is given.",
     )
     messages: str | None = Field(
         default=None,
@@ -170,32 +171,32 @@ class DataSection(Section):
     )
     choices: str | None = Field(
         default=None,
-        description="Column of the answers to choose from, lists of texts, for evaluation.kind = choice; the right one "
-        "is the answer (of messages the assistant's last turn), or the first where data.answer is not given.",
+        description="Column of lists of answers to choose from, for evaluation.kind = choice. The right one is the "
+        "answer (with messages the assistant's last turn); without data.answer it is the first.",
     )
     long_texts: Literal["cut", "split"] = Field(
         default="cut",
-        description="What becomes of a language model's examples beyond model.max_length: they are cut, or split into "
-        "several rows, each of which counts as an example.",
+        description="What happens to a language model's examples that are longer than model.max_length: they are "
+        "cut, or split into several rows, each of which counts as an example.",
     )
     packing: bool = Field(
         default=False,
         description="Put several examples of a language model's batch into one row of at most model.max_length tokens; "
-        "batches and results are the same, with less padding. Not with privacy by example.",
+        "batches and results are the same, with less padding. Not with example-level privacy.",
     )
     seed: Seed | None = Field(
         default=None,
-        description="Seed of what is held out and of the subsets, so that runs of several seeds can share a test set; "
-        "run.seed by default.",
+        description="Seed by which examples are held out and subsets are drawn, so that runs of several seeds can "
+        "share a test set; run.seed by default.",
     )
     max_examples: Positive | None = Field(
         default=None,
-        description="At most so many training examples, drawn at random; all by default.",
+        description="Maximum number of training examples, drawn at random; all by default.",
         json_schema_extra={"unit": "examples"},
     )
     max_test_examples: Positive | None = Field(
         default=None,
-        description="At most so many test examples, drawn at random; all by default.",
+        description="Maximum number of test examples, drawn at random; all by default.",
         json_schema_extra={"unit": "examples"},
     )
     partition: PartitionSection = Field(
@@ -242,7 +243,7 @@ class DataSection(Section):
         """Check what a language model's rows are made of."""
         task, mode = get_task(config.model.task), config.privacy.mode
         if task.splits and self.name == NODES and self.long_texts == "split":
-            remedy = "is not done by nodes, whose numbers of rows would tell how long their texts are; set it to cut"
+            remedy = "is not done by nodes: their numbers of rows would reveal how long texts are; set it to cut"
             raise InputError("data.long_texts", "split", remedy)
         if task.packs and self.packing and MECHANISMS.made(mode).clips_examples:
             remedy = f"mode {mode} clips the gradient of each row; remove it, or set privacy.mode = none"

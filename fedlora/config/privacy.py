@@ -37,14 +37,14 @@ class PrivacySection(Section):
 
     mode: Annotated[str, AfterValidator(MECHANISMS.check)] = Field(
         default="none",
-        description="What is protected: nothing, one example of one client (with unit one person), or with client a "
-        "whole client.",
+        description="What is protected: nothing (none), one example of one client, or with unit one person "
+        "(example), or a whole client (client).",
     )
     unit: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="With mode example, column of the person (or device, patient, author) whose examples are protected "
-        "together, as one unit; one example by default. Test and validation examples that are held out are of other "
-        "persons than the training examples, in any mode. Nodes name their own column.",
+        "together, as one unit; one example by default. Test and validation examples that are held out come from "
+        "other persons than the training examples, in any mode. Nodes name their own column.",
     )
     user_mechanism: Literal["uls", "els"] = Field(
         default="uls",
@@ -54,9 +54,9 @@ class PrivacySection(Section):
     )
     examples_per_unit: Annotated[int, Field(ge=1, le=MAX_GROUP)] | None = Field(
         default=None,
-        description="With uls, at most so many examples of a person are in its gradient, drawn anew in every step; all "
-        "by default. With els, which needs it, a client trains on at most so many examples of a person, the same in "
-        "all rounds.",
+        description="With uls, the maximum number of examples in a person's gradient, drawn anew in every step; all "
+        "by default. With els, which requires it, the maximum number of a person's examples that a client trains on, "
+        "the same in all rounds.",
     )
     target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Epsilon that no client may exceed over the whole run; noise is calibrated to it."
@@ -64,7 +64,7 @@ class PrivacySection(Section):
     noise_multiplier: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
         description="Standard deviation of the noise, in units of max_grad_norm or clipping_norm, instead of "
-        "target_epsilon; 0 trains without noise, which has no epsilon.",
+        "target_epsilon; 0 trains without noise, with an infinite epsilon.",
     )
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-5,
@@ -88,7 +88,8 @@ class PrivacySection(Section):
     bands: Annotated[int, Field(ge=1, le=MAX_BANDS)] = Field(
         default=1,
         description="With mode client, over how many rounds the server's noise is correlated, so that much of it "
-        "cancels in the models (banded matrix factorisation, DP-FTRL); 1 draws it anew. Clients are divided into as "
+        "cancels in the models (banded matrix factorisation, DP-FTRL); with 1 it is independent. Clients are divided "
+        "into as "
         "many groups, which take turns: fraction_train, of all clients, is 1 / bands at most.",
         json_schema_extra={"unit": "rounds"},
     )
@@ -98,7 +99,7 @@ class PrivacySection(Section):
         "norm that clipping_quantile of them are below. Their noisy count is part of epsilon.",
     )
     clipping_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.5, description="Share of the updates that adaptive clipping leaves as they are."
+        default=0.5, description="Share of the updates that adaptive clipping leaves unclipped."
     )
     accountant: Annotated[str, AfterValidator(ACCOUNTANTS.check)] = Field(
         default="rdp", description="How epsilon is computed from the steps that were taken."

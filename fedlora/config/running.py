@@ -19,22 +19,22 @@ class SimulationSection(Section):
 
     workers: Annotated[int, Field(ge=0, le=10_000)] | None = Field(
         default=None,
-        description="Number of worker processes; 0 runs the clients in the run's own process, without Ray. By default "
-        "as many as fit, and 0 where that is one on this machine.",
+        description="Number of worker processes; 0 runs the clients in the run's own process, without Ray. By "
+        "default as many as fit, or 0 if only one fits on this machine.",
     )
     cpus_per_worker: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=1, description="Cores, and threads, of a worker.", json_schema_extra={"unit": "cores"}
     )
     gpus_per_worker: Annotated[float, Field(ge=0, le=100)] = Field(
         default=0.0,
-        description="GPUs of a worker; a part of one, such as 0.5, is shared. Over several the base model is split by "
-        "layers.",
+        description="Number of GPUs of a worker; with a fraction, such as 0.5, workers share one. Over several GPUs "
+        "the base model is split by layers.",
         json_schema_extra={"unit": "GPUs"},
     )
     cohort_size: Count | Literal["auto"] = Field(
         default="auto",
-        description="Number of clients that train together in one pass. On a GPU, auto is 1 where one client keeps it "
-        "busy, else as many as are worth a pass and fit its memory; on the CPU it is 1.",
+        description="Number of clients that train together in one pass. On a GPU, auto is 1 if one client keeps it "
+        "busy, otherwise as many as keep it busy and fit its memory; on the CPU it is 1.",
     )
     compile: bool | Literal["auto"] = Field(
         default="auto",
@@ -71,7 +71,7 @@ class NetworkSection(Section):
     )
     latency_ms: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
         default=None,
-        description="Median latency there and back, in milliseconds; the profile's by default.",
+        description="Median round-trip latency, in milliseconds; the profile's by default.",
         json_schema_extra={"unit": "milliseconds"},
     )
 
@@ -86,9 +86,9 @@ class TrackingSection(Section):
 
     tensorboard: bool = Field(default=False, description="Log to TensorBoard, into the run folder.")
     wandb: bool = Field(
-        default=False, description="Log to Weights & Biases; with WANDB_MODE=offline into the run folder alone."
+        default=False, description="Log to Weights & Biases; with WANDB_MODE=offline only into the run folder."
     )
-    mlflow: bool = Field(default=False, description="Log to MLflow, where MLFLOW_TRACKING_URI says.")
+    mlflow: bool = Field(default=False, description="Log to MLflow, to the server or folder in MLFLOW_TRACKING_URI.")
     project: str = Field(default="fedlora", description="Project in Weights & Biases, and experiment in MLflow.")
 
     def unused(self, config: Config) -> Iterator[tuple[str, str]]:

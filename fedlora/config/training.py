@@ -21,15 +21,15 @@ class RunSection(Section):
     """``[run]``: the name of the run (its folder is runs/NAME), its seed and its number of rounds."""
 
     name: Name = Field(default="run", description="Name of the run; its folder is runs/NAME.")
-    seed: Seed = Field(default=0, description="Seed of everything that is drawn.")
+    seed: Seed = Field(default=0, description="Seed of all random draws.")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=10, description="Number of rounds.", json_schema_extra={"unit": "rounds"}
     )
     strategy: str | None = Field(
-        default=None, description="A user's own strategy: class, arguments, digest; written by simulate()."
+        default=None, description="Custom strategy: class, arguments and digest; written by simulate()."
     )
     client_app: str | None = Field(
-        default=None, description="A user's own client: where it is from, digest; written by simulate()."
+        default=None, description="Custom client: its source and digest; written by simulate()."
     )
 
 
@@ -67,9 +67,9 @@ class MethodSection(Section):
 class ClientSection(Section):
     """``[client]``: local training."""
 
-    optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="The clients' optimiser.")
+    optimizer: Literal["sgd", "adamw"] = Field(default="adamw", description="The clients' optimizer.")
     learning_rate: LearningRate | None = Field(
-        default=None, description="Learning rate of the clients; by default the method's own for the optimiser."
+        default=None, description="Learning rate of the clients; by default the method's own for the optimizer."
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -99,14 +99,14 @@ class ClientSection(Section):
     )
     group_by_length: bool = Field(
         default=False,
-        description="Put examples of like length into the same physical batches of a batch, which saves padding; the "
-        "batch stays the same.",
+        description="Put examples of similar length into the same physical batches of a batch, which saves padding; "
+        "the batch stays the same.",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
-        description="Compute each transformer layer's activations again in the backward pass instead of keeping them: "
-        "much less memory, for about a third more time. auto does so on a GPU where small parts of a batch would "
-        "not fit either.",
+        description="Recompute each transformer layer's activations in the backward pass instead of keeping them: "
+        "much less memory, about a third more time. auto does so on a GPU if even small parts of a batch would not "
+        "fit.",
     )
     local_steps: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         default=None,
@@ -126,14 +126,14 @@ class ClientSection(Section):
 
     keep_optimizer_state: bool = Field(
         default=False,
-        description="Let each client keep its optimiser's moments from round to round, instead of beginning anew: one "
-        "number for each that it trains with sgd's momentum, two with adamw. Nothing of it is sent.",
+        description="Let each client keep its optimizer's moments from round to round, instead of starting anew: one "
+        "number per trained parameter with sgd's momentum, two with adamw. They are not sent.",
     )
 
     correction: Annotated[str, AfterValidator(CORRECTIONS.check)] = Field(
         default="none",
-        description="What is added to each local gradient against the drift of clients: none, or scaffold's control "
-        "variates. They travel beside the arrays that are trained and sent, as many numbers each way, never rounded.",
+        description="What is added to each local gradient against client drift: none, or scaffold's control "
+        "variates. They are sent beside the trained arrays, as many numbers again each way, and never rounded.",
     )
 
     def check(self, config: Config) -> None:
@@ -163,15 +163,16 @@ class ClientSection(Section):
 class ServerSection(Section):
     """``[server]``: sampling of clients, the server's optimizer, evaluation and timeouts."""
 
-    fraction_train: Fraction = Field(default=1.0, description="Share of the clients that a round asks, at least one.")
+    fraction_train: Fraction = Field(
+        default=1.0, description="Share of the clients that take part in a round, at least one client."
+    )
     sampling: Annotated[str, AfterValidator(CLIENT_SAMPLINGS.check)] = Field(
         default="fixed",
         description="How a round's clients are drawn: a fixed number of them, or each with probability fraction_train.",
     )
     aggregator: Annotated[str, AfterValidator(AGGREGATORS.check)] = Field(
         default="mean",
-        description="What the server makes of the clients' moves: their mean, or what holds if some clients send what "
-        "is wrong.",
+        description="How the server combines the clients' updates: by their mean, or robustly against wrong updates.",
     )
     trimmed_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         default=0.1, description="Share of the values that trimmed-mean leaves out at each end."
@@ -180,13 +181,16 @@ class ServerSection(Section):
         default=1, description="How many wrong clients krum and multi-krum withstand (f); they need 2 f + 3 replies."
     )
     max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Norm to which the server shortens longer moves of clients; by default none is."
+        default=None,
+        description="Largest norm of a client's update; the server shortens longer ones. No limit by default.",
     )
     optimizer: Annotated[str, AfterValidator(SERVER_OPTIMIZERS.check)] = Field(
-        default="fedavg", description="How far the server goes along the mean of the clients: fedavg takes the mean."
+        default="fedavg",
+        description="Optimizer of the server, which steps along the clients' mean update; fedavg "
+        "takes the mean itself.",
     )
     learning_rate: LearningRate | None = Field(
-        default=None, description="Step size of the server's optimizer (eta); each has a default of its own."
+        default=None, description="Step size of the server's optimizer (eta); each has its own default."
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of fedavgm.")
     beta_1: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -198,7 +202,7 @@ class ServerSection(Section):
     tau: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         default=1e-3, description="What the server's optimizer adds to the root of the second moment."
     )
-    min_replies: Positive = Field(default=1, description="Fewest replies with which a round counts.")
+    min_replies: Positive = Field(default=1, description="Minimum number of replies for a round to count.")
     evaluate_every: Positive = Field(
         default=1,
         description="Evaluate after every so many rounds, and after the last one.",
@@ -207,9 +211,9 @@ class ServerSection(Section):
     evaluate_start: bool = Field(default=True, description="Evaluate before the first round too.")
     early_stopping_patience: Positive | None = Field(
         default=None,
-        description="End the run once so many evaluations in a row are no better on data.validation than the best "
-        "before; by default it has all its rounds. Privacy is spent for the rounds that were run alone; noise is "
-        "calibrated for all of them.",
+        description="End the run after so many evaluations in a row without improvement on data.validation; by "
+        "default all rounds are run. Privacy is spent only for the rounds that were run; noise is calibrated for all "
+        "of them.",
         json_schema_extra={"unit": "evaluations"},
     )
     batch_size: Count = Field(
@@ -220,47 +224,47 @@ class ServerSection(Section):
     )
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] | None = Field(
         default=None,
-        description="Seconds of wall-clock time that clients have for their training in a round; the round goes on "
-        "without those that are late. By default timeout alone ends it.",
+        description="Seconds of wall-clock time that clients have for their training in a round; the round continues "
+        "without late ones. By default only timeout ends it.",
         json_schema_extra={"unit": "seconds"},
     )
     over_sampling: Annotated[float, Field(ge=1, le=100)] = Field(
         default=1.0,
-        description="How many times as many clients a round asks as fraction_train says, against stragglers. It takes "
-        "as many replies as fraction_train says, the first ones, and leaves out the others. In simulation these are "
+        description="Factor by which a round asks more clients than fraction_train says, against stragglers. It "
+        "takes only the first replies, as many as fraction_train says. In simulation these are "
         "the first in the order in which clients were drawn, so that the result does not depend on the machine.",
     )
     max_round_retries: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         default=None,
-        description="How often a round that fails is repeated, with clients drawn anew, before the run stops with its "
-        "state saved. A round fails where too few replies come or their aggregate is not finite. By default the run "
-        "goes on to the next round.",
+        description="How often a failed round is repeated, with clients drawn anew, before the run stops with its "
+        "state saved. A round fails if too few replies arrive or their aggregate is not finite. By default the run "
+        "continues with the next round.",
     )
     evaluate_clients: bool = Field(
         default=False,
         description="Evaluate the final model on every client's own examples, in simulation only: one pass over all "
-        "training examples, which no epsilon covers.",
+        "training examples, which epsilon does not cover.",
     )
 
     fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
-        description="Share of the clients that evaluate the model on test examples of their own whenever the server "
-        "evaluates; 0 asks none.",
+        description="Share of the clients that evaluate the model on their own test examples whenever the server "
+        "evaluates; none with 0.",
     )
     evaluate_not_covered: bool = Field(
         default=False,
-        description="Allow clients to evaluate under privacy: epsilon does not cover the sums that they answer with.",
+        description="Allow clients to evaluate under privacy: epsilon does not cover the sums that they send.",
     )
     secure_aggregation: bool = Field(
         default=False,
-        description="Let clients mask what they send, so that the server learns the weighted sum of their updates and "
-        "nothing of one alone (SecAgg+). A sum needs two clients at least.",
+        description="Let clients mask their updates, so that the server learns only the weighted sum (SecAgg+). A "
+        "sum needs at least two clients.",
     )
     num_shares: Annotated[int, Field(ge=3, le=10_000)] = Field(
         default=33,
         description="With secure_aggregation, into how many shares a client's secrets are divided: one for itself, the "
-        "others for its neighbours of the round; an even number counts as the next odd one. Few clients all hold "
-        "shares of each other.",
+        "others for its neighbours of the round; an even number counts as the next odd one. With few clients, all "
+        "hold shares of each other.",
     )
     reconstruction_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
         default=0.6,
@@ -355,20 +359,20 @@ class WireSection(Section):
 
     codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
         default=None,
-        description="How the arrays of a round are encoded, both ways; by default nothing is rounded. Arrays that are "
-        "sent once never are.",
+        description="How the arrays of a round are encoded in both directions; by default they are not rounded. "
+        "Arrays that are sent once are never rounded.",
     )
     downlink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
-        default=None, description="How arrays on the way to clients are encoded, instead of codec."
+        default=None, description="How arrays sent to clients are encoded, instead of codec."
     )
     uplink_codec: Annotated[str, AfterValidator(CODECS.check)] | None = Field(
-        default=None, description="How arrays on the way to the server are encoded, instead of codec."
+        default=None, description="How arrays sent to the server are encoded, instead of codec."
     )
     error_feedback: bool | None = Field(
         default=None,
-        description="Let each client keep what the uplink's codec leaves out, and add it to its next update; by "
-        "default for codecs that encode updates alone, such as onebit and topk. Arrays then go up as updates. A client "
-        "keeps up to two numbers for each that it sends.",
+        description="Let each client keep the error of the uplink's codec, and add it to its next update; by default "
+        "only with codecs that encode updates, such as onebit and topk. Clients then send updates. A client keeps up "
+        "to two numbers for each number that it sends.",
     )
     topk_fraction: Fraction = Field(
         default=0.05, description="Share of an array's numbers that topk sends: the largest, at least one."

@@ -46,7 +46,6 @@ def bigbench_files(asset: Asset, folder: Path, field: str) -> dict[str, Path]:
     InputError
         If the cache cannot be written.
     """
-    made = cache_dir() / "converted" / f"{asset.name}-{asset.version}-{FORM}"
 
     def build(target: Path) -> None:
         import pyarrow as pa
@@ -61,7 +60,14 @@ def bigbench_files(asset: Asset, folder: Path, field: str) -> dict[str, Path]:
             table = pa.Table.from_pylist([row for key, row in rows if split_of(key) == split])
             pq.write_table(table.replace_schema_metadata(metadata), target / f"{split}.parquet")
 
-    build_once(made, build, field, asset.name)
+    files = table_files(asset)
+    build_once(files["train"].parent, build, field, asset.name)
+    return files
+
+
+def table_files(asset: Asset) -> dict[str, Path]:
+    """Return where the cache has an asset's splits, if they were made."""
+    made = cache_dir() / "converted" / f"{asset.name}-{asset.version}-{FORM}"
     return {split: made / f"{split}.parquet" for split in SPLITS}
 
 

@@ -13,6 +13,20 @@ from fedlora.tasks.chat import ROLES
 from fedlora.tasks.labels import INTEGER, NUMBER, Column, as_word, is_missing, shown
 
 
+def check_column(table: Table, column: str, field: str, where: str = "") -> None:
+    """Refuse a column that is not there, or whose name several have.
+
+    Raises
+    ------
+    InputError
+        Naming ``field``, and ``where`` the column is not.
+    """
+    if column not in table.columns:
+        raise InputError(field, column, f"there is no such column{where}; columns: {listed(table.columns)}")
+    if column in table.repeated:
+        raise InputError(field, column, "is the name of several columns; rename all but one")
+
+
 def read_column(table: Table, column: str, field: str) -> list[Any]:
     """Read a column.
 
@@ -21,10 +35,7 @@ def read_column(table: Table, column: str, field: str) -> list[Any]:
     InputError
         If it is not there, several have its name, or it cannot be read.
     """
-    if column not in table.columns:
-        raise InputError(field, column, f"there is no such column; columns: {listed(table.columns)}")
-    if column in table.repeated:
-        raise InputError(field, column, "is the name of several columns; rename all but one")
+    check_column(table, column, field)
     try:
         values = table.columns[column]()
     except Exception as error:  # the file may be damaged in any way
@@ -229,4 +240,4 @@ def alike_classes(config: Config, names: list[str]) -> list[str]:
     if not found:
         return []
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-    return [f"{config.data.label}: {'; '.join(found[:3])}{more} are classes of their own, though they look alike"]
+    return [f"{config.data.label}: {'; '.join(found[:3])}{more} are separate classes, though they look alike"]

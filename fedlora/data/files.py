@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,11 @@ class Table:
         columns = {name: lambda name=name: plain[name][:] for name in plain.column_names}
         return cls(columns, len(plain), classes=classes)
 
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> Table:
+        """Make a table that knows its columns' names alone."""
+        return cls(dict.fromkeys(names, list), 0, repeated=_repeated(names))
+
 
 def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
     import datasets
@@ -102,22 +109,106 @@ def read_file(path: Path, file_format: str | None = None, *, any_text: bool = Fa
     Exception
         Whatever a damaged Parquet or gzip file makes its reader raise.
     """
-    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-    kind = f".{file_format}" if file_format else suffix
-    if kind not in SUFFIXES:
-        raise ValueError(f"its format is unknown: give {FORMATS}, or set data.format")
+    kind = _kind(path, file_format)
     if kind == ".parquet":
         return _read_parquet(path, any_text)
     text = _decoded(path.read_bytes(), any_text)
     if kind in (".jsonl", ".json"):
         return _read_json(text)
-    return _read_cells(text, "," if kind == ".csv" else "\t")
+    return _read_cells(text, _delimiter(kind))
+
+
+def read_header(path: Path, file_format: str | None = None, wanted: Collection[str] = ()) -> Table:
+    """Read which columns a file has, and as little else as that takes.
+
+    The first line of a CSV or TSV file and the metadata of a Parquet file say it. Objects of JSON are read until every
+    wanted column has occurred; later ones may have further columns.
+
+    Parameters
+    ----------
+    path, file_format
+        As for :func:`read_file`.
+    wanted : Collection of str
+
+    Returns
+    -------
+    Table
+        With the names of the columns alone.
+
+    Raises
+    ------
+    ValueError, Exception
+        As :func:`read_file`, of what is read.
+    """
+    kind = _kind(path, file_format)
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        return Table.of_names(pq.ParquetFile(path).schema_arrow.names)
+    try:
+        with path.open("rb") as file, _text_of(file) as lines:
+            if kind in (".csv", ".tsv"):
+                _, names = _header(lines, _delimiter(kind))
+                return Table.of_names([name for name in names if name])
+            found: dict[str, None] = {}
+            for _, row in _json_rows(lines):
+                found |= dict.fromkeys(row)
+                if found.keys() >= set(wanted):
+                    break
+            return Table.of_names(list(found))
+    except UnicodeError:
+        return read_file(path, file_format)  # says in which line
+
+
+def read_folder_header(path: Path) -> dict[str, Table] | None:
+    """Read which splits and columns a folder of ``save_to_disk`` has; None where that is not said as expected."""
+
+    def content(file: str) -> Any:
+        return json.loads((path / file).read_text(encoding="utf-8"))
+
+    found = {}
+    try:
+        whole = not (path / "dataset_dict.json").is_file()
+        for split in ["train"] if whole else content("dataset_dict.json")["splits"]:
+            folder = "." if whole else split
+            names = list(content(f"{folder}/dataset_info.json")["features"])
+            chosen = content(f"{folder}/state.json")["_format_columns"]
+            found[split] = Table.of_names([name for name in names if chosen is None or name in chosen])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # loading it says what is wrong
+    return found
+
+
+def _kind(path: Path, file_format: str | None) -> str:
+    """Return the suffix of a file's format."""
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    kind = f".{file_format}" if file_format else suffix
+    if kind not in SUFFIXES:
+        raise ValueError(f"its format is unknown: give {FORMATS}, or set data.format")
+    return kind
+
+
+def _delimiter(kind: str) -> str:
+    return "," if kind == ".csv" else "\t"
+
+
+_GZIP = b"\x1f\x8b"
+
+
+def _encoding(start: bytes) -> str:
+    return "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+
+
+def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
+    """Open a file's text as a stream; lines keep their ends."""
+    stream: Any = gzip.open(file) if file.peek(2).startswith(_GZIP) else file  # noqa: SIM115
+    return io.TextIOWrapper(stream, encoding=_encoding(stream.peek(2)), newline="")
 
 
 def _decoded(content: bytes, any_text: bool = False) -> str:
-    if content.startswith(b"\x1f\x8b"):
+    if content.startswith(_GZIP):
         content = gzip.decompress(content)
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    encoding = _encoding(content)
     if any_text:
         return content.decode(encoding, "replace")
     try:
@@ -143,19 +234,11 @@ def first_line(error: Exception) -> str:
 
 
 def _read_cells(text: str, delimiter: str) -> Table:
-    records = _records(text, delimiter)
-    header = next(records, None)
-    if header is None:
+    used, names = _header(io.StringIO(text, newline=""), delimiter)
+    records = _records(io.StringIO(text, newline=""), used)
+    if next(records, None) is None:
         return Table({}, 0)
-    notes = []
-    other = [d for d in _DELIMITERS if d != delimiter and len(_split(header.physical[0], d)) > 1]
-    if len(header.cells) == 1 and len(other) == 1:
-        # Spreadsheets write semicolons where a comma is the decimal sign, and tabs whatever the file's name is.
-        (delimiter,) = other
-        notes.append(f"cells are separated by {_DELIMITERS[delimiter]}")
-        records = _records(text, delimiter)
-        header = next(records)
-    names = [name.strip() for name in header.cells]
+    notes = [] if used == delimiter else [f"cells are separated by {_DELIMITERS[used]}"]
     rows, lines, spanning = [], [], []
     for record in records:
         if len(record.cells) != len(names):
@@ -165,13 +248,26 @@ def _read_cells(text: str, delimiter: str) -> Table:
         rows.append(record.cells)
         lines.append(record.line)
     if spanning:
-        _check_spanning(spanning, rows, delimiter)
+        _check_spanning(spanning, rows, used)
         notes.append(
             f"{_count(len(spanning), 'row')} over several lines, as the quotes say (first: {spanning[0].place})"
         )
     named = [(place, name) for place, name in enumerate(names) if name]
     columns = {name: lambda place=place: [row[place] or None for row in rows] for place, name in named}
     return Table(columns, len(rows), lines, typed=False, repeated=_repeated(name for _, name in named), notes=notes)
+
+
+def _header(lines: Iterator[str], delimiter: str) -> tuple[str, list[str]]:
+    """Return the delimiter that the first record has, and its cells as names of columns."""
+    header = next(_records(lines, delimiter), None)
+    if header is None:
+        return delimiter, []
+    other = [d for d in _DELIMITERS if d != delimiter and len(_split(header.physical[0], d)) > 1]
+    if len(header.cells) == 1 and len(other) == 1:
+        # Spreadsheets write semicolons where a comma is the decimal sign, and tabs whatever the file's name is.
+        (delimiter,) = other
+        header = next(_records(itertools.chain(header.physical, lines), delimiter))
+    return delimiter, [name.strip() for name in header.cells]
 
 
 @dataclass(frozen=True)
@@ -195,20 +291,20 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _records(text: str, delimiter: str) -> Iterator[_Record]:
+def _records(lines: Iterable[str], delimiter: str) -> Iterator[_Record]:
     physical: list[str] = []
 
-    def lines() -> Iterator[str]:
-        for line in io.StringIO(text, newline=""):
+    def kept() -> Iterator[str]:
+        for line in lines:
             physical.append(line)
             yield line
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    reader = csv.reader(kept(), delimiter=delimiter, strict=True)
     while True:
         physical.clear()
         first = reader.line_num + 1
         # A cell may be as long as the file; the limit is the module's, so it is put back at once.
-        limit = csv.field_size_limit(len(text) + 1)
+        limit = csv.field_size_limit(sys.maxsize)
         try:
             cells = next(reader)
         except StopIteration:
@@ -273,31 +369,44 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(text: str) -> Table:
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    lines: list[int] | None = None
-    if text.lstrip().startswith("["):
-        rows = decoder.decode(text)
-    else:
-        rows, lines = [], []
-        for number, line in enumerate(_NEWLINE.split(text), 1):
-            if line.strip():
-                try:
-                    rows.append(decoder.decode(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
-                lines.append(number)
     names: dict[str, None] = {}
-    for place, row in enumerate(rows):
-        where = f"row {place + 1}" if lines is None else f"line {lines[place]}"
+    rows, lines = [], []
+    for line, row in _json_rows(io.StringIO(text, newline="")):
+        rows.append(row)
+        lines.append(line)
+        names |= dict.fromkeys(row)
+    columns = {name: lambda name=name: [row.get(name) for row in rows] for name in names}
+    numbers = [line for line in lines if line is not None]
+    return Table(columns, len(rows), numbers if len(numbers) == len(rows) else None)
+
+
+def _json_rows(lines: Iterable[str]) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Yield the objects of JSON lines, each with its line, or those of one array, which have no lines."""
+    for place, (line, row) in enumerate(_json_values(lines), 1):
+        where = f"row {place}" if line is None else f"line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where} is no object of columns")
         if isinstance(row, _Twice):
             raise ValueError(f"{where} names a column twice")
-        names |= dict.fromkeys(row)
-    columns = {name: lambda name=name: [row.get(name) for row in rows] for name in names}
-    return Table(columns, len(rows), lines)
+        yield line, row
+
+
+def _json_values(lines: Iterable[str]) -> Iterator[tuple[int | None, Any]]:
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    numbered, first = enumerate(lines, 1), True
+    for number, line in numbered:
+        if first and line.lstrip().startswith("["):
+            text = "".join([line, *(rest for _, rest in numbered)])
+            yield from ((None, row) for row in decoder.decode("\n" * (number - 1) + text))
+            return
+        if line.strip():
+            first = False
+            try:
+                yield number, decoder.decode(line.rstrip("\r\n"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
 
 
 def _read_parquet(path: Path, any_text: bool = False) -> Table:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
 import hashlib
 import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.assets import build_once, cache_dir, fetch, find_asset, is_asset
+from fedlora.assets import build_once, cache_dir, is_asset
 from fedlora.config import NODES, SERVER, Config
-from fedlora.data import bigbench
 from fedlora.data.columns import (
     alike_classes,
     cells,
+    check_column,
     listed,
     not_messages,
     read_choices,
@@ -32,7 +29,8 @@ from fedlora.data.columns import (
     read_texts,
     read_words,
 )
-from fedlora.data.files import FORMATS, SUFFIXES, Table, first_line, read_file, without_format
+from fedlora.data.files import SUFFIXES, Table, without_format
+from fedlora.data.origins import identity, load_file, load_headers, load_tables, quiet
 from fedlora.errors import InputError, LabelError
 from fedlora.paths import find_path
 from fedlora.tasks import get_task
@@ -51,7 +49,6 @@ UNIT_COLUMN = "unit"
 PLACE = "place"
 """Column of conversations that says where each is from, for errors."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One stream of random numbers for each use of the run's seed.
 _HOLD_OUT, _SUBSET, _VALIDATION, _CLIENT_TEST, QUESTIONS, _PUBLIC = 1, 2, 3, 4, 5, 6
 
@@ -117,21 +114,15 @@ def load_examples(config: Config) -> Examples:
         return _own_examples(config)
     seed = draw_seed(config)
     notes: list[str] = []
-    splits = _load(data.name, "data.name", data.format, data.subset)
-    train_name = _train_split(config, splits)
-    train = _shape(config, splits[train_name], "data.name", notes, is_train=True)
-    other = {name: _other(config, splits, name, notes) for name in ("test", "validation", "public")}
-    if data.test is None and "test" in splits and train_name != "test":
-        other["test"] = _shape(config, splits["test"], "data.name", notes)
+    sources = _sources(config)
+    train = _shape(config, *sources["train"], notes, is_train=True)
+    other = _shape_others(config, sources, notes)
     label_names, task = None, get_task(config.model.task)
     if task.classes:
-        train, label_names = _encode_train(config, splits[train_name], train)
+        train, label_names = _encode_train(config, sources["train"][0], train)
         notes += alike_classes(config, label_names)
-        for name, table in other.items():
-            if table is not None:
-                field = f"data.{name}" if getattr(data, name) else "data.name"
-                other[name] = _encode(config, table, label_names, field)
-    test = other["test"]
+        other = {name: _encode(config, table, label_names, sources[name][1]) for name, table in other.items()}
+    test = other.get("test")
     if test is None:
         if len(train) < 2:
             raise InputError("data.name", data.name, "holds one example, too few to hold out a test set; add examples")
@@ -148,7 +139,24 @@ def load_examples(config: Config) -> Examples:
         order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
         train = train.select(np.sort(order[: data.max_examples]))
     test = _subset_of_test(config, test)
-    return Examples(train, test, other["validation"], other["public"], label_names, list(dict.fromkeys(notes)))
+    return Examples(train, test, other.get("validation"), other.get("public"), label_names, list(dict.fromkeys(notes)))
+
+
+def check_sources(config: Config) -> None:
+    """Check that the sources, splits and columns which ``data.*`` names are there, without loading any examples.
+
+    Headers of files tell it within milliseconds. What is on the hub, or yet to be fetched, is left to
+    :func:`load_examples`, and so is all that depends on rows.
+
+    Raises
+    ------
+    InputError
+        Naming the key of what is not there.
+    """
+    for part, (table, named) in _sources(config, header=True).items():
+        where = "" if named == "data.name" else f" in {getattr(config.data, part)}"
+        for key, column in _columns_of(config, part).items():
+            check_column(table, column, key, where)
 
 
 def draw_seed(config: Config) -> int:
@@ -183,19 +191,16 @@ def held_out(config: Config, examples: int) -> int:
 
 def _server_examples(config: Config) -> Examples:
     """Load what a server has when its clients are nodes: all but the training examples."""
-    names, notes = ("test", "validation", "public"), list[str]()
-    tables = {name: _other(config, {}, name, notes) for name in names}
-    label_names = None
+    notes = list[str]()
+    tables = _shape_others(config, _sources(config), notes)
+    names = None
     if get_task(config.model.task).classes:
-        assert tables["test"] is not None
-        label_names = config.data.label_names or _sorted_labels(config, tables["test"])
-        _check_classes(config, label_names)
-        notes += alike_classes(config, label_names)
-        for name, table in tables.items():
-            if table is not None:
-                tables[name] = _encode(config, table, label_names, f"data.{name}")
+        names = config.data.label_names or _sorted_labels(config, tables["test"])
+        _check_classes(config, names)
+        notes += alike_classes(config, names)
+        tables = {part: _encode(config, table, names, f"data.{part}") for part, table in tables.items()}
     test = _subset_of_test(config, tables["test"])
-    return Examples(None, test, tables["validation"], tables["public"], label_names, list(dict.fromkeys(notes)))
+    return Examples(None, test, tables.get("validation"), tables.get("public"), names, list(dict.fromkeys(notes)))
 
 
 # A node's own file. What it answers must not depend on its texts: every row counts, and every value is a text.
@@ -301,12 +306,10 @@ def _own_table(config: Config) -> datasets.Dataset:
 def _own_rows(config: Config) -> tuple[Table, list[int]]:
     """Read the file, and say which of its rows are not blank."""
     data = config.data
-    table = _load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
+    table = load_file(Path(data.name), "data.name", data.name, data.format, any_text=True)["train"]
     label = {"label": data.label} if get_task(config.model.task).labelled else {}
     for name, column in (_text_columns(config) | label).items():
-        if column not in table.columns or column in table.repeated:
-            there = "there is no such column" if column not in table.columns else "is the name of several columns"
-            raise InputError(f"data.{name}", column, f"{there}; columns: {listed(table.columns)}")
+        check_column(table, column, f"data.{name}")
     if len(table.columns) == 1:
         return table, list(range(table.rows))
     columns = [read() for read in table.columns.values()]
@@ -402,11 +405,11 @@ def source_identity(config: Config) -> list[Any]:
     lies in the local cache.
     """
     data = config.data
-    found = [] if data.name == NODES else [_identity(data.name, "data.name", data.subset)]
+    found = [] if data.name == NODES else [identity(data.name, "data.name", data.subset)]
     for key in ("test", "validation", "public", "client_test"):
         given = getattr(data, key)
         if isinstance(given, str) and (is_asset(given) or find_path(given, f"data.{key}") is not None):
-            found.append(_identity(given, f"data.{key}"))
+            found.append(identity(given, f"data.{key}"))
     return found
 
 
@@ -475,7 +478,7 @@ def materialise(source: datasets.Dataset | Mapping[str, datasets.Dataset]) -> st
     folder = cache_dir() / "memory" / digest.hexdigest()[:32]
 
     def build(target: Path) -> None:
-        with _quiet():
+        with quiet():
             datasets.DatasetDict(splits).save_to_disk(str(target))
 
     return str(build_once(folder, build, "data", type(source).__name__))
@@ -501,118 +504,61 @@ class _HashSink(io.RawIOBase):
 
 # Where examples come from.
 
+Sources = dict[str, tuple[Table, str]]
+"""The tables of train, test, validation and public, each with the key that names its source."""
 
-def _load(name: str, field: str, file_format: str | None = None, subset: str | None = None) -> dict[str, Table]:
-    path = None if is_asset(name) else find_path(name, field)
-    if subset is not None and (is_asset(name) or path is not None):
-        raise InputError("data.subset", subset, f"is a part of a data set on the hub, but {name} is none; leave it out")
-    if is_asset(name):
-        return _load_asset(name, field)
-    if path is None:
-        return _tables(_load_hub(name, field, subset))
-    return _tables(_load_folder(path, field, name)) if path.is_dir() else _load_file(path, field, name, file_format)
+
+def _sources(config: Config, header: bool = False) -> Sources:
+    """Find the tables of a run; what is a share of train has none.
+
+    With ``header`` they have the names of their columns alone, and those that only loading would tell are left out.
+    """
+    data, found = config.data, Sources()
+
+    def read(part: str, name: str, *about: str | None) -> dict[str, Table] | None:
+        field = "data.name" if part == "train" else f"data.{part}"
+        if not header:
+            return load_tables(name, field, *about)
+        return load_headers(name, field, set(_columns_of(config, part).values()), *about)
+
+    splits: dict[str, Table] | None = {}
+    if data.name != NODES:
+        splits = read("train", data.name, data.format, data.subset)
+    if data.name != NODES and splits is not None:
+        train = _train_split(config, splits)
+        found["train"] = splits[train], "data.name"
+        if data.test is None and "test" in splits and train != "test":
+            found["test"] = splits["test"], "data.name"
+    for part in ("test", "validation", "public"):
+        given = getattr(data, part)
+        if isinstance(given, str):  # else it is not there, or a share of train
+            table = _other(config, splits, part, given, read)
+            if table is not None:
+                found[part] = table, f"data.{part}"
+    return found
+
+
+def _columns_of(config: Config, part: str) -> dict[str, str]:
+    """Return the columns that examples for a part of a run must have, by the keys that name them."""
+    data, task = config.data, get_task(config.model.task)
+    found = {f"data.{key}": column for key, column in _text_columns(config).items()}
+    if task.labelled:
+        found["data.label"] = data.label
+    first_is_right = data.prompt is not None and data.answer is None
+    chosen_from = first_is_right or (part == "test" and config.evaluation.kind == "choice")
+    if data.choices is not None and task.answers and chosen_from:
+        found["data.choices"] = data.choices
+    if part == "train" and data.partition.column is not None:
+        found["data.partition.column"] = data.partition.column
+    if part == "train" and config.privacy.unit is not None:
+        found["privacy.unit"] = config.privacy.unit
+    return found
 
 
 def _dataset(columns: Mapping[str, Any]) -> datasets.Dataset:
     import datasets
 
     return datasets.Dataset.from_dict(columns)
-
-
-def _tables(splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
-    return {name: Table.of_dataset(table) for name, table in splits.items()}
-
-
-def _load_hub(name: str, field: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    if Path(name).suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
-        raise InputError(field, name, f"there is no such file or folder; give a path to {FORMATS}")
-    try:
-        with _quiet():
-            loaded = datasets.load_dataset(name, subset)
-    except Exception as error:  # whatever the hub client, a parser or a builder raises: the source cannot be used
-        part = "" if subset is None else f" with the subset {subset}"
-        remedy = f"is no file here and the hub does not give it{part} ({first_line(error)}); give a path or asset:NAME"
-        raise InputError(field, name, remedy) from error
-    return {str(split): table for split, table in loaded.items()}
-
-
-def _load_asset(name: str, field: str) -> dict[str, Table]:
-    """Read a data asset.
-
-    The five domains of 20newsgroups are comp, rec, sci, talk and misc+alt, by the first part of the group's name; soc
-    goes with misc+alt.
-    """
-    folder = fetch(name, "data", field)
-    asset = find_asset(name, "data", field)
-    if asset.package == bigbench.PACKAGE:
-        files = bigbench.bigbench_files(asset, folder, field)
-        return {split: _load_file(path, field, name)["train"] for split, path in files.items()}
-    columns: dict[str, list[str]]
-    if asset.name == "rotten-tomatoes":
-        content = bz2.decompress((folder / asset.file(".bz2")).read_bytes()).decode("utf-8")
-        rows = [row for row in csv.DictReader(io.StringIO(content)) if row["category"] != "plot"]
-        names = {"text": "text", "label": "category", "movie": "movie_name"}
-        columns = {new: [row[old] for row in rows] for new, old in names.items()}
-        return _tables({"train": _dataset(columns)})
-    splits = {}
-    for split in ("train", "test"):
-        # Orange's format: three lines of header, then one example a line; the first is empty.
-        lines = (folder / asset.file(f"-{split}.tab")).read_text(encoding="utf-8").rstrip("\n").split("\n")[3:]
-        cells = [line.split("\t", 1) for line in lines if line.strip()]
-        columns = {"text": [text for _, text in cells], "label": [label for label, _ in cells]}
-        if asset.name == "20newsgroups":
-            columns["domain"] = [_domain(label) for label in columns["label"]]
-        splits[split] = _dataset(columns)
-    return _tables(splits)
-
-
-def _domain(group: str) -> str:
-    first = group.split(".")[0]
-    return first if first in ("comp", "rec", "sci", "talk") else "misc+alt"
-
-
-def _load_folder(path: Path, field: str, name: str) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # the files of the folder may be damaged in any way
-        remedy = f"is no readable datasets folder ({first_line(error)}); give one of save_to_disk, or a file"
-        raise InputError(field, name, remedy) from error
-    if isinstance(loaded, datasets.Dataset):
-        return {"train": loaded}
-    return {str(split): table for split, table in loaded.items()}
-
-
-def _load_file(
-    path: Path, field: str, name: str, file_format: str | None = None, any_text: bool = False
-) -> dict[str, Table]:
-    try:
-        table = read_file(path, file_format, any_text=any_text)
-    except Exception as error:  # the file may be damaged in any way
-        remedy = f"cannot be read ({first_line(error)}); fix the file"
-        raise InputError(field, name, remedy) from error
-    if table.rows == 0:
-        raise InputError(field, name, "holds no rows; give a file with examples")
-    return {"train": table}
-
-
-def _identity(name: str, field: str, subset: str | None = None) -> list[Any]:
-    if is_asset(name):
-        asset = find_asset(name, "data", field)
-        form = [bigbench.FORM] if asset.package == bigbench.PACKAGE else []
-        return ["asset", sorted(asset.files.items()), *form]
-    path = find_path(name, field)
-    if path is None:
-        loaded = _load_hub(name, field, subset)
-        return ["hub", name, subset, [[split, len(table), table._fingerprint] for split, table in loaded.items()]]
-    if path.is_file():
-        return ["file", str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    stats = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return ["folder", str(path.resolve()), stats]
 
 
 # Splits.
@@ -655,25 +601,38 @@ def _train_split(config: Config, splits: Mapping[str, Table]) -> str:
     return wanted
 
 
-def _other(config: Config, splits: Mapping[str, Table], name: str, notes: list[str]) -> datasets.Dataset | None:
-    given = getattr(config.data, name)
-    if not isinstance(given, str):
-        return None  # not there, or a share of train
-    field = f"data.{name}"
-    if given in splits:
-        return _shape(config, splits[given], field, notes)
+def _other(
+    config: Config,
+    splits: Mapping[str, Table] | None,
+    part: str,
+    given: str,
+    read: Callable[[str, str], dict[str, Table] | None],
+) -> Table | None:
+    """Find the table of a split of the training data, or of a source of its own; None where nobody can tell yet."""
+    field = f"data.{part}"
+    if splits is not None and given in splits:
+        return splits[given]
     if not is_asset(given) and find_path(given, field) is None:
+        if splits is None:
+            return None
         if config.data.name == NODES:
             raise InputError(field, given, f"there is no such file on the server, in {Path.cwd()}; give its path there")
         raise InputError(field, given, f"is no split (splits: {listed(splits)}) and no file; give one of these")
-    loaded = _load(given, field)
-    table = loaded.get(name) or (next(iter(loaded.values())) if len(loaded) == 1 else None)
+    loaded = read(part, given)
+    if loaded is None:
+        return None
+    table = loaded.get(part) or (next(iter(loaded.values())) if len(loaded) == 1 else None)
     if table is None:
         raise InputError(field, given, f"holds the splits {listed(loaded)}; give a source with one split")
-    return _shape(config, table, field, notes)
+    return table
 
 
 # Columns.
+
+
+def _shape_others(config: Config, sources: Sources, notes: list[str]) -> dict[str, datasets.Dataset]:
+    """Shape what is there beside the training examples."""
+    return {part: _shape(config, *source, notes) for part, source in sources.items() if part != "train"}
 
 
 def _shape(config: Config, table: Table, field: str, notes: list[str], is_train: bool = False) -> datasets.Dataset:
@@ -774,16 +733,3 @@ def _encode(config: Config, table: datasets.Dataset, names: list[str], field: st
         raise LabelError(field, getattr(config.data, field.removeprefix("data.")), remedy)
     columns = {name: table[name][:] for name in table.column_names if name != "label"}
     return _dataset({**columns, "label": [task.number(label, index) for label in labels]})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -28,6 +28,7 @@ from fedlora.data.sources import (
     PLACE,
     UNIT_COLUMN,
     Examples,
+    check_sources,
     draw_seed,
     hold_out_of_client,
     load_examples,
@@ -347,6 +348,8 @@ def prepare_data(config: Config) -> FederatedData:
     InputError
         If the model, the examples or the partition cannot be used.
     """
+    if not _is_own(config):
+        check_sources(config)
     pretrained = model_config(config)
     vocabulary = vocabulary_size(pretrained)
     key, divided = _keys(config, pretrained)

@@ -364,7 +364,7 @@ def _sizes(content: object) -> dict[str, int]:
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return content
 
 

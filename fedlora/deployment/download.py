@@ -127,7 +127,7 @@ def _unsafe(file: str) -> str | None:
     if not file.isprintable() or "\\" in file or ":" in file:
         return "has characters that no file of a run has"
     if any(part in ("", ".", "..") for part in parts):
-        return "does not lie in the folder"
+        return "is not inside the folder"
     if any(part.startswith(".") or part.endswith((".", " ")) or is_device(part) for part in parts):
         return "is hidden, or has another meaning on some systems"
     return None
@@ -142,7 +142,7 @@ def _check_free(folder: Path, file: str, known: Mapping[str, list[str]]) -> None
             raise InputError("--output", str(folder), f"{path} is in the way; move it, or choose another --output")
     path = folder / file
     if path.is_symlink() or (path.exists() and (not path.is_file() or _sha256(path) not in known.get(file, []))):
-        remedy = f"{file} is there, and is not as the server sent it before; move it, or choose another --output"
+        remedy = f"{file} exists, and differs from what the server sent before; move it, or choose another --output"
         raise InputError("--output", str(folder), remedy)
 
 

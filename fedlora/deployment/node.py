@@ -22,7 +22,8 @@ from fedlora.errors import InputError, RunError
 from fedlora.flower import task_programs
 from fedlora.node.config import NodeConfig
 from fedlora.node.resident import start_worker, stop_worker, worker_folder
-from fedlora.timeline import DOING, phase, read_written
+from fedlora.status import DOING, read_written
+from fedlora.timeline import phase
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from fedlora.deployment.control import ONLINE, Server
 from fedlora.deployment.keys import check_certificate, check_secret, read_file
 from fedlora.deployment.processes import Child, Pauses, check_port, flower_environment, until_signal, wait_until
 from fedlora.errors import InputError, RunError
-from fedlora.timeline import DOING, phase, read_written
+from fedlora.status import DOING, read_written
+from fedlora.timeline import phase
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _watch(child: Child, server: Server, stopping: threading.Event) -> None:
             if not stopping.wait(pauses.next()):
                 try:
                     _start(child, server, stopping)
-                    log.info("the SuperLink is back; runs go on with --resume")
+                    log.info("the SuperLink is back; continue runs with --resume")
                 except RunError as error:
                     log.warning("%s", error)
             continue
@@ -157,7 +158,7 @@ def _shut_down(child: Child, server: Server) -> None:
         try:
             running = server.unfinished()
             for number in running:
-                log.info("stopping run %d; it goes on with --resume", number)
+                log.info("stopping run %d; continue it with --resume", number)
                 server.stop(number)
             if running:
                 # Busy ClientApps still push their reply, and would wait for a SuperLink that has ended.

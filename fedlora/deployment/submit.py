@@ -19,9 +19,10 @@ from fedlora.errors import INPUT_MARK, InputError, RunError, plain_text
 from fedlora.results.finished import RunResult
 from fedlora.results.folder import to_json, write_atomically
 from fedlora.results.user_code import with_user_code
+from fedlora.status import DOING
 from fedlora.strategies.base import get_strategy
 from fedlora.strategies.callbacks import Progress
-from fedlora.timeline import DOING, Phase, phase
+from fedlora.timeline import Phase, phase
 
 _LOOK_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
@@ -71,12 +72,12 @@ def run_on(
     get_strategy(given.method.name)
     folder = output if output is not None else Path("runs") / given.run.name
     if os.path.lexists(folder) and not resume:
-        raise InputError("--output", str(folder), "exists already; choose another folder, or go on with --resume")
+        raise InputError("--output", str(folder), "exists already; choose another folder, or continue with --resume")
     progress = progress or Progress()
     with Server.named(name) as server:
         known = server.files(given.run.name) is not None
         if known and not resume:
-            remedy = f"the server has a run of this name; choose another run.name, or go on with --resume ({name})"
+            remedy = f"the server has a run of this name; choose another run.name, or continue with --resume ({name})"
             raise InputError("run.name", given.run.name, remedy)
         if resume and not known:
             raise InputError("--resume", given.run.name, f"there is no such run on {name}; run without --resume")
@@ -88,7 +89,7 @@ def run_on(
                 state = _follow(server, number, given.run.name, first, told, progress, here)
         except KeyboardInterrupt:
             server.stop(number)
-            raise RunError(f"stopped; go on with: run ... --on {name} --resume") from None
+            raise RunError(f"stopped; continue with: run ... --on {name} --resume") from None
         copy_run(server, given.run.name, folder)
     return _result(state, folder, name, first)
 
@@ -136,7 +137,7 @@ def _result(state: RunState, folder: Path, name: str, first: int) -> RunResult:
         field, _, rest = why.removeprefix(INPUT_MARK).partition(" = ")
         raise _as_told(field, rest)
     # A run refused at its start leaves nothing behind: the same command can be repeated.
-    remedy = f"; go on with: run ... --on {name} --resume" if (folder / "config.toml").exists() else ""
+    remedy = f"; continue with: run ... --on {name} --resume" if (folder / "config.toml").exists() else ""
     raise RunError(f"{why.rstrip('.')}{remedy}")
 
 

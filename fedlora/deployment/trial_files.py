@@ -91,7 +91,7 @@ def write_trial(config: Config, folder: Path) -> TrialFiles:
     if os.path.lexists(folder):
         raise InputError("--folder", str(folder), "exists already; choose another, or remove it")
     if config.data.name == NODES:
-        raise InputError("data.name", NODES, "is for nodes that are there; name the examples to divide among new ones")
+        raise InputError("data.name", NODES, "is for existing nodes; name the examples to divide among new ones")
     models = _listed_models(config)
     found = load_examples(config)
     train = found.train

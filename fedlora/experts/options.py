@@ -30,11 +30,12 @@ class ExpertOptions(RankedOptions):
     )
     router_init: Literal["documents", "public"] = Field(
         default="documents",
-        description="What a router row starts from: the owner's own documents (under privacy with noise, which is "
-        "charged), or data.public.",
+        description="How a router row is initialised: from the owner's own documents (under privacy with noise, "
+        "which is "
+        "charged), or from data.public.",
     )
     router_documents: Positive = Field(
-        default=1000, description="At most so many documents that a router row starts from."
+        default=1000, description="Maximum number of documents from which a router row is initialised."
     )
     router_tuning_steps: Annotated[int, Field(ge=0, le=100_000)] = Field(
         default=0, description="Steps in which the server tunes the router on data.public at the end."

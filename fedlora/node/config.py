@@ -58,9 +58,10 @@ class SuperlinkSection(Section):
 class NodeDataSection(Section):
     """``[data]``: the owner's file and its columns. Only trained arrays, counts and allowed sums leave the node.
 
-    ``test`` is what the node evaluates on, where ``[policy]`` allows it: another file with the same columns, or a share
-    of the rows, which no run trains on. ``unit`` is the column of the persons that the node protects, each with all its
-    rows; then runs have to protect persons as well (``privacy.unit``), and every epsilon here is that of a person.
+    ``test`` names the examples on which the node evaluates, if ``[policy]`` allows it: another file with the same
+    columns, or a share of the rows, which no run trains on. ``unit`` is the column of the persons that the node
+    protects, each with all its rows; then runs have to protect persons as well (``privacy.unit``), and every epsilon
+    here is that of a person.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -91,16 +92,16 @@ class ModelEntry(Section):
 class PolicySection(Section):
     """``[policy]``: what the owner accepts, whatever config a server sends.
 
-    ``max_epsilon`` at ``delta`` is the ceiling over all runs together. It is computed by an accountant that gives an
+    ``max_epsilon`` at ``delta`` is the limit over all runs together. It is computed by an accountant that gives an
     upper bound; gdp, which a run may use, gives none. ``allow_non_private`` accepts runs without privacy, for which
-    there is no ceiling. Set exactly one of the two.
+    there is no limit. Set exactly one of the two.
 
-    Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask what
-    the node holds, and ``max_cache_gb`` (10^9 bytes) what their runs may leave on the disk.
+    Only ``models`` and fedlora's own assets are loaded. ``max_describes_per_day`` limits how often servers may ask
+    about the node's examples, and ``max_cache_gb`` (10^9 bytes) what their runs may leave on the disk.
 
     ``max_evaluations_per_day`` limits how often servers may have the node evaluate a model; 0, the default, allows no
     evaluation. The answer holds sums over the test examples, of which there must be at least ``min_test_examples``.
-    These sums carry no noise, and no epsilon covers them.
+    These sums have no noise, and epsilon does not cover them.
 
     ``require_secure_aggregation`` refuses runs in which the server would see the node's update.
 
@@ -241,7 +242,7 @@ def _check(node: NodeConfig) -> None:
         raise InputError("data.path", data.path, "there is no such file; give the path of the owner's examples")
     _check_test(node)
     if data.format is None and Path(data.path).suffix.lower()[1:] not in _FORMATS:
-        remedy = f"its name does not tell its format; set data.format to one of {', '.join(_FORMATS)}"
+        remedy = f"its name does not show its format; set data.format to one of {', '.join(_FORMATS)}"
         raise InputError("data.path", data.path, remedy)
 
 

@@ -132,7 +132,7 @@ def worker_folder(node: NodeConfig) -> Path:
         remedy = f"cannot hold the worker's socket ({error.strerror}); give a folder that can be written"
         raise InputError("state.directory", node.state.directory, remedy) from None
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        remedy = f"others can enter {folder}, where the worker's socket lies; make it yours alone (chmod 700)"
+        remedy = f"others can enter {folder}, which holds the worker's socket; make it private (chmod 700)"
         raise InputError("state.directory", node.state.directory, remedy)
     return folder
 

@@ -26,7 +26,8 @@ from fedlora.node.outward_errors import is_outward
 from fedlora.node.resident import READY, socket_address, turn_log, worker_folder, worker_lock
 from fedlora.node.room import tidy
 from fedlora.simulation.envelope import Envelope
-from fedlora.timeline import DOING, Teller, phase, written
+from fedlora.status import DOING, Teller, written
+from fedlora.timeline import phase
 
 if TYPE_CHECKING:
     from fedlora.simulation.worker import Worker

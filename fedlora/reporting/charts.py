@@ -142,8 +142,8 @@ def pareto_front(comparison: Comparison) -> Chart:
         form = {"x_form": "bytes", "x_log": True}
         panels.append(_score_panel(comparison, title, _ALL_BYTES, "total_bytes", series, **form))
     caption = (
-        f"Steps: the best {comparison.score_title} for so many bytes at a level of privacy. Pale: another is at least "
-        "as good in both, and better in one. By the means alone: seeds may change places."
+        f"Steps: the best {comparison.score_title} within a number of bytes, at a level of privacy. Pale: another "
+        "one is at least as good in both, and better in one. Means over seeds; single seeds may differ."
     )
     return Chart("pareto", f"Pareto front of {comparison.score_title} and bytes", caption, aligned(panels))
 
@@ -192,7 +192,7 @@ def _fronts(comparison: Comparison, name: str, cost: str, words: str) -> Chart:
     validated = all(map(has_validation, comparison.runs))
     by = "the validation examples" if validated else "its test score, which makes every curve optimistic"
     caption = (
-        f"A method's steps: the best {comparison.score_title} for what was spent so far, over all its configurations. "
+        f"Steps: the best {comparison.score_title} of a method within the budget, over all its configurations. "
         f"Grey: the best of all methods; points on it are in full colour. Means over seeds; the best round so far of a "
         f"run is chosen by {by}."
     )
@@ -252,8 +252,8 @@ def drift_by_round(comparison: Comparison) -> Chart:
         for level, of_level in series.items()
     ]
     caption = (
-        "Sum over clients of p |dᵢ − d|² / |d|²: dᵢ is what client i changed in the arrays that are trained, d the "
-        "clients' mean and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
+        "Sum over clients of p |dᵢ − d|² / |d|²: dᵢ is client i's change of the trained arrays, d the clients' mean "
+        "and p a client's share of the examples. 0: all clients agree. Under DP the noise is part of it. "
         f"{_intervals(comparison)}"
     )
     return Chart("drift", "Client drift", caption, [panel for panel in panels if panel.series])
@@ -325,8 +325,8 @@ def score_by_network(comparison: Comparison) -> Chart:
         form = {"x_form": "seconds", "x_log": True}
         panels.append(_score_panel(comparison, title, "seconds, all rounds", f"seconds_{name}", series, **form))
     caption = (
-        "Simulated: what the measured messages take on links whose rates and latencies are drawn for each client from "
-        "log-normal distributions. A round lasts as long as its slowest client; training is not counted. "
+        "Simulated: the time that the measured messages take on links with rates and latencies drawn for each client "
+        "from log-normal distributions. A round lasts as long as its slowest client; training is not counted. "
         + _size_note(comparison)
         + _intervals(comparison)
     )
@@ -366,8 +366,8 @@ def client_spread(comparison: Comparison) -> Chart | None:
         for level in levels
     ]
     caption = (
-        "The final model on the examples that each client trains on, or holds out to test on; a flat line is fair. "
-        f"Computed without noise: no epsilon covers it. {_intervals(comparison)}"
+        "The final model on the examples that each client trains on, or holds out to test on. The flatter, the fairer. "
+        f"Computed without noise: epsilon does not cover it. {_intervals(comparison)}"
     )
     return Chart("fairness", f"{name.replace('_', ' ').capitalize()} by client", caption, panels)
 
@@ -384,7 +384,7 @@ def partitions(comparison: Comparison) -> Chart | None:
             panels[way] = _partition_panel(run, f"{title}, seed {run.config.run.seed}".lstrip(", "))
     if not panels:
         return None
-    caption = "Drawn from the clients' examples: no epsilon covers it."
+    caption = "Computed from the clients' examples: epsilon does not cover it."
     return Chart("partition", "Who holds which examples", caption, list(panels.values()))
 
 
@@ -418,7 +418,7 @@ def scores_by_domain(comparison: Comparison) -> Chart | None:
             series = [replace(series, method=group.method) for series in panel.series]
             panels.append(replace(panel, series=series))
     caption = (
-        "A row a model, a column a domain of the test examples. Blue: better than the first row; orange: worse. "
+        "Rows are models, columns are domains of the test examples. Blue: better than the first row; orange: worse. "
         "Means over seeds."
     )
     if len(panels) < len(comparison.groups):

@@ -217,7 +217,7 @@ def caveat(comparison: Comparison, pairs: Sequence[Difference]) -> Markup:
     parts: list[Markup] = []
     if comparison.personalised:
         text = "Scores are personalised: each client's own model on its own test examples. "
-        parts.append(Markup("{}A global model's scores do not compare with them.").format(text))
+        parts.append(Markup("{}They cannot be compared with a global model's scores.").format(text))
     single = [group for group in comparison.groups if len(group.runs) == 1]
     open_levels = []
     for level in comparison.privacy_levels:
@@ -225,10 +225,10 @@ def caveat(comparison: Comparison, pairs: Sequence[Difference]) -> Markup:
         if len(ranked) > 1 and _is_open(ranked[0], ranked[1], comparison.score, pairs):
             open_levels.append(_at(level))
     if single:
-        parts.append(Markup("One seed ranks nothing: some configurations have no interval."))
+        parts.append(Markup("One seed is not enough to rank: some configurations have no interval."))
     if open_levels:
         levels = str(_listed(open_levels))
-        text = "{} these seeds do not tell the best two apart."
+        text = "{} these seeds do not separate the best two."
         parts.append(Markup(text).format(levels[0].upper() + levels[1:]))
     baseline = comparison.task.baseline
     if baseline is not None:

@@ -36,7 +36,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for name in files:
             path = folder / name
             if path.is_symlink() or (path.exists() and _sha256(path) not in earlier.get(name, [])):
-                remedy = f"{name} is there and is not what an earlier report wrote; move it, or choose another --output"
+                remedy = f"{name} exists and was not written by an earlier report; move it, or choose another --output"
                 raise InputError("--output", str(folder), remedy)
         new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
         # Until all files are written the list holds old and new digests, so that an interrupted report can be repeated.

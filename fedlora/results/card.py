@@ -100,7 +100,7 @@ def _front_matter(config: Config, summary: dict[str, Any], adapter: bool) -> str
 
 
 def _text(config: Config, summary: dict[str, Any]) -> str:
-    base = _public(config.model.name, "model.name") or "a model of its owner's"
+    base = _public(config.model.name, "model.name") or "a private model"
     data = _public(config.data.name, "data.name") or "data that their owners keep"
     sent = summary["communication"]
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["final"].items() if isinstance(value, float))
@@ -118,7 +118,7 @@ def _text(config: Config, summary: dict[str, Any]) -> str:
             "sent, all clients and rounds",
             " + ".join(f"{sent[f'{way}_bytes'] / 1e6:.1f} MB {told}" for way, told in _WAYS),
         ),
-        ("trained numbers", f"{summary['trainable_parameters']:,}"),
+        ("trained parameters", f"{summary['trainable_parameters']:,}"),
         ("on the test examples", scores or "not measured"),
     ]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)

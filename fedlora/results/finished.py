@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BestRound:
-    """The round that validation prefers, whose model the run kept.
+    """The round with the best validation score, whose model the run kept.
 
     Attributes
     ----------
@@ -52,10 +52,9 @@ class BestRound:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. It stands for its folder: ``fedlora.load(result)`` gives the model.
+    """A finished run, represented by its folder: ``fedlora.load(result)`` loads its model.
 
-    A notebook shows it as a small table. The tables below are read from the run folder each time that they are asked
-    for.
+    A notebook shows it as a small table. The tables below are read from the run folder each time.
 
     Attributes
     ----------
@@ -89,7 +88,7 @@ class RunResult:
 
     @property
     def best(self) -> BestRound | None:
-        """The round that validation prefers; None in a run without ``data.validation``."""
+        """The round with the best validation score; None in a run without ``data.validation``."""
         best = self.summary.get("best")
         if best is None:
             return None

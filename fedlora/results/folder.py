@@ -95,7 +95,7 @@ class RunFolder:
             path.mkdir(parents=True)
             (path / "checkpoint").mkdir()
         except FileExistsError:
-            remedy = "exists already; choose another folder, or go on with --resume"
+            remedy = "exists already; choose another folder, or continue with --resume"
             raise InputError("--output", str(path), remedy) from None
         except (OSError, ValueError) as error:
             remedy = f"cannot be made ({getattr(error, 'strerror', error)}); choose another folder"
@@ -300,7 +300,7 @@ def run_folder(
     InputError
         As :meth:`RunFolder.create` and :meth:`RunFolder.resume` do.
     """
-    with writes_to(path, "make room there, then go on with --resume"):
+    with writes_to(path, "make room there, then continue with --resume"):
         folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, resolved)
         try:
             yield folder

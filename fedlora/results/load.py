@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fedlora.alignment import align_loaded
-from fedlora.assets import find_asset, is_asset
+from fedlora.assets import find_asset, find_model, is_asset
 from fedlora.config import ANY_METHOD, Config, read_toml
 from fedlora.continuing import ADAPTER_FILE, beside, merged, run_method
 from fedlora.errors import InputError
@@ -108,9 +108,13 @@ def _config(folder: Path) -> Config:
     except InputError as error:
         raise ValueError(f"config.toml: {error.remedy}") from None  # the user gave the folder, not this file
     config = Config.model_validate(content, context=ANY_METHOD)
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"name": beside(config.model.name, folder)})}
-    )
+    base = beside(config.model.name, folder)
+    try:
+        find_model(base)
+    except InputError:
+        remedy = f"its base model is not at {base}; set model.name in its config.toml to where that model is here"
+        raise InputError("FOLDER", str(folder), remedy) from None
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": base})})
 
 
 def export_run(

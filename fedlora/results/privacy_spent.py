@@ -158,7 +158,7 @@ def second_opinion(delta: float, history: tuple[Steps, ...]) -> dict[str, float]
         remedy = "is needed for a second opinion; install it: pip install 'fedlora[accounting]'"
         raise InputError("dp-accounting", None, remedy) from None
     grouped = any(group_of(entry) > 1 for entry in history)
-    # Mixtures take long on its own grid of 1e-4. This one changes an epsilon of 4 after 500 steps by 2e-4.
+    # Mixtures of Gaussians take long on its own grid of 1e-4. This one changes an epsilon of 4 after 500 steps by 2e-4.
     accountants = (
         {"pld": PLDAccountant(value_discretization_interval=1e-3)}
         if grouped
@@ -216,7 +216,7 @@ def _examples(config: Config, row: dict[str, str], folder: Path) -> int:
         with path.open(newline="", encoding="utf-8") as stream:
             return sum(int(line["examples"]) for line in csv.DictReader(stream) if line["client"] == row["client"])
     if rate == 1:
-        remedy = f"does not tell how many examples {config.method.name}'s start drew from; explain another client"
+        remedy = f"does not say how many examples {config.method.name}'s start drew from; explain another client"
         raise InputError("RUN", str(folder), remedy)
     return round(config.client.batch_size / rate)
 
@@ -245,13 +245,13 @@ def _not_covered(config: Config, folder: Path) -> list[str]:
     if (folder / "partition.csv").exists():
         found.append("partition.csv and the partition's picture, which count the clients' examples by class")
     if config.privacy.protects_units:
-        found.append("what other clients made of a person's examples, if there are some elsewhere")
+        found.append("updates of other clients that have examples of the same person")
     try:
         study = json.loads((folder.resolve().parents[1] / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, IndexError):
         study = {}
     if isinstance(study, dict) and study.get("tuning"):
-        found.append("the study's tuning runs, by whose validation scores a value was chosen")
+        found.append("the study's tuning runs, whose validation scores chose a value")
     if not get_accountant(config.privacy.accountant).is_bound:
         found.append(f"{config.privacy.accountant} is no upper bound")
     return found

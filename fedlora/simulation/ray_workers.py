@@ -17,7 +17,8 @@ from fedlora.errors import InputError
 from fedlora.imports import import_modules, quick_imports
 from fedlora.simulation.placement import count_free, count_workers
 from fedlora.simulation.ray_cluster import start_ray
-from fedlora.timeline import phase, read_written, written
+from fedlora.status import read_written, written
+from fedlora.timeline import phase
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp

@@ -23,10 +23,10 @@ from fedlora.results.folder import RunFolder
 from fedlora.simulation.placement import Need, count_processes
 from fedlora.simulation.ray_cluster import start_ray
 from fedlora.simulator import simulate
+from fedlora.status import DOING, written
 from fedlora.study.config import StudyConfig
 from fedlora.study.plan import Plan
 from fedlora.study.state import set_aside
-from fedlora.timeline import DOING, written
 
 _LOCK_SECONDS = 60.0
 """Seconds to wait for the processes of a killed study to end, since they hold the checkpoints of their runs."""

@@ -17,6 +17,7 @@ import ray
 from fedlora.errors import InputError, RunError
 from fedlora.results.folder import write_atomically
 from fedlora.simulation.ray_cluster import start_ray
+from fedlora.status import read_written
 from fedlora.study.config import can_widen
 from fedlora.study.forecast import Forecast, forecast_all
 from fedlora.study.plan import Plan, PlannedRun, TuningGroup
@@ -24,7 +25,7 @@ from fedlora.study.run_processes import address_of, begun, count_runs, doing_fil
 from fedlora.study.state import StudyFolder, all_entries, check_output
 from fedlora.study.tuning import beyond, choose, cost, validation_score
 from fedlora.tasks import get_task
-from fedlora.timeline import Phase, phase, read_written
+from fedlora.timeline import Phase, phase
 
 _LOOK_SECONDS = 0.5
 

@@ -91,7 +91,7 @@ def describe(memory: StepMemory, clients: int, most: int, batch: int, tokens: fl
     if chosen and (memory.passes.busy or clients == memory.passes.clients):
         why = "keep the GPU busy"
     else:
-        why = "are all that a worker has" if clients == most else "are what memory holds"
+        why = "are all that a worker has" if clients == most else "fill the memory"
     checkpointing = "gradient checkpointing" if memory.checkpointing else "no checkpointing"
     size = f"physical batch {rows} of {batch}, cohort {clients}, {checkpointing}"
     return f"{size}: {round(clients * rows * tokens):,} tokens a pass {why}, {peak / 2**30:.0f} GiB"

@@ -183,7 +183,9 @@ class FlexMoRE(FederatedStrategy):
     def refuses(self, client: int, name: str) -> InputError | None:
         """A node needs a rank, and a name that is nobody else's in the results."""
         if name in RESERVED:
-            return InputError("name", name, "is what results call a model; that node does not take part, rename it")
+            return InputError(
+                "name", name, "is a reserved name of models in results; that node does not take part, rename it"
+            )
         if not has_rank(self.config, client, name):
             remedy = f"has no rank for node {name}, which does not take part; add it"
             return InputError("method.ranks", self.options.ranks, remedy)
@@ -195,7 +197,9 @@ class FlexMoRE(FederatedStrategy):
         self.ranks, self.owners = ranks, list(owners)
         for name in RESERVED:
             if name in owners:
-                raise InputError("data.partition.column", name, "is what results call a model; rename that owner")
+                raise InputError(
+                    "data.partition.column", name, "is a reserved name of models in results; rename that owner"
+                )
         layers = list(self.projections.values())
         for client, rank in enumerate(ranks[known:], known):
             check_rank(rank, self.projections, "method.ranks" if self.options.ranks else "method.rank")

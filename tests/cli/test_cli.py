@@ -86,7 +86,7 @@ def test_a_run_prints_its_rounds_and_its_result(config: Path, simulated: list[di
     assert result["accuracy"] == "75.1% (majority class 57.1%)"
     assert result["epsilon"] == "7.995 at delta 1e-05, one example of one client"
     assert result["bytes"] == "999 B up, 2.0 kB down, 1.2 MB once"
-    assert result["trained"] == "12,345 numbers"
+    assert result["trained"] == "12,345 parameters"
     assert result["folder"] == "runs/x"
 
 
@@ -168,7 +168,7 @@ def test_control_c_says_how_to_go_on(config: Path, monkeypatch: pytest.MonkeyPat
     done = fedlora("run", config)
     # Nothing had begun.
     folder = Path("runs") / "run"
-    assert (done.code, done.err) == (1, f"fedlora: stopped; go on with: fedlora run {config} --output {folder}\n")
+    assert (done.code, done.err) == (1, f"fedlora: stopped; continue with: fedlora run {config} --output {folder}\n")
 
 
 def test_a_bug_is_not_hidden(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def test_each_key_has_its_meaning_above_it() -> None:
         (["--data", "reviews.csv", "--text", "txt"], "--text = 'txt': there is no such column; columns: review"),
         (["--data", "reviews.csv", "--label", "l"], "--label = 'l': there is no such column"),
         (["--data", "reviews.csv", "--owner", "o"], "--owner = 'o': there is no such column"),
-        (["--owner", "a", "--clients", "3"], "--clients = 3: goes by --owner already"),
+        (["--owner", "a", "--clients", "3"], "--clients = 3: follows from --owner"),
         (["--epsilon", "eight"], "--epsilon = 'eight': give a number of at least 0"),
         (["--clients", "0"], "--clients = 0: give an integer of at least 1"),
         (["--epsilon", "2000"], "privacy.target_epsilon = 2000.0"),

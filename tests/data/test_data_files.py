@@ -148,7 +148,7 @@ def test_what_is_read_otherwise_than_one_might_think_is_noted(tmp_path: Path) ->
         return " | ".join(load(put(tmp_path, name, content)).notes)
 
     assert notes(CSV) == ""
-    assert "'Pos' and 'pos' are classes of their own" in notes(CSV + "x,Pos\n")
+    assert "'Pos' and 'pos' are separate classes" in notes(CSV + "x,Pos\n")
     assert "'pos' and ' pos' are one class" in notes(CSV + "x, pos\n")
     numbers = CSV.replace("pos", "1").replace("neg", "2")
     assert notes(numbers) == ""

@@ -290,7 +290,7 @@ def test_tests_without_choices_are_named(tmp_path: Path, model: Path) -> None:
     path = write(tmp_path / "own.jsonl", MATH)
     test = write(tmp_path / "test.jsonl", [{"q": "w9", "a": "w10"}])
     columns = {"prompt": "q", "answer": "a", "choices": "options", "test": str(test)}
-    with pytest.raises(InputError, match="the test examples have no such column") as error:
+    with pytest.raises(InputError, match=r"no such column in .*test\.jsonl; columns: q, a") as error:
         prepare_data(config(model, path, data=columns, evaluation={"kind": "choice"}))
     assert error.value.field == "data.choices"
 

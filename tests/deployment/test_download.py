@@ -263,7 +263,7 @@ def test_an_existing_file_is_not_overwritten(here: Path, name: str) -> None:
     for mine in ("notes.txt", "summary.json", "adapter/mine.txt"):
         (here / mine).write_text("mine")
     before = tree(here)
-    with pytest.raises(InputError, match=r"--output.*(is there, and is not as the server sent it|in the way)"):
+    with pytest.raises(InputError, match=r"--output.*(exists, and differs from what the server sent|in the way)"):
         copy_run(server({"config.toml": b"new", name: b"theirs"}), "first", here)
     assert tree(here) == before
     assert list(here.parent.iterdir()) == [here]

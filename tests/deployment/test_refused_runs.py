@@ -92,7 +92,7 @@ def test_enough_are_left_until_a_budget_is_spent(federation: Federation, example
     assert (done.code, done.err) == (0, "")
     assert "east refuses (PolicyError, code 107): its owner's policy is max_grad_norm = 0.001; keep to it" in done.out
     assert "north refuses (InputError, code 104)" in done.out
-    assert "the run goes on with 1 of 3 nodes" in done.out
+    assert "the run continues with 1 of 3 nodes" in done.out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["clients"] == 1
     with (folder / "privacy.csv").open(encoding="utf-8") as stream:

@@ -163,7 +163,7 @@ def test_a_folder_of_a_model_is_listed_by_its_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"name": "nodes", "test": "rows.jsonl"}}, r"data\.name = 'nodes': is for nodes that are there"),
+        ({"data": {"name": "nodes", "test": "rows.jsonl"}}, r"data\.name = 'nodes': is for existing nodes"),
         ({"model": {"name": "bert-base-uncased"}}, r"model\.name = .*is not loaded by nodes without a commit"),
         (
             {"data": {"long_texts": "split"}, "model": {"task": "causal-lm"}},

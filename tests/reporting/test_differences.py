@@ -64,8 +64,8 @@ def test_every_pair_is_the_paired_t_test_on_common_seeds(comparison: Comparison)
         assert (each.mean.low, each.mean.high) == pytest.approx(stats.t.interval(0.95, free, mean, error))
     # The intervals of the best two overlap widely, and their difference is settled all the same.
     assert [d.settled for d in found] == [True, False, False]
-    assert "do not tell" not in caveat(comparison, found)
-    assert "do not tell" in caveat(comparison, [])
+    assert "do not separate" not in caveat(comparison, found)
+    assert "do not separate" in caveat(comparison, [])
     assert [d.second.method for d in to_best(found)] == ["fedit", "ffa-lora"]
 
 

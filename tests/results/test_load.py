@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fedlora
 from fedlora.adapters import AdaptedModel, adapt
 from fedlora.adapters.peft_format import export_peft
+from fedlora.assets import fetch
 from fedlora.config import Config, load_config
 from fedlora.continuing import adapter_config
 from fedlora.errors import InputError
@@ -87,6 +88,22 @@ def test_a_config_that_an_editor_saved_with_a_byte_order_mark_is_the_same(tmp_pa
     assert folder_digest(tmp_path / "run") == digest
     assert fedlora.load(tmp_path / "run")[0].config.num_hidden_layers == 1
     assert adapter_config(str(tmp_path / "run"), tmp_path / "run" / "adapter").run == config.run
+
+
+def test_a_run_that_was_moved_away_from_its_base_says_so_and_loads_once_the_base_is_named(tmp_path: Path) -> None:
+    base = fetch("asset:minilm-l6")
+    there = tmp_path / "there" / "minilm"
+    there.parent.mkdir()
+    there.symlink_to(base)
+    finished_run(tmp_path / "run", name=str(there))
+    there.unlink()
+    with pytest.raises(InputError) as caught:
+        fedlora.load(tmp_path / "run")
+    remedy = f"its base model is not at {there}; set model.name in its config.toml to where that model lies here"
+    assert (caught.value.field, caught.value.remedy) == ("FOLDER", remedy)
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(there), str(base)))
+    assert fedlora.load(tmp_path / "run")[0].config.num_hidden_layers == 1
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -155,6 +155,27 @@ def test_nothing_starts_for_a_run_that_needs_no_workers_or_will_not_begin(
     assert starts == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"data__name": "missing.csv"}, "data.name"),
+        ({"data__name": "a.csv", "data__text": "txt"}, "data.text"),
+        ({"data__name": "a.csv", "data__test": "missing.csv"}, "data.test"),
+        ({"data__name": "a.csv", "model__name": "asset:minilm"}, "model.name"),
+        ({"data__name": "a.csv", "simulation__workers": 0, "data__label": "stars"}, "data.label"),
+    ],
+)
+def test_nothing_starts_before_a_source_or_column_that_is_not_there_is_named(
+    overrides: dict[str, Any], field: str, starts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "import_modules", lambda modules: pytest.fail("imported before"))
+    (tmp_path / "a.csv").write_text("text,label\nfine,good\n")
+    with pytest.raises(InputError) as caught:
+        cli._start_early(common(tmp_path, **overrides), tmp_path / "out", False)
+    assert (caught.value.field, starts) == (field, [])
+
+
 def test_one_worker_that_is_asked_for_starts(starts: list[Any], tmp_path: Path) -> None:
     cli._start_early(common(tmp_path, simulation__workers=1, simulation__cpus_per_worker=5), tmp_path / "out", False)
     assert len(starts) == 1
@@ -176,8 +197,9 @@ LIGHT = """
 import sys
 from fedlora.config import load_common
 import fedlora.cli, fedlora.simulation.ray_workers
-load_common(sys.argv[1])
-assert not {"torch", "transformers", "flwr"} & set(sys.modules), "slow"
+from fedlora.data.sources import check_sources
+check_sources(load_common(sys.argv[1]))
+assert not {"torch", "transformers", "flwr", "datasets"} & set(sys.modules), "slow"
 import fedlora.simulator, fedlora.clients.client_app
 assert not {"peft", "bitsandbytes", "matplotlib", "datasets"} & set(sys.modules), "not needed before the first step"
 """

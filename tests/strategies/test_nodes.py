@@ -173,7 +173,7 @@ def test_an_error_of_its_own_does_not_send_a_node_away(three: Nodes) -> None:
 def test_too_few_are_waited_for_and_then_named(three: Nodes) -> None:
     found = roster(three, server__min_replies=3)
     three.online.remove(9)
-    with pytest.raises(RunError, match=r"2 nodes are there.*away: east"):
+    with pytest.raises(RunError, match=r"2 nodes are online.*away: east"):
         found.refresh()
 
 

@@ -82,7 +82,7 @@ def test_after_the_last_attempt_the_run_stops_and_goes_on_from_there(runs: Llama
     content = runs.config(server=RETRIES).model_dump(exclude_none=True)
     faults: Faults = FAILED | everybody("2/1/1", OWNERS, "error") | everybody("2/1/2", OWNERS, "error")
     with runs._cache():
-        with faulty(faults) as asked, pytest.raises(RunError, match=r"round 2 failed 3 times, .*; go on with --resume"):
+        with faulty(faults) as asked, pytest.raises(RunError, match=r"failed 3 times, .*; continue with --resume"):
             simulate(content, output=tmp_path / "run")
         assert list(asked) == ["1", "2", "2/1/1", "2/1/2"]
         assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 1

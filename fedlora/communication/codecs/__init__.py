@@ -25,26 +25,26 @@ class Codec(ABC):
     """Turns named arrays into a Flower ArrayRecord and back. Stateless and deterministic.
 
     A subclass gives the bytes of one array (:meth:`pack`, :meth:`unpack`) and says how many they are
-    (:meth:`payload_bytes`). What was decoded and is encoded again must give the same bytes, since a resumed run sends
-    what it has decoded. Numbers that are not finite must not become finite.
+    (:meth:`payload_bytes`). Encoding a decoded array again must give the same bytes, because a resumed run sends
+    decoded arrays. Numbers that are not finite must not become finite.
 
     Parameters
     ----------
     wire : WireSection, optional
-        The keys that :attr:`uses` names; their defaults by default.
+        The keys that :attr:`uses` names, by default with their defaults.
 
     Attributes
     ----------
     name : str
         ``wire.codec``, and the name of the file.
     lossy : bool
-        Whether float32 numbers come back other than they were.
+        Whether float32 numbers change by encoding and decoding.
     unbiased : bool
-        Whether a decoded number is right on average. A biased one of updates needs error feedback.
+        Whether a decoded number is right on average. A biased codec of updates needs error feedback.
     updates_only : bool
-        Whether it keeps too little of an array for values. It encodes updates (value after minus value before),
-        whatever a method's table says, and nothing on the way down. What it loses must be shorter than what it encodes
-        (in the Euclidean norm), so that an error memory stays bounded.
+        Whether it is too coarse for values. It then encodes updates (value after minus value before), whatever a
+        method's roles say, and is not used on the downlink. Its error must have a smaller Euclidean norm than the
+        update, so that error feedback stays bounded.
     uses : tuple of str
         Keys of ``[wire]`` that it reads.
     dtype : torch.dtype

@@ -38,9 +38,9 @@ class Accountant(ABC):
     name : str
         ``privacy.accountant``, and the name of the file.
     is_bound : bool
-        Whether epsilon is an upper bound. A data owner's policy only takes accountants that give one.
+        Whether epsilon is an upper bound. A data owner's policy accepts only such accountants.
     kind : str
-        Which accountant of Google's dp-accounting computes as it does: ``rdp`` or ``pld``.
+        The accountant of Google's dp-accounting of the same kind: ``rdp`` or ``pld``.
     note : str
         Warning for users who choose it; "" for none.
     counts_groups : bool

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Aggregator(ABC):
-    """Combines the moves of a round's clients.
+    """Combines the updates of a round's clients.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Aggregator(ABC):
     uses : tuple of str
         Keys of ``[server]`` that it reads.
     robust : bool
-        Whether it is made for clients that send what is wrong. It then holds all moves of a round in memory.
+        Whether it tolerates wrong updates of clients. It then holds all updates of a round in memory.
     """
 
     name: ClassVar[str]

@@ -28,11 +28,11 @@ class ServerOptimizer(ABC):
     uses : tuple of str
         Keys of ``[server]`` that it reads.
     stateful : bool
-        Whether it looks back, at moments or at the arrays before the round. Their coordinates must then mean the same
-        from round to round.
+        Whether it uses moments, or the arrays before the round. Coordinates must then mean the same from round to
+        round.
     linear : bool
-        Whether all that it looks back at are sums of moves, so that a linear map carries it into other coordinates. A
-        second moment is none: the squares of turned moves depend on products that were never kept.
+        Whether its state consists of sums of updates, so that a linear map carries it into other coordinates. A second
+        moment does not: the squares of transformed updates depend on products that are not stored.
     """
 
     name: ClassVar[str]
