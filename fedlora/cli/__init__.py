@@ -83,7 +83,7 @@ def main() -> None:
 def _call() -> int:
     """Run the command that the arguments name, and return its exit code; a mistake in them is an InputError."""
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="fedlora", standalone_mode=False) or 0
     except click.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # new in click 8.2; typer has printed the help already
             return error.exit_code
