@@ -14,7 +14,7 @@ from fedlora.timeline import describe
 DOING = ".doing"
 """The file of :func:`written`, or the end of its name."""
 
-SILENCE = 8.0
+SILENCE = 6.0
 """Seconds without a line, after which a :class:`Teller` logs the current phase."""
 
 _LONGEST = 500  # characters of another process's description
