@@ -32,10 +32,11 @@ TINY_MODELS = {"adapters", "audit", "experts", "strategies", "training"}
 """Folders of tests whose models gain nothing from threads, and lose much where others use the cores."""
 
 SLOW_FILES = (
-    "test_documented_runs.py",
-    "test_end_to_end.py", "test_runner.py", "test_federation.py", "test_codecs.py", "test_methods_conform.py",
-    "test_ten_clients_on_minilm.py", "test_refused_runs.py", "test_flower_runtime.py", "test_ray_grid.py",
-    "test_shadowing.py", "test_storage.py", "test_node_oracle.py",
+    "test_soak.py", "test_runner.py", "test_refused_runs.py", "test_federation.py", "test_documented_runs.py",
+    "test_end_to_end.py", "test_notebooks.py", "test_ray_grid.py", "test_resident.py", "test_split.py",
+    "test_node_oracle.py", "test_flower_runtime.py", "test_codecs.py", "test_methods_conform.py", "test_shadowing.py",
+    "test_user_level_run.py", "test_cohort.py", "test_peft_types.py", "test_task_runs.py", "test_page.py",
+    "test_ten_clients_on_minilm.py", "test_storage.py",
 )  # fmt: skip
 """Files that take longest, in this order: first, so that no process is left with one of them at the end."""
 
