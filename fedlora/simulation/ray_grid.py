@@ -51,7 +51,7 @@ class RayGrid(SimulatedGrid):
         """Have every worker load the app's model and data; the first messages wait behind it."""
         self._lend()
         shared = known if self._workers.here else {}
-        self._workers.prepare(self.context(FIRST_NODE_ID), shared)
+        self._workers.prepare(self.stored(FIRST_NODE_ID).open(), shared)
 
     def close(self) -> None:
         """End the workers, and Ray if this grid started it."""

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cohorts of three answer in two parts."""
     monkeypatch.setattr(ray_exchange, "PART", 2)
+    monkeypatch.setattr(ray_exchange, "MOST", 2)
 
 
 @pytest.fixture(scope="module")
