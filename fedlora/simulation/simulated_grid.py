@@ -194,10 +194,11 @@ class SimulatedGrid(Grid):
         order, size = list(range(len(messages))), QUERY_BATCH
         if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
             if self.cohort_size == "auto":
-                # Every worker gets some, whatever one could hold.
+                # Every worker gets as many, whatever one could hold, in passes of equal size.
                 share = -(-len(messages) // self.num_workers)
                 found = capacity(share)
-                self._set_capacity(Capacity(min(share, found.clients), found.settings, found.note))
+                passes = -(-share // found.clients)
+                self._set_capacity(Capacity(-(-share // passes), found.settings, found.note))
             assert isinstance(self.cohort_size, int)
             size = self.cohort_size
             if self.work is not None and size > 1:
