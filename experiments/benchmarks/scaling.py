@@ -2,9 +2,9 @@
 
 Every client trains in every round, under DP by example. Strong scaling keeps the number of clients, weak scaling the
 number a worker; efficiency is the share of the ideal speed-up that is reached, by the median round after the first. Of
-a round's seconds, ``train`` is the busiest worker's training; in the rest workers wait for the driver, or for each other.
-``driver`` is the time in which the driver works instead of waiting for its workers, much of it while they train. Every
-run is in a process of its own::
+a round's seconds, ``train`` is the busiest worker's training; in the rest workers wait for the driver, or for each
+other. ``driver`` is the time in which the driver works instead of waiting for its workers, much of it while they train.
+Every run is in a process of its own::
 
     python -m fedlora.experiments.benchmarks.scaling --output scaling.json
     python -m fedlora.experiments.benchmarks.scaling --read scaling.json
