@@ -1,8 +1,8 @@
 """Does memory, or the time of a round, grow with the federation? 1,000 clients against 10,000, of which 100 train.
 
 Each size runs in a process of its own, with its own Ray. The peak is that of the driver and of all processes below it
-together (proportional set size, so that shared pages count once), read five times a second; of the driver and of the
-workers it is read after every round, too::
+together (proportional set size, so that shared pages count once), read five times a second; what the driver
+and the workers have to themselves (unique set size) is read after every round::
 
     python -m fedlora.experiments.benchmarks.federation_size --output federation_size.json
 
@@ -90,12 +90,12 @@ def _made(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def _by_role() -> dict[str, int]:
-    """Return the memory of this process, of its Ray workers together, and of Ray's own processes."""
-    found = {"driver": psutil.Process().memory_full_info().pss, "workers": 0, "ray": 0}
+    """Return what this process has to itself, its Ray workers together, and Ray's own processes."""
+    found = {"driver": psutil.Process().memory_full_info().uss, "workers": 0, "ray": 0}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it ended meanwhile
             role = "workers" if process.name().startswith("ray::Worker") else "ray"
-            found[role] += process.memory_full_info().pss
+            found[role] += process.memory_full_info().uss
     return found
 
 

@@ -206,7 +206,7 @@ class Parts:
         Version and arrays of every whole part.
     chains : dict of str to Chain
     held : dict of int to dict of str to str
-        By client and part, the version that it got.
+        By client and part, the version that it got; clients share a dict, which is not changed.
     last : dict of int to int
         By client, the round in which it was sent something last.
     since : dict of int to int or None
@@ -225,6 +225,7 @@ class Parts:
         self.since: dict[int, int | None] = {}
         self.blocks: Callable[[int], tuple[Hashable, Mapping[str, tuple[int, ...]]] | None] = lambda client: None
         self._cut: dict[tuple[str, Hashable], tuple[str, Piece]] = {}
+        self._latest: dict[str, str] = {}
 
     def set(self, part: str, arrays: Arrays, made: int) -> None:
         """Set a whole part's current version; arrays that are those of the version before change nothing."""
@@ -275,7 +276,10 @@ class Parts:
 
     def sent(self, client: int, wanted: Iterable[str], server_round: int) -> None:
         """Note that a client has the current versions."""
-        self.held.setdefault(client, {}).update(self.versions(wanted, client))
+        held = self.held.get(client, {}) | self.versions(wanted, client)
+        # Most clients of a round hold the same: one dict serves them.
+        self._latest = self._latest if held == self._latest else held
+        self.held[client] = self._latest
         self.since[client] = self.last.get(client)
         self.last[client] = server_round
 

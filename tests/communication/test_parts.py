@@ -285,3 +285,16 @@ def test_many_clients_make_a_small_state() -> None:
     for client in range(1000):
         parts.sent(client, [INITIAL, "lora_A"], 1)
     assert len(json.dumps(parts.state_dict())) < 1000 * 40  # a version alone has 64 letters
+
+
+def test_clients_that_hold_the_same_share_one_dict() -> None:
+    parts = Parts("k")
+    parts.set(INITIAL, {"a": torch.zeros(2)}, 0)
+    parts.set("lora_A", {"b": torch.zeros(2)}, 0)
+    for client in range(3):
+        parts.sent(client, (INITIAL,), 1)
+    assert parts.held[0] is parts.held[1] is parts.held[2]
+    before = dict(parts.held[0])
+    parts.sent(1, ("lora_A",), 2)
+    assert parts.held[0] == parts.held[2] == before
+    assert parts.held[1].keys() == {INITIAL, "lora_A"}
