@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -85,6 +85,13 @@ def unchecked_record(arrays: Iterable[tuple[str, str, tuple[int, ...], str, byte
     for name, dtype, shape, stype, data in arrays:
         array = held[name] = Array.__new__(Array)
         array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
+    return record
+
+
+def unchecked_metrics(values: Mapping[str, int | float]) -> MetricRecord:
+    """Make a metric record of single numbers without Flower's checks of each."""
+    record = MetricRecord()
+    record.__dict__["_data"].update(values)
     return record
 
 

@@ -78,14 +78,14 @@ def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype:
         If names, shapes or dtypes are others, or bytes lack.
     """
     check_names(record, shapes)
-    kind = np.dtype(str(dtype).removeprefix("torch."))
+    kind, arrays = np.dtype(str(dtype).removeprefix("torch.")), dict(record.items())
     parts: list[bytes | memoryview] = []
     for name, shape in shapes.items():
-        data, header = record[name].data, _header(kind, shape)
+        data, header = arrays[name].data, _header(kind, shape)
         if data.startswith(header) and len(data) - len(header) == kind.itemsize * math.prod(shape):
             parts.append(memoryview(data)[len(header) :])
         else:
-            parts.append(_fortran_numbers(name, record[name], shape, kind))
+            parts.append(_fortran_numbers(name, arrays[name], shape, kind))
     joined = bytearray().join(parts)  # writable, as torch wants it
     return torch.from_numpy(np.frombuffer(joined, kind)) if joined else torch.empty(0, dtype=dtype)
 
@@ -142,6 +142,8 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _start(data: bytes) -> int:
     """Return where the numbers of a .npy file start; 0 where it is none."""
+    if data[:8] == b"\x93NUMPY\x01\x00" and len(data) > 9:  # as almost all are
+        return min(len(data), 10 + data[8] + 256 * data[9])
     width = _READERS.get(data[6:8], (0, None))[0] if data[:6] == b"\x93NUMPY" else 0
     return min(len(data), 8 + width + int.from_bytes(data[8 : 8 + width], "little")) if width else 0
 
