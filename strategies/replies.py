@@ -216,7 +216,7 @@ def read_metrics(metrics: MetricRecord, *, mechanism: Mechanism) -> MetricRecord
     said: dict[str, Any] = dict(metrics.items())
     read: dict[str, Any] = {"num-examples": _whole(said, "num-examples", MOST_EXAMPLES)}
     for name in ("loss", "seconds", "worker"):
-        value = said.get(name)
+        value: Any = said.get(name)
         if _is_number(value) and (name == "loss" or value >= 0):
             read[name] = float(value)
         elif name == "loss" and isinstance(value, float):

@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
 REVIEWS = 10000
 """Of CONFIG: each of them is one client's at least."""
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "architecture": "bert",
     "hidden_size": 64,
     "num_hidden_layers": 2,

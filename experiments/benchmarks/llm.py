@@ -56,13 +56,13 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
 
     torch.manual_seed(0)
     sizes = {key: value for key, value in shape.items() if key != "architecture"}
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     with torch.device(_device()):
         model: Any
         if shape.get("architecture") == "bert":
             model = BertModel(BertConfig(**sizes, pad_token_id=0))
         else:
-            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2**20, pad_token_id=0, **ends))
+            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2**20, **ids))
     model.to(torch.bfloat16).save_pretrained(folder)
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = [*special.values(), *(f"w{i}" for i in range(len(special), shape["vocab_size"]))]

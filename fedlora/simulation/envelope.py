@@ -78,7 +78,7 @@ def pack_record(record: ArrayRecord) -> PackedRecord:
 
 def unpack_record(packed: PackedRecord) -> ArrayRecord:
     """Undo :func:`pack_record`."""
-    small, large = memoryview(packed.small), iter(packed.large)
+    small, large = packed.small.data, iter(packed.large)
     arrays, start = [], 0
     for name, dtype, shape, stype, size in packed.layout:
         if size < LARGE:
