@@ -176,6 +176,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", help="by default minilm and llama-1b on GPUs, and tiny without")
     parser.add_argument("--workers", type=int, nargs="+", help="instead of the config's")
     parser.add_argument("--rounds", type=int, help="instead of the config's")
+    parser.add_argument("--cohort", type=int, help="clients in a pass, instead of what a run chooses")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--read", type=Path, help="only print the table of raw results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -195,7 +196,8 @@ def main() -> None:
     settings["rounds"] = arguments.rounds or settings["rounds"]
     cards = torch.cuda.device_count()
     numbers = arguments.workers or [n for n in settings["workers"] if n <= cards] or settings["cpu_workers"]
-    cases = {case["name"]: case for case in settings["cases"]}
+    cohort = {"cohort": arguments.cohort} if arguments.cohort else {}
+    cases = {case["name"]: case | cohort for case in settings["cases"]}
     results: dict[str, Any] = {"machine": machine() | {"gpus": cards}, "settings": settings, "cases": {}}
     for name in arguments.cases or (["minilm", "llama-1b"] if cards else ["tiny"]):
         rows = results["cases"].setdefault(name, [])
