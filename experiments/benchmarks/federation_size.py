@@ -1,15 +1,15 @@
 """Does memory, or the time of a round, grow with the federation? 1,000 clients against 10,000, of which 100 train.
 
 Each size runs in a process of its own, with its own Ray. The peak is that of the driver and of all processes below it
-together (proportional set size, so that shared pages count once), read five times a second; what the driver
-and the workers have to themselves (unique set size) is read after every round::
+together (proportional set size, so that shared pages count once), read five times a second; what the driver and the
+workers have to themselves (unique set size) is read after every round::
 
     python -m fedlora.experiments.benchmarks.federation_size --output federation_size.json
 
 More clients than there are reviews have made texts, two each, and a small model of random weights::
 
     python -m fedlora.experiments.benchmarks.federation_size --clients 100000 --train 1000 --rounds 20 \
-        --output federation_100000.json
+        --set simulation.cohort_size=50 --output federation_100000.json
 """
 
 from __future__ import annotations
