@@ -43,7 +43,7 @@ class SimulatedGrid(Grid):
         GPUs of a worker; a fraction shares one.
     cohort_size : int or "auto"
         Clients that a worker gets at once; "auto" asks a worker how many are worth a pass and fit into its memory, and
-        gives every worker some. It is lowered when memory still runs out.
+        divides every worker's share into passes of equal size. It is lowered when memory still runs out.
     address : str, optional
         A running Ray cluster; by default Ray starts on this machine.
     run_config : dict, optional
