@@ -50,6 +50,12 @@ class Envelope:
     error: Error | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the arrays that travel with it."""
+        packed = (record for record in (self.records or {}).values() if isinstance(record, PackedRecord))
+        return sum(size for record in packed for *_, size in record.layout)
+
 
 @dataclass(frozen=True)
 class StoredContext:

@@ -25,7 +25,7 @@ PART = 16
 """Replies at least that are fetched at once: the driver reads the first while the worker encodes the others."""
 
 PART_BYTES, MOST = 2**24, 64
-"""More are fetched at once, up to so many, while they are not more bytes than this: a part costs a millisecond."""
+"""As many as have so many bytes are fetched at once, and so many at most: a part costs a millisecond."""
 
 DEATHS = 3
 """So many workers may end on a message until its client is given up: it may be what ends them."""
@@ -67,8 +67,8 @@ class RayExchange:
     def __init__(self, grid: RayGrid, messages: list[Message], deadline: float | None) -> None:
         self.grid, self.messages = grid, messages
         self.deadline, self.checked, self.starting_seconds = deadline, time.monotonic(), 0.0
-        self.shared, self.references, size = _share_records(messages)
-        self.part = max(PART, PART_BYTES // max(size, PART_BYTES // MOST))
+        self.shared, self.references = _share_records(messages)
+        self.part = part_size(grid.reply_bytes.get(messages[0].metadata.message_type) if messages else None)
         self.batches = grid.batches(messages, self._capacity)
         self.waiting = deque(range(len(self.batches)))
         # In order, no more than a window of replies is held; else the first message may be in the last batch.
@@ -210,11 +210,13 @@ class RayExchange:
         raise AssertionError
 
 
-def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], dict[int, list[Any]], int]:
-    """Put every array record that more than one message carries into Ray's object store once.
+def part_size(reply_bytes: int | None) -> int:
+    """Return how many replies are fetched at once, given the bytes of the largest so far; None where none came yet."""
+    return PART if reply_bytes is None else max(PART, min(MOST, PART_BYTES // max(1, reply_bytes)))
 
-    Also return the bytes of the largest record, for want of those of the replies.
-    """
+
+def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], dict[int, list[Any]]]:
+    """Put every array record that more than one message carries into Ray's object store once."""
     records = {}
     uses: Counter[int] = Counter()
     for message in messages:
@@ -229,8 +231,7 @@ def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], di
             key = next(_SHARED_KEYS)
             shared[identity] = SharedRecord(key)
             references[key] = [ray.put(pack_record(records[identity]))]
-    largest = max((sum(len(array.data) for array in record.values()) for record in records.values()), default=0)
-    return shared, references, largest
+    return shared, references
 
 
 _SHARED_KEYS = itertools.count()
