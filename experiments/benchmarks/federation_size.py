@@ -8,7 +8,7 @@ workers have to themselves (unique set size) is read after every round::
 
 More clients than there are reviews have made texts, two each, and a small model of random weights::
 
-    python -m fedlora.experiments.benchmarks.federation_size --clients 100000 --train 1000 --rounds 20 \
+    python -m fedlora.experiments.benchmarks.federation_size --clients 100000 --train 1000 --rounds 40 \
         --set simulation.cohort_size=50 --output federation_100000.json
 """
 
