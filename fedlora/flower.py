@@ -8,11 +8,11 @@ used: it takes seconds, and simulated clients do without.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, Error, Message, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -72,6 +72,29 @@ def metadata_values(message: Message) -> dict[str, Any]:
     return vars(message.metadata)
 
 
+def unchecked_record(arrays: Iterable[tuple[str, str, tuple[int, ...], str, bytes]]) -> ArrayRecord:
+    """Put an array record together without Flower's checks of each array, which take 50 us.
+
+    Parameters
+    ----------
+    arrays : iterable of tuple
+        Name, dtype, shape, stype and data of each, of the types that Flower's own records hold.
+    """
+    record = ArrayRecord()
+    held = record.__dict__["_data"]
+    for name, dtype, shape, stype, data in arrays:
+        array = held[name] = Array.__new__(Array)
+        array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
+    return record
+
+
+def unchecked_metrics(values: Mapping[str, int | float]) -> MetricRecord:
+    """Make a metric record of single numbers without Flower's checks of each."""
+    record = MetricRecord()
+    record.__dict__["_data"].update(values)
+    return record
+
+
 # Bytes
 
 
@@ -83,6 +106,34 @@ def to_bytes(record: RecordDict) -> bytes:
 def from_bytes(blob: bytes) -> RecordDict:
     """Undo :func:`to_bytes`."""
     return recorddict_from_proto(ProtoRecordDict.FromString(blob))
+
+
+class States(MutableMapping[int, RecordDict]):
+    """Clients' states by client, each kept as its bytes: who passes one on need not read it.
+
+    Parameters
+    ----------
+    blobs : mutable mapping of int to bytes, optional
+        Where the bytes are kept; a dict by default.
+    """
+
+    def __init__(self, blobs: MutableMapping[int, bytes] | None = None) -> None:
+        self.blobs: MutableMapping[int, bytes] = {} if blobs is None else blobs
+
+    def __getitem__(self, client: int) -> RecordDict:
+        return from_bytes(self.blobs[client])
+
+    def __setitem__(self, client: int, state: RecordDict) -> None:
+        self.blobs[client] = to_bytes(state)
+
+    def __delitem__(self, client: int) -> None:
+        del self.blobs[client]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.blobs)
+
+    def __len__(self) -> int:
+        return len(self.blobs)
 
 
 def record_size(key: str, record: ArrayRecord) -> int:

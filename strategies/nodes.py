@@ -21,6 +21,7 @@ from fedlora.strategies.replies import ReplyError, first_replies, read_descripti
 log = logging.getLogger("fedlora")
 
 _POLL_SECONDS = 3.0
+_AT_ONCE = 4096  # clients that are asked at the start
 _LONGEST_REASON = 200  # characters of what a node says of its error
 _FOR_GOOD = (ClientErrorCode.BUDGET, ClientErrorCode.POLICY, ClientErrorCode.LABELS)
 """Codes of nodes that would refuse this run's next round as well."""
@@ -99,26 +100,36 @@ class Roster:
             If too few answer.
         """
         deadline = time.monotonic() + self.config.server.timeout
-        heard: dict[int, Message] = {}
+        heard: set[int] = set()
+        named: list[Message] = []
         while True:
             left = max(1.0, deadline - time.monotonic())
-            queries = [self._query(node) for node in self._wait_for_nodes(left) if node not in heard]
-            asked = {query.metadata.dst_node_id: -1 for query in queries}
-            replies = AddressedGrid(self.grid).send_and_receive(queries, timeout=left)
-            for reply in first_replies(replies, asked, "", log.warning):
-                if not (reply.has_error() and reply.error.code in UNAVAILABLE):
-                    heard[reply.metadata.src_node_id] = reply
+            nodes = [node for node in self._wait_for_nodes(left) if node not in heard]
+            for start in range(0, len(nodes), _AT_ONCE):
+                found = self._ask(nodes[start : start + _AT_ONCE], left)
+                heard.update(reply.metadata.src_node_id for reply in found)
+                if self.config.data.name == NODES:
+                    named += found
+                else:
+                    self._enrol(found)  # at once: the messages of 100,000 clients take memory
             # A node that lost its connection counts as online for a while; it is asked again once it is back.
             if len(heard) >= self._wanted() or time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
         # All at once, so that numbers follow names.
-        self._enrol(heard.values())
+        self._enrol(named)
         if len(self.nodes) < (self.config.server.min_replies if self.real or self._refused else 1):
             self._raise_refusal()
             raise RunError(f"{len(self.nodes) or 'no'} clients answered; server.min_replies asks for more")
         if self._refused:
             log.warning("the run continues with %d of %d nodes", len(self.nodes), len(self.nodes) + len(self._refused))
+
+    def _ask(self, nodes: Sequence[int], timeout: float) -> list[Message]:
+        """Return what nodes answer to the question what they hold, one reply each, and none of who is away."""
+        queries = [self._query(node) for node in nodes]
+        replies = AddressedGrid(self.grid).send_and_receive(queries, timeout=timeout)
+        found = first_replies(replies, dict.fromkeys(nodes, -1), "", log.warning)
+        return [reply for reply in found if not (reply.has_error() and reply.error.code in UNAVAILABLE)]
 
     def refresh(self) -> None:
         """See who left and who is back, without waiting; wait only while fewer than ``min_replies`` are there.

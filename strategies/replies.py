@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlora.communication.codecs import Codec
 from fedlora.errors import plain_text
+from fedlora.flower import unchecked_metrics
 from fedlora.node.names import NODE_RECORD, is_node_name
 from fedlora.privacy.mechanisms import Mechanism
 
@@ -212,29 +213,30 @@ def read_metrics(metrics: MetricRecord, *, mechanism: Mechanism) -> MetricRecord
     ReplyError
         If num-examples, or in a private run what was spent, is nonsense.
     """
-    read = MetricRecord({"num-examples": _whole(metrics, "num-examples", MOST_EXAMPLES)})
+    said: dict[str, Any] = dict(metrics.items())
+    read: dict[str, Any] = {"num-examples": _whole(said, "num-examples", MOST_EXAMPLES)}
     for name in ("loss", "seconds", "worker"):
-        value: Any = metrics.get(name)
+        value: Any = said.get(name)
         if _is_number(value) and (name == "loss" or value >= 0):
             read[name] = float(value)
         elif name == "loss" and isinstance(value, float):
             read[name] = math.nan  # of a client whose training diverges
-    if "steps" in metrics:
-        read["steps"] = _whole(metrics, "steps", _MOST_STEPS)
+    if "steps" in said:
+        read["steps"] = _whole(said, "steps", _MOST_STEPS)
     if not mechanism.reply_metrics:
-        return read
+        return unchecked_metrics(read)
     if "steps" not in read:
         raise ReplyError("it does not say its steps")
-    if "total-steps" in metrics:
-        read["total-steps"] = _whole(metrics, "total-steps", _MOST_STEPS)
+    if "total-steps" in said:
+        read["total-steps"] = _whole(said, "total-steps", _MOST_STEPS)
     for name, fits in mechanism.reply_metrics.items():
-        value = metrics.get(name)
+        value = said.get(name)
         if not (_is_number(value) or value == math.inf) or not fits(value):
             raise ReplyError(f"{name} is {_shown(value)}")
         read[name] = value
-    if math.isinf(read.get("epsilon", 0.0)) and read.get("noise-multiplier", 0.0) > 0:  # type: ignore[arg-type, operator]
+    if math.isinf(read.get("epsilon", 0.0)) and read.get("noise-multiplier", 0.0) > 0:
         raise ReplyError("epsilon is inf, with noise")
-    return read
+    return unchecked_metrics(read)
 
 
 def first_replies(
@@ -287,8 +289,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
-def _whole(metrics: MetricRecord, name: str, most: int) -> int:
-    value: Any = metrics.get(name)
+def _whole(metrics: Mapping[str, Any], name: str, most: int) -> int:
+    value = metrics.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
         raise ReplyError(f"{name} is {_shown(value)}, no whole number from 0 to {most}")
     return int(value)

@@ -50,14 +50,19 @@ SEARCH = {"clients": 1, "batches": 2, "steps": 1, "rounds": 2}
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
-    """Save a Llama of random weights, and a tokenizer of one word for each id."""
+    """Save a Llama of random weights, or a BERT (``architecture``), and a tokenizer of one word for each id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=2**20, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = {key: value for key, value in shape.items() if key != "architecture"}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     with torch.device(_device()):
-        model: Any = LlamaForCausalLM(config)
+        model: Any
+        if shape.get("architecture") == "bert":
+            model = BertModel(BertConfig(**sizes, pad_token_id=0))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2**20, **ids))
     model.to(torch.bfloat16).save_pretrained(folder)
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = [*special.values(), *(f"w{i}" for i in range(len(special), shape["vocab_size"]))]
@@ -67,10 +72,12 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def make_texts(file: Path, rows: int, tokens: int, vocabulary: int) -> None:
-    """Write texts of so many tokens, with the one that ends them."""
+def make_texts(file: Path, rows: int, tokens: int, vocabulary: int, labels: int = 0) -> None:
+    """Write texts of so many tokens, with the one that ends them, and a label each if there are some."""
     drawn = np.random.default_rng(0).integers(4, vocabulary, (rows, tokens - 1))
-    lines = (json.dumps({"text": " ".join(f"w{word}" for word in row)}) for row in drawn)
+    texts = (" ".join(f"w{word}" for word in row) for row in drawn)
+    said = ({"text": text} | ({"label": i % labels} if labels else {}) for i, text in enumerate(texts))
+    lines = (json.dumps(row) for row in said)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -76,8 +76,12 @@ class MeteredGrid(GridDecorator):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send, receive and count; replies are passed on as they come."""
         outgoing = list(messages)
+        seen: dict[int, tuple[_Content, int, int]] = {}  # by id: messages of a round share their contents
         for message in outgoing:
-            self._count_down(message)
+            key = id(message.content)
+            if key not in seen:
+                seen[key] = _measure(message.content), _payload(message, False), _payload(message, True)
+            self._count_down(message, *seen[key])
         # The round is that of the messages, whatever a reply says.
         server_round = round_of(outgoing[0]) if outgoing else 0
         up = _evaluation(outgoing[0]) + "up" if outgoing else "up"
@@ -86,7 +90,7 @@ class MeteredGrid(GridDecorator):
                 size = message_size(reply)
             except Exception:  # a simulated client can answer with what no message holds; the strategy refuses it
                 size = 0
-            self._count(reply, server_round, reply.metadata.src_node_id, up, size)
+            self._add(server_round, reply.metadata.src_node_id, up, _payload(reply, False), size)
             yield reply
 
     def take_rows(self) -> list[Row]:
@@ -95,21 +99,14 @@ class MeteredGrid(GridDecorator):
         self.rows = []
         return rows
 
-    def _count_down(self, message: Message) -> None:
-        node = message.metadata.dst_node_id
-        whole = message_size(message)
-        start = {key: record for key, record in _array_records(message) if is_initial(key)}
-        if start:
-            alone = sum(_record_size(key, record) for key, record in start.items())
+    def _count_down(self, message: Message, content: _Content, payload: int, initial: int) -> None:
+        node, server_round, evaluation = message.metadata.dst_node_id, round_of(message), _evaluation(message)
+        if content.initial:
             # An evaluation sends what the next round would start from.
-            of_round = round_of(message) + bool(_evaluation(message))
-            self._add(round_of(message), node, INITIAL, sum(map(payload_bytes, start.values())), alone, of_round)
-            whole -= alone
-        self._count(message, round_of(message), node, _evaluation(message) + "down", whole)
-
-    def _count(self, message: Message, server_round: int, node: int, direction: str, size: int) -> None:
-        payload = sum(payload_bytes(record) for key, record in _array_records(message) if not is_initial(key))
-        self._add(server_round, node, direction, payload, size)
+            of_round = server_round + bool(evaluation)
+            self._add(server_round, node, INITIAL, initial, content.initial, of_round)
+        size = _whole_size(message, content) - content.initial
+        self._add(server_round, node, evaluation + "down", payload, size)
 
     def _add(
         self, server_round: int, node: int, direction: str, payload: int, size: int, of_round: int | None = None
@@ -145,18 +142,50 @@ def row_dict(row: Row) -> dict[str, int | str]:
     return dict(vars(row))
 
 
+class _Content(NamedTuple):
+    """What a message's size depends on, of its content.
+
+    Attributes
+    ----------
+    arrays, initial : int
+        Bytes of all records of arrays, and of those made before the first round.
+    layout : tuple
+        Of the other records.
+    """
+
+    arrays: int
+    initial: int
+    layout: tuple[Any, ...]
+
+
+def _measure(content: RecordDict) -> _Content:
+    arrays = initial = 0
+    small: list[Any] = []
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            size = _record_size(key, record)
+            arrays += size
+            initial += size if is_initial(key) else 0
+        else:
+            small.append((key, type(record), tuple((name, *_varying(value)) for name, value in record.items())))
+    return _Content(arrays, initial, tuple(small))
+
+
+def _payload(message: Message, initial: bool) -> int:
+    """Return the bytes of the numbers alone, of the arrays made before the first round or of the others."""
+    return sum(payload_bytes(record) for key, record in _array_records(message) if is_initial(key) == initial)
+
+
 def message_size(message: Message) -> int:
     """Exact size in bytes of a message in Flower's protobuf form, without serialising like messages again."""
     if not message.has_content():
         return message_sizes(message)[0]
-    small: list[Any] = [(name, *_varying(value)) for name, value in metadata_values(message).items()]
-    arrays = 0
-    for key, record in message.content.items():
-        if isinstance(record, ArrayRecord):
-            arrays += _record_size(key, record)
-        else:
-            small.append((key, type(record), tuple((name, *_varying(value)) for name, value in record.items())))
-    layout = tuple(small)
+    return _whole_size(message, _measure(message.content))
+
+
+def _whole_size(message: Message, measured: _Content) -> int:
+    metadata = tuple((name, *_varying(value)) for name, value in metadata_values(message).items())
+    layout = metadata, measured.layout
     sizes = _SIZES.get(layout)
     if sizes is None:
         rest = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
@@ -164,7 +193,7 @@ def message_size(message: Message) -> int:
             _SIZES.clear()
         sizes = _SIZES[layout] = message_sizes(with_metadata(rest, message.metadata))
     whole, content = sizes
-    return whole - _varint(content) + arrays + _varint(content + arrays)
+    return whole - _varint(content) + measured.arrays + _varint(content + measured.arrays)
 
 
 _SIZES: dict[tuple[Any, ...], tuple[int, int]] = {}

@@ -206,7 +206,7 @@ class Parts:
         Version and arrays of every whole part.
     chains : dict of str to Chain
     held : dict of int to dict of str to str
-        By client and part, the version that it got.
+        By client and part, the version that it got; clients share a dict, which is not changed.
     last : dict of int to int
         By client, the round in which it was sent something last.
     since : dict of int to int or None
@@ -225,6 +225,7 @@ class Parts:
         self.since: dict[int, int | None] = {}
         self.blocks: Callable[[int], tuple[Hashable, Mapping[str, tuple[int, ...]]] | None] = lambda client: None
         self._cut: dict[tuple[str, Hashable], tuple[str, Piece]] = {}
+        self._latest: dict[str, str] = {}
 
     def set(self, part: str, arrays: Arrays, made: int) -> None:
         """Set a whole part's current version; arrays that are those of the version before change nothing."""
@@ -275,7 +276,10 @@ class Parts:
 
     def sent(self, client: int, wanted: Iterable[str], server_round: int) -> None:
         """Note that a client has the current versions."""
-        self.held.setdefault(client, {}).update(self.versions(wanted, client))
+        held = self.held.get(client, {}) | self.versions(wanted, client)
+        # Most clients of a round hold the same: one dict serves them.
+        self._latest = self._latest if held == self._latest else held
+        self.held[client] = self._latest
         self.since[client] = self.last.get(client)
         self.last[client] = server_round
 
@@ -285,19 +289,30 @@ class Parts:
         self.last.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which client has what, as JSON; versions that many clients have are written once."""
-        pairs = sorted({pair for parts in self.held.values() for pair in parts.items()})
+        """Return which client has what, as JSON; clients that have the same are in lists, which are quick to write."""
+        same: dict[int, list[int]] = {}  # clients, by the id of the dict that they share
+        for client, held in self.held.items():
+            same.setdefault(id(held), []).append(client)
+        groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        for clients in same.values():
+            groups.setdefault(tuple(sorted(self.held[clients[0]].items())), []).extend(clients)
+        pairs = sorted({pair for group in groups for pair in group})
         place = {pair: i for i, pair in enumerate(pairs)}
-        clients = {str(c): [place[pair] for pair in sorted(parts.items())] for c, parts in self.held.items()}
+        holders = [
+            {"pairs": [place[pair] for pair in group], "clients": clients, "last": [self.last[c] for c in clients]}
+            for group, clients in groups.items()
+        ]
         made = {part: piece.made for part, (_, piece) in self.whole.items()}
-        last = {str(client): server_round for client, server_round in self.last.items()}
-        return {"pairs": pairs, "clients": clients, "last": last, "made": made}
+        return {"pairs": pairs, "holders": holders, "made": made}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, but for the arrays."""
         pairs = [tuple(pair) for pair in state["pairs"]]
-        self.held = {int(client): dict(pairs[i] for i in places) for client, places in state["clients"].items()}
-        self.last = {int(client): server_round for client, server_round in state["last"].items()}
+        self.held, self.last = {}, {}
+        for group in state["holders"]:
+            held = dict(pairs[i] for i in group["pairs"])
+            for client, last in zip(group["clients"], group["last"], strict=True):
+                self.held[client], self.last[client] = held, last
 
 
 def _numbers(arrays: Mapping[str, torch.Tensor]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import pickle
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ from numpy.lib import format as npy
 
 from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
+from fedlora.flower import unchecked_record
 
 COUNTED = "counted"
 """Key of a message's settings, where clients keep errors: the last round that a reply of its client entered; or 0."""
@@ -28,15 +28,15 @@ def encode(arrays: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float3
     """Turn named tensors into a Flower ArrayRecord of one dtype (numpy has no bfloat16, so that cannot be it)."""
     if not arrays:
         return ArrayRecord()
-    # Adapters are many small arrays: one conversion for all, and a copy of a record that Flower has checked before.
+    # Adapters are many small arrays: one conversion for all, and none of Flower's checks of each.
     flat = torch.cat([array.detach().cpu().reshape(-1) for array in arrays.values()]).to(dtype).numpy()
-    layout = tuple((n, tuple(a.shape)) for n, a in arrays.items())
-    record = blank(str(flat.dtype), _NPY, layout)
-    numbers, start = flat.view(np.uint8), 0
-    for array in record.values():
-        end = start + math.prod(array.shape) * flat.itemsize
-        array.data, start = b"".join((array.data, numbers[start:end].data)), end
-    return record
+    kind, numbers, start, made = str(flat.dtype), flat.view(np.uint8), 0, []
+    for name, array in arrays.items():
+        shape = tuple(array.shape)
+        end = start + math.prod(shape) * flat.itemsize
+        made.append((name, kind, shape, _NPY, b"".join((_header(flat.dtype, shape), numbers[start:end].data))))
+        start = end
+    return unchecked_record(made)
 
 
 def decode(record: ArrayRecord) -> Arrays:
@@ -78,27 +78,35 @@ def decode_as(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]], dtype:
         If names, shapes or dtypes are others, or bytes lack.
     """
     check_names(record, shapes)
-    kind = np.dtype(str(dtype).removeprefix("torch."))
+    kind, arrays = np.dtype(str(dtype).removeprefix("torch.")), dict(record.items())
     parts: list[bytes | memoryview] = []
     for name, shape in shapes.items():
-        array = record[name]
-        header, fortran = _header(kind, shape), _header(kind, shape, True)
-        in_order = array.data.startswith(header)
-        start = len(header if in_order else fortran)
-        if not array.data.startswith((header, fortran)) or len(array.data) - start != kind.itemsize * math.prod(shape):
-            if tuple(array.shape) != shape:
-                raise ValueError(f"{name} has shape {shown(array.shape)}, expected {shape}")
-            if array.dtype != str(kind):
-                raise ValueError(f"{name} is of {shown(array.dtype)}, expected {kind}")
-            raise ValueError(f"the bytes of {name} are not those of {kind} numbers of shape {shape}")
-        numbers = memoryview(array.data)[start:]
-        parts.append(numbers if in_order else np.frombuffer(numbers, kind).reshape(shape, order="F").tobytes())
+        data, header = arrays[name].data, _header(kind, shape)
+        if data.startswith(header) and len(data) - len(header) == kind.itemsize * math.prod(shape):
+            parts.append(memoryview(data)[len(header) :])
+        else:
+            parts.append(_fortran_numbers(name, arrays[name], shape, kind))
     joined = bytearray().join(parts)  # writable, as torch wants it
     return torch.from_numpy(np.frombuffer(joined, kind)) if joined else torch.empty(0, dtype=dtype)
 
 
+def _fortran_numbers(name: str, array: Array, shape: tuple[int, ...], kind: np.dtype) -> bytes:
+    """Return the numbers of an array that is in Fortran's order, in C's. Raises as :func:`decode_as`."""
+    header = _header(kind, shape, True)
+    if not array.data.startswith(header) or len(array.data) - len(header) != kind.itemsize * math.prod(shape):
+        if tuple(array.shape) != shape:
+            raise ValueError(f"{name} has shape {shown(array.shape)}, expected {shape}")
+        if array.dtype != str(kind):
+            raise ValueError(f"{name} is of {shown(array.dtype)}, expected {kind}")
+        raise ValueError(f"the bytes of {name} are not those of {kind} numbers of shape {shape}")
+    numbers = memoryview(array.data)[len(header) :]
+    return np.frombuffer(numbers, kind).reshape(shape, order="F").tobytes()
+
+
 def check_names(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a ValueError that names an array which lacks, or which nobody asked for."""
+    if record.keys() == shapes.keys():
+        return
     for name in sorted(set(record) ^ set(shapes)):
         said = record[name].shape if name in record else None
         raise ValueError(f"{shown(name)} has shape {shown(said)}, expected {shapes.get(name)}")
@@ -112,23 +120,6 @@ def shown(said: object) -> str:
 
 # Flower's Array holds a .npy file: a short header, then the numbers. numpy's own functions print and parse the header
 # anew each time, which takes ten times as long as the copy for the small arrays that adapters are.
-
-
-def blank(dtype: str, stype: str, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> ArrayRecord:
-    """Return a record whose arrays have no numbers yet, only the header of a .npy file where they are one.
-
-    Flower checks what is put into a record one by one; a copy of one that was checked before costs less.
-    """
-    record: ArrayRecord = pickle.loads(_pickled_blank(dtype, stype, layout))
-    return record
-
-
-@lru_cache(maxsize=64)
-def _pickled_blank(dtype: str, stype: str, layout: tuple[tuple[str, tuple[int, ...]], ...]) -> bytes:
-    record = ArrayRecord()
-    for name, shape in layout:
-        record[name] = Array(dtype, shape, stype, _header(np.dtype(dtype), shape) if stype == _NPY else b"")
-    return pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
 
 
 @lru_cache(maxsize=1024)
@@ -151,6 +142,8 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _start(data: bytes) -> int:
     """Return where the numbers of a .npy file start; 0 where it is none."""
+    if data[:8] == b"\x93NUMPY\x01\x00" and len(data) > 9:  # as almost all are
+        return min(len(data), 10 + data[8] + 256 * data[9])
     width = _READERS.get(data[6:8], (0, None))[0] if data[:6] == b"\x93NUMPY" else 0
     return min(len(data), 8 + width + int.from_bytes(data[8 : 8 + width], "little")) if width else 0
 

@@ -147,7 +147,10 @@ def _divide(partitioner: Partitioner, table: datasets.Dataset) -> list[np.ndarra
         first = partitioner.load_partition(0)
         count = partitioner.num_partitions
         indices: dict[int, Any] | None = getattr(partitioner, "_partition_id_to_indices", None)
-        if indices is None:
+        if isinstance(partitioner, IidPartitioner):
+            # The same pieces; selecting a table for each of 100,000 clients takes a minute.
+            parts = np.array_split(partitioner.dataset["row"][:], count)
+        elif indices is None:
             parts = [first["row"][:]] + [partitioner.load_partition(client)["row"][:] for client in range(1, count)]
         else:
             # The partitioner may have sorted its table; reading one column beats selecting a table for each client.

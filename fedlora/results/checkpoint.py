@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
 from safetensors.torch import load, save
 
 from fedlora.alignment import aligned
 from fedlora.errors import InputError
-from fedlora.flower import from_bytes, to_bytes
+from fedlora.flower import States
 from fedlora.results.seal import CHAIN, TABLES, blob_digest, extend_chain, find_damage, is_sealed, write_seal
 from fedlora.storage import is_full, storage_error
 
@@ -66,7 +65,7 @@ class Checkpoint:
         except BaseException:
             self._connection.close()
             raise
-        self.states = ClientStates(self._connection, self._write)
+        self.states = States(_StateBlobs(self._connection, self._write))
 
     def _open(self) -> None:
         path = str(self.path)
@@ -93,11 +92,11 @@ class Checkpoint:
         if damage is not None:
             raise DamagedError("--resume", path, f"is damaged ({damage}); run anew with another --output")
 
-    def _write(self, sql: str, values: Sequence[Any] = ()) -> None:
-        """Execute a statement; before the first of a transaction, copy what was committed."""
+    def _write(self, sql: str, *rows: Sequence[Any]) -> None:
+        """Execute a statement for each row; before the first of a transaction, copy what was committed."""
         if not self._connection.in_transaction:
             self._keep_previous()
-        self._connection.execute(sql, values)
+        self._connection.executemany(sql, rows)
 
     def _keep_previous(self) -> None:
         if not is_sealed(self._connection) or not self.path.exists():  # nothing committed, or in memory
@@ -141,8 +140,7 @@ class Checkpoint:
 
     def add_lines(self, file: str, lines: list[str]) -> None:
         """Append lines to one of the run folder's growing files."""
-        for line in lines:
-            self._write("INSERT INTO lines VALUES (?, ?)", (file, line))
+        self._write("INSERT INTO lines VALUES (?, ?)", *((file, line) for line in lines))
         self[f"{CHAIN}{file}"] = extend_chain(self.get(f"{CHAIN}{file}", ""), lines)
 
     def lines(self, file: str) -> list[str]:
@@ -230,20 +228,19 @@ def _chunks(arrays: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tens
     yield chunk
 
 
-class ClientStates(MutableMapping[int, RecordDict]):
-    """Mapping of client to ``context.state``, stored in the checkpoint."""
+class _StateBlobs(MutableMapping[int, bytes]):
+    """Bytes of each client's ``context.state``, stored in the checkpoint."""
 
-    def __init__(self, connection: sqlite3.Connection, write: Callable[[str, Sequence[Any]], None]) -> None:
+    def __init__(self, connection: sqlite3.Connection, write: Callable[..., None]) -> None:
         self._connection, self._write = connection, write
 
-    def __getitem__(self, client: int) -> RecordDict:
+    def __getitem__(self, client: int) -> bytes:
         row = self._connection.execute("SELECT state FROM states WHERE client = ?", (client,)).fetchone()
         if row is None:
             raise KeyError(client)
-        return from_bytes(row[0])
+        return bytes(row[0])
 
-    def __setitem__(self, client: int, state: RecordDict) -> None:
-        blob = to_bytes(state)
+    def __setitem__(self, client: int, blob: bytes) -> None:
         self._write("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", (client, blob_digest(blob), blob))
 
     def __delitem__(self, client: int) -> None:

@@ -1,20 +1,37 @@
-"""How a Message moves between processes on Ray: large arrays out of band, shared ones once a round and worker."""
+"""How a Message moves between processes on Ray: few large buffers, shared arrays once a round and worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, Metadata, RecordDict
 
-from fedlora.flower import with_metadata
+from fedlora.flower import from_bytes, to_bytes, unchecked_record, with_metadata
 
-PackedRecord = dict[str, tuple[str, tuple[int, ...], str, np.ndarray]]
+LARGE = 2**18
+"""Bytes of an array from which it travels by itself; below, a copy costs less than Ray's bookkeeping of a buffer."""
 
-LARGE = 2**16
-"""Bytes of a record from which its arrays travel out of band; below, a copy costs less than the bookkeeping."""
+
+@dataclass(frozen=True)
+class PackedRecord:
+    """An array record taken apart, so that Ray moves its bytes through shared memory.
+
+    Attributes
+    ----------
+    layout : list of tuple
+        Name, dtype, shape, stype and number of bytes of each array.
+    small : np.ndarray [bytes]
+        Of the arrays below :data:`LARGE`, one after the other.
+    large : list of np.ndarray [bytes]
+        Views of the others.
+    """
+
+    layout: list[tuple[str, str, tuple[int, ...], str, int]]
+    small: np.ndarray
+    large: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -33,15 +50,50 @@ class Envelope:
     error: Error | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the arrays that travel with it."""
+        packed = (record for record in (self.records or {}).values() if isinstance(record, PackedRecord))
+        return sum(size for record in packed for *_, size in record.layout)
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """A client's context, apart from its state, which is as it is stored; b"" for one that has none yet."""
+
+    context: Context
+    state: bytes
+
+    def open(self) -> Context:
+        """Return the context with its state."""
+        return replace(self.context, state=from_bytes(self.state))
+
+    def changed(self, context: Context) -> bytes | None:
+        """Return the state of a context that :meth:`open` gave, to be stored; None where it is as it was."""
+        state = to_bytes(context.state)
+        return None if state == self.state else state
+
 
 def pack_record(record: ArrayRecord) -> PackedRecord:
-    """View a record's bytes as numpy arrays, which Ray moves through shared memory in one copy."""
-    return {name: (a.dtype, a.shape, a.stype, np.frombuffer(a.data, np.uint8)) for name, a in record.items()}
+    """Take a record apart; what each array holds must be bytes."""
+    layout = [(name, a.dtype, a.shape, a.stype, len(a.data)) for name, a in record.items()]
+    small = b"".join([a.data for a in record.values() if len(a.data) < LARGE])
+    large = [np.frombuffer(a.data, np.uint8) for a in record.values() if len(a.data) >= LARGE]
+    return PackedRecord(layout, np.frombuffer(small, np.uint8), large)
 
 
 def unpack_record(packed: PackedRecord) -> ArrayRecord:
     """Undo :func:`pack_record`."""
-    return ArrayRecord({name: Array(d, shape, s, view.tobytes()) for name, (d, shape, s, view) in packed.items()})
+    small, large = packed.small.data, iter(packed.large)
+    arrays, start = [], 0
+    for name, dtype, shape, stype, size in packed.layout:
+        if size < LARGE:
+            data = small[start : start + size].tobytes()
+            start += size
+        else:
+            data = next(large).tobytes()
+        arrays.append((name, dtype, shape, stype, data))
+    return unchecked_record(arrays)
 
 
 def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> Envelope:
@@ -53,9 +105,10 @@ def pack(message: Message, shared: Mapping[int, SharedRecord] | None = None) -> 
         if isinstance(record, ArrayRecord):
             if shared and id(record) in shared:
                 records[name] = shared[id(record)]
+            elif all(type(array.data) is bytes for array in record.values()):
+                records[name] = pack_record(record)
             else:
-                large = sum(len(array.data) for array in record.values()) >= LARGE
-                records[name] = pack_record(record) if large else record
+                records[name] = record  # of a client that changed one: the strategy refuses it
         else:
             records[name] = record
     return Envelope(message.metadata, records, None)
@@ -72,5 +125,5 @@ def unpack(envelope: Envelope, shared: Mapping[int, ArrayRecord] | None = None) 
             assert shared is not None
             content[name] = shared[record.key]
         else:
-            content[name] = unpack_record(record) if isinstance(record, dict) else record
+            content[name] = unpack_record(record) if isinstance(record, PackedRecord) else record
     return with_metadata(content, envelope.metadata)

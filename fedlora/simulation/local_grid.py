@@ -30,7 +30,7 @@ class LocalGrid(SimulatedGrid):
     def prepare(self, known: Mapping[Any, Any]) -> None:
         """Load the app's model and data, which here is on the server's devices."""
         with _threads(self.cpus):
-            self._worker.prepare(self.context(FIRST_NODE_ID), known)
+            self._worker.prepare(self.stored(FIRST_NODE_ID).open(), known)
 
     def close(self) -> None:
         """Do nothing: nothing was started."""
@@ -42,21 +42,23 @@ class LocalGrid(SimulatedGrid):
             if deadline is not None and time.monotonic() > deadline:
                 break
             chosen = [messages[i] for i in batch]
-            contexts = [self.context(message.metadata.dst_node_id) for message in chosen]
+            stored = [self.stored(message.metadata.dst_node_id) for message in chosen]
+            contexts = [client.open() for client in stored]
             with _threads(self.cpus), self.once:
                 replies = list(self._worker.run(chosen, contexts))
             if deadline is not None and time.monotonic() > deadline:
                 done.update(zip(batch, map(late_reply, chosen), strict=True))
                 break
             done.update(zip(batch, replies, strict=True))
-            self.keep(chosen, [context.state for context in contexts], self._worker.allowed)
+            states = [client.changed(context) for client, context in zip(stored, contexts, strict=True)]
+            self.keep(chosen, states, self._worker.allowed)
             while due in done:
                 yield done.pop(due)
                 due += 1
         yield from (done[late] for late in sorted(done))
 
     def _capacity(self, message: Message, most: int) -> Capacity:
-        return self._worker.measure(message, self.context(message.metadata.dst_node_id), most)
+        return self._worker.measure(message, self.stored(message.metadata.dst_node_id).open(), most)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from flwr.app import ArrayRecord, Context, Error, Message
+from flwr.app import ArrayRecord, Error, Message
 
 from fedlora.errors import ClientErrorCode
-from fedlora.simulation.envelope import SharedRecord, pack, pack_record
+from fedlora.simulation.envelope import SharedRecord, StoredContext, pack, pack_record
 from fedlora.simulation.simulated_grid import late_reply
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from fedlora.simulation.ray_grid import RayGrid
 
 PART = 16
-"""Replies that are fetched at once: the driver reads and sums the first while the worker encodes the others."""
+"""Replies at least that are fetched at once: the driver reads the first while the worker encodes the others."""
+
+PART_BYTES, MOST = 2**24, 64
+"""As many as have so many bytes are fetched at once, and so many at most: a part costs a millisecond."""
 
 DEATHS = 3
 """So many workers may end on a message until its client is given up: it may be what ends them."""
@@ -64,6 +68,7 @@ class RayExchange:
         self.grid, self.messages = grid, messages
         self.deadline, self.checked, self.starting_seconds = deadline, time.monotonic(), 0.0
         self.shared, self.references = _share_records(messages)
+        self.part = part_size(grid.reply_bytes.get(messages[0].metadata.message_type) if messages else None)
         self.batches = grid.batches(messages, self._capacity)
         self.waiting = deque(range(len(self.batches)))
         # In order, no more than a window of replies is held; else the first message may be in the last batch.
@@ -71,7 +76,7 @@ class RayExchange:
         in_order = all(i <= j for i, j in places)
         self.window = 2 * QUEUED * len(grid.actors) if in_order else len(self.batches)
         self.running: dict[Any, _Part] = {}  # by reference, in the order of submission
-        self.contexts: dict[int, list[Context]] = {}  # of batches that were sent
+        self.contexts: dict[int, list[StoredContext]] = {}  # of batches that were sent
         self.deaths: Counter[int] = Counter()  # by batch
         self.answered: set[int] = set()  # places
         self.done: dict[int, Message] = {}
@@ -122,9 +127,9 @@ class RayExchange:
             load[worker] += 1
             batch = self.waiting.popleft()
             places = self.batches[batch]
-            for start, reference in zip(range(0, len(places), PART), self._send(batch, worker), strict=True):
-                last = start + PART >= len(places)
-                self.running[reference] = _Part(worker, batch, places[start : start + PART], last)
+            for start, reference in zip(range(0, len(places), self.part), self._send(batch, worker), strict=True):
+                end = start + self.part
+                self.running[reference] = _Part(worker, batch, places[start:end], end >= len(places))
 
     def _send(self, number: int, worker: int) -> list[Any]:
         """Hand a batch to a worker; return a reference for each part of its replies."""
@@ -132,11 +137,13 @@ class RayExchange:
         envelopes = [pack(message, self.shared) for message in batch]
         wanted = {r.key for e in envelopes for r in (e.records or {}).values() if isinstance(r, SharedRecord)}
         if number not in self.contexts:
-            self.contexts[number] = [self.grid.context(message.metadata.dst_node_id) for message in batch]
+            self.contexts[number] = [self.grid.stored(message.metadata.dst_node_id) for message in batch]
         references = {key: self.references[key] for key in wanted}
         actor = self.grid.actors[worker]
-        first = actor.handle.remote(envelopes, self.contexts[number], references, PART)
-        return [first, *(actor.more.remote(PART) for _ in range(PART, len(batch), PART))]
+        # Ray's own pickler asks a function in Python about every object.
+        packed = pickle.dumps((envelopes, self.contexts[number]), pickle.HIGHEST_PROTOCOL)
+        first = actor.handle.remote(packed, references, self.part)
+        return [first, *(actor.more.remote(self.part) for _ in range(self.part, len(batch), self.part))]
 
     def _receive(self, worker: int) -> None:
         """Read a worker's next replies."""
@@ -190,7 +197,7 @@ class RayExchange:
 
     def _capacity(self, most: int) -> Capacity:
         message = self.messages[0]
-        context = self.grid.context(message.metadata.dst_node_id)
+        context = self.grid.stored(message.metadata.dst_node_id).open()
         for left in range(DEATHS, 0, -1):
             measured = self.grid.actors[0].capacity.remote(pack(message, self.shared), context, self.references, most)
             try:
@@ -201,6 +208,11 @@ class RayExchange:
                     raise
                 self.grid.replace_worker(0, kill=False)
         raise AssertionError
+
+
+def part_size(reply_bytes: int | None) -> int:
+    """Return how many replies are fetched at once, given the bytes of the largest so far; None where none came yet."""
+    return PART if reply_bytes is None else max(PART, min(MOST, PART_BYTES // max(1, reply_bytes)))
 
 
 def _share_records(messages: list[Message]) -> tuple[dict[int, SharedRecord], dict[int, list[Any]]]:

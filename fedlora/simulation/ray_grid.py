@@ -39,6 +39,7 @@ class RayGrid(SimulatedGrid):
 
     def _start(self, address: str | None, workers: int | None) -> None:
         self._loans: list[Loan] = []
+        self.reply_bytes: dict[str, int] = {}  # of the largest reply so far, by the type of its message
         self._workers = take_workers(self.client_app, workers, self.cpus, self.gpus, address)
         self.num_workers = len(self.actors)
 
@@ -51,7 +52,7 @@ class RayGrid(SimulatedGrid):
         """Have every worker load the app's model and data; the first messages wait behind it."""
         self._lend()
         shared = known if self._workers.here else {}
-        self._workers.prepare(self.context(FIRST_NODE_ID), shared)
+        self._workers.prepare(self.stored(FIRST_NODE_ID).open(), shared)
 
     def close(self) -> None:
         """End the workers, and Ray if this grid started it."""
@@ -84,6 +85,8 @@ class RayGrid(SimulatedGrid):
             If the worker ended.
         """
         envelopes, states, allowed = ray.get(reference)
+        kind = messages[0].metadata.message_type
+        self.reply_bytes[kind] = max(self.reply_bytes.get(kind, 0), *(envelope.array_bytes for envelope in envelopes))
         with self.once:
             for note in itertools.chain.from_iterable(envelope.notes for envelope in envelopes):
                 log.warning("%s", note)

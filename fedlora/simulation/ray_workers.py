@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,14 @@ from fedlora.status import read_written, written
 from fedlora.timeline import phase
 
 if TYPE_CHECKING:
+    from flwr.app import Context
     from flwr.clientapp import ClientApp
 
     from fedlora.capacity import Capacity
+    from fedlora.simulation.envelope import Envelope, StoredContext
     from fedlora.simulation.worker import Part, Worker
+
+    StoredPart = tuple[list[Envelope], list[bytes | None], Capacity]
 
 
 class WorkerActor:
@@ -48,6 +53,7 @@ class WorkerActor:
             from fedlora.simulation.worker import Worker
 
             self._worker: Worker = Worker(app, threads)
+        self._clients: Iterator[tuple[StoredContext, Context]] = iter(())
 
     def ready(self) -> None:
         """Answer once the worker has started."""
@@ -61,11 +67,21 @@ class WorkerActor:
     def capacity(self, *arguments: Any) -> Capacity:
         return self._worker.capacity(*arguments)
 
-    def handle(self, *arguments: Any) -> Part:
-        return self._worker.handle(*arguments)
+    def handle(self, packed: bytes, references: dict[int, list[Any]], part: int) -> StoredPart:
+        """Handle a batch of messages and the stored contexts of their clients, which are pickled."""
+        envelopes, stored = pickle.loads(packed)
+        contexts = [client.open() for client in stored]
+        self._clients = zip(stored, contexts, strict=True)
+        return self._stored(self._worker.handle(envelopes, contexts, references, part))
 
-    def more(self, *arguments: Any) -> Part:
-        return self._worker.more(*arguments)
+    def more(self, part: int) -> StoredPart:
+        return self._stored(self._worker.more(part))
+
+    def _stored(self, part: Part) -> StoredPart:
+        """Return what the driver stores of a part: of states the bytes, where they changed."""
+        envelopes, _, allowed = part
+        clients = itertools.islice(self._clients, len(envelopes))
+        return envelopes, [stored.changed(context) for stored, context in clients], allowed
 
 
 class RayWorkers:

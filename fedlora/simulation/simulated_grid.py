@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 
 from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
-from fedlora.flower import Run, act_as, empty_run, set_message_id
+from fedlora.flower import Run, States, act_as, empty_run, set_message_id
+from fedlora.simulation.envelope import StoredContext
 from fedlora.simulation.notes import Once
 
 RUN_ID = 1
@@ -42,13 +43,13 @@ class SimulatedGrid(Grid):
         GPUs of a worker; a fraction shares one.
     cohort_size : int or "auto"
         Clients that a worker gets at once; "auto" asks a worker how many are worth a pass and fit into its memory, and
-        gives every worker some. It is lowered when memory still runs out.
+        divides every worker's share into passes of equal size. It is lowered when memory still runs out.
     address : str, optional
         A running Ray cluster; by default Ray starts on this machine.
     run_config : dict, optional
         What clients find in ``context.run_config``, as it is when they are asked.
-    states : mutable mapping of int to RecordDict, optional
-        Where clients' ``context.state`` is kept, by client; a dict by default.
+    states : States, optional
+        Where clients' ``context.state`` is kept; in memory by default.
     work : callable (client) -> float, optional
         How much a client has to do. Clients of like work share a cohort, and the largest go first, so that neither a
         cohort nor a worker waits long for its last.
@@ -73,7 +74,7 @@ class SimulatedGrid(Grid):
         cohort_size: int | Literal["auto"] = 1,
         address: str | None = None,
         run_config: dict[str, Any] | None = None,
-        states: MutableMapping[int, RecordDict] | None = None,
+        states: States | None = None,
         work: Callable[[int], float] | None = None,
         on_capacity: Callable[[Capacity], None] | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class SimulatedGrid(Grid):
         self.work, self.on_capacity = work, on_capacity
         self._settings: Mapping[str, Any] = {}
         self.run_config = {} if run_config is None else run_config
-        self.states: MutableMapping[int, RecordDict] = {} if states is None else states
+        self.states = States() if states is None else states
         self.client_app, self.cpus, self.gpus = client_app, cpus_per_worker, gpus_per_worker
         act_as(RUN_ID, SERVER_NODE_ID)
         self.once = Once()
@@ -159,21 +160,23 @@ class SimulatedGrid(Grid):
             self._pushed.pop(self._register(message))
         return self._exchange(outgoing, None if timeout is None else time.monotonic() + timeout)
 
-    def context(self, node_id: int) -> Context:
-        """Return a client's context, with its latest state."""
+    def stored(self, node_id: int) -> StoredContext:
+        """Return a client's context, with its latest state as it is stored."""
         client = node_id - FIRST_NODE_ID
-        return Context(
+        context = Context(
             run_id=RUN_ID,
             node_id=node_id,
             node_config={"partition-id": client, "num-partitions": self.num_clients, "simulated": True},
-            state=self.states.get(client) or RecordDict(),
+            state=RecordDict(),
             run_config=self.run_config,
         )
+        return StoredContext(context, self.states.blobs.get(client, b""))
 
-    def keep(self, messages: Iterable[Message], states: Iterable[RecordDict], allowed: Capacity) -> None:
-        """Store the states of the messages' clients; lower the cohort size to what is allowed if it is above."""
+    def keep(self, messages: Iterable[Message], states: Iterable[bytes | None], allowed: Capacity) -> None:
+        """Store the states of the messages' clients, where they changed; lower the cohort size to what is allowed."""
         for message, state in zip(messages, states, strict=True):
-            self.states[message.metadata.dst_node_id - FIRST_NODE_ID] = state
+            if state is not None:
+                self.states.blobs[message.metadata.dst_node_id - FIRST_NODE_ID] = state
         if isinstance(self.cohort_size, int):
             size = min(self.cohort_size, allowed.clients)
             if size < self.cohort_size or allowed.settings != self._settings:
@@ -191,10 +194,11 @@ class SimulatedGrid(Grid):
         order, size = list(range(len(messages))), QUERY_BATCH
         if messages and not messages[0].metadata.message_type.startswith(MessageType.QUERY):
             if self.cohort_size == "auto":
-                # Every worker gets some, whatever one could hold.
+                # Every worker gets as many, whatever one could hold, in passes of equal size.
                 share = -(-len(messages) // self.num_workers)
                 found = capacity(share)
-                self._set_capacity(Capacity(min(share, found.clients), found.settings, found.note))
+                passes = -(-share // found.clients)
+                self._set_capacity(Capacity(-(-share // passes), found.settings, found.note))
             assert isinstance(self.cohort_size, int)
             size = self.cohort_size
             if self.work is not None and size > 1:

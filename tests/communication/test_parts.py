@@ -284,4 +284,20 @@ def test_many_clients_make_a_small_state() -> None:
         parts.set(part, {part: torch.ones(2)}, 0)
     for client in range(1000):
         parts.sent(client, [INITIAL, "lora_A"], 1)
-    assert len(json.dumps(parts.state_dict())) < 1000 * 40  # a version alone has 64 letters
+    parts.sent(500, [INITIAL], 2)
+    state = parts.state_dict()
+    assert len(json.dumps(state)) < 1000 * 12  # a version alone has 64 letters
+    assert [len(group["clients"]) for group in state["holders"]] == [1000]
+
+
+def test_clients_that_hold_the_same_share_one_dict() -> None:
+    parts = Parts("k")
+    parts.set(INITIAL, {"a": torch.zeros(2)}, 0)
+    parts.set("lora_A", {"b": torch.zeros(2)}, 0)
+    for client in range(3):
+        parts.sent(client, (INITIAL,), 1)
+    assert parts.held[0] is parts.held[1] is parts.held[2]
+    before = dict(parts.held[0])
+    parts.sent(1, ("lora_A",), 2)
+    assert parts.held[0] == parts.held[2] == before
+    assert parts.held[1].keys() == {INITIAL, "lora_A"}

@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 import pytest
-from flwr_datasets.partitioner import DirichletPartitioner
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,6 +79,15 @@ def test_the_kinds_do_what_they_say():
     iid = partition_rows(config(kind="iid", clients=3), train, LABELS)
     assert [len(rows) for rows in iid] == [334, 333, 333]
     assert np.diff(iid[0]).max() > 1
+
+
+@given(clients=st.integers(1, 12), n=st.integers(12, 60), seed=st.integers(0, 9))
+def test_iid_is_that_of_flwr_datasets(clients, n, seed):
+    rows = np.random.default_rng([seed, 3]).permutation(n)
+    theirs = IidPartitioner(clients)
+    theirs.dataset = datasets.Dataset.from_dict({"row": rows})
+    for client, mine in enumerate(partition_rows(config(seed, kind="iid", clients=clients), table(n), LABELS)):
+        assert mine.tolist() == sorted(theirs.load_partition(client)["row"])
 
 
 def test_dirichlet_is_that_of_flwr_datasets():

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cohorts of three answer in two parts."""
     monkeypatch.setattr(ray_exchange, "PART", 2)
+    monkeypatch.setattr(ray_exchange, "MOST", 2)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,21 @@ def calls(grid: RayGrid, client: int) -> int:
 def test_nodes_follow_the_partitions(grid: RayGrid) -> None:
     assert list(grid.get_node_ids()) == [FIRST_NODE_ID + i for i in range(CLIENTS)]
     assert grid.num_workers == 2
+
+
+def test_parts_are_larger_where_replies_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_exchange, "PART", 16)
+    monkeypatch.setattr(ray_exchange, "MOST", 64)
+    sizes = (None, 0, 2**17, 2**19, 2**23, 2**30)
+    assert [ray_exchange.part_size(size) for size in sizes] == [16, 64, 64, 32, 16, 16]
+
+
+def test_the_largest_reply_is_known(grid: RayGrid) -> None:
+    arrays = ArrayRecord({"x": Array(np.zeros(40)), "y": Array(np.zeros(4))})
+    grid.reply_bytes.clear()
+    for clients in ([0, 1], [2]):
+        list(grid.send_and_receive(messages(clients=clients, arrays=arrays if len(clients) == 2 else None)))
+    assert grid.reply_bytes == {"train": sum(len(array.data) for array in arrays.values())}
 
 
 def test_warnings_of_workers_are_said_once(ray_here: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,8 +17,17 @@ from hypothesis import strategies as st
 
 from fedlora.capacity import Capacity
 from fedlora.errors import ClientErrorCode
+from fedlora.flower import to_bytes
 from fedlora.simulation import CohortClientApp
-from fedlora.simulation.envelope import SharedRecord, pack, pack_record, unpack, unpack_record
+from fedlora.simulation.envelope import (
+    LARGE,
+    SharedRecord,
+    StoredContext,
+    pack,
+    pack_record,
+    unpack,
+    unpack_record,
+)
 from fedlora.simulation.worker import Worker, load_app
 from tests.messages import train_message
 from tests.simulation import apps
@@ -67,11 +76,33 @@ def test_a_shared_record_travels_as_its_key() -> None:
     assert content["arrays"] is content["again"] is record
 
 
-def test_arrays_are_viewed_and_not_copied_when_packed() -> None:
-    array = Array(np.arange(10.0))
-    (packed,) = pack_record(ArrayRecord({"x": array})).values()
-    assert np.shares_memory(packed[3], np.frombuffer(array.data, np.uint8))
-    assert unpack_record({"x": packed})["x"].data == array.data
+def test_large_arrays_are_viewed_and_small_ones_joined() -> None:
+    names = {"s": 3, "l": LARGE // 8, "t": 5, "m": LARGE // 4}
+    record = ArrayRecord({name: Array(np.arange(float(size))) for name, size in names.items()})
+    packed = pack_record(record)
+    assert [len(view) for view in packed.large] == [len(record[name].data) for name in ("l", "m")]
+    for name, view in zip(("l", "m"), packed.large, strict=True):
+        assert np.shares_memory(view, np.frombuffer(record[name].data, np.uint8))
+    assert bytes(packed.small) == record["s"].data + record["t"].data
+    assert unpack_record(packed) == record
+
+
+def test_what_is_no_array_of_bytes_travels_as_it_is() -> None:
+    record = ArrayRecord({"x": Array(np.arange(10.0))})
+    record["x"].data = "text"  # type: ignore[assignment]
+    assert unpack(pack(train_message(3, RecordDict({"arrays": record})))).content["arrays"] is record
+
+
+def test_only_a_changed_state_is_stored_again() -> None:
+    state = RecordDict({"count": ConfigRecord({"calls": 1})})
+    stored = StoredContext(context(1), to_bytes(state))
+    opened = stored.open()
+    assert (opened.state, opened.node_config) == (state, context(1).node_config)
+    assert stored.changed(opened) is None
+    opened.state["count"]["calls"] = 2  # type: ignore[index]
+    assert stored.changed(opened) == to_bytes(opened.state)
+    assert stored.changed(stored.open()) is None
+    assert StoredContext(context(1), b"").changed(context(1)) is None
 
 
 def test_an_app_is_given_itself_or_by_its_place() -> None:

@@ -447,14 +447,19 @@ def test_a_node_that_the_method_cannot_have_is_refused_by_name(three: Nodes, cap
         Roster(three, config(server__min_replies=2), LABELS, "f1", ["north", "west"], refuses).discover()
 
 
-def test_simulated_clients_keep_their_partitions() -> None:
+@pytest.mark.parametrize("at_once", [2, 4096])
+def test_simulated_clients_keep_their_partitions(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("fedlora.strategies.nodes._AT_ONCE", at_once)
+
     def answer(message: Message) -> Message:
         client = 2 - (message.metadata.dst_node_id - FIRST_NODE)
         return Message(RecordDict({"metrics": MetricRecord({"partition-id": client})}), reply_to=message)
 
-    made = Roster(FakeGrid(answer), config(data__name="train.csv", data__partition={"clients": 3}), LABELS, "f1")
+    grid = FakeGrid(answer)
+    made = Roster(grid, config(data__name="train.csv", data__partition={"clients": 3}), LABELS, "f1")
     made.discover()
-    assert made.nodes == {0: FIRST_NODE + 2, 1: FIRST_NODE + 1, 2: FIRST_NODE}
+    assert [len(messages) for messages in grid.sent] == ([2, 1] if at_once == 2 else [3])
+    assert list(made.nodes.items()) == [(0, FIRST_NODE + 2), (1, FIRST_NODE + 1), (2, FIRST_NODE)]
     assert not made.real
     made.refresh()
     made.after_round(RoundReport(clients=[0], failed=[{"client": 0, "code": 0, "error": ""}]))

@@ -16,6 +16,7 @@ from fedlora.alignment import aligned
 from fedlora.arrays import Arrays
 from fedlora.communication import wire
 from fedlora.config import Config, WireSection
+from fedlora.flower import unchecked_record
 from fedlora.registry import CODECS
 
 Shape = tuple[int, ...]
@@ -77,13 +78,11 @@ class Codec(ABC):
         """Turn named tensors into a record that Flower can send."""
         if not arrays:
             return ArrayRecord()
-        # Adapters are many small arrays: one conversion for all, and a copy of a record that Flower checked before.
+        # Adapters are many small arrays: one conversion for all, and none of Flower's checks of each.
         flat = torch.cat([array.detach().cpu().reshape(-1) for array in arrays.values()]).to(self.dtype)
         shapes = [tuple(array.shape) for array in arrays.values()]
-        record = wire.blank(self.name, self._stype, tuple(zip(arrays, shapes, strict=True)))
-        for array, data in zip(record.values(), self.pack_all(flat, shapes), strict=True):
-            array.data = data
-        return record
+        made = zip(arrays, shapes, self.pack_all(flat, shapes), strict=True)
+        return unchecked_record((name, self.name, shape, self._stype, data) for name, shape, data in made)
 
     def decode(self, record: ArrayRecord) -> Arrays:
         """Turn a record that says its own names and shapes into tensors, aligned.
