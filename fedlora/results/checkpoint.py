@@ -23,6 +23,9 @@ from fedlora.storage import is_full, storage_error
 PREVIOUS = "previous.sqlite"
 """Copy of the checkpoint before its last transaction, in the same folder."""
 
+FORMAT = 1
+"""What a checkpoint says of its form: one more with every change that an unfinished run could not resume from."""
+
 _SYNCHRONOUS = "FULL"  # a round that is done stays done when the power goes
 _PART_BYTES = 2**28
 

@@ -20,7 +20,7 @@ from fedlora.config import Config, read_toml
 from fedlora.csv_files import csv_lines
 from fedlora.errors import InputError, RefusedError
 from fedlora.methods import BEST, get_method
-from fedlora.results.checkpoint import PREVIOUS, Checkpoint, reopen
+from fedlora.results.checkpoint import FORMAT, PREVIOUS, Checkpoint, reopen
 from fedlora.results.finished import RunResult
 from fedlora.results.outputs import check_outputs, find_outputs, write_sums
 from fedlora.storage import is_full, writes_to
@@ -103,6 +103,7 @@ class RunFolder:
         try:
             folder = cls(path, config, Checkpoint(path / "checkpoint" / "state.sqlite"))
             folder.resolved = resolved or config
+            folder.checkpoint["format"] = FORMAT
             folder.checkpoint["given"] = config.to_toml()
             folder.checkpoint["resolved"] = folder.resolved.to_toml()
             folder.checkpoint.commit()
@@ -120,8 +121,8 @@ class RunFolder:
         Raises
         ------
         InputError
-            If it is no run folder, cannot be written, the config differs from the run's, or files of a finished run
-            were changed.
+            If it is no run folder, cannot be written, the config differs from the run's, files of a finished run were
+            changed, or an unfinished run is of a version with other checkpoints.
         """
         path = Path(path)
         database = path / "checkpoint" / "state.sqlite"
@@ -131,6 +132,9 @@ class RunFolder:
         try:
             resolved, moved = _resumable(path, checkpoint, config)
             gone = check_outputs(path, checkpoint.get("outputs", {}))
+            if checkpoint.get("format") != FORMAT and (gone or not checkpoint.get("finished", False)):
+                remedy = "was begun by another version of fedlora; resume it with that one, or run anew"
+                raise InputError("--resume", str(path), f"{remedy} with another --output")
             write_atomically(path / "config.toml", resolved.to_toml())
             folder = cls(path, resolved, checkpoint, resumed=True)
             folder._rewrite_growing_files()

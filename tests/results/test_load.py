@@ -99,7 +99,7 @@ def test_a_run_that_was_moved_away_from_its_base_says_so_and_loads_once_the_base
     there.unlink()
     with pytest.raises(InputError) as caught:
         fedlora.load(tmp_path / "run")
-    remedy = f"its base model is not at {there}; set model.name in its config.toml to where that model lies here"
+    remedy = f"its base model is not at {there}; set model.name in its config.toml to where that model is here"
     assert (caught.value.field, caught.value.remedy) == ("FOLDER", remedy)
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace(str(there), str(base)))

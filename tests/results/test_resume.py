@@ -399,3 +399,18 @@ def test_another_runs_checkpoint_is_refused(runs: Runs, tmp_path: Path) -> None:
     done = command("run", tmp_path / "other.toml", "--output", folder, "--resume")
     assert done.code == 2
     assert done.err.startswith("fedlora: run.seed = 2: differs from the run's 1")
+
+
+def test_only_a_finished_run_of_another_version_is_resumed(runs: Runs, tmp_path: Path) -> None:
+    for of in ("stopped", "whole"):
+        checkpoint = Checkpoint(runs.copy(tmp_path / of, of) / "checkpoint" / "state.sqlite")
+        checkpoint["format"] = 0
+        checkpoint.commit()
+        checkpoint.close()
+    with pytest.raises(InputError, match="begun by another version of fedlora; resume it with that one") as caught:
+        runs.go_on(tmp_path / "stopped")
+    assert caught.value.field == "--resume"
+    runs.go_on(tmp_path / "whole")
+    (tmp_path / "whole" / ADAPTER).unlink()
+    with pytest.raises(InputError, match="begun by another version"):
+        runs.go_on(tmp_path / "whole")
