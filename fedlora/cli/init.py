@@ -64,7 +64,8 @@ def init(
         raise InputError(
             "--clients", clients, "follows from --owner: there is one client for each value of that column"
         )
-    ask = _Questions(asks=not yes and sys.stdin.isatty())
+    terminal = sys.stdin.isatty()
+    ask = _Questions(asks=not yes and terminal)
     source = ask("Data: a CSV, TSV, JSONL or Parquet file, asset:NAME, or a hub id", data, "asset:rotten-tomatoes")
     columns = _columns(source)
     if columns is not None:
@@ -76,9 +77,13 @@ def init(
     spent = ask("Epsilon that no client may exceed; 0 trains without privacy", epsilon, 8.0, float)
     content = _content(file.stem, source, name, section, partition, spent, columns.table.rows if columns else None)
     written = _commented(content, file)
-    load_config(written)  # what is written runs; a wrong answer is told here
+    config = load_config(written)  # what is written runs; a wrong answer is reported here
+    if config.data.text == config.data.label:
+        raise InputError("--label", config.data.label, "is the column of the texts; name another one")
     for line in _chosen(section, name, partition, columns):
         typer.echo(line)
+    if not yes and not terminal:
+        typer.echo("nothing was asked, since standard input is not a terminal")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(written, encoding="utf-8")
     typer.echo(f"{file} is written; run it with: fedlora run {file}")

@@ -163,8 +163,6 @@ _COLUMNS = ("key", "meaning", "type", "default", "unit", "read by")
 _PAGE = """\
 # Methods
 
-`fedlora methods --markdown > docs/methods.md` writes this page from the methods' own files.
-
 m and n are a layer's outputs and inputs, r is the rank. The trained head is sent beside what the table says.
 *Exact* means that aggregation adds no error: the server's model is the mean of the clients' models, or holds what each
 of them sent unchanged.

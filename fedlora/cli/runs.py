@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +48,23 @@ class _Run:
     def done(self) -> str:
         return f"{len(self.rounds)}/{self.config.run.rounds}"
 
+    @property
+    def state(self) -> str:
+        """``finished``, ``running`` in another process, or ``unfinished``."""
+        if self.summary is not None:
+            return "finished"
+        return "running" if _is_locked(self.folder / "checkpoint" / "state.sqlite") else "unfinished"
+
+
+def _is_locked(database: Path) -> bool:
+    """Whether a process has a checkpoint open."""
+    try:
+        with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True, timeout=0)) as connection:
+            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+    return False
+
 
 def show(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; the run need not be finished.")],
@@ -61,6 +80,9 @@ def show(
         if number % step == 0 or number in (1, len(run.rounds)) or line["failed"] or line.get("uncounted"):
             _print(*round_lines(line, run.task))
     _print(*_curves(run))
+    if run.state == "running":
+        _print("", "still running: a process has its checkpoint open")
+        return
     if run.summary is None:
         _print("", f"not finished; continue with: fedlora run {folder}/config.toml --output {folder} --resume")
         return
@@ -110,7 +132,7 @@ def _cells(run: _Run, name: Path) -> list[str]:
         str(name) if name.parts else run.folder.resolve().name,
         run.config.method.name,
         Path(run.config.model.name).name,
-        run.done if run.summary else f"{run.done} unfinished",
+        run.done if run.summary else f"{run.done} {run.state}",
         f"{score} {run.task.primary}",
         epsilon,
         format_bytes(sent_bytes(traffic)) if traffic else "-",
@@ -152,9 +174,9 @@ def _read(folder: Path) -> _Run:
 def _about(run: _Run) -> list[str]:
     config, privacy = run.config, run.config.privacy
     nodes = run.summary["clients"] if run.summary else None
-    unfinished = "" if run.summary else ", unfinished"
+    state = "" if run.summary else f", {run.state}"
     rows = [
-        ("run", f"{run.folder}, {run.done} rounds{unfinished}, seed {config.run.seed}"),
+        ("run", f"{run.folder}, {run.done} rounds{state}, seed {config.run.seed}"),
         *config_rows(config, nodes),
     ]
     if privacy.mode != "none":

@@ -184,7 +184,8 @@ def _draw_series(axes: Axes, series: Series) -> None:
     colour = series.colour or style_of(series.method or "").colour
     if series.line:
         shape = "steps-post" if series.step else "default"
-        axes.plot(series.x, series.y, color=colour, linestyle=_dash(series), drawstyle=shape)
+        # A score of 100 % lies on the edge: a line or a marker there is whole.
+        axes.plot(series.x, series.y, color=colour, linestyle=_dash(series), drawstyle=shape, clip_on=False)
     known = [
         (x, y, low, high)
         for x, y, low, high in zip(series.x, series.y, series.low or [], series.high or [], strict=False)
@@ -204,7 +205,8 @@ def _draw_series(axes: Axes, series: Series) -> None:
         strong = series.strong or [True] * len(series.x)
         sizes = series.sizes or [6.0] * len(series.x)
         for x, y, size, stands_out in zip(series.x, series.y, sizes, strong, strict=True):
-            axes.plot([x], [y], linestyle="none", alpha=1.0 if stands_out else 0.35, **_marker(series, colour, size))
+            look: dict[str, Any] = {"linestyle": "none", "alpha": 1.0 if stands_out else 0.35, "clip_on": False, "zorder": 3}
+            axes.plot([x], [y], **look, **_marker(series, colour, size))
             if _numbered(series):
                 axes.annotate(
                     str(series.variant + 1), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour

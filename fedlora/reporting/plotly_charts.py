@@ -65,6 +65,7 @@ def _traces(series: Series) -> list[dict[str, Any]]:
     points: dict[str, Any] = {
         "type": "scatter",
         "mode": mode,
+        "cliponaxis": False,  # a score of 100 % lies on the edge: its marker is whole
         "x": _finite(series.x),
         "y": _finite(series.y),
         "line": {

@@ -38,6 +38,12 @@ def test_without_a_terminal_nothing_is_asked() -> None:
     assert config.model.pooling == "mean"
 
 
+def test_it_says_when_nothing_could_be_asked() -> None:
+    told = "nothing was asked, since standard input is not a terminal"
+    assert told in fedlora("init", "one.toml").out
+    assert told not in fedlora("init", "two.toml", "--yes").out
+
+
 def test_columns_are_found_by_their_names() -> None:
     config = written("mine.toml", "--data", "reviews.csv")
     assert (config.data.text, config.data.label) == ("review", "stars")
@@ -175,6 +181,10 @@ def test_each_key_has_its_meaning_above_it() -> None:
     [
         (["--data", "missing.csv"], "--data = 'missing.csv': there is no such file"),
         (["--data", "reviews.csv", "--text", "txt"], "--text = 'txt': there is no such column; columns: review"),
+        (
+            ["--data", "reviews.csv", "--text", "stars", "--label", "stars"],
+            "--label = 'stars': is the column of the texts",
+        ),
         (["--data", "reviews.csv", "--label", "l"], "--label = 'l': there is no such column"),
         (["--data", "reviews.csv", "--owner", "o"], "--owner = 'o': there is no such column"),
         (["--owner", "a", "--clients", "3"], "--clients = 3: follows from --owner"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.formats import curve
+from fedlora.results.checkpoint import Checkpoint
 from tests.command import Done, fedlora
 from tests.small_runs import world
 
@@ -60,6 +61,19 @@ def test_an_unfinished_run_is_shown_with_how_to_go_on(folder: Path) -> None:
     out = shown(folder / "second").out
     assert "1/2 rounds, unfinished, seed" in out
     assert out.splitlines()[-1].endswith(f"--output {folder / 'second'} --resume")
+
+
+def test_a_run_that_is_still_running_is_not_to_be_continued(folder: Path, tmp_path: Path) -> None:
+    made = shutil.copytree(folder / "second", tmp_path / "runs" / "second")
+    checkpoint = Checkpoint(made / "checkpoint" / "state.sqlite")
+    try:
+        out = shown(made).out
+        assert "1/2 rounds, running, seed" in out
+        assert "--resume" not in out
+        assert "1/2 running" in fedlora("runs", tmp_path / "runs").out
+    finally:
+        checkpoint.close()
+    assert "unfinished" in shown(made).out
 
 
 def test_scores_by_domain_are_a_table(folder: Path, tmp_path: Path) -> None:
