@@ -205,8 +205,8 @@ def _draw_series(axes: Axes, series: Series) -> None:
         strong = series.strong or [True] * len(series.x)
         sizes = series.sizes or [6.0] * len(series.x)
         for x, y, size, stands_out in zip(series.x, series.y, sizes, strong, strict=True):
-            look: dict[str, Any] = {"linestyle": "none", "alpha": 1.0 if stands_out else 0.35, "clip_on": False, "zorder": 3}
-            axes.plot([x], [y], **look, **_marker(series, colour, size))
+            look = _marker(series, colour, size) | {"alpha": 1.0 if stands_out else 0.35, "zorder": 3}
+            axes.plot([x], [y], linestyle="none", clip_on=False, **look)
             if _numbered(series):
                 axes.annotate(
                     str(series.variant + 1), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour
