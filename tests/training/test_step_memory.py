@@ -140,7 +140,7 @@ def test_a_single_row_that_does_not_fit_is_an_error() -> None:
 BATCH, TOKENS = 8, 4.875
 """Examples of a step here, and their mean tokens."""
 
-MEMORY, ALL, ENOUGH = "are what memory holds", "are all that a worker has", "keep the GPU busy"
+MEMORY, ALL, ENOUGH = "fill the memory", "are all that a worker has", "keep the GPU busy"
 
 
 @pytest.mark.parametrize(
