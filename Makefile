@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-# Three processes share the tests, by file, since fixtures of a file are shared; slow files first (tests/conftest.py).
-# On two cores a third one works while another waits for a node, a deadline or a disk.
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two processes share the tests, by file, since fixtures of a file are shared; slow files first (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tests must neither reach for a hub nor report usage.
 OFFLINE := HF_HUB_OFFLINE=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
