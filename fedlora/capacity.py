@@ -1,4 +1,4 @@
-"""How much goes through a model at once, as the process that trains tells it to the run. Needs no torch."""
+"""How many clients and examples go through a model in one pass: what a worker reports to the run. Needs no torch."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def metadata_values(message: Message) -> dict[str, Any]:
 
 
 def unchecked_record(arrays: Iterable[tuple[str, str, tuple[int, ...], str, bytes]]) -> ArrayRecord:
-    """Put an array record together without Flower's checks of each array, which take 50 us.
+    """Put an array record together without Flower's checks of each array.
 
     Parameters
     ----------

@@ -25,8 +25,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -38,6 +36,7 @@ import numpy as np
 import torch
 
 from fedlora.experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.own_process import run_module
 
 SECONDS = 400
 """A measurement that takes longer is given up."""
@@ -203,16 +202,7 @@ def measure(run: str, folder: Path) -> dict[str, Any]:
 
 
 def _child(run: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--child", run, str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {SECONDS} s"}
-    try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-    return found
+    return run_module(__spec__.name, ["--child", run, str(folder)], SECONDS)
 
 
 def _shown(case: str, run: str, row: dict[str, Any], best: float | None) -> str:

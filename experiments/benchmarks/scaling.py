@@ -1,10 +1,9 @@
-"""How far a federation scales: 1, 2, 4 and 8 workers, one a GPU, as far as there are GPUs; without any 1 and 2.
+"""How much faster a round is with 1, 2, 4 and 8 workers, one per GPU; without a GPU, with 1 and 2 on the CPU.
 
-Every client trains in every round, under DP by example. Strong scaling keeps the number of clients, weak scaling the
-number a worker; efficiency is the share of the ideal speed-up that is reached, by the median round after the first. Of
-a round's seconds, ``train`` is the busiest worker's training; in the rest workers wait for the driver, or for each
-other. ``driver`` is the time in which the driver works instead of waiting for its workers, much of it while they train.
-Every run is in a process of its own::
+Every client trains in every round, with example-level DP. Strong scaling keeps the number of clients, weak scaling the
+number of clients per worker. Efficiency is the share of the ideal speed-up, by the median round after the first. Of a
+round's seconds, ``train`` is the training of the busiest worker; for the rest workers wait for the driver or for each
+other. ``driver`` is the time in which the driver works, much of it while workers train. Each run has its own process::
 
     python -m fedlora.experiments.benchmarks.scaling --output scaling.json
     python -m fedlora.experiments.benchmarks.scaling --read scaling.json
@@ -16,8 +15,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -29,6 +26,7 @@ import torch
 
 from fedlora.experiments.benchmarks.llm import make_model, make_texts
 from fedlora.experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.own_process import run_module
 
 SECONDS = 400
 """A run that takes longer is given up."""
@@ -138,16 +136,7 @@ def _figures(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _child(content: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--child", json.dumps(content)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {SECONDS} s"}
-    try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": " / ".join(done.stderr.strip().splitlines()[-3:])[-600:] or "no output"}
-    return found
+    return run_module(__spec__.name, ["--child", json.dumps(content)], SECONDS)
 
 
 def run_case(settings: dict[str, Any], case: dict[str, Any], numbers: list[int]) -> Iterator[dict[str, Any]]:

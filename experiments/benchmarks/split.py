@@ -15,8 +15,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,6 +29,7 @@ import torch
 
 from fedlora.experiments.benchmarks.llm import make_model, make_texts, run_config
 from fedlora.experiments.benchmarks.machine import machine
+from fedlora.experiments.benchmarks.own_process import run_module
 
 SECONDS = 300
 """A measurement that takes longer is given up."""
@@ -157,16 +156,7 @@ def _memory() -> Iterator[list[int]]:
 
 
 def _child(arguments: argparse.Namespace, case: str, run: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--config", str(arguments.config), "--child", case, run]
-    try:
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {SECONDS} s"}
-    try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": " / ".join(done.stderr.strip().splitlines()[-3:])[-600:] or "no output"}
-    return found
+    return run_module(__spec__.name, ["--config", str(arguments.config), "--child", case, run, str(folder)], SECONDS)
 
 
 def _shown(case: str, run: str, row: dict[str, Any]) -> str:
