@@ -21,10 +21,14 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(llm, "_child", llm.measure)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str, case: dict[str, Any] | None = None
+) -> dict[str, Any]:
     output, config = tmp_path / "llm.json", tmp_path / "llm.toml"
     settings = tomllib.loads(Path(llm.__file__).with_suffix(".toml").read_text())
-    config.write_text(tomli_w.dumps(settings | {"clients": 2, "batches": 2, "steps": 1, "rounds": 2, "peer_steps": 1}))
+    settings |= {"clients": 2, "batches": 2, "steps": 1, "rounds": 2, "peer_steps": 1}
+    settings["cases"] = [settings["cases"][-1] | (case or {})]
+    config.write_text(tomli_w.dumps(settings))
     given = ["--config", str(config), "--cases", "tiny", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["llm", *given, *arguments])
     with bare_runs():
@@ -56,7 +60,7 @@ def test_a_length_is_doubled_until_it_does_not_fit(monkeypatch: pytest.MonkeyPat
         return {"error": "out of memory"} if lengths[-1] > 64 else llm.measure(run, folder)
 
     monkeypatch.setattr(llm, "_child", child)
-    found = measured(monkeypatch, tmp_path, "--tokens", "32", "--longest", "1024")
+    found = measured(monkeypatch, tmp_path, "--tokens", "32", case={"longest": 1024})
     assert lengths == [32, 64, 128]
     assert [run for run, row in found.items() if "median" in row] == [f"fedlora private, {n} tokens" for n in (32, 64)]
 

@@ -9,13 +9,13 @@ float32 where there is room, is told apart::
 
     python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --output llm.json
 
-What is in memory at once (``client.physical_batch_size``) against what fedlora chooses, other lengths, the largest
-length that fits, and a smaller card::
+Longer texts, the largest length that fits, and a card of less memory have cases of their own::
+
+    python -m fedlora.experiments.benchmarks.llm --cases 8b-2048 8b-longest 8b-small-card
+
+So has what is in memory at once (``client.physical_batch_size``), against what fedlora chooses::
 
     python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --physical-batches 1 2 4 8 16
-    python -m fedlora.experiments.benchmarks.llm --cases 8b --tokens 2048 --runs "fedlora private"
-    python -m fedlora.experiments.benchmarks.llm --cases 8b --longest 131072
-    python -m fedlora.experiments.benchmarks.llm --cases 8b --runs "fedlora private nf4" "peft nf4" --memory-limit 14
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from fedlora.experiments.benchmarks.machine import machine
@@ -62,7 +63,12 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
             model = BertModel(BertConfig(**sizes, pad_token_id=0))
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2**20, **ids))
+    for earlier in folder.glob("model*"):
+        earlier.unlink()
     model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the measurements are other processes on the same card
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = [*special.values(), *(f"w{i}" for i in range(len(special), shape["vocab_size"]))]
     known = {word: i for i, word in enumerate(words)}
@@ -81,7 +87,10 @@ def make_texts(file: Path, rows: int, tokens: int, vocabulary: int, labels: int 
 
 
 def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path) -> dict[str, Any]:
-    """Return seconds a client step, of each round after the first, the start's memory, and what fedlora chose."""
+    """Return seconds a client step, of each round after the first, the start's time and memory, and what fedlora chose.
+
+    The start begins with the process, and ends when the first client is asked to train.
+    """
     from fedlora import simulate
     from fedlora.strategies.callbacks import Progress
 
@@ -93,13 +102,15 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         del content["privacy"]
     if "nf4" in run:
         content["model"]["quantization"] = "nf4"
+    if "fed-sb" in run:
+        content["method"] = settings["fed_sb"]
     if found := re.search(r"physical batch (\d+)", run):
         content["client"] |= {"physical_batch_size": int(found[1]), "gradient_checkpointing": False}
         content["simulation"]["cohort_size"] = 1
-    start: list[int | None] = []
+    start: dict[str, Any] = {}
 
     def begin(*_: int) -> None:
-        start.append(_peak())
+        start.update(start_seconds=time.time() - psutil.Process().create_time(), start_peak_bytes=_peak())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -109,7 +120,7 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
     return {
         "seconds": [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]],
-        "start_peak_bytes": start[0],
+        **start,
         "cohort": chosen["simulation"]["cohort_size"],
         "physical_batch": chosen["client"].get("physical_batch_size", case["batch"]),
         "checkpointing": chosen["client"]["gradient_checkpointing"] is True,
@@ -212,6 +223,8 @@ def _shown(case: str, run: str, row: dict[str, Any], best: float | None) -> str:
     ratio = f"{row['median'] / best:6.2f} of peft" if best else ""
     if row.get("start_peak_bytes"):
         memory += f" (start {row['start_peak_bytes'] / 2**30:.1f})"
+    if "start_seconds" in row:
+        memory += f", begun after {row['start_seconds']:.0f} s"
     chosen = f"cohort {row['cohort']}, physical batch {row['physical_batch']}" if "cohort" in row else ""
     chosen += ", checkpointing" if row.get("checkpointing") else ""
     return f"{case:8} {run:34} {row['median']:8.3f} s {memory} {ratio} {chosen}".rstrip()
@@ -242,16 +255,16 @@ def chosen_runs(arguments: argparse.Namespace, case: dict[str, Any]) -> list[str
 def measurements(
     arguments: argparse.Namespace, settings: dict[str, Any], case: dict[str, Any], folder: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure a case, run by run; with ``--longest`` the first run at lengths that double, as far as they fit."""
-    limit = arguments.memory_limit
-    if not arguments.longest:
+    """Measure a case, run by run; with ``longest`` the first run at lengths that double, as far as they fit."""
+    limit = case.get("memory_limit")
+    if "longest" not in case:
         write_texts(folder, settings, case, limit)
         for run in chosen_runs(arguments, case):
             yield run, _child(run, folder)
         return
     run, tokens = chosen_runs(arguments, case)[0], case["tokens"]
-    while tokens <= arguments.longest:
-        write_texts(folder, settings | SEARCH, case | {"batch": 2, "tokens": tokens}, limit)
+    while tokens <= case["longest"]:
+        write_texts(folder, settings | SEARCH, case | {"tokens": tokens}, limit)
         found = _child(run, folder)
         yield f"{run}, {tokens} tokens", found
         if "error" in found:
@@ -268,8 +281,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a text, instead of the case's")
     parser.add_argument("--batch", type=int, help="examples of a client and step, instead of the case's")
     parser.add_argument("--physical-batches", type=int, nargs="+", help="measure the first run with each of them")
-    parser.add_argument("--longest", type=int, help="double the first run's tokens up to so many, while they fit")
-    parser.add_argument("--memory-limit", type=float, help="GiB that torch may allocate")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -284,13 +295,14 @@ def main() -> None:
     settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     cases = {case["name"]: case for case in settings["cases"]}
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
-    lines = []
+    lines, made, folder = [], None, Path(tempfile.mkdtemp(prefix="llm-"))
     for name in arguments.cases:
         given = {"tokens": arguments.tokens, "batch": arguments.batch}
         case = cases[name] | {key: value for key, value in given.items() if value}
         rows = results["cases"].setdefault(name, {})
-        folder = Path(tempfile.mkdtemp(prefix="llm-"))
-        make_model(folder, settings["shapes"][case["shape"]])
+        if case["shape"] != made:  # cases of one shape, one after the other, share the weights
+            made = case["shape"]
+            make_model(folder, settings["shapes"][made])
         for run, row in measurements(arguments, settings, case, folder):
             rows[run] = row
             print(_shown(name, run, row, None), flush=True)
@@ -298,7 +310,7 @@ def main() -> None:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         best = rows.get("peft", {}).get("median")
         lines += [_shown(name, run, row, best) for run, row in rows.items()]
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     print("\n".join(["", *lines]))
 
 
