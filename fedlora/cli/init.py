@@ -291,7 +291,7 @@ def _commented(content: dict[str, dict[str, Any]], file: Path) -> str:
     lines = [
         f"# Run it:          fedlora run {file}",
         f"# Change a key:    fedlora run {file} --set run.rounds=20 --output runs/longer",
-        "# Look at a key:   fedlora config client.local_steps      (fedlora config lists all keys)",
+        "# Look at a key:   fedlora config client.local_steps      (fedlora config --all lists all keys)",
         "# Other methods:   fedlora methods",
     ]
     for section, keys in content.items():
