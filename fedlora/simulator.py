@@ -270,9 +270,12 @@ def _ghost_norms(chosen: Mapping[str, bool]) -> str:
 
 
 def _check_clients(config: Config, data: FederatedData) -> None:
-    """Refuse a budget that the largest client (by its delta) or the smallest (by its sampling rate) cannot keep."""
+    """Refuse a budget that the smallest client (by its sampling rate) or the largest (by its delta) cannot keep.
+
+    The smallest comes first: the epsilon that its error names is reached by all.
+    """
     sizes = data.drawn_sizes(config.privacy)
-    for client in (int(np.argmax(sizes)), int(np.argmin(sizes))):
+    for client in (int(np.argmin(sizes)), int(np.argmax(sizes))):
         mechanism_of(config).plan(config, sizes[client], data.units_of(client, config.privacy))
     mechanism_of(config).server_plan(config, len(data.partition))
 

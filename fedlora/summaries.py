@@ -20,6 +20,8 @@ def result_rows(facts: Mapping[str, Any], task: Task, folder: Path) -> list[tupl
     folder : Path
     """
     rows = score_rows(facts["final"], task)
+    if facts.get("test_examples"):
+        rows.append(("tested on", examples_words(facts["test_examples"], task)))
     if facts.get("personalised"):
         rows.append(("scored", "each client's own model, on its own test examples" if rows else "nothing"))
     if facts.get("best"):
@@ -51,6 +53,13 @@ def score_rows(metrics: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
     if task.baseline is not None and task.primary in rows and task.baseline.metric in rows:
         rows[task.primary] += f" ({task.baseline.title} {rows.pop(task.baseline.metric)})"
     return list(rows.items())
+
+
+def examples_words(count: int, task: Task) -> str:
+    """Say of how many examples a score is, and what one of them is worth, where that is the same for each."""
+    metric = task.scores[task.primary]
+    each = f", so one is {100 / count:.2g} points of {task.primary.replace('_', ' ')}" if metric.of_examples else ""
+    return format_count(count, "example") + each
 
 
 def sent_bytes(traffic: Mapping[str, Any]) -> int:

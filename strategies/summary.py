@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,6 +56,7 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "personalised": method.personalised(config),
         "start": folder.checkpoint.get("start"),
         "final": final,
+        "test_examples": _tested(federation, final),
         "best": best_round(lines, get_task(config.model.task)),
         "trainable_parameters": method.trained_numbers(federation.adapted),
         "epsilon": epsilon,
@@ -65,6 +66,14 @@ def summarise(federation: Federation) -> dict[str, Any]:
         "environment": environment(config),
         **method.facts(federation.adapted),
     }
+
+
+def _tested(federation: Federation, final: Mapping[str, Any]) -> int | None:
+    """Return of how many test examples the final score is: the server's, or of personalised models the clients' own."""
+    if federation.method.personalised(federation.config):
+        examples: int | None = final.get("clients", {}).get("examples")
+        return examples
+    return len(federation.data.test)
 
 
 def memory_notes(config: Config, numbers: int, bases: int, itemsize: int) -> list[str]:

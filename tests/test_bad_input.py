@@ -117,7 +117,7 @@ WITH_THE_DATA = {
     "budget out of reach": (
         {"privacy.target_epsilon": "1e-9", "privacy.target_delta": "1e-9"},
         "privacy.target_epsilon",
-        ["1e-09"],
+        ["1e-09", "raise it to 0.0", "the smallest that is"],
     ),
 }
 

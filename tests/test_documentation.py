@@ -12,6 +12,7 @@ import argparse
 import ast
 import configparser
 import importlib
+import io
 import re
 import subprocess
 import sys
@@ -24,7 +25,6 @@ import pytest
 import typer
 
 from fedlora.cli import app, parse_overrides
-from fedlora.cli.init import init
 from fedlora.config import Config, load_config
 from fedlora.deployment.config import load_server
 from fedlora.node.config import load_node
@@ -279,17 +279,16 @@ def test_own_data_is_told_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = load_config("1.toml")
     assert (config.data.partition.column, config.data.label, config.data.text) == ("clinic", "verdict", "review")
     assert load_config("2.toml").model.task == "causal-lm"
-    prompts: list[str] = []
-
-    def answer(question: str, default: object, **_: object) -> object:
-        prompts.append(f"{question} [{default}]:")
-        return "clinic" if "owner" in question else default
-
-    monkeypatch.setattr("typer.prompt", answer)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    init(Path("asked.toml"), data="reviews.csv")
-    told = [line.removesuffix(" clinic") for line in asked.splitlines() if "]:" in line]
-    assert prompts == told
+    dialogue = asked.splitlines()[1:-3]  # between how many rows the file has, and what was chosen
+    answers = [line.rpartition("]:")[2].strip() for line in dialogue if "]:" in line]
+    typed = io.StringIO("\n".join([*answers, ""]))
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", typed)
+    done = fedlora("init", "asked.toml", "--data", "reviews.csv")
+    assert done.code == 0, done.err
+    # The user's line breaks are not in the output.
+    told = [f"{line.partition(']:')[0]}]: " if "]:" in line else f"{line}\n" for line in dialogue]
+    assert done.out.partition("\n")[2].startswith("".join(told))
 
 
 @pytest.mark.parametrize(

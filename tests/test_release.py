@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.check_wheel import THEIRS, lay_folder
@@ -65,6 +67,72 @@ def test_the_source_distribution_has_all_that_the_wheel_has(tmp_path: Path) -> N
         wanted |= {f"fedlora/{path.relative_to(ROOT)}" for path in (ROOT / name).rglob("*.py")}
     assert not wanted - files
     assert {"pyproject.toml", "README.md", "LICENSE", "fedlora/experiments/quickstart.toml"} <= files
+
+
+BUILD = """
+import sys
+import setuptools.build_meta as build
+target = sys.argv[1]  # building changes it
+build.build_sdist(target)
+build.build_wheel(target)
+"""
+OWN = (
+    "strategies/mine.py",
+    "strategies/own/__init__.py",
+    "clients/mine.py",
+    "experiments/mine.toml",
+    "fedlora/mine.py",
+)
+"""Files that a user may put into a checkout."""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with a module in each of the folders that a wheel takes, a config, and files of the user's."""
+    tree = tmp_path / "tree"
+    for name in ("fedlora", "strategies", "clients", "experiments"):
+        (tree / name).mkdir(parents=True)
+        (tree / name / "__init__.py").touch()
+        if name != "fedlora":
+            (tree / "fedlora" / name).symlink_to(f"../{name}")
+    (tree / "experiments" / "quickstart.toml").touch()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for command in (("init", "--quiet"), ("add", "--all")):
+        subprocess.run(["git", *command], cwd=tree, check=True)
+    for name in OWN:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).touch()
+    return tree
+
+
+def packed(tree: Path, target: Path) -> tuple[set[str], set[str]]:
+    """Build both distributions, and return the files of fedlora in each."""
+    target.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", BUILD, str(target)], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (source,), (wheel,) = target.glob("*.tar.gz"), target.glob("*.whl")
+    with tarfile.open(source) as content:
+        files = {member.name.partition("/")[2] for member in content if member.isfile()}
+    return {name for name in files if name.startswith("fedlora/")}, {
+        name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fedlora/")
+    }
+
+
+def test_what_git_does_not_track_is_in_no_distribution(checkout: Path, tmp_path: Path) -> None:
+    # An earlier build, without setup.py, left its list of sources.
+    listed = checkout / "fedlora.egg-info" / "SOURCES.txt"
+    listed.parent.mkdir()
+    listed.write_text("fedlora/strategies/mine.py\n")
+    belongs = {f"fedlora/{name}/__init__.py" for name in ("strategies", "clients", "experiments")}
+    belongs |= {"fedlora/__init__.py", "fedlora/experiments/quickstart.toml"}
+    assert packed(checkout, tmp_path / "dist") == (belongs, belongs)
+    # In an unpacked source distribution, and without git, nothing says what belongs: all does.
+    shutil.rmtree(checkout / ".git")
+    owned = {name if name.startswith("fedlora/") else f"fedlora/{name}" for name in OWN}
+    assert packed(checkout, tmp_path / "again") == (belongs | owned, belongs | owned)
 
 
 def test_a_users_folders_of_our_names_are_not_ours(tmp_path: Path) -> None:

@@ -264,12 +264,16 @@ def find_asset(name: str, kind: Literal["model", "data"] | None = None, field: s
     short = name.removeprefix(PREFIX)
     asset = ASSETS.get(short)
     if asset is None:
-        fitting = [known for known, other in ASSETS.items() if kind in (None, other.kind)]
-        close = difflib.get_close_matches(short, fitting, 1)
+        fitting = _names(kind)
+        close = difflib.get_close_matches(short, [known.removeprefix(PREFIX) for known in fitting], 1)
         hint = f"did you mean {PREFIX}{close[0]}? " if close else ""
         raise InputError(field, name, f"there is no such asset; {hint}known: {', '.join(fitting)}")
     if kind is not None and asset.kind != kind:
-        fitting = [known for known, other in ASSETS.items() if other.kind == kind]
         what = "a model" if asset.kind == "model" else "a data set"
-        raise InputError(field, name, f"is {what}; here belongs one of {', '.join(fitting)}")
+        raise InputError(field, name, f"is {what}; here belongs one of {', '.join(_names(kind))}")
     return asset
+
+
+def _names(kind: Literal["model", "data"] | None) -> list[str]:
+    """Return the assets of a kind, as a config names them."""
+    return [f"{PREFIX}{name}" for name, asset in ASSETS.items() if kind in (None, asset.kind)]

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedlora.cli import deployment, init, reference, runs
 from fedlora.cli.examples import add_examples
+from fedlora.cli.tables import print_table
 from fedlora.cli.usage import usage_error
 from fedlora.errors import InputError, RunError
 from fedlora.imports import import_modules
@@ -346,14 +346,11 @@ def assets(
         for name in fetch:
             typer.echo(fetch_asset(name))
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("asset", min_width=max(len(f"asset:{name}") for name in ASSETS))
-    for heading in ("kind", "size", "package", "what"):
-        table.add_column(heading, overflow="fold")
-    for name, asset in ASSETS.items():
-        row = (asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
-        table.add_row(f"asset:{name}", *row)
-    console.print(table)
+    rows = [
+        (f"asset:{name}", asset.kind, show_size(asset.size), f"{asset.package} {asset.version}", asset.description)
+        for name, asset in ASSETS.items()
+    ]
+    print_table(console, ("asset", "kind", "size", "package", "what"), rows)
 
 
 def _estimate_run(config: str, overrides: dict[str, Any], on: str | None, dry_run: bool, as_json: bool) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from fedlora.data.columns import read_column
+from fedlora.assets import is_asset
+from fedlora.data.columns import read_column, read_owners, read_texts
 from fedlora.data.files import Table
+from fedlora.data.origins import load_headers, load_tables
 from fedlora.errors import InputError
+from fedlora.paths import find_path
+from fedlora.summaries import format_count
 from fedlora.tasks.labels import as_word, is_missing
 
 NONE = "none"
@@ -22,14 +26,59 @@ _ROWS_A_CLASS = 5
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file; of other sources nothing is known before they are loaded."""
+    """The columns of a source.
+
+    Parameters
+    ----------
+    table : Table
+        Without rows, where only the names are known.
+    source : str
+        What the user calls it.
+    """
 
     table: Table
+    source: str
 
     @property
     def names(self) -> list[str]:
         """All names, in the file's order."""
         return list(self.table.columns)
+
+    @property
+    def about(self) -> str:
+        """Numbers of rows, if it is known, and the names."""
+        rows = f"{format_count(self.table.rows, 'row')}, " if self.table.rows else ""
+        return f"{rows}columns {', '.join(self.names)}"
+
+    def texts(self, name: str) -> str:
+        """Return the name of a column of texts; raise InputError if it is none."""
+        read_texts(self.table, name, "--text", self.source)
+        return name
+
+    def label(self, name: str, text: str) -> str:
+        """Return the name of a column of labels beside the texts, or none.
+
+        Raises
+        ------
+        InputError
+            If there is no such column, or nothing to learn from it: it is the texts', empty, or all its labels are one.
+        """
+        if name == NONE:
+            return name
+        remedy = f"name another column, or {NONE}"
+        if name == text:
+            raise InputError("--label", name, f"is the column of the texts; {remedy}")
+        if not self.values(name, "--label") and self.table.rows:
+            raise InputError("--label", name, f"is an empty column; {remedy}")
+        classes = self.classes(name, "--label")
+        if len(classes) == 1:
+            raise InputError("--label", name, f"has one class, {classes[0]!r}, so there is nothing to learn; {remedy}")
+        return name
+
+    def owner(self, name: str) -> str:
+        """Return the name of a column that says whose each row is; raise InputError if it does not."""
+        read_owners(self.table, name, range(self.table.rows), self.source, "--owner")
+        return name
 
     def values(self, name: str, option: str) -> list[object]:
         """Return a column's values without empty cells; raise InputError, naming the option, if it cannot be read."""
@@ -77,20 +126,19 @@ class Columns:
         return 2 <= len(set(values)) <= min(_MOST_CLASSES, len(values) // _ROWS_A_CLASS)
 
 
-def check_classes(columns: Columns, label: str) -> None:
-    """Refuse a column of labels from which there is nothing to learn.
+def find_columns(source: str) -> Columns | None:
+    """Return the columns of a file or a folder, or their names of an asset; None where the source has to be fetched.
 
     Raises
     ------
     InputError
-        If there is no such column, it is empty, or all its labels are one.
+        If there is no such source, or it cannot be read.
     """
-    if not columns.values(label, "--label"):
-        raise InputError("--label", label, f"is an empty column; name another column, or {NONE}")
-    classes = columns.classes(label, "--label")
-    if len(classes) == 1:
-        remedy = f"has one class, {classes[0]!r}, so there is nothing to learn; name another column, or {NONE}"
-        raise InputError("--label", label, remedy)
+    here = not is_asset(source) and find_path(source, "--data") is not None
+    splits = load_tables(source, "--data") if here else load_headers(source, "--data", set())
+    if splits is None:
+        return None
+    return Columns(splits.get("train", next(iter(splits.values()))), source)
 
 
 def _first(usual: Sequence[str], names: Collection[str]) -> str:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
+
+from fedlora.cli.tables import print_table
 
 
 class _Node(TyperGroup):
@@ -131,16 +132,15 @@ def status(
         ("left", left),
     ):
         typer.echo(f"{name:<10}{text}")
-    table = Table(box=None, pad_edge=False)
     numbers = ("round", "steps", "epsilon", "of all so far", "left")
-    for heading in ("run", "first asked (UTC)", "last trained (UTC)", *numbers):
-        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    rows = []
     for one in found.runs:
         spent = (f"{one.epsilon:.4g}", f"{one.total:.4g}", "-" if one.left is None else f"{one.left:.4g}")
         dates = one.described_at, one.begun_at or "-"
-        table.add_row(one.name or one.federation, *dates, str(one.rounds), str(one.steps), *spent)
-    if found.runs:
-        Console(width=200, color_system=None).print(table)
+        rows.append((one.name or one.federation, *dates, str(one.rounds), str(one.steps), *spent))
+    if rows:
+        headings = ("run", "first asked (UTC)", "last trained (UTC)", *numbers)
+        print_table(Console(), headings, rows, right=numbers, whole=True)
 
 
 @node.command("backup")

@@ -19,7 +19,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "show": ("fedlora show runs/quickstart", "fedlora show runs/quickstart --every 1"),
     "runs": ("fedlora runs", "fedlora runs runs/smoke"),
-    "config": ("fedlora config", "fedlora config privacy", "fedlora config client.local_steps"),
+    "config": (
+        "fedlora config",
+        "fedlora config privacy",
+        "fedlora config client.local_steps",
+        "fedlora config --all",
+    ),
     "methods": ("fedlora methods", "fedlora methods --json"),
     "assets": ("fedlora assets", "fedlora assets minilm-l6 rotten-tomatoes"),
     "study": (

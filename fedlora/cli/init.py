@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import tomli_w
 import typer
 
-from fedlora.cli.columns import NONE, Columns, check_classes
-from fedlora.config import Config, load_config, read_toml
+from fedlora.assets import find_model
+from fedlora.cli.columns import NONE, Columns, find_columns
+from fedlora.config import MAX_EPSILON, Config, load_common, load_config, read_toml
 from fedlora.errors import InputError, plain_text
 from fedlora.summaries import format_count
 
@@ -48,7 +50,8 @@ def init(
         int | None, typer.Option(min=1, help="Number of clients among which rows are divided at random.")
     ] = None,
     epsilon: Annotated[
-        float | None, typer.Option(min=0, help="Epsilon that no client may exceed; 0 trains without privacy.")
+        float | None,
+        typer.Option(min=0, max=MAX_EPSILON, help="Epsilon that no client may exceed; 0 trains without privacy."),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing: use defaults for options that are not given.")
@@ -56,7 +59,7 @@ def init(
 ) -> None:
     """Write a commented config that runs, from a few questions.
 
-    Options that are given are not asked. Without a terminal nothing is asked.
+    Options that are given are not asked, and a wrong answer is asked again. Without a terminal nothing is asked.
     """
     if file.exists():
         raise InputError("FILE", str(file), "exists already; name another file, or remove it")
@@ -66,20 +69,20 @@ def init(
         )
     terminal = sys.stdin.isatty()
     ask = _Questions(asks=not yes and terminal)
-    source = ask("Data: a CSV, TSV, JSONL or Parquet file, asset:NAME, or a hub id", data, "asset:rotten-tomatoes")
-    columns = _columns(source)
+    source, columns = ask(
+        "Data: a CSV, TSV, JSONL or Parquet file, asset:NAME, or a hub id", data, "asset:rotten-tomatoes", _source
+    )
     if columns is not None:
-        typer.echo(f"{source}: {columns.table.rows} rows, columns {', '.join(columns.names)}")
+        typer.echo(f"{source}: {columns.about}")
     section = _data(ask, columns, text, label, owner)
     lm = section["task"] == "causal-lm"
-    name = ask("Model: asset:NAME, a hub id, or a folder", model, "asset:smollm2-135m" if lm else "asset:minilm-l6")
+    usual = "asset:smollm2-135m" if lm else "asset:minilm-l6"
+    name = ask("Model: asset:NAME, a hub id, or a folder", model, usual, _model)
     partition = _partition(ask, columns, owner, clients)
-    spent = ask("Epsilon that no client may exceed; 0 trains without privacy", epsilon, 8.0, float)
+    spent = ask("Epsilon that no client may exceed; 0 trains without privacy", epsilon, 8.0, _epsilon, click.FLOAT)
     content = _content(file.stem, source, name, section, partition, spent, columns.table.rows if columns else None)
     written = _commented(content, file)
-    config = load_config(written)  # what is written runs; a wrong answer is reported here
-    if config.data.text == config.data.label:
-        raise InputError("--label", config.data.label, "is the column of the texts; name another one")
+    load_config(written)  # what is written runs
     for line in _chosen(section, name, partition, columns):
         typer.echo(line)
     if not yes and not terminal:
@@ -90,43 +93,88 @@ def init(
 
 
 class _Questions:
-    """Asks for what no option gave."""
+    """Asks for what no option gave, again and again until the answer can be used."""
 
     def __init__(self, asks: bool) -> None:
         self.asks = asks
 
-    def __call__(self, question: str, given: Any, default: Any, kind: type = str) -> Any:
-        if given is not None:
-            return given
-        return typer.prompt(question, default=default, type=kind) if self.asks else default
+    def __call__(
+        self,
+        question: str,
+        given: Any,
+        default: Any,
+        read: Callable[[Any], Any] = lambda answer: answer,
+        kind: click.ParamType = click.STRING,
+    ) -> Any:
+        """Return what ``read`` makes of the option, of the answer, or of the default.
 
-    def label(self, columns: Columns, given: str | None, taken: tuple[str | None, ...]) -> str:
+        Raises
+        ------
+        InputError
+            By ``read``, of what was not asked.
+        """
+        if given is not None or not self.asks:
+            return read(default if given is None else given)
+
+        def answered(words: Any) -> Any:
+            try:
+                return read(kind(words))
+            except InputError as error:
+                raise click.UsageError(str(error)) from None  # after which click asks again
+
+        return typer.prompt(question, default=default, value_proc=answered)
+
+    def label(self, columns: Columns, given: str | None, text: str, owner: str | None) -> str:
         """Ask for the column of the labels; raise InputError where nobody can be asked which of several it is."""
-        found = [] if given else columns.labels(taken)
+        found = [] if given else columns.labels((text, owner))
         if len(found) > 1 and not self.asks:
             counts = ", ".join(f"{name} ({len(columns.classes(name, '--label'))} values)" for name in found)
             raise InputError("--label", None, f"may be one of {counts}; name it by --label, or give --label {NONE}")
-        answer: str = self(_LABEL_QUESTION, given, found[0] if found else NONE)
+        usual = found[0] if found else NONE
+        answer: str = self(_LABEL_QUESTION, given, usual, lambda name: _column(columns.label(name, text)))
         return answer
 
 
-def _columns(source: str) -> Columns | None:
-    """Read the columns of a file; None for an asset, a hub id or a folder."""
-    from fedlora.data.files import SUFFIXES, first_line, read_file
-    from fedlora.paths import find_path
+def _source(name: str) -> tuple[str, Columns | None]:
+    """Return a source of data with its columns, if they are known."""
+    _check(source=name)
+    return name, find_columns(name)
 
-    path = find_path(source, "--data")
-    if path is None:
-        if Path(source.removesuffix(".gz")).suffix.lower() in SUFFIXES:
-            raise InputError("--data", source, "there is no such file; give the path of a file that exists")
-        return None
-    if path.is_dir():
-        return None
-    try:
-        table = read_file(path)
-    except Exception as error:  # the file may be damaged in any way
-        raise InputError("--data", source, f"cannot be read ({first_line(error)}); fix the file") from None
-    return Columns(table)
+
+def _model(name: str) -> str:
+    find_model(name, "--model")
+    _check(model=name)
+    return name
+
+
+def _column(name: str) -> str:
+    _check(columns={"text": name})
+    return name
+
+
+def _clients(count: int) -> dict[str, Any]:
+    """Return the partition of rows that are divided at random."""
+    partition = {"kind": "iid", "clients": count}
+    _check(partition=partition)
+    return partition
+
+
+def _epsilon(value: float) -> float:
+    _check(epsilon=value)
+    return value
+
+
+def _check(
+    source: str = "asset:rotten-tomatoes",
+    model: str = "asset:minilm-l6",
+    columns: dict[str, str] | None = None,
+    partition: dict[str, Any] | None = None,
+    epsilon: float = 8.0,
+) -> None:
+    """Refuse an answer that no config has, whatever the other answers are."""
+    section = {"task": "sequence-classification", **(columns or {})}
+    partition = partition or {"kind": "iid", "clients": 10}
+    load_common(_commented(_content("run", source, model, section, partition, epsilon, None), Path("run.toml")))
 
 
 def _data(
@@ -135,7 +183,7 @@ def _data(
     """Ask for the columns, and return them with the task that they make."""
     question = "Column of the texts"
     if columns is None:
-        chosen, of = ask(question, text, "text"), ask(_LABEL_QUESTION, label, "label")
+        chosen, of = ask(question, text, "text", _column), ask(_LABEL_QUESTION, label, "label", _column)
         if of == NONE:
             return {"task": "causal-lm", "text": chosen}
         return {"task": "sequence-classification", "text": chosen, "label": of}
@@ -145,12 +193,10 @@ def _data(
         if {"prompt", "answer"} <= set(columns.names):
             return {"task": "causal-lm", "prompt": "prompt", "answer": "answer"}
     usual = columns.usual_label((text, owner))
-    chosen = ask(question, text, columns.text((usual, label, owner)))
-    columns.values(chosen, "--text")
-    of = ask.label(columns, label, (chosen, owner))
+    chosen = ask(question, text, columns.text((usual, label, owner)), lambda name: _column(columns.texts(name)))
+    of = ask.label(columns, label, chosen, owner)
     if of == NONE:
         return {"task": "causal-lm", "text": chosen}
-    check_classes(columns, of)
     measured = _measured(columns.values(of, "--label"))
     return {"task": "regression" if measured else "sequence-classification", "text": chosen, "label": of}
 
@@ -166,7 +212,9 @@ def _chosen(data: dict[str, str], model: str, partition: dict[str, Any], columns
     if "label" not in data:
         parts.append("no label")
     if partition["kind"] == "natural":
-        owners = f" ({format_count(len(columns.classes(partition['column'], '--owner')), 'owner')})" if columns else ""
+        owners = ""
+        if columns is not None and columns.table.rows:
+            owners = f" ({format_count(len(columns.classes(partition['column'], '--owner')), 'owner')})"
         parts.append(f"owner {partition['column']}{owners}")
     else:
         parts.append(f"no owner: rows at random to {format_count(partition['clients'], 'client')}")
@@ -194,13 +242,15 @@ def _measured(values: Sequence[Any]) -> bool:
 
 def _partition(ask: _Questions, columns: Columns | None, owner: str | None, clients: int | None) -> dict[str, Any]:
     if owner is None and clients is None and columns:
-        asked = ask("Column that names each row's owner; none divides the rows at random", None, NONE)
+        question = "Column that names each row's owner; none divides the rows at random"
+        asked = ask(question, None, NONE, lambda name: name if name == NONE else _column(columns.owner(name)))
         owner = None if asked == NONE else asked
+    elif owner is not None:
+        _column(columns.owner(owner) if columns else owner)
     if owner is not None:
-        if columns:
-            columns.values(owner, "--owner")
         return {"kind": "natural", "column": owner}
-    return {"kind": "iid", "clients": ask("Number of clients", clients, 10, int)}
+    partition: dict[str, Any] = ask("Number of clients", clients, 10, _clients, click.INT)
+    return partition
 
 
 def _content(
@@ -241,7 +291,7 @@ def _commented(content: dict[str, dict[str, Any]], file: Path) -> str:
     lines = [
         f"# Run it:          fedlora run {file}",
         f"# Change a key:    fedlora run {file} --set run.rounds=20 --output runs/longer",
-        "# Look at a key:   fedlora config client.local_steps      (fedlora config lists all keys)",
+        "# Look at a key:   fedlora config client.local_steps      (fedlora config --all lists all keys)",
         "# Other methods:   fedlora methods",
     ]
     for section, keys in content.items():

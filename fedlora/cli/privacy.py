@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fedlora.cli.tables import print_line
 from fedlora.privacy.accountants import group_of
 from fedlora.results.privacy_spent import Spent
 
@@ -62,4 +63,4 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 def _print(console: Console, lines: list[tuple[str, str]]) -> None:
     for name, text in lines:
-        console.print(f"{name:<15}{text}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{name:<15}{text}")

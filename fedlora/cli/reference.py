@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from fedlora.cli.tables import is_terminal, print_table
 from fedlora.config import Config, Key, MethodSection, all_keys, find_keys, section_title
 from fedlora.tasks import tasks
 
@@ -35,16 +35,23 @@ def config(
         str | None,
         typer.Argument(
             metavar="[KEY]",
-            help="A key or a section; all of them by default.",
+            help="A key or a section; the sections by default.",
             autocompletion=_complete,
             show_default=False,
         ),
     ] = None,
+    whole: Annotated[bool, typer.Option("--all", help="List the keys of all sections, and of all methods.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of the documentation.")] = False,
 ) -> None:
-    """Describe the keys of a config: their types, defaults, units and meaning, and which methods read them."""
+    """Describe the keys of a config: their types, defaults, units and meaning, and which methods read them.
+
+    Without a key it lists the sections.
+    """
     found: Mapping[str, type[Method]] = {}
     keys = all_keys({})
+    if key is None and not whole and not as_markdown:
+        _sections(keys)
+        return
     if as_markdown or not _read_by_all(key, keys):
         # Methods have keys of their own. Their import takes seconds.
         from fedlora.methods import methods as find_methods
@@ -61,12 +68,34 @@ def config(
         return
     for title, rows in _by_section(chosen, found):
         section, _, meaning = title.partition(" ")
-        console.print(f"[bold]{escape(section)}[/bold] {escape(meaning)}")
-        table = Table("key", "default", "type", "meaning", box=None, pad_edge=False)
-        for row in rows:
-            default = f"{row.default} {row.unit}" if row.default and row.unit else row.default
-            table.add_row(*map(escape, (row.last, default, row.type, row.description)))
-        console.print(table, "")
+        _say(f"[bold]{escape(section)}[/bold] {escape(meaning)}")
+        defaults = (f"{row.default} {row.unit}" if row.default and row.unit else row.default for row in rows)
+        cells = [(row.last, default, row.type, row.description) for row, default in zip(rows, defaults, strict=True)]
+        print_table(console, ("key", "default", "type", "meaning"), cells)
+        _say("")
+
+
+def _sections(keys: Iterable[Key]) -> None:
+    """Print the sections, and how to see the keys of one."""
+    rows = []
+    for section, own in groupby(keys, lambda key: key.section):
+        more = "; each method has keys of its own too" if section == "method" else ""
+        rows.append((section, str(len(list(own))), f"{_meaning(section).removesuffix('.')}{more}"))
+    print_table(console, ("section", "keys", "meaning"), rows, right=("keys",))
+    for line in ("", *_HOW):
+        _say(line)
+
+
+_HOW = (
+    "fedlora config SECTION  lists the keys of a section, as in: fedlora config privacy",
+    "fedlora config KEY      describes a key, as in: fedlora config client.local_steps",
+    "fedlora config --all    lists all keys",
+)
+
+
+def _say(line: str) -> None:
+    """Print a line of markup, which is wrapped on a terminal alone."""
+    console.print(line, highlight=False, soft_wrap=not is_terminal(console))
 
 
 def _read_by_all(name: str | None, keys: Iterable[Key]) -> bool:
@@ -79,13 +108,19 @@ def _read_by_all(name: str | None, keys: Iterable[Key]) -> bool:
 def _by_section(keys: Iterable[Key], methods: Mapping[str, type[Method]]) -> Iterator[tuple[str, list[Key]]]:
     """Yield the title of each section, and of each method's part of ``[method]``, with its keys."""
     for (section, method), rows in groupby(keys, lambda key: (key.section, key.method)):
-        title = f"{methods[method].title} (method.name = {method})" if method else section_title(section)
-        yield f"[{section}] {title.partition(': ')[2] or title}", list(rows)
+        title = f"{methods[method].title} (method.name = {method})" if method else ""
+        yield f"[{section}] {title.partition(': ')[2] or title or _meaning(section)}", list(rows)
+
+
+def _meaning(section: str) -> str:
+    """Say what a section is for."""
+    title = section_title(section)
+    return title.partition(": ")[2] or title
 
 
 def _details(key: Key, methods: Mapping[str, type[Method]]) -> None:
     of = f" (method.name = {key.method})" if key.method else ""
-    console.print(f"[bold]{escape(key.name)}[/bold]{of}", highlight=False)
+    _say(f"[bold]{escape(key.name)}[/bold]{of}")
     facts = (
         ("type", key.type),
         ("range", key.bounds),
@@ -95,8 +130,8 @@ def _details(key: Key, methods: Mapping[str, type[Method]]) -> None:
     )
     for title, text in facts:
         if text:
-            console.print(f"  {title:<8} {escape(text)}", highlight=False)
-    console.print(f"  {escape(key.description)}", highlight=False)
+            _say(f"  {title:<8} {escape(text)}")
+    _say(f"  {escape(key.description)}")
 
 
 def readers(key: Key, methods: Mapping[str, type[Method]]) -> str:
@@ -136,7 +171,8 @@ def _reads(method: type[Method], key: Key) -> bool:
 _CONFIG_HEAD = """\
 # Config keys
 
-`fedlora config --markdown` writes this page from the code. `fedlora config KEY` describes one key in the terminal.
+`fedlora config --markdown` writes this page from the code. `fedlora config KEY` describes one key in the terminal, and
+`fedlora config SECTION` lists the keys of a section.
 
 A config is a TOML file. `--set section.key=value` overrides a key of it. A key without a default is required, unless
 its meaning says what applies without it."""
@@ -235,9 +271,7 @@ def methods(
     elif as_markdown:
         typer.echo(_page(find_methods().values()))
     else:
-        table = Table("method", "what", "paper", box=None, pad_edge=False)
-        for name, method in find_methods().items():
-            table.add_row(name, method.title, method.paper)
-        console.print(table)
+        cells = [(name, method.title, method.paper) for name, method in find_methods().items()]
+        print_table(console, ("method", "what", "paper"), cells)
     for place, why in broken_methods().items():
         typer.echo(f"left out, {place}: {why}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,17 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fedlora.cli.formats import config_rows, curve, header, result_lines, round_lines
+from fedlora.cli.tables import aligned, print_line, print_table
 from fedlora.config import Config, input_error, read_toml
 from fedlora.config.schema import COMMON_KEYS
-from fedlora.errors import InputError, plain_text
+from fedlora.errors import InputError
 from fedlora.summaries import format_bytes, format_epsilon, sent_bytes
 from fedlora.tasks import Task, get_task
 
 console = Console()
 
-_LONGEST_LINE = 20_000
 _CURVE_WIDTH = 78
 _NOT_LISTED = ("tuning", "replaced", "report", "checkpoint")
 """Folders below which there are no runs to look at: a study's tuning, and runs that it no longer plans."""
@@ -97,17 +95,16 @@ def runs(
     found = sorted(path.parent for path in folder.rglob("config.toml") if _is_listed(path.parent, folder))
     if not found:
         raise InputError("FOLDER", str(folder), "holds no run; give a folder that contains runs")
-    table = Table(box=None, pad_edge=False)
-    names = ("run", "method", "model", "rounds", "score", "epsilon", "sent", "seconds")
-    for name in names:
-        table.add_column(name, justify="left" if names.index(name) < 3 else "right", no_wrap=True)
+    numbers = ("rounds", "score", "epsilon", "sent", "seconds")
+    rows, unread = [], []
     for path in found:
+        name = path.relative_to(folder)
         try:
-            table.add_row(*map(_text, _cells(_read(path), path.relative_to(folder))))
+            rows.append(_cells(_read(path), name))
         except InputError as error:
-            table.add_row(_text(str(path.relative_to(folder))), _text(f"cannot be read: {error.remedy}"))
-    # As wide as its content: a narrow terminal would cut the names.
-    Console(file=console.file, width=max(console.width, 250), color_system=None, highlight=False).print(table)
+            unread.append(f"{name}  cannot be read: {error.remedy}")
+    print_table(console, ("run", "method", "model", *numbers), rows, right=numbers, whole=True)
+    _print(*unread)
 
 
 def _is_listed(path: Path, folder: Path) -> bool:
@@ -214,17 +211,7 @@ def _by_domain(final: Mapping[str, Any], task: Task) -> list[str]:
     rows += [
         [name, *(task.show(task.primary, values.get(domain)) for domain in domains)] for name, values in tables.items()
     ]
-    return ["", f"{task.primary} by domain", *_aligned(rows)]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return ["", f"{task.primary} by domain", *aligned(rows, [False, *[True] * len(domains)])]
 
 
 def _more(facts: Mapping[str, Any]) -> list[str]:
@@ -239,11 +226,6 @@ def _more(facts: Mapping[str, Any]) -> list[str]:
     return [f"{name:<12}{value}" for name, value in rows]
 
 
-def _text(value: str) -> str:
-    return escape(plain_text(value, _LONGEST_LINE))
-
-
 def _print(*lines: str) -> None:
-    # Without wrapping or markup: a path may be wider than the terminal, and contain brackets.
     for line in lines:
-        console.print(plain_text(line, _LONGEST_LINE), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)

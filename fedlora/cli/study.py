@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fedlora.cli.dry_run import noise_range, rank_list
 from fedlora.cli.phases import PhaseDisplay
+from fedlora.cli.tables import print_line, print_table
 from fedlora.errors import InputError
 from fedlora.privacy.banded import band_advice
 from fedlora.privacy.units import unit_advice
@@ -111,10 +111,8 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     runs = [*(run for group in plan.groups for _, run in group.candidates), *plan.runs]
     forecasts = forecast_all(runs)
     there = {entry["run"]: entry for entry in all_entries(read_state(folder))}
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "trained", "once", "down", "up", "steps", "noise multiplier", "ranks", "status"):
-        table.add_column(name, justify="left" if name in ("run", "status") else "right", no_wrap=True)
-    missing = []
+    numbers = ("trained", "once", "down", "up", "steps", "noise multiplier", "ranks")
+    rows, missing = [], []
     for run in runs:
         entry = there.get(run.folder, {})
         status = entry.get("status", "planned")
@@ -122,16 +120,14 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
             status = "changed"
         if status != "done":
             missing.append(run)
-        table.add_row(run.folder, *_cells(forecasts[run.folder], status))
-    # As wide as its content: a narrow terminal would cut the names.
-    wide = Console(file=console.file, width=max(console.width, 250), color_system=None)
-    wide.print(table)
+        rows.append((run.folder, *_cells(forecasts[run.folder], status)))
+    print_table(console, ("run", *numbers, "status"), rows, right=numbers, whole=True)
     for name, one in forecasts.items():
         if isinstance(one, Forecast):
             for advice in filter(None, (unit_advice(one.unit_noise), band_advice(one.band_noise))):
-                _say(console, f"{name}: {advice}")
+                print_line(console, f"{name}: {advice}")
     if any(group.private for group in plan.groups):
-        _say(console, "epsilon will not cover the tuning runs: they look at private data to choose")
+        print_line(console, "epsilon will not cover the tuning runs: they look at private data to choose")
     expected = [forecasts[run.folder] for run in runs]
     sent = sum(one.payload_bytes for one in expected if isinstance(one, Forecast))
     tuning = len(runs) - len(plan.runs)
@@ -139,17 +135,17 @@ def show_dry_run(console: Console, plan: Plan, folder: Path) -> None:
     if plan.study.tuning is not None and plan.study.tuning.widen:
         most = plan.study.tuning.widen * len(plan.study.tuning.seeds) * len(plan.groups)
         added += f" (up to {most} more where the best candidate is at an edge)"
-    _say(
+    print_line(
         console, f"{format_count(len(plan.runs), 'run')}{added}, {format_bytes(sent)} of payload, {len(missing)} to go"
     )
     try:
         at_once, gpus = capacity(plan)
     except InputError as error:
         # A plan may be printed on another machine than the one that will run it.
-        _say(console, f"they cannot run here, so there is no estimate of the time: {error}")
+        print_line(console, f"they cannot run here, so there is no estimate of the time: {error}")
         return
     seconds = estimate_seconds(missing, forecasts, at_once, gpus)
-    _say(
+    print_line(
         console,
         f"about {format_seconds(seconds)} on this machine, {at_once} in parallel, from one measured step of each kind",
     )
@@ -168,11 +164,6 @@ def _cells(expected: Forecast | InputError, status: str) -> list[str]:
         rank_list(expected),
         status,
     ]
-
-
-def _say(console: Console, line: str) -> None:
-    # Without wrapping or markup: a path may be wider than the terminal, and contain brackets.
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(values: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def find_keys(name: str, keys: list[Key]) -> list[Key]:
     words = difflib.get_close_matches(name, sorted(whole | {key.last for key in keys}), 1)
     close = [word for word in words if word in whole]
     close = close or list(dict.fromkeys(key.name for key in keys if key.last in words))
-    hint = f"did you mean {' or '.join(close[:3])}?" if close else "fedlora config lists all keys"
+    hint = f"did you mean {' or '.join(close[:3])}?" if close else "fedlora config --all lists all keys"
     raise InputError("KEY", name, f"there is no such key; {hint}")
 
 

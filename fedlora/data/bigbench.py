@@ -19,6 +19,13 @@ FORM = 2
 
 SPLITS = ("train", "validation", "test")
 
+_COLUMNS = {
+    "vitaminc": ["evidence", "claim", "label", "page"],
+    "e2e-nlg": ["text", "answer", "references", "messages"],
+}
+_CHOICES = ["text", "answer", "choices", "messages"]
+"""Columns of the tables of all other assets."""
+
 _CANARY = "canary"
 _SHARE = 0.1
 
@@ -63,6 +70,11 @@ def bigbench_files(asset: Asset, folder: Path, field: str) -> dict[str, Path]:
     files = table_files(asset)
     build_once(files["train"].parent, build, field, asset.name)
     return files
+
+
+def columns_of(asset: Asset) -> list[str]:
+    """Return the columns of an asset's tables, which need not have been made."""
+    return _COLUMNS.get(asset.name, _CHOICES)
 
 
 def table_files(asset: Asset) -> dict[str, Path]:

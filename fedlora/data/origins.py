@@ -125,10 +125,9 @@ _MORE_COLUMNS = {"rotten-tomatoes": ["movie"], "20newsgroups": ["domain"]}
 """Columns of an asset beside text and label."""
 
 
-def _asset_headers(asset: Asset) -> dict[str, Table] | None:
+def _asset_headers(asset: Asset) -> dict[str, Table]:
     if asset.package == bigbench.PACKAGE:
-        files = bigbench.table_files(asset)
-        return {split: read_header(path) for split, path in files.items()} if files["train"].exists() else None
+        return dict.fromkeys(bigbench.SPLITS, Table.of_names(bigbench.columns_of(asset)))
     splits = ("train",) if asset.name == "rotten-tomatoes" else ("train", "test")
     return dict.fromkeys(splits, Table.of_names(["text", "label", *_MORE_COLUMNS.get(asset.name, [])]))
 

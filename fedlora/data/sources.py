@@ -145,8 +145,8 @@ def load_examples(config: Config) -> Examples:
 def check_sources(config: Config) -> None:
     """Check that the sources, splits and columns which ``data.*`` names are there, without loading any examples.
 
-    Headers of files tell it within milliseconds. What is on the hub, or yet to be fetched, is left to
-    :func:`load_examples`, and so is all that depends on rows.
+    Headers of files tell it within milliseconds. What is on the hub is left to :func:`load_examples`, and so
+    is all that depends on rows.
 
     Raises
     ------

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedlora.config import MAX_NOISE, MIN_NOISE, Config, PrivacySection
+from fedlora.config import MAX_EPSILON, MAX_NOISE, MIN_NOISE, Config, PrivacySection
 from fedlora.errors import InputError
 from fedlora.methods import get_method
 from fedlora.privacy.accountants import GroupHistory, History, Steps, get_accountant, group_of, steps_of
@@ -164,8 +164,14 @@ def plan_privacy(config: Config, examples: int, units: int | None = None) -> Pri
             f"with {local} local steps each is more than {MAX_STEPS:.0e} steps, which no accountant resolves; lower it"
         )
         raise InputError("run.rounds", config.run.rounds, remedy)
-    start, start_rate, start_steps = _start_noise(config, examples)
-    sigma = _noise(privacy, rate, steps, () if start is None else ((start, start_rate, start_steps),))
+    try:
+        (start, start_rate, start_steps), sigma = _noises(config, examples, rate, steps)
+    except InputError as error:
+        if error.field != "privacy.target_epsilon" or not get_method(config.method.name).start_examples(config):
+            raise
+        # It is about the start's share of epsilon, or about the rounds beside a start of a smaller epsilon.
+        least = _least_with_start(config, examples, rate, steps)
+        raise _unreached(privacy.target_epsilon, privacy.accountant, least) from None
     return PrivacyPlan(
         sample_rate=rate,
         noise_multiplier=sigma,
@@ -184,6 +190,13 @@ def plan_privacy(config: Config, examples: int, units: int | None = None) -> Pri
     )
 
 
+def _noises(config: Config, examples: int, rate: float, steps: int) -> tuple[tuple[float | None, float, int], float]:
+    """Return what :func:`_start_noise` does, and the noise multiplier of the rounds beside it."""
+    start, start_rate, start_steps = _start_noise(config, examples)
+    spent = () if start is None else ((start, start_rate, start_steps),)
+    return (start, start_rate, start_steps), _noise(config.privacy, rate, steps, spent)
+
+
 def _start_noise(config: Config, examples: int) -> tuple[float | None, float, int]:
     """Return noise multiplier, sample rate and number of the noisy sums of which a client's start is made, if any.
 
@@ -198,6 +211,42 @@ def _start_noise(config: Config, examples: int) -> tuple[float | None, float, in
         return privacy.noise_multiplier, rate, steps
     share = method.start_share(config) * privacy.target_epsilon
     return noise_multiplier(share, privacy.target_delta, rate, steps, privacy.accountant), rate, steps
+
+
+def _least_with_start(config: Config, examples: int, rate: float, steps: int) -> float:
+    """Return the smallest target, to 1 %, that a client's start and its rounds reach together; infinite without one.
+
+    For prv it is rdp's: that is found much faster, and what rdp reaches prv reaches.
+    """
+    privacy = config.privacy
+    fast = get_accountant(privacy.accountant).for_calibration(0.0)
+
+    def reaches(target: float) -> bool:
+        changed = privacy.model_copy(update={"target_epsilon": target, "accountant": fast})
+        try:
+            _noises(config.model_copy(update={"privacy": changed}), examples, rate, steps)
+        except InputError:
+            return False
+        return True
+
+    assert privacy.target_epsilon is not None
+    low, high = privacy.target_epsilon, MAX_EPSILON
+    if not reaches(high):
+        return math.inf
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
+
+
+def _unreached(epsilon: float | None, accountant: str, least: float) -> InputError:
+    """Return the error about a target that no noise reaches, with the smallest that some noise does."""
+    remedy = f"is not reached by any noise under {accountant}, and neither is a larger one; lower run.rounds"
+    if least < MAX_EPSILON:
+        unit = 10.0 ** (math.floor(math.log10(max(least, 1e-9))) - 2)
+        above = (math.floor(least / unit) + 1) * unit  # three digits, rounded up: that one is reached
+        remedy = f"is not reached by any noise under {accountant}; raise it to {above:.3g}, the smallest that is"
+    return InputError("privacy.target_epsilon", epsilon, remedy)
 
 
 def _noise(privacy: PrivacySection, rate: float, steps: int, spent: History = ()) -> float:
@@ -338,7 +387,7 @@ def noise_multiplier(
         If no noise up to ``MAX_NOISE`` reaches epsilon.
     """
     low, high = 0.0, math.inf
-    accountant = get_accountant(accountant).for_calibration(epsilon)
+    asked, accountant = accountant, get_accountant(accountant).for_calibration(epsilon)
 
     def total(sigma: float) -> float:
         """Epsilon; of a sigma that was tried before it is remembered."""
@@ -357,11 +406,11 @@ def noise_multiplier(
     for sigma in get_accountant(accountant).first_guesses(epsilon, total, sigma_by):
         attempt(sigma)
     while math.isinf(high):
-        attempt(2 * low or 1.0)
-        if 2 * low > MAX_NOISE:
-            raise InputError(
-                "privacy.target_epsilon", epsilon, f"is not reached by any noise under {accountant}; raise it"
-            )
+        if low >= MAX_NOISE:
+            tried = [*(2.0**k for k in range(int(math.log2(MAX_NOISE)) + 1)), MAX_NOISE]
+            reached = (spent_epsilon(asked, delta, (*spent, steps_of(s, sample_rate, steps, group))) for s in tried)
+            raise _unreached(epsilon, asked, min(reached))
+        attempt(min(2 * low or 1.0, MAX_NOISE))
     while high - low > tolerance * high and high > MIN_NOISE:
         attempt((low + high) / 2)
     return max(high, MIN_NOISE)

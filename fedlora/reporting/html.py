@@ -279,6 +279,10 @@ def _setting(comparison: Comparison) -> list[str]:
     words = [*names, common("data.partition.kind")]
     clients, rounds = {run.summary.clients for run in comparison.runs}, common("run.rounds")
     words += [f"{min(clients)} clients" if len(clients) == 1 else None, f"{rounds} rounds" if rounds else None]
+    tested = sorted({run.summary.test_examples for run in comparison.runs if run.summary.test_examples is not None})
+    if tested:
+        most = "" if len(tested) == 1 else f" to {tested[-1]:,}"
+        words.append(f"{tested[0]:,}{most} test examples")
     return [str(word) for word in words if word]
 
 

@@ -85,6 +85,7 @@ class Summary(_Content):
     start: dict[str, Any] | None = None
     final: dict[str, Any]
     personalised: bool = False
+    test_examples: Count | None = None
     trainable_parameters: Count
     epsilon: Epsilon | None
     communication: Communication

@@ -34,6 +34,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
                     "seed": run.config.run.seed,
                     "rounds": run.summary.rounds,
                     "clients": run.summary.clients,
+                    "test_examples": run.summary.test_examples,
                     **quantities(run),
                     "delta": run.summary.epsilon.delta if run.summary.epsilon else None,
                     "covers_init": run.summary.epsilon.covers_init if run.summary.epsilon else None,

@@ -12,6 +12,7 @@ from fedlora.continuing import ADAPTER_FILE
 from fedlora.data.files import first_line
 from fedlora.errors import InputError
 from fedlora.paths import find_path
+from fedlora.summaries import format_count
 
 CARD = "README.md"
 
@@ -119,10 +120,15 @@ def _text(config: Config, summary: dict[str, Any]) -> str:
             " + ".join(f"{sent[f'{way}_bytes'] / 1e6:.1f} MB {told}" for way, told in _WAYS),
         ),
         ("trained parameters", f"{summary['trainable_parameters']:,}"),
-        ("on the test examples", scores or "not measured"),
+        (f"on {_tested(summary)}", scores or "not measured"),
     ]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     return f"# A federated {config.method.name} model\n\nTrained with fedlora.\n\n| | |\n|---|---|\n{table}"
+
+
+def _tested(summary: dict[str, Any]) -> str:
+    count = summary.get("test_examples")
+    return "the test examples" if count is None else format_count(count, "test example")
 
 
 _WAYS = (("uplink", "up"), ("downlink", "down"), ("initial", "once"))

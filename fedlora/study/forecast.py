@@ -100,6 +100,8 @@ def forecast(config: Config) -> Forecast:
     sizes = data.drawn_sizes(config.privacy)
     mechanism = mechanism_of(config)
     units = [data.units_of(client, config.privacy) for client in range(len(sizes))]
+    smallest = sizes.index(min(sizes))
+    mechanism.plan(config, sizes[smallest], units[smallest])  # first: the epsilon that its error names is all clients'
     plans = [*map(partial(mechanism.plan, config), sizes, units), mechanism.server_plan(config, len(sizes))]
     rounds, every = range(1, config.run.rounds + 1), config.server.evaluate_every
     # Before the first round if so configured, in rounds that are due, and after the last.

@@ -36,11 +36,14 @@ class Metric:
         Whether higher is better.
     digits : int
         Number of decimals that are shown.
+    of_examples : bool
+        Whether it is the share of examples for which something holds, so that one of n examples moves it by 1 / n.
     """
 
     form: Literal["percent", "number"] = "number"
     maximize: bool = True
     digits: int = 3
+    of_examples: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedlora.tasks.base import PERCENT, Baseline, Sums, f1, upcast
+from fedlora.tasks.base import PERCENT, Baseline, Metric, Sums, f1, upcast
 from fedlora.tasks.labels import Column, read_words
 from fedlora.tasks.texts import TextTask
 
@@ -22,7 +22,11 @@ class SequenceClassification(TextTask):
     title = "one class of a text, or of a pair of texts"
     keys = ("model.pooling", "data.text_pair", "data.label", "data.label_names")
     one_class = True
-    scores: ClassVar = {"accuracy": PERCENT, "macro_f1": PERCENT, "majority": PERCENT}
+    scores: ClassVar = {
+        "accuracy": Metric("percent", digits=1, of_examples=True),
+        "macro_f1": PERCENT,
+        "majority": PERCENT,
+    }
     primary = client_metric = "accuracy"
     baseline = Baseline("majority", "majority class", "Always naming the largest class")
 

@@ -19,6 +19,7 @@ from fedlora.cli.phases import PhaseDisplay
 from fedlora.errors import InputError, RunError
 from fedlora.methods import methods
 from fedlora.results import RunResult
+from fedlora.summaries import result_rows
 from fedlora.tasks import get_task
 from tests.command import fedlora
 
@@ -88,6 +89,15 @@ def test_a_run_prints_its_rounds_and_its_result(config: Path, simulated: list[di
     assert result["bytes"] == "999 B up, 2.0 kB down, 1.2 MB once"
     assert result["trained"] == "12,345 parameters"
     assert result["folder"] == "runs/x"
+
+
+def test_a_score_is_told_with_the_number_of_its_examples() -> None:
+    facts = {**SUMMARY, "test_examples": 1280}
+    rows = dict(result_rows(facts, get_task("sequence-classification"), Path("x")))
+    assert rows["tested on"] == "1,280 examples, so one is 0.078 points of accuracy"
+    facts["final"] = {"perplexity": 12.3}  # which is no share of them
+    assert dict(result_rows(facts, get_task("causal-lm"), Path("x")))["tested on"] == "1,280 examples"
+    assert "tested on" not in dict(result_rows(SUMMARY, get_task("sequence-classification"), Path("x")))
 
 
 def test_without_a_terminal_there_is_no_bar(config: Path, simulated: list[dict[str, Any]]) -> None:

@@ -6,10 +6,11 @@ import io
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from fedlora.config import Config, load_config, unused_keys
-from tests.command import fedlora
+from tests.command import Done, fedlora
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +60,19 @@ def test_options_say_all_of_it() -> None:
     assert config.privacy.mode == "none"
 
 
-def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    answers = ["reviews.csv", "", "", "models/own", "clinic", "3"]  # data, text, label, model, owner, epsilon
+
+def answered(monkeypatch: pytest.MonkeyPatch, *answers: str, options: tuple[str, ...] = ()) -> Done:
     monkeypatch.setattr("sys.stdin", Terminal("".join(f"{answer}\n" for answer in answers)))
-    done = fedlora("init")
+    return fedlora("init", *options)
+
+
+def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["reviews.csv", "", "", "models/own", "clinic", "3"]  # data, text, label, model, owner, epsilon
+    done = answered(monkeypatch, *answers)
     assert done.code == 0, done.err
     assert "reviews.csv: 9 rows, columns review, stars, clinic" in done.out
     assert "owner clinic (3 owners)" in done.out
@@ -188,15 +194,83 @@ def test_each_key_has_its_meaning_above_it() -> None:
         (["--data", "reviews.csv", "--label", "l"], "--label = 'l': there is no such column"),
         (["--data", "reviews.csv", "--owner", "o"], "--owner = 'o': there is no such column"),
         (["--owner", "a", "--clients", "3"], "--clients = 3: follows from --owner"),
-        (["--epsilon", "eight"], "--epsilon = 'eight': give a number of at least 0"),
+        (["--owner", "stars", "--data", "gaps.csv"], "--owner = 'stars': line 2 of gaps.csv has"),
+        (["--data", "gaps.csv", "--text", "stars", "--label", "none"], "--text = 'stars': holds numbers alone"),
+        (["--data", "head.csv"], "--data = 'head.csv': holds no rows"),
+        (
+            ["--data", "asset:rotten-tomato"],
+            "--data = 'asset:rotten-tomato': there is no such asset; did you mean",
+        ),
+        (["--data", "asset:minilm-l6"], "--data = 'asset:minilm-l6': is a model; here belongs one of asset:rotten-to"),
+        (
+            ["--data", "asset:rotten-tomatoes", "--text", "txt"],
+            "--text = 'txt': there is no such column; columns: text",
+        ),
+        (["--data", "asset:vitaminc", "--text", "txt"], "--text = 'txt': there is no such column; columns: evidence"),
+        (["--data", "nodes"], "data.test = None: is required with data.name = nodes"),
+        (["--model", "asset:nope"], "--model = 'asset:nope': there is no such asset; known: asset:minilm-l6, asset:"),
+        (["--model", "asset:rotten-tomatoes"], "--model = 'asset:rotten-tomatoes': is a data set; here belongs one of"),
+        (["--model", "reviews.csv"], "--model = 'reviews.csv': is a file"),
+        (["--epsilon", "eight"], "--epsilon = 'eight': give a number from 0 to 1000"),
+        (["--epsilon", "nan"], "privacy.target_epsilon = nan"),
         (["--clients", "0"], "--clients = 0: give an integer of at least 1"),
-        (["--epsilon", "2000"], "privacy.target_epsilon = 2000.0"),
+        (["--epsilon", "2000"], "--epsilon = 2000.0: give a number from 0 to 1000"),
         (["reviews.csv"], "FILE = 'reviews.csv': exists already"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(arguments: list[str], told: str) -> None:
+    Path("gaps.csv").write_text("review,stars\na,\nb,1\nc,2\n")
+    Path("head.csv").write_text("review,stars\n")
     done = fedlora("init", *arguments)
     assert done.code == 2
     assert told in done.err
     assert len(done.err.splitlines()) == 1
     assert not Path("fedlora.toml").exists()
+
+
+ANSWERS = {
+    "data": ("reviews.csv", "missing.csv", "asset:rotten-tomato", "asset:minilm-l6", "nodes"),
+    "text": ("review", "txt"),
+    "label": ("stars", "lable", "review"),
+    "model": ("models/own", "asset:nope", "asset:rotten-tomatoes", "reviews.csv"),
+    "owner": ("none", "hospital"),
+    "clients": ("2", "two", "0"),
+    "epsilon": ("3", "much", "-1", "2000", "nan"),
+}
+"""To each question in turn an answer that will do, and wrong ones."""
+
+
+def test_a_wrong_answer_is_asked_again_with_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = answered(monkeypatch, *(answer for right, *wrong in ANSWERS.values() for answer in (*wrong, right)))
+    assert done.code == 0, done.out + done.err
+    mistakes = [line.partition("Error: ")[2] for line in done.out.splitlines() if "Error: " in line]
+    assert len(mistakes) == sum(len(answers) - 1 for answers in ANSWERS.values())
+    for told in (
+        "--text = 'txt': there is no such column; columns: review, stars, clinic",
+        "--data = 'asset:rotten-tomato': there is no such asset; did you mean asset:rotten-tomatoes?",
+        "--model = 'asset:rotten-tomatoes': is a data set; here belongs one of asset:minilm-l6, asset:",
+        "--label = 'review': is the column of the texts",
+    ):
+        assert any(mistake.startswith(told) for mistake in mistakes), told
+    config = load_config("fedlora.toml")
+    assert (config.data.text, config.data.label, config.model.name) == ("review", "stars", "models/own")
+    assert (config.data.partition.clients, config.privacy.target_epsilon) == (2, 3.0)
+
+
+def test_a_wrong_option_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = answered(monkeypatch, *[""] * 9, options=("--data", "reviews.csv", "--text", "txt"))
+    assert done.code == 2
+    assert "--text = 'txt'" in done.err
+
+
+def test_an_assets_columns_are_known_before_it_is_fetched() -> None:
+    assert written("owned.toml", "--owner", "movie").data.partition.column == "movie"
+    config = written("chats.toml", "--data", "asset:social-iqa")
+    assert (config.model.task, config.data.messages) == ("causal-lm", "messages")
+
+
+def test_a_saved_folder_is_read_like_a_file(here: Path) -> None:
+    rows = [{"note": f"a note of some length {i}", "opinion": "ab"[i % 2]} for i in range(40)]
+    datasets.Dataset.from_list(rows).save_to_disk(here / "saved")
+    config = written("--data", "saved")
+    assert (config.data.text, config.data.label) == ("note", "opinion")

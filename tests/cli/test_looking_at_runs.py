@@ -46,6 +46,8 @@ def test_a_run_is_shown_as_its_folder_has_it(folder: Path) -> None:
     out = shown(folder / "first").out
     summary = json.loads((folder / "first" / "summary.json").read_text())
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    examples = summary["test_examples"]
+    assert lines["tested"] == f"tested on   {examples} examples, so one is {100 / examples:.2g} points of accuracy"
     assert lines["method"].split()[1:] == ["fed-sb,", "rank", "8"]
     assert "2/2 rounds" in lines["run"]
     assert "target epsilon 8, rdp" in lines["privacy"]

@@ -19,8 +19,10 @@ def test_every_key_is_listed_with_its_default_and_meaning(monkeypatch: pytest.Mo
     keys = all_keys({name: method.Options for name, method in methods().items()})
     assert {key.name for key in keys} == set(KEYS)
     assert all(key.type and key.description for key in keys)
-    done = fedlora("config")
+    done = fedlora("config", "--all")
     assert done.code == 0
+    for key in keys:  # in a pipe a line each
+        assert re.search(rf"^{key.last} .*{re.escape(key.type)} +{re.escape(key.description)}$", done.out, re.MULTILINE)
     words = " ".join(done.out.split())
     for section in (*Config.model_fields, "data.partition"):
         assert f"[{section}]" in words
@@ -28,6 +30,20 @@ def test_every_key_is_listed_with_its_default_and_meaning(monkeypatch: pytest.Mo
     for name in methods():
         has_options = any(key.method == name for key in keys)
         assert (f"(method.name = {name})" in words) == has_options
+
+
+def test_alone_it_lists_the_sections_and_says_how_to_see_more() -> None:
+    done = fedlora("config")
+    assert done.code == 0
+    keys = all_keys({})
+    rows = {line.split()[0]: line.split()[1] for line in done.out.partition("\n\n")[0].splitlines()[1:]}
+    assert rows == {section: str(sum(key.section == section for key in keys)) for section in {k.section for k in keys}}
+    told = [line.partition("as in: ")[2] for line in done.out.splitlines() if "as in: " in line]
+    assert len(told) == 2
+    for command in told:
+        program, *words = command.split()
+        assert program == "fedlora"
+        assert fedlora(*words).code == 0
 
 
 def test_every_key_has_a_meaning_a_default_and_readers_in_the_reference() -> None:

@@ -14,6 +14,7 @@ import pytest
 from fedlora.assets import ASSETS, cache_dir
 from fedlora.config import Config, load_config, unused_keys
 from fedlora.data.bigbench import SPLITS, split_of
+from fedlora.data.origins import load_headers, load_tables
 from fedlora.data.sources import load_examples, source_identity
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,17 @@ def test_choices_and_references(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(examples.train["answer"]) == {"It is one.", "Two."}
     # What is described in the test set is described nowhere else.
     assert not set(examples.train["prompt"]) & set(examples.test["prompt"])
+
+
+@pytest.mark.parametrize("name", ["vitaminc", "strategyqa", "e2e-nlg"])
+def test_columns_are_known_before_tables_are_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [{"input": f"{n}?", "target_scores": {"x": 0, "y": 1}} for n in range(40)]
+    texts = [{"input": f"name: {n}", "target": f"It is {n}."} for n in range(40)]
+    found = load_headers(f"asset:{name}", "data.name", set())
+    place(name, {"vitaminc": vitaminc(), "strategyqa": questions, "e2e-nlg": texts}[name], monkeypatch)
+    made = load_tables(f"asset:{name}", "data.name")
+    assert found is not None
+    assert {s: list(t.columns) for s, t in found.items()} == {s: list(t.columns) for s, t in made.items()}
 
 
 def test_questions_as_conversations_are_asked_in_the_tasks_own_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from scipy.stats import norm
 from fedlora.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import get_method
-from fedlora.privacy import plan_privacy
+from fedlora.privacy import PrivacyPlan, plan_privacy
 from fedlora.privacy.accountants import get_accountant, prv
 from fedlora.privacy.calibration import noise_multiplier, spent_epsilon
 from fedlora.registry import ACCOUNTANTS
@@ -165,12 +166,54 @@ def test_delta_is_below_one_in_n(delta, examples, fine):
         assert caught.value.field == "privacy.target_delta"
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
-def test_an_epsilon_out_of_reach_is_the_users_to_raise(accountant):
-    """rdp has a floor, and prv an error of 0.01; Opacus' own search does not come back from the latter."""
-    with pytest.raises(InputError, match="raise it") as caught:
-        noise_multiplier(0.005, 1e-5, 1.0, 10, accountant)
+def named(caught: pytest.ExceptionInfo[InputError]) -> float:
+    """Return the epsilon that an error says is reached."""
     assert caught.value.field == "privacy.target_epsilon"
+    return float(re.search(r"raise it to ([\d.e-]+), the smallest that is$", str(caught.value))[1])
+
+
+@pytest.mark.parametrize(
+    ("accountant", "delta", "rate", "steps", "group"),
+    [
+        ("rdp", 1e-5, 1.0, 10, 1),
+        ("prv", 1e-5, 1.0, 10, 1),
+        ("prv", 1e-9, 0.001, 10, 1),  # less than rdp reaches, by less noise
+        ("rdp", 1e-5, 1.0, 10**5, 1),
+        ("gdp", 1e-9, 1.0, 10**5, 1),
+        ("rdp", 1e-5, 0.2, 50, 3),
+    ],
+)
+def test_an_epsilon_out_of_reach_is_told_with_the_smallest_within_reach(accountant, delta, rate, steps, group):
+    """rdp has a floor, and prv an error of 0.01; Opacus' own search does not come back from the latter."""
+    with pytest.raises(InputError, match=f"not reached by any noise under {accountant}; raise it to") as caught:
+        noise_multiplier(0.005, delta, rate, steps, accountant, group=group)
+    least = named(caught)
+    assert least > 0.005
+    assert noise_multiplier(least, delta, rate, steps, accountant, group=group) > 0
+    with pytest.raises(InputError):
+        noise_multiplier(0.98 * least, delta, rate, steps, accountant, group=group)
+
+
+def test_no_epsilon_at_all_is_said_so():
+    with pytest.raises(InputError, match=r"and neither is a larger one; lower run\.rounds"):
+        noise_multiplier(8.0, 1e-5, 1.0, 10**9, "rdp", group=1000)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_a_start_from_examples_counts_in_the_smallest_within_reach(accountant):
+    """A tenth of epsilon is the start's: what the error names is the whole."""
+    options = get_method("flexmore").Options(name="flexmore")
+
+    def plan(epsilon: float) -> PrivacyPlan:
+        given = config(target_epsilon=epsilon, accountant=accountant)
+        return plan_privacy(given.model_copy(update={"method": options}), 400)
+
+    with pytest.raises(InputError, match=r"target_epsilon = 0\.05: is not reached") as caught:
+        plan(0.05)
+    least = named(caught)
+    assert plan(least).start_noise_multiplier is not None
+    with pytest.raises(InputError):
+        plan(0.97 * least)
 
 
 def test_extreme_budgets_have_an_answer():

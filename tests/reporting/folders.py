@@ -12,7 +12,7 @@ import numpy as np
 from fedlora.config import load_config
 from fedlora.results.folder import COMMUNICATION, PARTITION, PRIVACY
 
-CLIENT_COUNT, ROUNDS = 4, 3
+CLIENT_COUNT, ROUNDS, TEST_EXAMPLES = 4, 3, 1281
 LABELS = ("fresh", "rotten")
 
 
@@ -68,6 +68,7 @@ def make_run(
         "rounds": ROUNDS,
         "clients": CLIENT_COUNT,
         "final": lines[-1]["metrics"],
+        "test_examples": TEST_EXAMPLES,
         "trainable_parameters": 100 * config.method.rank,
         "epsilon": {"max": epsilon, "mean": epsilon / 2, "delta": 1e-5, "accountant": "rdp", "covers_init": True}
         if private

@@ -39,6 +39,7 @@ def test_they_are_on_a_page_and_in_tables_of_their_own(tmp_path: Path) -> None:
     assert {group.method for group in common.front} == {"fed-sb"}
     assert "Scores are personalised" in other.read_text()
     assert "own test accuracy" in other.read_text()
+    assert " · 3 rounds · 1,281 test examples" in page.read_text()
     assert "personalised" not in page.read_text().partition("<nav")[0]
 
 

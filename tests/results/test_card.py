@@ -30,6 +30,7 @@ SUMMARY: dict[str, Any] = {
         "covers_init": False,
     },
     "communication": {"initial_bytes": 3001370, "downlink_bytes": 745130, "uplink_bytes": 756800},
+    "test_examples": 1280,
     "final": {"accuracy": 0.709375, "loss": 0.59818, "by_class": {}},
 }
 
@@ -54,7 +55,7 @@ def test_the_card_says_what_the_run_did(run: Path, merged: bool) -> None:
         "asset:rotten-tomatoes, of 10 clients",
         "epsilon 8 at delta 1e-05 for one example, by the accountant rdp; the start is not covered",
         "0.8 MB up + 0.7 MB down + 3.0 MB once",
-        "accuracy 0.7094, loss 0.5982",
+        "on 1,280 test examples | accuracy 0.7094, loss 0.5982",
         "1,538",
     ):
         assert told in text

@@ -96,11 +96,14 @@ def test_the_summary_is_marked_and_has_no_other_scores_than_the_clients(scored: 
     assert final["loss"] == final["clients"]["loss"]
     assert final["accuracy"] == final["clients"]["accuracy"]
     assert final["clients"]["clients"] == 4
+    with (scored.folder / "clients.csv").open() as stream:
+        tested = sum(int(row["examples"]) for row in csv.DictReader(stream))
+    assert scored.summary["test_examples"] == tested
 
 
 def test_without_an_evaluation_by_clients_nothing_is_scored_and_the_run_says_so(here: World) -> None:
     run = here.run(here.content("fedsa-lora", "bert", run={"rounds": 1}))
-    assert run.summary["final"] == {}
+    assert (run.summary["final"], run.summary["test_examples"]) == ({}, None)
     assert [line["metrics"] for line in run.lines()] == [{}]
     assert "set server.fraction_evaluate, and data.client_test" in (run.folder / "run.log").read_text()
 
