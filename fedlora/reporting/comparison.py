@@ -19,7 +19,7 @@ from fedlora.errors import InputError
 from fedlora.reporting.runs import FinishedRun, Found, Unfinished
 from fedlora.tasks import Task
 
-# Keys that do not change a run's result: where it ran, and its name.
+# Keys that do not change a run's result, up to rounding: where it ran, what was in memory at once, and its name.
 _NOT_AXES = (
     "run.name",
     "run.seed",
@@ -29,6 +29,9 @@ _NOT_AXES = (
     "server.timeout",
     "server.evaluate_clients",
     "server.evaluate_start",
+    "client.physical_batch_size",
+    "client.gradient_checkpointing",
+    "client.group_by_length",
 )
 _PRIVACY = ("privacy.mode", "privacy.target_epsilon", "privacy.noise_multiplier")
 _VARIANTS = 4

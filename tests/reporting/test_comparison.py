@@ -63,6 +63,15 @@ def test_runs_that_differ_in_their_seeds_are_one_group(runs: Callable[..., Compa
     assert (found.axes, found.varied) == ([], [])
 
 
+def test_what_a_run_chose_by_its_memory_is_no_axis(runs: Callable[..., Comparison]) -> None:
+    found = runs(
+        {"run.seed": 0, "client.physical_batch_size": 4, "client.gradient_checkpointing": True},
+        {"run.seed": 1, "client.physical_batch_size": 8, "client.gradient_checkpointing": False},
+        {"run.seed": 2, "client.group_by_length": True},
+    )
+    assert len(found.groups) == 1
+
+
 def test_a_value_that_follows_from_others_is_no_axis(runs: Callable[..., Comparison]) -> None:
     tuned = {("fedit", 8): 0.1, ("fedit", 4): 0.2, ("fed-sb", 8): 0.3, ("fed-sb", 4): 0.3}
     found = runs(
