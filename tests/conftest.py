@@ -1,5 +1,6 @@
 """Shared settings: no hub, no telemetry, two threads, the same examples every time."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,11 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
 )
+# Where it is set, each of the many processes that tests start would compile all sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Until all is imported: the collector would walk it again and again, and finds nothing in it.
+gc.disable()
 
 import pytest
 import torch
@@ -72,6 +78,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         first.setdefault(group_of(item.path.as_posix()), number)
     items.sort(key=lambda item: first[group_of(item.path.as_posix())])
     config.stash[last_users] = {f: item.nodeid for item in items for f in SHARING if f in _fixtures(item)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Let the garbage collector walk what tests make, and not what was imported for them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
