@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-# Two processes share the tests, by file, since fixtures of a file are shared; slow files first (tests/conftest.py).
+# Two processes share the tests, by file, since fixtures of a file are shared; slow files first, and files that share
+# daemons in one process (tests/conftest.py).
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tests must neither reach for a hub nor report usage.

@@ -1,9 +1,11 @@
 """Shared settings: no hub, no telemetry, two threads, the same examples every time."""
 
+import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before any import of the libraries that read them.
 os.environ.update(
@@ -13,6 +15,11 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
 )
+# Where it is set, each of the many processes that tests start would compile all sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Until all is imported: the collector would walk it again and again, and finds nothing in it.
+gc.disable()
 
 import pytest
 import torch
@@ -41,10 +48,69 @@ SLOW_FILES = (
 """Files that take longest, in this order: first, so that no process is left with one of them at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow files."""
+SHARING = {
+    "ray_here": (
+        "test_runner.py", "test_ray_grid.py", "test_end_to_end.py", "test_notebooks.py", "test_scaling.py",
+        "test_faults.py", "test_flexmore_run.py", "test_bad_input.py",
+    ),
+    "federation": ("test_refused_runs.py", "test_federation.py", "test_refusals.py"),
+}  # fmt: skip
+"""Files by a fixture with daemons, which work even while no test needs them: one process has all of its files, one
+after the other, so that the daemons start once, and they end with the last test that uses them."""
+
+GROUPS = {file: fixture for fixture, files in SHARING.items() for file in files}
+
+last_users = pytest.StashKey[dict[str, str]]()
+
+
+def group_of(path: str) -> str:
+    """Return what is the same for all files that one process has."""
+    return GROUPS.get(path.rpartition("/")[2], path)
+
+
+@pytest.hookimpl(trylast=True)  # by then some are deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow files; those that share follow the first of them."""
     place = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    first: dict[str, int] = {}
+    for number, item in enumerate(items):
+        first.setdefault(group_of(item.path.as_posix()), number)
+    items.sort(key=lambda item: first[group_of(item.path.as_posix())])
+    config.stash[last_users] = {f: item.nodeid for item in items for f in SHARING if f in _fixtures(item)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Let the garbage collector walk what tests make, and not what was imported for them."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give files that share to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Sharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(super()._split_scope(nodeid))
+
+    return Sharing(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """End daemons behind the last test that uses them."""
+    yield
+    for fixture, nodeid in item.config.stash[last_users].items():
+        if item.nodeid == nodeid:
+            for definition in item.session._fixturemanager.getfixturedefs(fixture, item) or ():
+                definition.finish(item._request)  # type: ignore[attr-defined]
+
+
+def _fixtures(item: pytest.Item) -> Sequence[str]:
+    return item.fixturenames if isinstance(item, pytest.Function) else ()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -109,7 +175,7 @@ def bare() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_here(cache: Path) -> Iterator[None]:
-    """One Ray for the whole session: grids take the one that runs. It has more cores on paper than the machine."""
+    """One Ray for all tests that need it: grids take the one that runs. It has more cores on paper than the machine."""
     import ray
 
     with pytest.MonkeyPatch.context() as environment:

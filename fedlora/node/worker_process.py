@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from filelock import Timeout
 from flwr.app import Error
 
+from fedlora.imports import quick_imports
 from fedlora.node.config import NodeConfig, load_node
 from fedlora.node.outward_errors import is_outward
 from fedlora.node.resident import READY, socket_address, turn_log, worker_folder, worker_lock
@@ -61,7 +62,7 @@ def main(node_file: str, app: str) -> None:
 def serve(node: NodeConfig, app: str, folder: Path) -> None:
     """Load the app and handle messages one by one."""
     started = time.perf_counter()
-    with phase("worker: imports", "importing libraries"):
+    with phase("worker: imports", "importing libraries"), quick_imports():
         from fedlora.simulation.worker import Worker
 
         worker = Worker(app, node.worker.threads or os.cpu_count() or 1)
