@@ -46,6 +46,10 @@ def test_physical_batches_are_measured_beside_what_is_chosen(
         "fedlora private, physical batch 2": 2,
     }
     assert all(row["median"] > 0 and row["cohort"] == 1 and not row["checkpointing"] for row in found.values())
+    # Both drew the same batches of a quarter to all of a client's examples: two clients, one step, one round.
+    (drawn,) = {tuple(row["examples"]) for row in found.values()}
+    assert len(drawn) == 1
+    assert 1 <= drawn[0] <= 16
     assert "cohort 1, physical batch 2" in capsys.readouterr().out
 
 

@@ -1,11 +1,11 @@
 """Seconds and memory of a client's training step on language models of 1B and 8B parameters, against PEFT.
 
 Ours is a whole federation with the defaults of ``fedlora run``, in one process; its step is the training time of a
-round, after the first, by clients and steps. The peers train one client with transformers and PEFT: without privacy,
-with gradient checkpointing, under Opacus, and on a base of 4 bits. All have LoRA of one rank on the same layers, the
-base in bfloat16, and the same texts. Every measurement runs in a process of its own. Memory is the most that torch had
-allocated on the card in the rounds, of which the server's part is in ours; the start, which checks the model in
-float32 where there is room, is told apart::
+round, after the first, for as many examples as a step of the peers has: Poisson batches vary. The peers train one
+client with transformers and PEFT: without privacy, with gradient checkpointing, under Opacus, and on a base of 4 bits.
+All have LoRA of one rank on the same layers, the base in bfloat16, and the same texts. Every measurement runs in a
+process of its own. Memory is the most that torch had allocated on the card in the rounds, of which the server's part is
+in ours; the start, which checks the model in float32 where there is room, is told apart::
 
     python -m fedlora.experiments.benchmarks.llm --cases 1b 8b --output llm.json
 
@@ -31,6 +31,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -93,6 +94,8 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     """
     from fedlora import simulate
     from fedlora.strategies.callbacks import Progress
+    from fedlora.training import cohort
+    from fedlora.training.batches import poisson_batches
 
     content = run_config(settings, case, folder)
     content["simulation"] = {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0}
@@ -108,18 +111,32 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         content["client"] |= {"physical_batch_size": int(found[1]), "gradient_checkpointing": False}
         content["simulation"]["cohort_size"] = 1
     start: dict[str, Any] = {}
+    drawn: list[int] = []
+
+    def count(*arguments: Any) -> Iterator[Any]:
+        for batch in poisson_batches(*arguments):
+            drawn.append(len(batch))
+            yield batch
 
     def begin(*_: int) -> None:
         start.update(start_seconds=time.time() - psutil.Process().create_time(), start_peak_bytes=_peak())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, patch.object(cohort, "poisson_batches", count):
         simulate(content, output=Path(place) / "run", progress=Progress(on_start=begin))
         lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
         chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
+    steps = settings["clients"] * settings["steps"]
+    examples = [case["batch"] * steps] * len(lines)  # without privacy batches are full
+    if drawn:
+        first = len(drawn) - steps * len(lines)  # before them, checks of the start
+        examples = [sum(drawn[i : i + steps]) for i in range(first, len(drawn), steps)]
     return {
-        "seconds": [line["seconds"]["train"] / settings["clients"] / settings["steps"] for line in lines[1:]],
+        "seconds": [
+            line["seconds"]["train"] / number * case["batch"] for line, number in zip(lines, examples, strict=True)
+        ][1:],
+        "examples": examples[1:],
         **start,
         "cohort": chosen["simulation"]["cohort_size"],
         "physical_batch": chosen["client"].get("physical_batch_size", case["batch"]),
