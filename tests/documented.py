@@ -34,7 +34,7 @@ NOT_RUN = {
     r"flexmore_study": "an hour on a GPU; tests/test_flexmore_run.py has the same experts on a small model",
     r"flexmore.toml": "a language model of 135 M parameters; tests/test_flexmore_run.py has the same on a small one",
     r"vitaminc.toml": "an encoder of 109 M parameters on a GPU; smoke.toml runs",
-    r"reasoning_problems": "needs another package, reasoning-gym; tests/data/test_reasoning_problems.py stands in for it",
+    r"reasoning_problems": "needs reasoning-gym; tests/data/test_reasoning_problems.py has a stand-in",
     r"chat.toml": "a language model of 135 M parameters; tests/data/test_messages.py and test_scored_answers.py",
     r"(wire|privacy|privacy_20newsgroups|communication|comparison)\.toml": "hundreds of runs on a GPU; smoke.toml runs",
     r"gpus_per_worker|ray://": "needs GPUs or a cluster; tests/simulation and tests/training/test_two_gpus.py",
