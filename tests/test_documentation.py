@@ -13,6 +13,7 @@ import ast
 import configparser
 import importlib
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -89,6 +90,15 @@ def test_a_command_is_run_or_says_why_not() -> None:
     for page, test in RUN_BY.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8") or "example_method" in page
         assert (ROOT / test).is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--cases" in c.words], ids=str)
+def test_a_benchmark_has_the_cases_that_a_command_names(command: Command) -> None:
+    (module,) = (word for word in command.words if word.startswith("fedlora.experiments.benchmarks."))
+    config = ROOT / "experiments" / "benchmarks" / f"{module.rpartition('.')[2]}.toml"
+    known = {case["name"] for case in tomllib.loads(config.read_text(encoding="utf-8"))["cases"]}
+    given = command.words[command.words.index("--cases") + 1 :]
+    assert set(itertools.takewhile(lambda word: not word.startswith("-"), given)) <= known
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)

@@ -105,8 +105,9 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         del content["privacy"]
     if "nf4" in run:
         content["model"]["quantization"] = "nf4"
-    if "fed-sb" in run:
-        content["method"] = settings["fed_sb"]
+    for name, method in settings["methods"].items():
+        if name in run:
+            content["method"] = {"name": name, **method}
     if found := re.search(r"physical batch (\d+)", run):
         content["client"] |= {"physical_batch_size": int(found[1]), "gradient_checkpointing": False}
         content["simulation"]["cohort_size"] = 1

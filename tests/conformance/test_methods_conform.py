@@ -278,10 +278,9 @@ def test_a_cohort_is_its_clients_alone(here: World, name: str, privacy: bool) ->
 
 
 def close(one: Watched, other: Watched, tolerance: float) -> None:
-    """Compare the results of two runs, of an adapter's two factors their product.
+    """Compare the results of two runs: of an adapter the product of its factors, of everything else each array.
 
-    Factors that are made by an SVD are fixed by nothing where singular values are next to zero: processors that round
-    otherwise give others.
+    Where a singular value is near zero, rounding alone decides which factors an SVD gives.
     """
     first, second = products(one.arrays()), products(other.arrays())
     largest = max(float(array.abs().max()) for array in second.values())
