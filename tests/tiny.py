@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -179,6 +180,11 @@ def difference(first: Arrays, second: Arrays) -> float:
     """Largest difference between arrays of the same names."""
     assert first.keys() == second.keys()
     return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def same_loss(expected: float, tolerance: float = 1e-6) -> Any:
+    """Compare with a cross-entropy to rounding: it is a difference of float32 logits, however small it is itself."""
+    return pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:

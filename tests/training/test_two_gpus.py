@@ -41,7 +41,7 @@ def test_training_is_that_of_one_card(kind: str, way: dict[str, Any]) -> None:
     one, two = (trained(placed(kind, cards), causal, None, **sections) for cards in (CARDS[:1], CARDS))
     for result, other in zip(two, one, strict=True):
         assert tiny.difference(result.arrays, other.arrays) < 1e-5
-        assert result.loss == pytest.approx(other.loss, rel=1e-5)
+        assert result.loss == tiny.same_loss(other.loss, 1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -52,7 +52,7 @@ def test_evaluation_and_answers_are_those_of_one_card(kind: str) -> None:
         assert devices_of(adapted.model) == cards
         answers = generate(adapted, [[5, 6, 7], [8, 9]], 5, 2, stop=[2], pad_token_id=0) if causal else []
         found.append((evaluate(adapted, tiny.table("llama" if causal else "bert", 9), 4)["loss"], answers))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][0] == tiny.same_loss(found[1][0], 1e-5)
     assert found[0][1] == found[1][1]
 
 
@@ -79,7 +79,7 @@ def test_a_run_is_that_of_one_card(content: dict[str, Any], places: tuple[int, f
         log = (tmp_path / f"run{number}" / "run.log").read_text()
         assert "loaded again" not in log
         assert "cannot lend" not in log
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] == tiny.same_loss(losses[0], 1e-5)
 
 
 def test_what_a_grid_lent_is_freed_at_its_end(content: dict[str, Any], tmp_path: Path) -> None:
