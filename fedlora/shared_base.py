@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, devices_of
+from fedlora.kernels.decoder import use_rotary_kernel
 from fedlora.models import load_base, pretrained_source
 from fedlora.timeline import phase
 
@@ -166,6 +167,7 @@ def _borrowed(key: str) -> nn.Module | None:
         return None
     try:
         model: nn.Module = pickle.loads(loan.pickled)
+        use_rotary_kernel(model)  # which is in the code of a process, and not in a model
     except Exception as error:  # of CUDA
         log.warning("a base model that another process lends cannot be used, so it is loaded again (%s)", error)
         return None

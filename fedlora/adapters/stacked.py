@@ -40,12 +40,10 @@ class RowLayout:
         system's entropy.
     fill_secret : callable (Tensor)
         Fills a tensor with numbers of [0, 1) of the operating system's entropy.
-    recomputing : bool
-        True while gradient checkpointing computes activations again.
     """
 
     def __init__(self) -> None:
-        self.per_example = self.recomputing = False
+        self.per_example = False
         self.fill_secret: Callable[[torch.Tensor], Any] = entropy.fill_uniform
         self.dropout_generators: list[torch.Generator | None] | None = None
         self.set_rows([1])

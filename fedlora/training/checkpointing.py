@@ -60,14 +60,12 @@ def _contexts(layout: RowLayout) -> tuple[AbstractContextManager[None], Abstract
 
     @contextmanager
     def again() -> Iterator[None]:
-        now, before, numbers = dropout_states(layout), layout.recomputing, iter(secret)
+        now, numbers = dropout_states(layout), iter(secret)
         set_dropout_states(states)
-        layout.recomputing = True
         try:
             with _filled_by(layout, lambda block: block.copy_(next(numbers))), attention_kernels():
                 yield
         finally:
-            layout.recomputing = before
             set_dropout_states(now)
 
     return first(), again()

@@ -7,7 +7,6 @@ depend on which clients share the pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,59 +26,54 @@ NOISE_STEPS, NOISE_NUMBERS = 8, 2**18
 """So many steps' noise of a client is drawn at once, and so many numbers; both the same whatever the cohort."""
 
 
-class _Kept(torch.autograd.Function):
-    """Keeps tensors as autograd keeps activations: gradient checkpointing drops them and computes them again."""
+class _Tap(torch.autograd.Function):
+    """Hands a layer's output on. On its way back, the gradient leaves the layer's per-example gradients behind."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
+    def forward(ctx: Any, output: torch.Tensor, layer: StackedLayer, *inputs: torch.Tensor) -> torch.Tensor:
+        # Saved as autograd saves activations: gradient checkpointing drops them and computes them again.
+        ctx.save_for_backward(*inputs)
+        ctx.layer = layer
+        return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise AssertionError("no loss depends on what is kept")
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        _take_samples(ctx.layer, list(inputs), gradients[0])
+        return gradients[0], None, *(None for _ in inputs)
 
 
-class _Hooks(GradSampleHooks):
-    """Opacus' hooks for batches whose loss is a sum of the rows', and for layers that are computed twice.
+def _take_samples(layer: Any, inputs: list[torch.Tensor], gradient: torch.Tensor) -> None:
+    """Add a layer's per-example gradients, by its grad sampler, to those of its parameters."""
+    for parameter, sample in GradSampleHooks.GRAD_SAMPLERS[type(layer)](layer, inputs, gradient).items():
+        before = parameter.grad_sample
+        # Added by broadcasting, one row's gradient would be every example's.
+        if before is not None and len(before) != len(sample):
+            raise GuardError(f"{layer.name} has gradients of {len(before)} rows, then of {len(sample)}")
+        parameter.grad_sample = sample if before is None else before + sample
 
-    They make no copies of gradients, which only recurrent layers need. A layer's inputs are kept in the graph of its
-    first pass, since the backward pass goes through that, and not through the graph of the recomputation.
-    """
 
-    _anchor = torch.empty(0, requires_grad=True)
-
-    def capture_activations_hook(self, module: Any, forward_input: Any, _forward_output: Any) -> None:
-        if not self.hooks_enabled or not module.training or not torch.is_grad_enabled():
-            return
-        # Up to torch 2.11 only the tensor keeps its node, and so the inputs, alive.
-        kept = _Kept.apply(self._anchor, *(x.detach() for x in forward_input))
-        if not module.layout.recomputing:
-            module.activations = [*getattr(module, "activations", ()), kept]
-
-    def capture_backprops_hook(
-        self, module: Any, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
-    ) -> None:
-        if not self.hooks_enabled:
-            return
-        kept = module.activations.pop()  # has to live while its node is read
-        activations, backprops = list(kept.grad_fn.saved_tensors), forward_output[0].detach()
-        for parameter, sample in self.GRAD_SAMPLERS[type(module)](module, activations, backprops).items():
-            before = parameter.grad_sample
-            # Added by broadcasting, one row's gradient would be every example's.
-            if before is not None and len(before) != len(sample):
-                raise GuardError(f"{module.name} has gradients of {len(before)} rows, then of {len(sample)}")
-            parameter.grad_sample = sample if before is None else before + sample
+def _tap(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """Tap a layer's output, as a forward hook."""
+    if not (layer.training and torch.is_grad_enabled()):
+        return None
+    tapped: torch.Tensor = _Tap.apply(output, layer, *inputs)
+    return tapped
 
 
 def forget_batch(adapted: AdaptedModel) -> None:
-    """Drop what an unfinished pass left behind: kept inputs, and per-example gradients."""
-    for layer in adapted.model.modules():
-        if isinstance(layer, StackedLayer):
-            vars(layer).pop("activations", None)
-            for p in layer.parameters():
-                if hasattr(p, "grad_sample"):
-                    p.grad_sample = None
+    """Drop the per-example gradients that an unfinished pass left behind."""
+    for p in _sampled(adapted):
+        p.grad_sample = None
+
+
+def _layers(adapted: AdaptedModel) -> list[StackedLayer]:
+    return [layer for layer in adapted.model.modules() if isinstance(layer, StackedLayer)]
+
+
+def _sampled(adapted: AdaptedModel) -> list[Any]:
+    """Return the parameters that have, or get, per-example gradients."""
+    return [p for layer in _layers(adapted) for p in layer.parameters() if p.requires_grad]
 
 
 def choose_ghost_norms(
@@ -115,18 +109,27 @@ def choose_ghost_norms(
 
 @contextmanager
 def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
-    """Let every trained parameter receive ``grad_sample`` [N, ...] in the backward pass, and clean up afterwards."""
-    hooks = _Hooks(adapted.model, loss_reduction="sum")
+    """Let every trained parameter receive ``grad_sample`` [N, ...] in the backward pass, and clean up afterwards.
+
+    The layers' grad samplers are those that are registered with Opacus. The loss has to be a sum of the rows'.
+
+    Notes
+    -----
+    Opacus' own hooks would do the same with four more autograd nodes in each layer, which cost the host their time.
+    """
+    forget_batch(adapted)
+    layers = [layer for layer in _layers(adapted) if any(p.requires_grad for p in layer.parameters(recurse=False))]
+    hooks = [layer.register_forward_hook(_tap) for layer in layers]
     adapted.layout.per_example = True
     try:
-        with warnings.catch_warnings():
-            # The first adapters' inputs come from frozen layers: PyTorch says so at every backward pass.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield
+        yield
     finally:
         adapted.layout.per_example = False
-        forget_batch(adapted)
-        hooks.cleanup()
+        for hook in hooks:
+            hook.remove()
+        for p in _sampled(adapted):
+            if hasattr(p, "grad_sample"):
+                del p.grad_sample
 
 
 def check_grad_samples(adapted: AdaptedModel, rows: int) -> None:

@@ -382,7 +382,7 @@ def test_a_trainable_without_per_example_gradients_stops_training(monkeypatch):
     encoder.layer = encoder.layer[:1]
     with pytest.raises(GuardError, match=r"layer\.1\..*no per-example gradient.*4 rows.*none"):
         train(adapted)
-    # Weights used behind the layer's back: they train, but Opacus' hooks never see them.
+    # Weights used behind the layer's back: they train, but the layer's hook never sees them.
     adapted = tiny.adapted_model("bert", config)
     head = adapted.head["classifier"]
     adapted.model.set_submodule("classifier", _Bypass(head))
@@ -396,7 +396,7 @@ def test_a_trainable_without_per_example_gradients_stops_training(monkeypatch):
         train(adapted)
     # Hooks that were never set.
     adapted = tiny.adapted_model("bert", config)
-    monkeypatch.setattr(dp_module, "_Hooks", lambda *args, **kwargs: _NoHooks())
+    monkeypatch.setattr(dp_module, "_tap", lambda *_: None)
     with pytest.raises(GuardError, match="no per-example gradient"):
         train(adapted)
 
@@ -417,11 +417,6 @@ class _Folded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x.flatten(0, 1)).reshape(*x.shape[:2], -1)
-
-
-class _NoHooks:
-    def cleanup(self) -> None:
-        pass
 
 
 def test_noise_from_entropy_has_the_plans_size():

@@ -55,7 +55,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None]:
-        return None, None  # Opacus' hook has them
+        return None, None  # the grad sampler has them
 
 
 @register_grad_sampler(HeldArray)

@@ -1,0 +1,384 @@
+"""RMS norms, gated activations and rotary positions of a decoder on a GPU, each in one kernel.
+
+PyTorch takes them apart into some forty kernels a layer, each of which reads and writes all activations.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch brings Triton where it brings CUDA
+    triton = None
+
+ROTARY = "apply_rotary_pos_emb"
+"""The function of a transformers model that turns queries and keys by their positions."""
+
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""What is in the feed-forward block of Llama and its many relatives."""
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functools.partial(functional.gelu, approximate="tanh"),
+}
+
+
+def use_decoder_kernels(model: nn.Module) -> None:
+    """Replace modules of a model on a GPU by ones that compute the same in fewer kernels.
+
+    What a module computes is tried, once for each class, since names do not tell.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Loaded, in half precision or not: other precisions are left to PyTorch.
+    """
+    known: dict[tuple[type, Any], Any] = {}
+
+    def tried(check: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+        key = type(module), check
+        if key not in known:
+            known[key] = check(module)
+        return known[key]
+
+    for path, module in list(model.named_modules()):
+        if _looks_like_norm(module) and tried(_is_rms_norm, module):
+            model.set_submodule(path, _rms_norm(module))
+        elif triton is not None and _looks_gated(module) and (activation := tried(_gate_of, module)):
+            model.set_submodule(path, GatedFeedForward(module, activation))
+    use_rotary_kernel(model)
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_parameters()]
+    return names == ["weight"] and module.weight.dim() == 1 and isinstance(_epsilon(module), float)  # type: ignore[operator]
+
+
+def _epsilon(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+@torch.no_grad()
+def _is_rms_norm(module: Any) -> bool:
+    """Whether a module computes weight x / sqrt(mean x^2 + epsilon); Gemma's weight has one added to it."""
+    size, device = len(module.weight), module.weight.device
+    x, weight = torch.linspace(-3, 2, 2 * size, device=device).view(2, size), torch.linspace(-1, 2, size, device=device)
+    try:
+        found = torch.func.functional_call(module, {"weight": weight}, (x,))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    expected = functional.rms_norm(x, (size,), weight, _epsilon(module))
+    return isinstance(found, torch.Tensor) and found.shape == x.shape and bool(torch.allclose(found, expected))
+
+
+def _rms_norm(module: Any) -> nn.RMSNorm:
+    norm = nn.RMSNorm(len(module.weight), _epsilon(module), device="meta")
+    norm.weight = module.weight
+    return norm.train(module.training)
+
+
+def _looks_gated(module: nn.Module) -> bool:
+    return {name for name, _ in module.named_children()} == set(GATED)
+
+
+@torch.no_grad()
+def _gate_of(module: Any) -> str | None:
+    """Return the activation of a block that computes down(act(gate(x)) up(x)) and no more; None for other blocks."""
+    act, down = module.act_fn, module.down_proj
+    grid = torch.linspace(-6, 6, 101, dtype=torch.float64, device=down.weight.device)
+    name = next((n for n, known in ACTIVATIONS.items() if torch.allclose(act(grid), known(grid), atol=1e-9)), None)
+    if name is None or type(down) is not nn.Linear:
+        return None
+    width, dtype = module.up_proj.in_features, down.weight.dtype
+    x = torch.linspace(-1, 1, width, dtype=dtype, device=down.weight.device)[None, None]
+    found, expected = module(x), down(act(module.gate_proj(x)) * module.up_proj(x))
+    return name if torch.equal(found, expected) else None
+
+
+class GatedFeedForward(nn.Module):
+    """A feed-forward block, down(act(gate(x)) up(x)), whose gate is one kernel forward and one backward.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Its ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn`` are taken over.
+    activation : str
+        Of :data:`ACTIVATIONS`.
+    """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def __init__(self, block: nn.Module, activation: str) -> None:
+        super().__init__()
+        for name in GATED:
+            self.add_module(name, block.get_submodule(name))
+        self.activation = activation
+        self.train(block.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., n] to [..., n]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        inner = gated(gate, up, self.activation) if _carried(gate, up) else self.act_fn(gate) * up
+        outputs: torch.Tensor = self.down_proj(inner)
+        return outputs
+
+
+def _carried(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors; torch.compile fuses what they would do by itself."""
+    first = tensors[0]
+    return (
+        not torch.compiler.is_compiling()
+        and first.dtype in (torch.bfloat16, torch.float16)
+        and all(type(x) is torch.Tensor and x.is_cuda and x.dtype == first.dtype and x.numel() for x in tensors)
+    )
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return act(gate) up, elementwise.
+
+    Parameters
+    ----------
+    gate, up : Tensor
+        Of one shape.
+    activation : str
+        Of :data:`ACTIVATIONS`.
+    """
+    product: torch.Tensor = _Gated.apply(gate, up, activation)
+    return product
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        product = torch.empty_like(gate)
+        size = gate.numel()
+        _gate_forward[triton.cdiv(size, 1024),](gate, up, product, size, SILU=activation == "silu", BLOCK=1024)
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        to_gate, to_up, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        tensors = gate, up, gradient, to_gate, to_up
+        _gate_backward[triton.cdiv(size, 1024),](*tensors, size, SILU=ctx.activation == "silu", BLOCK=1024)
+        return to_gate, to_up, None
+
+
+def use_rotary_kernel(model: nn.Module) -> None:
+    """Let the code of a model turn queries and keys on a GPU by the kernel; elsewhere it does what it did.
+
+    Transformers calls the function by its name in the module that defines the model.
+    """
+    for name in {cls.__module__ for module in model.modules() for cls in type(module).__mro__}:
+        code: Any = sys.modules.get(name)
+        stock = getattr(code, ROTARY, None)
+        if triton is None or stock is None or hasattr(stock, "stock") or not _turns_halves(stock):
+            continue
+        code.apply_rotary_pos_emb = _Rotary(stock)
+
+
+def _turns_halves(stock: Callable[..., Any]) -> bool:
+    """Whether a function turns the pairs (x_i, x_(i + d/2)) of each head by cos and sin [N, T, d]."""
+    x = torch.linspace(-1, 1, 2 * 2 * 3 * 8, dtype=torch.float64).view(2, 2, 3, 8)
+    cos, sin = (f(torch.linspace(0, 3, 2 * 3 * 8, dtype=torch.float64)).view(2, 3, 8) for f in (torch.cos, torch.sin))
+    turned = x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None]
+    try:
+        found = stock(x, -x, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return len(found) == 2 and all(torch.allclose(f, e) for f, e in zip(found, (turned, -turned), strict=True))
+
+
+class _Rotary:
+    """Transformers' function, by the kernel where that carries the tensors."""
+
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self.stock = stock
+        functools.update_wrapper(self, stock)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+    ) -> Any:
+        if more or named or not turns(q, k, cos, sin):
+            return self.stock(q, k, cos, sin, *more, **named)
+        return turned(q, k, cos, sin)
+
+
+def turns(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the kernel carries these queries and keys."""
+    rows, _, tokens, width = q.shape
+    return (
+        _carried(q, k, cos, sin)
+        and cos.shape == sin.shape
+        and cos.stride() == sin.stride()
+        and cos.shape in ((1, tokens, width), (rows, tokens, width))
+        and (k.shape[0], *k.shape[2:]) == (rows, tokens, width)
+        and width % 2 == 0
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == 1
+    )
+
+
+def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys by their positions, x cos + (-x_2, x_1) sin with the halves x_1 and x_2 of each head.
+
+    Parameters
+    ----------
+    q, k : Tensor [N, heads, T, d]
+        Of unlike numbers of heads.
+    cos, sin : Tensor [N, T, d] or [1, T, d]
+
+    Returns
+    -------
+    (Tensor [N, heads, T, d], Tensor [N, heads, T, d])
+        In memory by token, as attention and the layers before it have them.
+    """
+    pair: tuple[torch.Tensor, torch.Tensor] = _Turned.apply(q, k, cos, sin)
+    return pair
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        ctx.save_for_backward(cos, sin)
+        return _turn(q, k, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k = (g if g.stride(-1) == 1 else g.contiguous() for g in gradients)
+        cos, sin = ctx.saved_tensors
+        return *_turn(q, k, cos, sin, back=True), None, None
+
+
+def _turn(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, tokens, width = q.shape
+    made = [x.new_empty(rows, tokens, x.shape[1], width).transpose(1, 2) for x in (q, k)]
+    strides = [x.stride(axis) for x in (q, k, *made) for axis in (0, 1, 2)]
+    by_row = cos.stride(0) if len(cos) > 1 else 0
+    _rotary[rows * tokens, 2](
+        q,
+        k,
+        *made,
+        cos,
+        sin,
+        *strides,
+        by_row,
+        cos.stride(1),
+        tokens,
+        heads,
+        k.shape[1],
+        HALF=width // 2,
+        HEADS=triton.next_power_of_2(max(heads, k.shape[1])),
+        SIZE=triton.next_power_of_2(width // 2),
+        BACK=back,
+    )
+    return made[0], made[1]
+
+
+if triton is not None:
+
+    @triton.jit
+    def _activation(x, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Return act(x) and its derivative."""
+        if SILU:
+            share = tl.sigmoid(x)
+            return x * share, share * (1.0 + x * (1.0 - share))
+        else:  # GELU by tanh u = 2 sigmoid(2 u) - 1, with u = sqrt(2 / pi) (x + 0.044715 x^3)
+            share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+            slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
+            return x * share, share + x * share * (1.0 - share) * slope
+
+    @triton.jit
+    def _gate_forward(gate, up, product, size, SILU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        value, _ = _activation(tl.load(gate + places, mask=inside, other=0.0).to(tl.float32), SILU)
+        other = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(product + places, (value * other).to(product.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gate_backward(gate, up, gradient, to_gate, to_up, size, SILU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        value, slope = _activation(tl.load(gate + places, mask=inside, other=0.0).to(tl.float32), SILU)
+        other = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to_gate + places, (g * other * slope).to(to_gate.dtype.element_ty), mask=inside)
+        tl.store(to_up + places, (g * value).to(to_up.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _turn_heads(  # type: ignore[no-untyped-def]
+        x, y, x_head, y_head, heads, h, d, cos_1, cos_2, sin_1, sin_2, HALF: tl.constexpr, BACK: tl.constexpr
+    ):
+        """Turn all heads of one token."""
+        inside = (h[:, None] < heads) & (d[None, :] < HALF)
+        first = tl.load(x + h[:, None] * x_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x + h[:, None] * x_head + HALF + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BACK:
+            one, two = first * cos_1 + second * sin_2, second * cos_2 - first * sin_1
+        else:
+            one, two = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
+        tl.store(y + h[:, None] * y_head + d[None, :], one.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + h[:, None] * y_head + HALF + d[None, :], two.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _rotary(  # type: ignore[no-untyped-def]
+        q,
+        k,
+        new_q,
+        new_k,
+        cos,
+        sin,
+        q_row,
+        q_head,
+        q_token,
+        k_row,
+        k_head,
+        k_token,
+        new_q_row,
+        new_q_head,
+        new_q_token,
+        new_k_row,
+        new_k_head,
+        new_k_token,
+        by_row,
+        by_token,
+        tokens,
+        q_heads,
+        k_heads,
+        HALF: tl.constexpr,
+        HEADS: tl.constexpr,
+        SIZE: tl.constexpr,
+        BACK: tl.constexpr,
+    ):
+        """Turn one token's queries, or its keys."""
+        row, t = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
+        h, d = tl.arange(0, HEADS), tl.arange(0, SIZE)
+        place = row * by_row + t * by_token + d
+        cos_1 = tl.load(cos + place, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        cos_2 = tl.load(cos + place + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        sin_1 = tl.load(sin + place, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        sin_2 = tl.load(sin + place + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        if tl.program_id(1) == 0:
+            x, y = q + row * q_row + t * q_token, new_q + row * new_q_row + t * new_q_token
+            _turn_heads(x, y, q_head, new_q_head, q_heads, h, d, cos_1, cos_2, sin_1, sin_2, HALF, BACK)
+        else:
+            x, y = k + row * k_row + t * k_token, new_k + row * new_k_row + t * new_k_token
+            _turn_heads(x, y, k_head, new_k_head, k_heads, h, d, cos_1, cos_2, sin_1, sin_2, HALF, BACK)
