@@ -17,6 +17,7 @@ from fedlora.adapters import adapt
 from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
+from fedlora.kernels import decoder
 from fedlora.models import dense_weight, linear_shape, load_base
 from fedlora.quantization import is_quantized
 from fedlora.results.load import load
@@ -46,6 +47,19 @@ def config_of(here: World, quantization: str | None, method: str = "fedit", **se
 
 def base(here: World, quantization: str) -> Any:
     return load_base(config_of(here, quantization), None)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_its_gates_are_fused_where_trying_them_changes_nothing(
+    here: World, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = base(here, quantization), torch.tensor([[5, 6, 7]])
+    expected = base(here, quantization)(input_ids=ids).logits
+    monkeypatch.setattr(decoder, "triton", object())
+    monkeypatch.setattr(decoder, "use_rotary_kernel", lambda _: None)
+    decoder.use_decoder_kernels(model)
+    assert any(isinstance(m, decoder.GatedFeedForward) for m in model.modules()) == (quantization == "nf4")
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("quantization", KINDS)

@@ -93,14 +93,15 @@ def _looks_gated(module: nn.Module) -> bool:
 @torch.no_grad()
 def _gate_of(module: Any) -> str | None:
     """Return the activation of a block that computes down(act(gate(x)) up(x)) and no more; None for other blocks."""
-    act, down = module.act_fn, module.down_proj
-    grid = torch.linspace(-6, 6, 101, dtype=torch.float64, device=down.weight.device)
+    act, gate, up, down = module.act_fn, module.gate_proj, module.up_proj, module.down_proj
+    device, dtype = down.weight.device, down.weight.dtype
+    grid = torch.linspace(-6, 6, 101, dtype=torch.float64, device=device)
     name = next((n for n, known in ACTIVATIONS.items() if torch.allclose(act(grid), known(grid), atol=1e-9)), None)
-    if name is None or type(down) is not nn.Linear:
+    if name is None or not isinstance(up, nn.Linear) or dtype == torch.int8:  # whose layers change at their first pass
         return None
-    width, dtype = module.up_proj.in_features, down.weight.dtype
-    x = torch.linspace(-1, 1, width, dtype=dtype, device=down.weight.device)[None, None]
-    found, expected = module(x), down(act(module.gate_proj(x)) * module.up_proj(x))
+    dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a weight of 4 bits takes any
+    x = torch.linspace(-1, 1, up.in_features, dtype=dtype, device=device)[None, None]
+    found, expected = module(x), down(act(gate(x)) * up(x))
     return name if torch.equal(found, expected) else None
 
 
