@@ -1,4 +1,4 @@
-"""DP-SGD for a cohort, on Opacus: per-example gradients by its hooks, clipping and noise by its optimiser.
+"""DP-SGD for a cohort, on Opacus: per-example gradients by its grad samplers, clipping and noise by its optimiser.
 
 The unit of privacy is one example of one client, or one person with its examples there. Each client has its own sum of
 clipped gradients, its own noise, drawn from its own generator, and its own divisor; so a client's result does not

@@ -1,8 +1,8 @@
 """Fewer passes over memory on a GPU: the frozen blocks' elementwise work is fused by torch.compile.
 
 A frozen transformer block under eager PyTorch spends about as long in normalisation, activation, residual and rotary
-kernels, which only move bytes, as in its matrix products. torch.compile fuses them. Adapters stay eager: Opacus' hooks
-take their inputs and gradients there.
+kernels, which only move bytes, as in its matrix products. torch.compile fuses them. Adapters stay eager: their
+per-example gradients are taken there.
 """
 
 from __future__ import annotations
