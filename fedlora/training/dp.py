@@ -38,8 +38,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        _take_samples(ctx.layer, list(inputs), gradients[0])
+        inputs = [x.detach() for x in ctx.saved_tensors]  # what samplers keep of them must not keep the graph
+        _take_samples(ctx.layer, inputs, gradients[0])
         return gradients[0], None, *(None for _ in inputs)
 
 

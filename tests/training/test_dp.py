@@ -125,6 +125,29 @@ def test_ghost_norms_train_what_per_example_gradients_train(kind, sizes, monkeyp
         assert tiny.difference(explicit.arrays, ghost.arrays) < 1e-10
 
 
+@pytest.mark.parametrize("ghost", [False, True])
+def test_per_example_gradients_keep_no_graph(ghost, monkeypatch):
+    """What they are made of came through the graph, whose activations would live as long as they do."""
+    monkeypatch.setattr(stacked, "ghost_norms_pay", lambda *_: ghost)
+    seen: list[torch.Tensor] = []
+    clip = StackedDPOptimizer.clip_and_accumulate
+
+    def noted(self: Any) -> None:
+        for sample in (p.grad_sample for p in self.params if p.grad_sample is not None):
+            seen.extend((sample.g, sample.x) if isinstance(sample, RowProducts) else (sample,))
+        clip(self)
+
+    monkeypatch.setattr(StackedDPOptimizer, "clip_and_accumulate", noted)
+    config = tiny.settings("llama", client={"local_steps": 1})
+    adapted = tiny.adapted_model("llama", config)
+    jobs = tiny.jobs_of(
+        [adapted.arrays(tiny.trained_names(adapted, config))], [np.arange(4)], [tiny.plan(1.0, 1.0, 1.0)]
+    )
+    train_cohort(adapted, tiny.table("llama", 4), jobs, config)
+    assert seen
+    assert not any(tensor.requires_grad for tensor in seen)
+
+
 @given(st.integers(0, 99), st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any), st.integers(1, 4))
 def test_products_that_are_not_multiplied_out_have_the_same_norms_and_sums(seed, counts, tokens):
     generator = torch.Generator().manual_seed(seed)
