@@ -1,6 +1,6 @@
 """RMS norms, gated activations and rotary positions of a decoder on a GPU, each in one kernel.
 
-PyTorch takes them apart into some forty kernels a layer, each of which reads and writes all activations.
+PyTorch takes them apart into dozens of kernels a layer, each of which reads and writes all activations.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def use_decoder_kernels(model: nn.Module) -> None:
         Loaded, in half precision or not: other precisions are left to PyTorch.
     """
     known: dict[tuple[type, Any], Any] = {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def tried(check: Callable[[nn.Module], Any], module: nn.Module) -> Any:
         key = type(module), check
@@ -51,7 +52,8 @@ def use_decoder_kernels(model: nn.Module) -> None:
         return known[key]
 
     for path, module in list(model.named_modules()):
-        if _looks_like_norm(module) and tried(_is_rms_norm, module):
+        # A weight that was left in float32 would widen what the next layers get.
+        if _looks_like_norm(module) and module.weight.dtype == dtype and tried(_is_rms_norm, module):
             model.set_submodule(path, _rms_norm(module))
         elif triton is not None and _looks_gated(module) and (activation := tried(_gate_of, module)):
             model.set_submodule(path, GatedFeedForward(module, activation))

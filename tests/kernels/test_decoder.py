@@ -144,3 +144,13 @@ def test_blocks_that_do_more_are_left_alone() -> None:
     assert decoder._is_rms_norm(norm)
     norm.forward = lambda x: nn.functional.rms_norm(x, (4,), 1 + norm.weight, 1e-5)  # type: ignore[method-assign]
     assert not decoder._is_rms_norm(norm)
+
+
+def test_a_norm_of_another_precision_is_left_alone() -> None:
+    model = build(*DECODERS["llama"], "causal-lm").bfloat16()
+    first, *others = [m for m in model.modules() if isinstance(m, modeling_llama.LlamaRMSNorm)]
+    first.float()
+    decoder.use_decoder_kernels(model)
+    kept = [m for m in model.modules() if isinstance(m, modeling_llama.LlamaRMSNorm)]
+    assert kept == [first]
+    assert sum(isinstance(m, nn.RMSNorm) for m in model.modules()) == len(others)
