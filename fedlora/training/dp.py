@@ -115,7 +115,7 @@ def per_example_gradients(adapted: AdaptedModel) -> Iterator[None]:
 
     Notes
     -----
-    Opacus' own hooks would do the same with four more autograd nodes in each layer, which cost the host their time.
+    Opacus' own hooks, before and behind each layer, would do the same at more of the host's time.
     """
     forget_batch(adapted)
     layers = [layer for layer in _layers(adapted) if any(p.requires_grad for p in layer.parameters(recurse=False))]
