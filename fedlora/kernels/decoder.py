@@ -40,7 +40,7 @@ def use_decoder_kernels(model: nn.Module) -> None:
     Parameters
     ----------
     model : torch.nn.Module
-        Loaded, in half precision or not: other precisions are left to PyTorch.
+        Loaded. In other than half precision the new modules leave the work to PyTorch.
     """
     known: dict[tuple[type, Any], Any] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -191,7 +191,7 @@ def use_rotary_kernel(model: nn.Module) -> None:
     for name in {cls.__module__ for module in model.modules() for cls in type(module).__mro__}:
         code: Any = sys.modules.get(name)
         stock = getattr(code, ROTARY, None)
-        if triton is None or stock is None or hasattr(stock, "stock") or not _turns_halves(stock):
+        if triton is None or stock is None or isinstance(stock, _Rotary) or not _turns_halves(stock):
             continue
         code.apply_rotary_pos_emb = _Rotary(stock)
 
@@ -200,12 +200,12 @@ def _turns_halves(stock: Callable[..., Any]) -> bool:
     """Whether a function turns the pairs (x_i, x_(i + d/2)) of each head by cos and sin [N, T, d]."""
     x = torch.linspace(-1, 1, 2 * 2 * 3 * 8, dtype=torch.float64).view(2, 2, 3, 8)
     cos, sin = (f(torch.linspace(0, 3, 2 * 3 * 8, dtype=torch.float64)).view(2, 3, 8) for f in (torch.cos, torch.sin))
-    turned = x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None]
+    expected = x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None]
     try:
         found = stock(x, -x, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return False
-    return len(found) == 2 and all(torch.allclose(f, e) for f, e in zip(found, (turned, -turned), strict=True))
+    return len(found) == 2 and all(torch.allclose(f, e) for f, e in zip(found, (expected, -expected), strict=True))
 
 
 class _Rotary:
