@@ -36,8 +36,7 @@ from fedlora.assets import build_once, cache_dir, fetch, find_asset, find_model,
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, move_inputs, split_by_layers, without_accelerate
 from fedlora.errors import InputError
-from fedlora.kernels.attention import use_short_attention
-from fedlora.kernels.decoder import use_decoder_kernels
+from fedlora.kernels import use_kernels
 from fedlora.methods import get_method
 from fedlora.quantization import dequantized, is_quantized, keep_layout, quantized_loading
 from fedlora.tasks import Task, get_task, tasks
@@ -425,8 +424,7 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
         model.to(devices[0])  # what the checkpoint does not hold
     if devices[0].type == "cuda":
         give_boolean_masks(model)
-        use_short_attention(model)
-        use_decoder_kernels(model)
+        use_kernels(model)
     return align_weights(move_inputs(model))
 
 

@@ -17,7 +17,7 @@ from fedlora.adapters import adapt
 from fedlora.arrays import Arrays
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
-from fedlora.kernels import decoder
+from fedlora.kernels import activations
 from fedlora.models import dense_weight, linear_shape, load_base
 from fedlora.quantization import is_quantized
 from fedlora.results.load import load
@@ -55,10 +55,9 @@ def test_its_gates_are_fused_where_trying_them_changes_nothing(
 ) -> None:
     model, ids = base(here, quantization), torch.tensor([[5, 6, 7]])
     expected = base(here, quantization)(input_ids=ids).logits
-    monkeypatch.setattr(decoder, "triton", object())
-    monkeypatch.setattr(decoder, "use_rotary_kernel", lambda _: None)
-    decoder.use_decoder_kernels(model)
-    assert any(isinstance(m, decoder.GatedFeedForward) for m in model.modules()) == (quantization == "nf4")
+    monkeypatch.setattr(activations, "triton", object())
+    activations.use_activation_kernels(model)
+    assert any(isinstance(m, activations.GatedFeedForward) for m in model.modules()) == (quantization == "nf4")
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 

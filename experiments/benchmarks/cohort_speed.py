@@ -28,7 +28,7 @@ from fedlora.adapters import adapt
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
 from fedlora.experiments.benchmarks.machine import machine
-from fedlora.kernels.attention import use_short_attention
+from fedlora.kernels import use_kernels
 from fedlora.privacy import PrivacyPlan
 from fedlora.tasks import get_task
 from fedlora.training import ClientJob, train_cohort
@@ -89,7 +89,7 @@ def measure_cohort(
     config = run_config(settings, size)
     base = build_model(size, _dtype(device), device)
     if device == "cuda":
-        use_short_attention(base)
+        use_kernels(base)
     adapted = adapt(base, config, "lora")
     if fuse != "none":
         fuse_blocks(adapted, fuse)

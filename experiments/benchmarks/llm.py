@@ -99,8 +99,6 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
 
     content = run_config(settings, case, folder)
     content["simulation"] = {"workers": 0, "gpus_per_worker": 1.0 if torch.cuda.is_available() else 0.0}
-    if "compiled" in run:
-        content["simulation"]["compile"] = True
     if "private" not in run:
         del content["privacy"]
     if "nf4" in run:

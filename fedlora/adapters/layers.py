@@ -177,7 +177,10 @@ class _SharedInput(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, narrow: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(weight, narrow)
-        return nn.functional.linear(x, weight, bias), nn.functional.linear(x, narrow)
+        wide = x.new_empty(*x.shape[:-1], len(weight))  # no view, so that the branch can be added in place
+        flat, rows = wide.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        torch.mm(rows, weight.T, out=flat) if bias is None else torch.addmm(bias, rows, weight.T, out=flat)
+        return wide, nn.functional.linear(x, narrow)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

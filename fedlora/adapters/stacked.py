@@ -223,10 +223,15 @@ class _StackedProduct(torch.autograd.Function):
             raise ValueError(f"the weights are those of {clients} clients, the rows those of {len(layout.counts)}")
         groups, own = (clients, weight) if layout.equal else (len(x), weight[layout.clients(x.device)])
         rows, own = x.reshape(groups, -1, in_features), own.transpose(1, 2)
-        y = torch.bmm(rows, own) if onto is None else torch.baddbmm(onto.reshape(groups, -1, out_features), rows, own)
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
-        return y.reshape(*x.shape[:-1], out_features)
+        if onto is None:
+            return torch.bmm(rows, own).reshape(*x.shape[:-1], out_features)
+        if onto._is_view():  # autograd would copy the gradient of what overwrites a view
+            return torch.baddbmm(onto.reshape(groups, -1, out_features), rows, own).reshape(onto.shape)
+        ctx.mark_dirty(onto)
+        onto.view(groups, -1, out_features).baddbmm_(rows, own)
+        return onto
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -257,7 +262,7 @@ def stacked_product(
         One for each client, or one [1, m, n] that all share, which then has no gradient.
     layout : RowLayout
     onto : Tensor [N, ..., m], optional
-        What the products are added to, in the same pass over memory.
+        What the products are added to, in the same pass over memory. It may be overwritten.
 
     Returns
     -------
@@ -345,7 +350,8 @@ class StackedLinear(StackedLayer):
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [N, ..., in_features] to [N, ..., out_features], each row with its own client's weights.
 
-        The result is added to ``onto``, if that is given. It has to be given by name: hooks see what comes by place.
+        The result is added to ``onto``, if that is given, which it may overwrite. It has to be given by name: hooks see
+        what comes by place.
 
         Raises
         ------

@@ -1,1 +1,14 @@
 """Triton kernels for what PyTorch does in many passes over a GPU's memory; it does so where a kernel does not apply."""
+
+from torch import nn
+
+from fedlora.kernels.activations import use_activation_kernels
+from fedlora.kernels.attention import use_short_attention
+from fedlora.kernels.decoder import use_decoder_kernels
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let a transformers model on a GPU compute by this package's kernels, where they carry what it computes."""
+    use_short_attention(model)
+    use_decoder_kernels(model)
+    use_activation_kernels(model)

@@ -1,4 +1,4 @@
-"""RMS norms, gated activations and rotary positions of a decoder on a GPU, each in one kernel.
+"""RMS norms and rotary positions of a decoder on a GPU, each in one kernel.
 
 PyTorch takes them apart into dozens of kernels a layer, each of which reads and writes all activations.
 """
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedlora.kernels.activations import carries
+
 try:
     import triton
     import triton.language as tl
@@ -22,14 +24,6 @@ except ImportError:  # PyTorch brings Triton where it brings CUDA
 
 ROTARY = "apply_rotary_pos_emb"
 """The function of a transformers model that turns queries and keys by their positions."""
-
-GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
-"""What is in the feed-forward block of Llama and its many relatives."""
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functools.partial(functional.gelu, approximate="tanh"),
-}
 
 
 def use_decoder_kernels(model: nn.Module) -> None:
@@ -42,21 +36,16 @@ def use_decoder_kernels(model: nn.Module) -> None:
     model : torch.nn.Module
         Loaded. In other than half precision the new modules leave the work to PyTorch.
     """
-    known: dict[tuple[type, Any], Any] = {}
+    known: dict[type, bool] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-    def tried(check: Callable[[nn.Module], Any], module: nn.Module) -> Any:
-        key = type(module), check
-        if key not in known:
-            known[key] = check(module)
-        return known[key]
-
     for path, module in list(model.named_modules()):
         # A weight that was left in float32 would widen what the next layers get.
-        if _looks_like_norm(module) and module.weight.dtype == dtype and tried(_is_rms_norm, module):
+        if not _looks_like_norm(module) or module.weight.dtype != dtype:
+            continue
+        if type(module) not in known:
+            known[type(module)] = _is_rms_norm(module)
+        if known[type(module)]:
             model.set_submodule(path, _rms_norm(module))
-        elif triton is not None and _looks_gated(module) and (activation := tried(_gate_of, module)):
-            model.set_submodule(path, GatedFeedForward(module, activation))
     use_rotary_kernel(model)
 
 
@@ -86,101 +75,6 @@ def _rms_norm(module: Any) -> nn.RMSNorm:
     norm = nn.RMSNorm(len(module.weight), _epsilon(module), device="meta")
     norm.weight = module.weight
     return norm.train(module.training)
-
-
-def _looks_gated(module: nn.Module) -> bool:
-    return {name for name, _ in module.named_children()} == set(GATED)
-
-
-@torch.no_grad()
-def _gate_of(module: Any) -> str | None:
-    """Return the activation of a block that computes down(act(gate(x)) up(x)) and no more; None for other blocks."""
-    act, gate, up, down = module.act_fn, module.gate_proj, module.up_proj, module.down_proj
-    device, dtype = down.weight.device, down.weight.dtype
-    grid = torch.linspace(-6, 6, 101, dtype=torch.float64, device=device)
-    name = next((n for n, known in ACTIVATIONS.items() if torch.allclose(act(grid), known(grid), atol=1e-9)), None)
-    if name is None or not isinstance(up, nn.Linear) or dtype == torch.int8:  # whose layers change at their first pass
-        return None
-    dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a weight of 4 bits takes any
-    x = torch.linspace(-1, 1, up.in_features, dtype=dtype, device=device)[None, None]
-    found, expected = module(x), down(act(gate(x)) * up(x))
-    return name if torch.equal(found, expected) else None
-
-
-class GatedFeedForward(nn.Module):
-    """A feed-forward block, down(act(gate(x)) up(x)), whose gate is one kernel forward and one backward.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-        Its ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn`` are taken over.
-    activation : str
-        Of :data:`ACTIVATIONS`.
-    """
-
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    act_fn: nn.Module
-
-    def __init__(self, block: nn.Module, activation: str) -> None:
-        super().__init__()
-        for name in GATED:
-            self.add_module(name, block.get_submodule(name))
-        self.activation = activation
-        self.train(block.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., n] to [..., n]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = gated(gate, up, self.activation) if _carried(gate, up) else self.act_fn(gate) * up
-        outputs: torch.Tensor = self.down_proj(inner)
-        return outputs
-
-
-def _carried(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors; torch.compile fuses what they would do by itself."""
-    first = tensors[0]
-    return (
-        not torch.compiler.is_compiling()
-        and first.dtype in (torch.bfloat16, torch.float16)
-        and all(type(x) is torch.Tensor and x.is_cuda and x.dtype == first.dtype and x.numel() for x in tensors)
-    )
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return act(gate) up, elementwise.
-
-    Parameters
-    ----------
-    gate, up : Tensor
-        Of one shape.
-    activation : str
-        Of :data:`ACTIVATIONS`.
-    """
-    product: torch.Tensor = _Gated.apply(gate, up, activation)
-    return product
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        product = torch.empty_like(gate)
-        size = gate.numel()
-        _gate_forward[triton.cdiv(size, 1024),](gate, up, product, size, SILU=activation == "silu", BLOCK=1024)
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        to_gate, to_up, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        tensors = gate, up, gradient, to_gate, to_up
-        _gate_backward[triton.cdiv(size, 1024),](*tensors, size, SILU=ctx.activation == "silu", BLOCK=1024)
-        return to_gate, to_up, None
 
 
 def use_rotary_kernel(model: nn.Module) -> None:
@@ -227,7 +121,7 @@ def turns(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     """Whether the kernel carries these queries and keys."""
     rows, _, tokens, width = q.shape
     return (
-        _carried(q, k, cos, sin)
+        carries(q, k, cos, sin)
         and cos.shape == sin.shape
         and cos.stride() == sin.stride()
         and cos.shape in ((1, tokens, width), (rows, tokens, width))
@@ -296,35 +190,6 @@ def _turn(
 
 
 if triton is not None:
-
-    @triton.jit
-    def _activation(x, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Return act(x) and its derivative."""
-        if SILU:
-            share = tl.sigmoid(x)
-            return x * share, share * (1.0 + x * (1.0 - share))
-        else:  # GELU by tanh u = 2 sigmoid(2 u) - 1, with u = sqrt(2 / pi) (x + 0.044715 x^3)
-            share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-            slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
-            return x * share, share + x * share * (1.0 - share) * slope
-
-    @triton.jit
-    def _gate_forward(gate, up, product, size, SILU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < size
-        value, _ = _activation(tl.load(gate + places, mask=inside, other=0.0).to(tl.float32), SILU)
-        other = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(product + places, (value * other).to(product.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _gate_backward(gate, up, gradient, to_gate, to_up, size, SILU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < size
-        value, slope = _activation(tl.load(gate + places, mask=inside, other=0.0).to(tl.float32), SILU)
-        other = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to_gate + places, (g * other * slope).to(to_gate.dtype.element_ty), mask=inside)
-        tl.store(to_up + places, (g * value).to(to_up.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _turn_heads(  # type: ignore[no-untyped-def]

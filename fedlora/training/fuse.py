@@ -1,7 +1,7 @@
 """Fewer passes over memory on a GPU: the frozen blocks' elementwise work is fused by torch.compile.
 
-A frozen transformer block under eager PyTorch spends about as long in normalisation, activation, residual and rotary
-kernels, which only move bytes, as in its matrix products. torch.compile fuses them. Adapters stay eager: their
+A frozen transformer block under eager PyTorch spends long in normalisation and residual kernels, which only move bytes.
+torch.compile fuses those for which there is no kernel of our own (:mod:`fedlora.kernels`). Adapters stay eager: their
 per-example gradients are taken there.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from fedlora.adapters import AdaptedModel, AdapterLayer, StackedLayer
 from fedlora.config import Config
 from fedlora.data.tokens import FederatedData
+from fedlora.kernels.activations import Activation, GatedFeedForward
 from fedlora.models import model_config
 from fedlora.privacy.calibration import run_steps
 
@@ -27,6 +28,9 @@ RATE = 2e14
 
 LONG = 150.0
 """Seconds of a run's training above which its frozen layers are fused: compiling should be a small part of them."""
+
+APART = (AdapterLayer, StackedLayer, Activation, GatedFeedForward)
+"""What is not compiled: adapters, and what has kernels of its own."""
 
 
 def compiles(config: Config, data: FederatedData) -> bool:
@@ -86,6 +90,8 @@ def fuse_blocks(adapted: AdaptedModel, granularity: str = "islands") -> int:
     # Layers share their code, but each has adapters of its own, on which Dynamo guards.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     modules = _layers(adapted.model) if granularity == "layers" else list(_islands(adapted.model))
+    if not modules:  # a decoder whose norms and gates have kernels of their own
+        return 0
     for adapter in (*adapted.adapters.values(), *adapted.head.values()):
         adapter.forward = torch.compiler.disable(adapter.forward)
     for module in modules:
@@ -100,9 +106,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _islands(module: nn.Module) -> list[nn.Module]:
-    """Find the largest modules without adapters that do more than one matrix product."""
-    if isinstance(module, AdapterLayer | StackedLayer | nn.Linear | nn.Embedding):
+    """Find the largest modules without adapters that are more than one kernel beside their matrix products."""
+    if isinstance(module, (*APART, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)):
         return []
-    if not any(isinstance(m, AdapterLayer | StackedLayer) for m in module.modules()):
+    if not any(isinstance(m, APART) for m in module.modules()):
         return [module] if any(True for _ in module.parameters()) else []
     return [island for child in module.children() for island in _islands(child)]

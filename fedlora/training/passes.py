@@ -15,17 +15,21 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import AdaptedModel
 from fedlora.models import linear_shape
+from fedlora.quantization import is_quantized
 
-BUSY = 1e11
-"""FLOPs of a pass' mean matrix product that keep a GPU busy: 100 microseconds at 10^15 FLOP/s, the matrix rate of a
+BUSY = 2e11
+"""FLOPs of a pass' mean matrix product that keep a GPU busy: 200 microseconds at 10^15 FLOP/s, the matrix rate of a
 data centre's GPU. The host takes about as long to launch what belongs to a product. A slower GPU is busy with less."""
 
-COHORT = 4
+QUANTIZED = 2
+"""A quantised base is busy with BUSY / QUANTIZED: the GPU computes its weights again in every pass."""
+
+COHORT = 2
 """Where one client's product is below BUSY, a pass of several has one of up to so many times BUSY: they also share what
-a pass costs beside its kernels. From 1.4 to 4.1 times BUSY, BERT-large went from 109 to 150 client steps a second on
+a pass costs beside its kernels. From 1.4e11 to 4.1e11 FLOPs, BERT-large went from 109 to 150 client steps a second on
 H200s (``experiments/benchmarks/results``: ``cohort_speed_granularity.json`` and ``cohort_speed.json``)."""
 
-SMALLEST = 4
+SMALLEST = 8
 """A pass of BUSY / SMALLEST is the smallest one tried before gradient checkpointing, which costs a third of a step."""
 
 
@@ -51,7 +55,7 @@ class Passes:
     busy: bool
 
 
-def choose_passes(flops: float, tokens: float, batch: int, given: int | None = None) -> Passes:
+def choose_passes(flops: float, tokens: float, batch: int, given: int | None = None, quantized: bool = False) -> Passes:
     """Choose how many examples of how many clients go through a model at once, by time alone.
 
     A batch is split into as many equal parts as keep the GPU busy each. Several clients share a pass only where one
@@ -67,19 +71,21 @@ def choose_passes(flops: float, tokens: float, batch: int, given: int | None = N
         Examples that a client's step expects.
     given : int, optional
         ``client.physical_batch_size``, where the config says it.
+    quantized : bool
+        Whether the base's weights are quantised.
     """
-    work = flops * tokens
+    work, enough = flops * tokens, BUSY / QUANTIZED if quantized else BUSY
 
     def part(least: float) -> int:
         parts = max(1, min(batch, int(batch * work / least)))
         return -(-batch // parts)
 
-    rows = min(given or part(BUSY), batch)
+    rows = min(given or part(enough), batch)
     alone = rows * work
-    busy = alone >= BUSY
-    clients = 1 if busy else int(min(COHORT * BUSY / max(alone, 1.0), sys.maxsize))
+    busy = alone >= enough
+    clients = 1 if busy else int(min(COHORT * enough / max(alone, 1.0), sys.maxsize))
     whole = given is None and rows == batch
-    return Passes(None if whole else given or rows, min(rows, part(BUSY / SMALLEST)), clients, busy)
+    return Passes(None if whole else given or rows, min(rows, part(enough / SMALLEST)), clients, busy)
 
 
 def mean_product(adapted: AdaptedModel) -> float:
@@ -92,6 +98,11 @@ def mean_product(adapted: AdaptedModel) -> float:
         if isinstance(module, nn.Linear | Conv1D) and module is not output and not module.weight.requires_grad
     ]
     return 2 * sum(m * n for m, n in shapes) / max(1, len(shapes))
+
+
+def has_quantized_base(adapted: AdaptedModel) -> bool:
+    """Whether weights of a model are computed again in every pass."""
+    return any(isinstance(m, nn.Linear) and is_quantized(m) for m in adapted.model.modules())
 
 
 def in_force(adapted: AdaptedModel) -> bool:

@@ -61,7 +61,8 @@ class StepMemory:
         has_layers = check_checkpointing(adapted, client)
         self._may_checkpoint = has_layers and client.gradient_checkpointing == "auto"
         self.checkpointing = client.gradient_checkpointing is True
-        self.passes = passes.choose_passes(passes.mean_product(adapted), tokens, batch, client.physical_batch_size)
+        flops, quantized = passes.mean_product(adapted), passes.has_quantized_base(adapted)
+        self.passes = passes.choose_passes(flops, tokens, batch, client.physical_batch_size, quantized)
         self.physical_batch_size = self.passes.rows if passes.in_force(adapted) else client.physical_batch_size
 
     def lower(self, adapted: AdaptedModel, rows: int) -> str | None:

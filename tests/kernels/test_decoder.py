@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from fedlora.kernels import decoder
+from fedlora.kernels import activations, decoder, use_kernels
 from tests.architectures import DECODERS, ENCODERS, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,15 +51,6 @@ def check(found: Any, inputs: list[torch.Tensor], stock: Any) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("activation", sorted(decoder.ACTIVATIONS))
-@pytest.mark.parametrize("shape", [(3, 700), (2, 5, 1024), (1,)], ids=str)
-def test_gates_and_their_gradients_are_those_of_pytorch(activation: str, shape: tuple[int, ...]) -> None:
-    gate, up = half(*shape), half(*shape)
-    act = decoder.ACTIVATIONS[activation]
-    check([decoder.gated(gate, up, activation)], [gate, up], lambda g, u: [act(g) * u])
-
-
-@kernels
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("width", [8, 24, 128])
@@ -85,13 +76,14 @@ def test_a_model_computes_as_before(name: str, monkeypatch: pytest.MonkeyPatch) 
     for code in {sys.modules[type(m).__module__] for m in model.modules()}:
         if hasattr(code, decoder.ROTARY):
             monkeypatch.setattr(code, decoder.ROTARY, getattr(code, decoder.ROTARY))  # put back at the end
-    monkeypatch.setattr(decoder, "triton", object())
+    for module in (decoder, activations):
+        monkeypatch.setattr(module, "triton", object())
     ids = torch.tensor([[*range(4, 20), 2]])
     expected, names = model(input_ids=ids)[0], {n for n, _ in model.named_parameters()}
-    decoder.use_decoder_kernels(model)
+    use_kernels(model)
     torch.testing.assert_close(model(input_ids=ids)[0], expected)
     assert {n for n, _ in model.named_parameters()} == names
-    assert any(isinstance(m, decoder.GatedFeedForward) for m in model.modules()) == (name in GATED)
+    assert any(isinstance(m, activations.GatedFeedForward) for m in model.modules()) == (name in GATED)
     assert any(isinstance(m, nn.RMSNorm) for m in model.modules()) == (name in NORMS)
 
 
@@ -103,11 +95,11 @@ def test_a_model_on_a_gpu_computes_as_without_kernels(name: str, monkeypatch: py
     ids = torch.arange(4, 20, device=DEVICE)[None]
     without = model(input_ids=ids)[0].float()
     exact = model.float()(input_ids=ids)[0]
-    decoder.use_decoder_kernels(model.bfloat16())
+    use_kernels(model.bfloat16())
     calls: list[str] = []
-    for kernel in ("gated", "turned"):
-        own = getattr(decoder, kernel)
-        monkeypatch.setattr(decoder, kernel, functools.partial(_noted, calls, kernel, own))
+    for module, kernel in ((activations, "gated"), (decoder, "turned")):
+        own = getattr(module, kernel)
+        monkeypatch.setattr(module, kernel, functools.partial(_noted, calls, kernel, own))
     inside = model(input_ids=ids)[0].float()
     assert set(calls) == {"turned"} | ({"gated"} if name in GATED else set())
     # Both round to bfloat16, in other places.
@@ -135,11 +127,11 @@ def test_blocks_that_do_more_are_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    assert decoder._gate_of(Halved()) is None
-    assert decoder._gate_of(Whole()) == "silu"
+    assert activations._gate_of(Halved()) is None
+    assert activations._gate_of(Whole()) == "silu"
     whole = Whole()
     whole.act_fn = nn.ReLU()  # type: ignore[assignment]
-    assert decoder._gate_of(whole) is None
+    assert activations._gate_of(whole) is None
     norm = nn.RMSNorm(4, eps=1e-5)
     assert decoder._is_rms_norm(norm)
     norm.forward = lambda x: nn.functional.rms_norm(x, (4,), 1 + norm.weight, 1e-5)  # type: ignore[method-assign]

@@ -30,6 +30,8 @@ def on_cards(free: int, busy: float) -> Iterator[FakeGPUs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedlora.training.passes.mean_product", lambda _: 1.0)
         patch.setattr("fedlora.training.passes.BUSY", busy * 5)
+        patch.setattr("fedlora.training.passes.COHORT", 4)
+        patch.setattr("fedlora.training.passes.SMALLEST", 4)
         patch.setattr("fedlora.simulator._resolve_cohorts", lambda config: config)
         yield FakeGPUs(patch, free)
     forget_model()

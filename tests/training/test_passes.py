@@ -84,10 +84,10 @@ def product_of(shape: dict[str, int]) -> float:
 @pytest.mark.parametrize(
     ("shape", "batch", "tokens", "rows", "least", "most"),
     [
-        (LLAMA_8B, 16, 512, 4, 1, 1),
-        (LLAMA_8B, 4, 2048, 1, 1, 1),
-        (LLAMA_1B, 16, 512, None, 1, 1),
-        (LLAMA_1B, 16, 2048, 4, 1, 1),
+        (LLAMA_8B, 16, 512, 8, 1, 1),
+        (LLAMA_8B, 4, 2048, 2, 1, 1),
+        (LLAMA_1B, 16, 512, None, 2, 2),
+        (LLAMA_1B, 16, 2048, 8, 1, 1),
         (LLAMA_1B, 4, 256, None, 20, 30),
         (MINILM, 16, 64, None, 384, 1000),
         (BERT_LARGE, 16, 64, None, 80, 120),
@@ -100,6 +100,11 @@ def test_models_that_people_train(
     found = choose_passes(product_of(shape), tokens, batch)
     assert found.rows == rows
     assert least <= found.clients <= most
+
+
+def test_a_quantised_base_takes_half_as_many_examples() -> None:
+    flops = product_of(LLAMA_8B)
+    assert (choose_passes(flops, 512, 16).rows, choose_passes(flops, 512, 16, quantized=True).rows) == (8, 4)
 
 
 def test_the_mean_product_is_of_the_frozen_layers_alone() -> None:

@@ -171,6 +171,8 @@ def test_what_a_pass_takes_is_chosen(
     assert table.lengths.mean() == TOKENS
     dependence(adapted, config, table.pad_token_id)
     monkeypatch.setattr(passes, "BUSY", busy * TOKENS * passes.mean_product(adapted))
+    monkeypatch.setattr(passes, "COHORT", 4)
+    monkeypatch.setattr(passes, "SMALLEST", 4)
     FakeGPUs(monkeypatch, free)
     (job,) = tiny.jobs_of([start], [np.arange(BATCH)], [tiny.plan(0.5, 0.1, 1.0, 4.0)])
     found = capacity.cohort_capacity(adapted, table, job, config, most)
