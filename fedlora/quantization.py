@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import InputError
@@ -86,6 +88,20 @@ def quantized_loading(config: Config, skeleton: nn.Module) -> dict[str, Any]:
     else:
         options |= {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     return {"quantization_config": BitsAndBytesConfig(**options)}
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let layers of 4 bits compute in a precision, where they have one of their own."""
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) is not None]
+    before = [layer.compute_dtype for layer in layers]
+    for layer in layers:
+        layer.compute_dtype = dtype
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.compute_dtype = own
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from fedlora.models import dense_weight, linear_shape, load_base
 from fedlora.quantization import is_quantized
 from fedlora.results.load import load
 from fedlora.training import train_cohort
+from fedlora.training.soundness import dependence
 from tests import tiny
 from tests.small_runs import World, world
 
@@ -90,6 +91,21 @@ def test_a_texts_logits_do_not_depend_on_the_texts_beside_it(here: World, quanti
     ids = torch.tensor([[4, 5, 6, 7], [9, 9, 9, 9]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits[:1], model(ids[:1]).logits, rtol=0, atol=1e-5)
+
+
+def test_whether_texts_depend_on_each_other_is_told_in_full_precision(here: World) -> None:
+    """In bfloat16 a layer of 4 bits rounds otherwise for other numbers of tokens; afterwards it does so again."""
+    model = {"quantization": "nf4", "dtype": "bfloat16"}
+    config = load_config(here.content("fedit", "llama", model=model))
+    adapted = adapt(load_base(config, None), config, "lora")
+    layers: list[Any] = [m for m in adapted.model.modules() if isinstance(m, nn.Linear) and is_quantized(m)]
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer.compute_dtype))
+    assert dependence(adapted, config, 0) is None
+    assert set(seen) == {torch.float32}
+    adapted.model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert set(seen[-len(layers) :]) == {torch.bfloat16}
 
 
 def dense_copy(model: Any) -> Any:

@@ -28,6 +28,7 @@ from fedlora.data.packing import packed_batch
 from fedlora.data.tokens import TokenTable
 from fedlora.errors import GuardError, InputError
 from fedlora.models import has_token_types, unchanged
+from fedlora.quantization import computing_in
 from fedlora.tasks import Task, get_task
 from fedlora.timeline import phase
 from fedlora.training.checkpointing import layers_of, set_checkpointing
@@ -51,6 +52,9 @@ LARGE = 4 * 2**30
 
 BATCHES = ([0, 1], [4, 0], [3, 1, 0], [2, 0, 4], [0, 1, 2, 1, 0, 2, 2, 0, 1])
 """The batches in which rows 0 to 4 meet: of one length, short beside long, in several orders and numbers."""
+
+LONG = 4096
+"""Tokens of the longest row, where ``model.max_length`` allows so many; more would take minutes in float32."""
 
 PACKED = ([[2, 0], [4]], [[1, 0, 1]])
 """The rows of two clients in a pass, each of several texts."""
@@ -102,8 +106,8 @@ def dependence(adapted: AdaptedModel, config: Config, pad_token_id: int) -> str 
     -----
     All factors and the head get drawn values: at their start one factor is 0, and gradients would say little. The model
     is in training mode, and once in evaluation mode, in float32 if it is kept in half precision (on the CPU where the
-    GPU lacks the memory). Beside a row of ``model.max_length`` tokens, and among many rows, only values are compared,
-    since gradients would take as long as a step of training.
+    GPU lacks the memory). Beside a row of ``model.max_length`` tokens, but no more than 4,096, and among many rows,
+    only values are compared, since gradients would take as long as a step of training.
     """
     key = (config.model.max_length, pad_token_id)
     if key not in adapted.independent:
@@ -383,7 +387,7 @@ class _Examples:
 
 
 def _synthetic(adapted: AdaptedModel, config: Config, pad_token_id: int) -> _Examples:
-    """Draw rows of 5, 5, 8, 11 and 24 tokens and one of the maximal length, which bounds the others."""
+    """Draw rows of 5, 5, 8, 11 and 24 tokens and a long one; ``model.max_length`` bounds all."""
     max_length = config.model.max_length
     shape: Any = getattr(adapted.model, "config", None)
     shape = getattr(getattr(adapted.model, "encoder", None), "config", shape)
@@ -392,7 +396,7 @@ def _synthetic(adapted: AdaptedModel, config: Config, pad_token_id: int) -> _Exa
     embeddings: Any = adapted.model.get_input_embeddings()  # type: ignore[operator]
     ordinary = sorted(set(range(embeddings.weight.shape[0])) - {pad_token_id, *marks.values()})
     rng = np.random.default_rng(0)
-    rows = [rng.choice(ordinary or [0], min(length, max_length)) for length in (5, 5, 8, 11, 24, max_length)]
+    rows = [rng.choice(ordinary or [0], min(length, max_length)) for length in (5, 5, 8, 11, 24, LONG)]
     outputs = next(reversed(adapted.head.values())).out_features if adapted.head else 0
     for row in rows if adapted.head else ():
         if marks["eos"] is not None:
@@ -432,7 +436,8 @@ def _in_float32(adapted: AdaptedModel) -> Iterator[None]:
     inside = {id(t): t for layer in layers for t in _narrow(layer) if id(t) not in trained}
     if 4 * sum(t.numel() for t in inside.values()) <= LARGE:
         _widen(adapted, {})
-        yield
+        with computing_in(adapted.model, torch.float32):
+            yield
         return
     _widen(adapted, inside)
     own = [vars(layer).get("forward") for layer in layers]
@@ -444,7 +449,8 @@ def _in_float32(adapted: AdaptedModel) -> Iterator[None]:
         # What is computed again is not always the attribute above.
         layer._gradient_checkpointing_func = partial(_checkpointed, run, wide)
     try:
-        yield
+        with computing_in(adapted.model, torch.float32):
+            yield
     finally:
         set_checkpointing(adapted, False)  # as of now; whoever trains sets it as the step needs
         for layer, forward in zip(layers, own, strict=True):
