@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from fedlora.adapters import adapt
 from fedlora.config import Config, load_config
 from fedlora.data.tokens import TokenTable
+from fedlora.experiments.benchmarks.kernel_times import KernelTimes
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.kernels import use_kernels
 from fedlora.privacy import PrivacyPlan
@@ -118,26 +119,11 @@ def measure_cohort(
     seconds = _timed(once, repeats, device)
     figures = _figures(seconds, size["cohort"] * size["steps"], device)
     if device == "cuda":
-        figures["kernels"] = profile(lambda: once(repeats + 1), size["steps"])
+        kernels = KernelTimes()
+        kernels.start()
+        once(repeats + 1)
+        figures["kernels"] = kernels.stop(size["steps"])
     return figures
-
-
-def profile(call: Callable[[], None], steps: int) -> list[dict[str, Any]]:
-    """Say where the GPU's time goes: milliseconds a step by kernel, the longest first, and how long it was idle."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        began = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - began
-    kernels = [e for e in profiler.key_averages() if e.device_type.name == "CUDA"]
-    rows = [
-        {"kernel": e.key[:100], "milliseconds": e.self_device_time_total / 1000 / steps, "calls": e.count / steps}
-        for e in sorted(kernels, key=lambda e: -e.self_device_time_total)
-    ]
-    busy = sum(row["milliseconds"] for row in rows)
-    idle = {"kernel": "(idle, under the profiler)", "milliseconds": wall * 1000 / steps - busy, "calls": 0}
-    return [{"kernel": "(all)", "milliseconds": busy, "calls": sum(r["calls"] for r in rows)}, idle, *rows[:40]]
 
 
 def measure_peer(settings: dict[str, Any], size: dict[str, Any], device: str, repeats: int) -> dict[str, Any]:
@@ -266,8 +252,8 @@ def main() -> None:
             results["sizes"][name]["cohort"][fuse] = ours
             rates = f"{ours['client_steps_a_second']:8.1f} {peer['client_steps_a_second']:8.1f}"
             print(f"{name:12} {fuse:8} {rates} {ours['ratio']:7.1f}", flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            if arguments.output:
+                arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

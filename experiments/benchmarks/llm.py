@@ -37,6 +37,7 @@ import numpy as np
 import psutil
 import torch
 
+from fedlora.experiments.benchmarks.kernel_times import KernelTimes
 from fedlora.experiments.benchmarks.machine import machine
 from fedlora.experiments.benchmarks.own_process import run_module
 
@@ -111,6 +112,9 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         content["simulation"]["cohort_size"] = 1
     start: dict[str, Any] = {}
     drawn: list[int] = []
+    kernels = KernelTimes() if settings["profile"] and torch.cuda.is_available() else None
+    profiled = settings["rounds"] - 1  # the last round is evaluated, too
+    tables = []
 
     def count(*arguments: Any) -> Iterator[Any]:
         for batch in poisson_batches(*arguments):
@@ -122,8 +126,14 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def on_round(line: dict[str, Any]) -> None:
+        if kernels is not None and line["round"] == profiled - 1:
+            kernels.start()
+        if kernels is not None and line["round"] == profiled:
+            tables.append(kernels.stop(1))
+
     with tempfile.TemporaryDirectory() as place, patch.object(cohort, "poisson_batches", count):
-        simulate(content, output=Path(place) / "run", progress=Progress(on_start=begin))
+        simulate(content, output=Path(place) / "run", progress=Progress(on_start=begin, on_round=on_round))
         lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
         chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
     steps = settings["clients"] * settings["steps"]
@@ -131,16 +141,21 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     if drawn:
         first = len(drawn) - steps * len(lines)  # before them, checks of the start
         examples = [sum(drawn[i : i + steps]) for i in range(first, len(drawn), steps)]
+    seconds = [line["seconds"]["train"] / n * case["batch"] for line, n in zip(lines, examples, strict=True)]
+    measured = [i for i in range(1, len(lines)) if kernels is None or i != profiled - 1]
     return {
-        "seconds": [
-            line["seconds"]["train"] / number * case["batch"] for line, number in zip(lines, examples, strict=True)
-        ][1:],
-        "examples": examples[1:],
+        "seconds": [seconds[i] for i in measured],
+        "examples": [examples[i] for i in measured],
+        "kernels": [_for_a_step(row, examples[profiled - 1] / case["batch"]) for table in tables for row in table],
         **start,
         "cohort": chosen["simulation"]["cohort_size"],
         "physical_batch": chosen["client"].get("physical_batch_size", case["batch"]),
         "checkpointing": chosen["client"]["gradient_checkpointing"] is True,
     }
+
+
+def _for_a_step(row: dict[str, Any], steps: float) -> dict[str, Any]:
+    return row | {"milliseconds": row["milliseconds"] / steps, "calls": row["calls"] / steps}
 
 
 def _peak() -> int | None:
@@ -297,6 +312,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a text, instead of the case's")
     parser.add_argument("--batch", type=int, help="examples of a client and step, instead of the case's")
     parser.add_argument("--physical-batches", type=int, nargs="+", help="measure the first run with each of them")
+    parser.add_argument("--profile", action="store_true", help="say of one round of ours where the GPU's time goes")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -308,7 +324,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child[0], Path(arguments.child[1]))))
         return
-    settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
+    settings = tomllib.loads(arguments.config.read_text(encoding="utf-8")) | {"profile": arguments.profile}
     cases = {case["name"]: case for case in settings["cases"]}
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
     lines, made, folder = [], None, Path(tempfile.mkdtemp(prefix="llm-"))

@@ -104,8 +104,10 @@ def measure_run(config: Path, folder: Path, cache: Path, limit: float) -> dict[s
 
 
 def prepare(case: dict[str, Any], settings: dict[str, Any], folder: Path) -> tuple[str, str]:
-    """Write a case's model, data and ``config.toml`` into a folder; return what the floor loads: class and source."""
+    """Write a case's config, model and data into a folder; return class and source of what the floor loads."""
     gpus = 1.0 if torch.cuda.is_available() else 0.0
+    place, folder = folder, folder / "model"  # where nothing else is written: a run knows its model by the files
+    folder.mkdir()
     if "shape" in case:
         # Its keys but the cases are those of llm.toml.
         llm = settings["llm"] | {"rounds": 1, "steps": 2}
@@ -126,7 +128,7 @@ def prepare(case: dict[str, Any], settings: dict[str, Any], folder: Path) -> tup
     content["simulation"] = {"gpus_per_worker": gpus}
     if settings["workers"] is not None:
         content["simulation"]["workers"] = settings["workers"]
-    (folder / "config.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    (place / "config.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
     return kind, source
 
 

@@ -411,6 +411,8 @@ def _start_early(config: Config, folder: Path, resume: bool) -> None:
     if "torch" in sys.modules:
         return
     modules = ("fedlora.cli.display", "fedlora.simulator")
+    if section.gpus_per_worker:
+        import_modules(("torch",))  # which counts the GPUs
     if in_own_process(section) or section.address is not None:
         import_modules(modules)
         return
