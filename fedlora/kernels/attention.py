@@ -2,7 +2,8 @@
 
 Flash attention is made for long rows. It cuts the queries into blocks, adds the gradients of several blocks in memory,
 and pads a row of 64 tokens to its block of 128. Where a row's scores fit into one program, all of that falls away: the
-scores are computed again in the backward pass, nothing is added in memory, and the result is the same at every run.
+scores are computed again in the backward pass, with the sums that the forward pass kept, nothing is added in memory,
+and the result is the same at every run.
 """
 
 from __future__ import annotations
@@ -159,23 +160,24 @@ class _ShortAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, heads, tokens, width = query.shape
         output = query.new_empty(rows, tokens, heads, width)
+        totals = query.new_empty(rows * heads, tokens, dtype=torch.float32)
         arguments = _arguments(query, mask, scale, causal)
         tensors = (query, key, value, output.transpose(1, 2))
-        _forward[rows * heads,](*tensors, arguments.pop("mask"), *_strides(*tensors), **arguments)
-        ctx.save_for_backward(query, key, value, mask)
+        _forward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
+        ctx.save_for_backward(query, key, value, mask, totals)
         ctx.settings = scale, causal
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, totals = ctx.saved_tensors
         rows, heads, tokens, width = query.shape
         # As the layers before made them: [N, T, heads, head_dim], so that nobody copies them.
         made = [query.new_empty(rows, tokens, heads, width).transpose(1, 2) for _ in range(3)]
         arguments = _arguments(query, mask, *ctx.settings)
         gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         tensors = (query, key, value, gradient.transpose(1, 2), *made)
-        _backward[rows * heads,](*tensors, arguments.pop("mask"), *_strides(*tensors), **arguments)
+        _backward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
         return *made, None, None, None
 
 
@@ -194,8 +196,6 @@ def _arguments(query: torch.Tensor, mask: torch.Tensor | None, scale: float, cau
         "WIDTH": width,
         "T": size,
         "D": max(16, triton.next_power_of_2(width)),
-        # Measured on an H200, with rows of 64 tokens of 12 heads of 32, and of 128 tokens of 16 heads of 64.
-        "BLOCK": size,
         "CAUSAL": causal,
         "MASKED": mask is not None,
         "num_warps": 4 if size < 128 else 8,
@@ -221,23 +221,18 @@ if triton is not None:
         tl.store(places, values.to(pointer.dtype.element_ty), mask=(t[:, None] < tokens) & (d[None, :] < WIDTH))
 
     @triton.jit
-    def _probabilities(  # type: ignore[no-untyped-def]
-        q, k, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, s, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+    def _scores(  # type: ignore[no-untyped-def]
+        q, k, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, CAUSAL: tl.constexpr, MASKED: tl.constexpr
     ):
-        """Return the softmax of the scores of queries t for keys s; zeros for a query that sees no key."""
+        """Return the scores of queries for keys; minus infinity where a query does not see a key."""
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        seen = (t[:, None] < tokens) & (s[None, :] < tokens)
+        seen = (t[:, None] < tokens) & (t[None, :] < tokens)
         if CAUSAL:
-            seen = seen & (t[:, None] >= s[None, :])
+            seen = seen & (t[:, None] >= t[None, :])
         if MASKED:
-            places = mask + row * mask_row + t[:, None] * mask_query + s[None, :] * mask_key
+            places = mask + row * mask_row + t[:, None] * mask_query + t[None, :] * mask_key
             seen = seen & (tl.load(places, mask=seen, other=0) != 0)
-        scores = tl.where(seen, scores, float("-inf"))
-        largest = tl.max(scores, 1)
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp(scores - largest[:, None])
-        total = tl.sum(weights, 1)
-        return weights / tl.where(total == 0.0, 1.0, total)[:, None]
+        return tl.where(seen, scores, float("-inf"))
 
     @triton.jit
     def _forward(  # type: ignore[no-untyped-def]
@@ -245,6 +240,7 @@ if triton is not None:
         k,
         v,
         o,
+        totals,
         mask,
         q_row,
         q_head,
@@ -267,23 +263,25 @@ if triton is not None:
         WIDTH: tl.constexpr,
         T: tl.constexpr,
         D: tl.constexpr,
-        BLOCK: tl.constexpr,
         CAUSAL: tl.constexpr,
         MASKED: tl.constexpr,
     ):
-        """Attend in one head of one row."""
+        """Attend in one head of one row; keep log sum exp of each query's scores, infinite if it sees no key."""
         row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-        s, d = tl.arange(0, T), tl.arange(0, D)
-        keys = _load(k, row, head, tokens, k_row, k_head, k_token, s, d, WIDTH)
-        values = _load(v, row, head, tokens, v_row, v_head, v_token, s, d, WIDTH)
-        for first in range(0, T, BLOCK):
-            t = first + tl.arange(0, BLOCK)
-            queries = _load(q, row, head, tokens, q_row, q_head, q_token, t, d, WIDTH)
-            weights = _probabilities(
-                queries, keys, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, s, CAUSAL, MASKED
-            )
-            output = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-            _store(o, output, row, head, tokens, o_row, o_head, o_token, t, d, WIDTH)
+        t, d = tl.arange(0, T), tl.arange(0, D)
+        queries = _load(q, row, head, tokens, q_row, q_head, q_token, t, d, WIDTH)
+        keys = _load(k, row, head, tokens, k_row, k_head, k_token, t, d, WIDTH)
+        scores = _scores(queries, keys, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, CAUSAL, MASKED)
+        largest = tl.max(scores, 1)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.exp(scores - largest[:, None])
+        total = tl.sum(weights, 1)
+        weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+        kept = tl.where(total == 0.0, float("inf"), largest + tl.log(total))
+        tl.store(totals + tl.program_id(0).to(tl.int64) * tokens + t, kept, mask=t < tokens)
+        values = _load(v, row, head, tokens, v_row, v_head, v_token, t, d, WIDTH)
+        output = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        _store(o, output, row, head, tokens, o_row, o_head, o_token, t, d, WIDTH)
 
     @triton.jit
     def _backward(  # type: ignore[no-untyped-def]
@@ -294,6 +292,7 @@ if triton is not None:
         gq,
         gk,
         gv,
+        totals,
         mask,
         q_row,
         q_head,
@@ -325,41 +324,26 @@ if triton is not None:
         WIDTH: tl.constexpr,
         T: tl.constexpr,
         D: tl.constexpr,
-        BLOCK: tl.constexpr,
         CAUSAL: tl.constexpr,
         MASKED: tl.constexpr,
     ):
         """Lead the gradient g of one head's output back to its queries, keys and values."""
         row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-        s, d = tl.arange(0, T), tl.arange(0, D)
-        keys = _load(k, row, head, tokens, k_row, k_head, k_token, s, d, WIDTH)
-        values = _load(v, row, head, tokens, v_row, v_head, v_token, s, d, WIDTH)
-        to_keys = tl.zeros([T, D], tl.float32)
-        to_values = tl.zeros([T, D], tl.float32)
-        for first in range(0, T, BLOCK):
-            t = first + tl.arange(0, BLOCK)
-            queries = _load(q, row, head, tokens, q_row, q_head, q_token, t, d, WIDTH)
-            gradient = _load(g, row, head, tokens, g_row, g_head, g_token, t, d, WIDTH)
-            weights = _probabilities(
-                queries, keys, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, s, CAUSAL, MASKED
-            )
-            to_values += tl.dot(tl.trans(weights.to(values.dtype)), gradient, input_precision="ieee")
-            to_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-            to_scores = weights * (to_weights - tl.sum(weights * to_weights, 1)[:, None]) * scale
-            to_scores = to_scores.to(keys.dtype)
-            _store(
-                gq,
-                tl.dot(to_scores, keys, input_precision="ieee"),
-                row,
-                head,
-                tokens,
-                gq_row,
-                gq_head,
-                gq_token,
-                t,
-                d,
-                WIDTH,
-            )
-            to_keys += tl.dot(tl.trans(to_scores), queries, input_precision="ieee")
-        _store(gk, to_keys, row, head, tokens, gk_row, gk_head, gk_token, s, d, WIDTH)
-        _store(gv, to_values, row, head, tokens, gv_row, gv_head, gv_token, s, d, WIDTH)
+        t, d = tl.arange(0, T), tl.arange(0, D)
+        queries = _load(q, row, head, tokens, q_row, q_head, q_token, t, d, WIDTH)
+        keys = _load(k, row, head, tokens, k_row, k_head, k_token, t, d, WIDTH)
+        scores = _scores(queries, keys, scale, mask, row, mask_row, mask_query, mask_key, tokens, t, CAUSAL, MASKED)
+        kept = tl.load(totals + tl.program_id(0).to(tl.int64) * tokens + t, mask=t < tokens, other=float("inf"))
+        weights = tl.exp(scores - kept[:, None])
+        gradient = _load(g, row, head, tokens, g_row, g_head, g_token, t, d, WIDTH)
+        # Stored as soon as it is there: the fewer registers a program holds, the more programs a processor runs.
+        to_values = tl.dot(tl.trans(weights.to(keys.dtype)), gradient, input_precision="ieee")
+        _store(gv, to_values, row, head, tokens, gv_row, gv_head, gv_token, t, d, WIDTH)
+        values = _load(v, row, head, tokens, v_row, v_head, v_token, t, d, WIDTH)
+        to_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+        to_scores = weights * (to_weights - tl.sum(weights * to_weights, 1)[:, None]) * scale
+        to_scores = to_scores.to(keys.dtype)
+        to_queries = tl.dot(to_scores, keys, input_precision="ieee")
+        _store(gq, to_queries, row, head, tokens, gq_row, gq_head, gq_token, t, d, WIDTH)
+        to_keys = tl.dot(tl.trans(to_scores), queries, input_precision="ieee")
+        _store(gk, to_keys, row, head, tokens, gk_row, gk_head, gk_token, t, d, WIDTH)

@@ -1,7 +1,11 @@
-"""The kernels against PyTorch's own operations, and their callers where no kernel runs."""
+"""The kernels against PyTorch's own operations, and their callers where no kernel runs.
+
+Without a GPU, ``TRITON_INTERPRET=1`` runs the kernels on the CPU where Triton is installed.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,8 +18,13 @@ from fedlora.adapters.stacked import RowLayout
 from fedlora.kernels import attention, cross_entropy
 from tests import tiny
 
-gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or attention.triton is None, reason="the kernels run on a GPU, by Triton"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+"""Triton's interpreter multiplies no matrices of bfloat16."""
+
+kernels = pytest.mark.skipif(
+    attention.triton is None or (DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET")),
+    reason="the kernels run on a GPU, by Triton",
 )
 SHAPES = [(3, 20, 2, 32), (5, 64, 4, 32), (2, 128, 3, 64), (2, 7, 1, 8), (3, 100, 2, 128)]
 """Rows, tokens, heads and a head's width."""
@@ -24,21 +33,21 @@ SHAPES = [(3, 20, 2, 32), (5, 64, 4, 32), (2, 128, 3, 64), (2, 7, 1, 8), (3, 100
 def drawn(shape: tuple[int, int, int, int], masked: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return query, key and value [N, T, heads, width], and a mask of rows of unlike lengths."""
     torch.manual_seed(0)
-    tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    tensors = [torch.randn(shape, device=DEVICE, dtype=HALF, requires_grad=True) for _ in range(3)]
     rows, tokens = shape[:2]
-    lengths = torch.randint(1, tokens + 1, (rows, 1), device="cuda")
-    seen = (torch.arange(tokens, device="cuda") < lengths)[:, None, None, :]
+    lengths = torch.randint(1, tokens + 1, (rows, 1), device=DEVICE)
+    seen = (torch.arange(tokens, device=DEVICE) < lengths)[:, None, None, :]
     return tensors, seen if masked else None
 
 
-@gpu
+@kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("masked", "causal"), [(False, False), (True, False), (False, True)])
 def test_attention_and_its_gradients_are_those_of_pytorch(
     shape: tuple[int, int, int, int], masked: bool, causal: bool
 ) -> None:
     tensors, mask = drawn(shape, masked)
-    gradient = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn(shape, device=DEVICE, dtype=HALF)
     parts = [x.transpose(1, 2) for x in tensors]
     ours = attention.short_attention(*parts, mask, shape[-1] ** -0.5, causal)
     wide = [x.detach().double().requires_grad_() for x in tensors]
@@ -61,13 +70,27 @@ def test_attention_and_its_gradients_are_those_of_pytorch(
         assert torch.equal(one, other)
 
 
-@gpu
+@kernels
+def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient() -> None:
+    tensors, _ = drawn((2, 20, 2, 32), False)
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool, device=DEVICE)
+    mask[1, 0, 7] = False
+    parts = [x.transpose(1, 2) for x in tensors]
+    output = attention.short_attention(*parts, mask, 32**-0.5)
+    assert not output[1, 7].any()
+    assert output[1, 6].all()
+    gradients = torch.autograd.grad(output.float().sum(), tensors)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][1, 7].any()
+
+
+@kernels
 @pytest.mark.parametrize("vocabulary", [37, 9000, 128_256])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_cross_entropy_and_its_gradient_are_those_of_pytorch(vocabulary: int, scale: float) -> None:
     torch.manual_seed(0)
-    logits = (4 * torch.randn(5, vocabulary, device="cuda")).bfloat16()
-    targets = torch.tensor([0, 3, -100, vocabulary - 1, 7], device="cuda")
+    logits = (4 * torch.randn(5, vocabulary, device=DEVICE)).bfloat16()
+    targets = torch.tensor([0, 3, -100, vocabulary - 1, 7], device=DEVICE)
     leaf = logits.double().requires_grad_()
     expected = functional.cross_entropy(leaf * scale, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
@@ -77,12 +100,13 @@ def test_cross_entropy_and_its_gradient_are_those_of_pytorch(vocabulary: int, sc
     assert not logits[2].any()
 
 
-@gpu
+@kernels
+@pytest.mark.skipif(DEVICE == "cpu", reason="a model's inputs have to be on a GPU")
 @pytest.mark.parametrize("kind", ["bert", "mean"])
 def test_a_model_attends_by_the_kernel_as_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = tiny.adapted_model(kind, tiny.settings(kind))
     model: Any = adapted.model.to("cuda", torch.bfloat16)
-    ids = torch.randint(5, 20, (3, 12), device="cuda")
+    ids = torch.randint(5, 20, (3, 12), device=DEVICE)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     adapted.layout.set_rows([3])
