@@ -422,6 +422,7 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
     model.requires_grad_(False)
     if len(devices) == 1 and not config.model.quantization:
         model.to(devices[0])  # what the checkpoint does not hold
+    vars(model)["architecture"] = _architecture(model)  # kernels change it, and no answer
     if devices[0].type == "cuda":
         give_boolean_masks(model)
         use_kernels(model)
@@ -620,7 +621,10 @@ def on_skeleton(model: nn.Module, run: Callable[[], T], question: Hashable) -> T
 
 
 def _architecture(model: nn.Module) -> str | None:
-    """Return a digest of a model's modules and config; None without a config: modules alone do not tell all."""
+    """Return a digest of a model's modules and config, as loaded; None without a config: modules do not tell all."""
+    if "architecture" in vars(model):
+        known: str | None = vars(model)["architecture"]
+        return known
     config = getattr(model.encoder if isinstance(model, MeanPoolingClassifier) else model, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         return None

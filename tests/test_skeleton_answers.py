@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 from fedlora import models
-from fedlora.models import on_skeleton
+from fedlora.kernels import activations
+from fedlora.models import load_base, on_skeleton
+from tests import tiny
 
 
 @pytest.fixture
@@ -40,3 +44,18 @@ def test_a_loaded_model_is_asked_where_no_skeleton_was(config: BertConfig) -> No
         other = BertModel(BertConfig(**{**config.to_dict(), "intermediate_size": 16}))
     on_skeleton(other, lambda: "other", "width")
     assert on_skeleton(loaded, lambda: "own", "width") == "own"
+
+
+def test_a_model_whose_modules_have_kernels_uses_the_answer_of_its_skeleton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a loaded model has other modules than its skeleton."""
+    monkeypatch.setattr(models, "_answers", {})
+    tiny.base_model("bert").save_pretrained(tmp_path)
+    settings = tiny.settings("bert", model={"name": str(tmp_path)})
+    skeleton, loaded = (load_base(settings, ["a", "b"], device) for device in ("meta", "cpu"))
+    monkeypatch.setattr(activations, "triton", object())
+    activations.use_activation_kernels(loaded)
+    assert repr(loaded) != repr(skeleton)
+    assert on_skeleton(skeleton, lambda: "skeleton", "width") == "skeleton"
+    assert on_skeleton(loaded, lambda: "loaded", "width") == "skeleton"
