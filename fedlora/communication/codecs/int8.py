@@ -38,6 +38,7 @@ class Int8(Codec):
         scales = _coarse(rows.abs().amax(1) / 127)
         scales[scales < _SMALLEST] = 0
         steps = (rows / scales.clamp(min=_SMALLEST)[:, None]).nan_to_num().round()
+        steps[scales == 0] = 0  # numbers below 127 times the smallest scale
         return scales.numpy().tobytes() + steps.clamp(-127, 127).to(torch.int8).numpy().tobytes()
 
     def unpack(self, data: memoryview, shape: Shape) -> torch.Tensor:
