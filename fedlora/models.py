@@ -321,7 +321,7 @@ def _positions_alone(pretrained: Any) -> int | None:
 
     LongRoPE changes all rows' frequencies as soon as one row is longer: an example's gradient would not be its own.
     """
-    parameters = getattr(pretrained, "rope_parameters", None) or {}
+    parameters = getattr(pretrained.get_text_config(), "rope_parameters", None) or {}
     # Some models have such parameters for each type of layer.
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return min((p["original_max_position_embeddings"] for p in kinds if p.get("rope_type") == "longrope"), default=None)

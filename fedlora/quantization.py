@@ -92,7 +92,10 @@ def quantized_loading(config: Config, skeleton: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let layers of 4 bits compute in a precision, where they have one of their own."""
+    """Let layers of 4 bits compute in a precision, where they have one of their own.
+
+    bitsandbytes then changes a bias to it for good: biases have to be copies.
+    """
     layers: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) is not None]
     before = [layer.compute_dtype for layer in layers]
     for layer in layers:

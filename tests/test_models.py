@@ -14,11 +14,13 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     LlamaForCausalLM,
+    LlavaConfig,
     MPNetConfig,
     T5Config,
     T5Model,
 )
 
+from fedlora import models
 from fedlora.config import Config, load_config
 from fedlora.errors import InputError
 from fedlora.models import (
@@ -168,6 +170,13 @@ def test_positions_that_depend_on_the_batch_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"model\.max_length = 17: beyond 16 tokens"):
         load_base(config(tmp_path, task="causal-lm", max_length=17), None)
     load_base(config(tmp_path, task="causal-lm", max_length=16), None)
+
+
+def test_positions_that_depend_on_the_batch_are_seen_in_a_config_within_a_config():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    text = tiny_models.llama_config(rope_parameters={**rope, "original_max_position_embeddings": 16})
+    for pretrained in (text, LlavaConfig(text_config=text)):
+        assert models._positions_alone(pretrained) == 16
 
 
 def test_damaged_weights_are_named(tiny, tmp_path):

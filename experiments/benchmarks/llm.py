@@ -112,8 +112,8 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         content["simulation"]["cohort_size"] = 1
     start: dict[str, Any] = {}
     drawn: list[int] = []
-    kernels = KernelTimes() if settings["profile"] and torch.cuda.is_available() else None
-    profiled = settings["rounds"] - 1  # the last round is evaluated, too
+    profiled = settings["rounds"] - 1  # the first round warms up, and the last is evaluated, too
+    kernels = KernelTimes() if settings["profile"] and profiled > 1 and torch.cuda.is_available() else None
     tables = []
 
     def count(*arguments: Any) -> Iterator[Any]:

@@ -411,7 +411,7 @@ def _start_early(config: Config, folder: Path, resume: bool) -> None:
     if "torch" in sys.modules:
         return
     modules = ("fedlora.cli.display", "fedlora.simulator")
-    if section.gpus_per_worker:
+    if section.gpus_per_worker and section.workers is None and section.address is None:
         import_modules(("torch",))  # which counts the GPUs
     if in_own_process(section) or section.address is not None:
         import_modules(modules)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedlora.kernels.launch import beside
+
 try:
     import triton
     import triton.language as tl
@@ -70,7 +72,7 @@ def _activation_of(act: Callable[[torch.Tensor], torch.Tensor], device: torch.de
     grid = torch.cat([near, far]).to(device)  # far from zero some are clipped
     try:
         found = act(grid)
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # of any module's code
         return None
     if not isinstance(found, torch.Tensor) or found.shape != grid.shape:
         return None
@@ -192,7 +194,8 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
         outputs, size = torch.empty_like(x), x.numel()
-        _activation_forward[triton.cdiv(size, BLOCK),](x, outputs, size, KIND=KINDS[activation], BLOCK=BLOCK)
+        with beside(x):
+            _activation_forward[triton.cdiv(size, BLOCK),](x, outputs, size, KIND=KINDS[activation], BLOCK=BLOCK)
         ctx.save_for_backward(x)
         ctx.activation = activation
         return outputs
@@ -201,7 +204,8 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), gradient = ctx.saved_tensors, gradients[0].contiguous()
         to_x, size, kind = torch.empty_like(x), x.numel(), KINDS[ctx.activation]
-        _activation_backward[triton.cdiv(size, BLOCK),](x, gradient, to_x, size, KIND=kind, BLOCK=BLOCK)
+        with beside(x):
+            _activation_backward[triton.cdiv(size, BLOCK),](x, gradient, to_x, size, KIND=kind, BLOCK=BLOCK)
         return to_x, None
 
 
@@ -211,7 +215,8 @@ class _Gated(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         product = torch.empty_like(gate)
         size = gate.numel()
-        _gate_forward[triton.cdiv(size, BLOCK),](gate, up, product, size, KIND=KINDS[activation], BLOCK=BLOCK)
+        with beside(gate):
+            _gate_forward[triton.cdiv(size, BLOCK),](gate, up, product, size, KIND=KINDS[activation], BLOCK=BLOCK)
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return product
@@ -222,7 +227,8 @@ class _Gated(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         to_gate, to_up, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
         tensors = gate, up, gradient, to_gate, to_up
-        _gate_backward[triton.cdiv(size, BLOCK),](*tensors, size, KIND=KINDS[ctx.activation], BLOCK=BLOCK)
+        with beside(gate):
+            _gate_backward[triton.cdiv(size, BLOCK),](*tensors, size, KIND=KINDS[ctx.activation], BLOCK=BLOCK)
         return to_gate, to_up, None
 
 

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from fedlora.kernels.launch import beside
+
 try:
     import triton
     import triton.language as tl
@@ -163,7 +165,8 @@ class _ShortAttention(torch.autograd.Function):
         totals = query.new_empty(rows * heads, tokens, dtype=torch.float32)
         arguments = _arguments(query, mask, scale, causal)
         tensors = (query, key, value, output.transpose(1, 2))
-        _forward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
+        with beside(query):
+            _forward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
         ctx.save_for_backward(query, key, value, mask, totals)
         ctx.settings = scale, causal
         return output
@@ -177,7 +180,8 @@ class _ShortAttention(torch.autograd.Function):
         arguments = _arguments(query, mask, *ctx.settings)
         gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         tensors = (query, key, value, gradient.transpose(1, 2), *made)
-        _backward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
+        with beside(query):
+            _backward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
         return *made, None, None, None
 
 

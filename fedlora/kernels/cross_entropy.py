@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fedlora.kernels.launch import beside
+
 try:
     import triton
     import triton.language as tl
@@ -41,7 +43,9 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     if tokens:
         block = min(8192, triton.next_power_of_2(vocabulary))
-        _cross_entropy[tokens,](logits, targets, losses, logits.stride(0), scale, vocabulary, BLOCK=block, num_warps=16)
+        by_token = logits.stride(0)
+        with beside(logits):
+            _cross_entropy[tokens,](logits, targets, losses, by_token, scale, vocabulary, BLOCK=block, num_warps=16)
     return losses
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora.kernels.activations import carries
+from fedlora.kernels.launch import beside
 
 try:
     import triton
@@ -169,23 +170,24 @@ def _turn(
     made = [x.new_empty(rows, tokens, x.shape[1], width).transpose(1, 2) for x in (q, k)]
     strides = [x.stride(axis) for x in (q, k, *made) for axis in (0, 1, 2)]
     by_row = cos.stride(0) if len(cos) > 1 else 0
-    _rotary[rows * tokens, 2](
-        q,
-        k,
-        *made,
-        cos,
-        sin,
-        *strides,
-        by_row,
-        cos.stride(1),
-        tokens,
-        heads,
-        k.shape[1],
-        HALF=width // 2,
-        HEADS=triton.next_power_of_2(max(heads, k.shape[1])),
-        SIZE=triton.next_power_of_2(width // 2),
-        BACK=back,
-    )
+    with beside(q):
+        _rotary[rows * tokens, 2](
+            q,
+            k,
+            *made,
+            cos,
+            sin,
+            *strides,
+            by_row,
+            cos.stride(1),
+            tokens,
+            heads,
+            k.shape[1],
+            HALF=width // 2,
+            HEADS=triton.next_power_of_2(max(heads, k.shape[1])),
+            SIZE=triton.next_power_of_2(width // 2),
+            BACK=back,
+        )
     return made[0], made[1]
 
 

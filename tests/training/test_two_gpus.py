@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora import simulate
 from fedlora.devices import devices_of, move_inputs, split_by_layers
+from fedlora.kernels import use_kernels
 from fedlora.shared_base import lend
 from fedlora.training import evaluate
 from fedlora.training.answering import generate
@@ -42,6 +43,20 @@ def test_training_is_that_of_one_card(kind: str, way: dict[str, Any]) -> None:
     for result, other in zip(two, one, strict=True):
         assert tiny.difference(result.arrays, other.arrays) < 1e-5
         assert result.loss == tiny.same_loss(other.loss, 1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_kernels_run_on_the_card_of_their_layer(kind: str) -> None:
+    """In bfloat16, which they carry; on the other card's stream they would race with what comes before them."""
+    causal, losses = kind in tiny.CAUSAL, []
+    for cards in (CARDS[:1], CARDS):
+        base: Any = placed(kind, cards).bfloat16()
+        use_kernels(base)
+        results = [trained(base, causal, None, private=True) for _ in range(5)]
+        losses.append([result.loss for result in results[0]])
+        for again in results[1:]:
+            assert [result.loss for result in again] == losses[-1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
