@@ -422,7 +422,8 @@ def load_base(config: Config, label_names: list[str] | None, device: Placement =
     model.requires_grad_(False)
     if len(devices) == 1 and not config.model.quantization:
         model.to(devices[0])  # what the checkpoint does not hold
-    vars(model)["architecture"] = _architecture(model)  # kernels change it, and no answer
+    # Before kernels replace modules: what a skeleton answered holds for the model with kernels, too.
+    vars(model)["architecture"] = _architecture(model)
     if devices[0].type == "cuda":
         give_boolean_masks(model)
         use_kernels(model)

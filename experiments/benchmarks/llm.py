@@ -114,7 +114,8 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     drawn: list[int] = []
     profiled = settings["rounds"] - 1  # the first round warms up, and the last is evaluated, too
     kernels = KernelTimes() if settings["profile"] and profiled > 1 and torch.cuda.is_available() else None
-    tables = []
+    table: list[dict[str, Any]] = []
+    steps = settings["clients"] * settings["steps"]
 
     def count(*arguments: Any) -> Iterator[Any]:
         for batch in poisson_batches(*arguments):
@@ -127,16 +128,17 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
             torch.cuda.reset_peak_memory_stats()
 
     def on_round(line: dict[str, Any]) -> None:
-        if kernels is not None and line["round"] == profiled - 1:
+        if kernels is None:
+            return
+        if line["round"] == profiled - 1:
             kernels.start()
-        if kernels is not None and line["round"] == profiled:
-            tables.append(kernels.stop(1))
+        elif line["round"] == profiled:
+            table.extend(kernels.stop(sum(drawn[-steps:]) / case["batch"] if drawn else steps))
 
     with tempfile.TemporaryDirectory() as place, patch.object(cohort, "poisson_batches", count):
         simulate(content, output=Path(place) / "run", progress=Progress(on_start=begin, on_round=on_round))
         lines = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
         chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
-    steps = settings["clients"] * settings["steps"]
     examples = [case["batch"] * steps] * len(lines)  # without privacy batches are full
     if drawn:
         first = len(drawn) - steps * len(lines)  # before them, checks of the start
@@ -146,16 +148,12 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     return {
         "seconds": [seconds[i] for i in measured],
         "examples": [examples[i] for i in measured],
-        "kernels": [_for_a_step(row, examples[profiled - 1] / case["batch"]) for table in tables for row in table],
+        "kernels": table,
         **start,
         "cohort": chosen["simulation"]["cohort_size"],
         "physical_batch": chosen["client"].get("physical_batch_size", case["batch"]),
         "checkpointing": chosen["client"]["gradient_checkpointing"] is True,
     }
-
-
-def _for_a_step(row: dict[str, Any], steps: float) -> dict[str, Any]:
-    return row | {"milliseconds": row["milliseconds"] / steps, "calls": row["calls"] / steps}
 
 
 def _peak() -> int | None:

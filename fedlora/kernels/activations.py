@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedlora.kernels.launch import beside
-
 try:
     import triton
     import triton.language as tl
@@ -194,7 +192,7 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
         outputs, size = torch.empty_like(x), x.numel()
-        with beside(x):
+        with torch.cuda.device_of(x):
             _activation_forward[triton.cdiv(size, BLOCK),](x, outputs, size, KIND=KINDS[activation], BLOCK=BLOCK)
         ctx.save_for_backward(x)
         ctx.activation = activation
@@ -204,7 +202,7 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), gradient = ctx.saved_tensors, gradients[0].contiguous()
         to_x, size, kind = torch.empty_like(x), x.numel(), KINDS[ctx.activation]
-        with beside(x):
+        with torch.cuda.device_of(x):
             _activation_backward[triton.cdiv(size, BLOCK),](x, gradient, to_x, size, KIND=kind, BLOCK=BLOCK)
         return to_x, None
 
@@ -215,7 +213,7 @@ class _Gated(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         product = torch.empty_like(gate)
         size = gate.numel()
-        with beside(gate):
+        with torch.cuda.device_of(gate):
             _gate_forward[triton.cdiv(size, BLOCK),](gate, up, product, size, KIND=KINDS[activation], BLOCK=BLOCK)
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
@@ -227,7 +225,7 @@ class _Gated(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         to_gate, to_up, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
         tensors = gate, up, gradient, to_gate, to_up
-        with beside(gate):
+        with torch.cuda.device_of(gate):
             _gate_backward[triton.cdiv(size, BLOCK),](*tensors, size, KIND=KINDS[ctx.activation], BLOCK=BLOCK)
         return to_gate, to_up, None
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from fedlora.kernels.launch import beside
-
 try:
     import triton
     import triton.language as tl
@@ -44,7 +42,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1
     if tokens:
         block = min(8192, triton.next_power_of_2(vocabulary))
         by_token = logits.stride(0)
-        with beside(logits):
+        with torch.cuda.device_of(logits):
             _cross_entropy[tokens,](logits, targets, losses, by_token, scale, vocabulary, BLOCK=block, num_warps=16)
     return losses
 

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora.kernels.activations import carries
-from fedlora.kernels.launch import beside
 
 try:
     import triton
@@ -170,7 +169,7 @@ def _turn(
     made = [x.new_empty(rows, tokens, x.shape[1], width).transpose(1, 2) for x in (q, k)]
     strides = [x.stride(axis) for x in (q, k, *made) for axis in (0, 1, 2)]
     by_row = cos.stride(0) if len(cos) > 1 else 0
-    with beside(q):
+    with torch.cuda.device_of(q):
         _rotary[rows * tokens, 2](
             q,
             k,

@@ -109,8 +109,8 @@ def weight_digests(adapted: AdaptedModel) -> dict[str, str]:
     """SHA-256 of each of these weights, by its name in the model; computed when it is first asked for.
 
     The weights in memory are hashed, not a file's size and time of change, which would miss a bit that the disk lost.
-    One thread a core hashes 0.3 to 1.5 GB a second, a part of a weight each: of a large vocabulary one weight may be a
-    fifth of a model.
+    One thread a core hashes 0.3 to 1.5 GB a second. Weights are split into parts, so that no core hashes the embeddings
+    of a large vocabulary alone.
     """
     if not adapted.digests:
         model = adapted.model

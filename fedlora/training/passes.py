@@ -22,7 +22,8 @@ BUSY = 2e11
 data centre's GPU. The host takes about as long to launch what belongs to a product. A slower GPU is busy with less."""
 
 QUANTIZED = 2
-"""A quantised base is busy with BUSY / QUANTIZED: the GPU computes its weights again in every pass."""
+"""A pass over a quantised base has BUSY / QUANTIZED. Such a base is chosen to save memory, and the GPU computes its
+weights again in every pass."""
 
 COHORT = 2
 """Where one client's product is below BUSY, a pass of several has one of up to so many times BUSY: they also share what
