@@ -1,4 +1,4 @@
-"""Kernels run on the GPU of their tensors. Triton takes the current GPU, and a split model's layers may be on others."""
+"""Kernels run on the GPU of their tensors: Triton takes the current one, and a split model has layers on others."""
 
 from __future__ import annotations
 
