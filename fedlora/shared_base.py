@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from fedlora.config import Config
 from fedlora.devices import Placement, cards_of, devices_of
-from fedlora.kernels.decoder import use_rotary_kernel
+from fedlora.kernels.rotary import use_rotary_kernel
 from fedlora.models import load_base, pretrained_source
 from fedlora.timeline import phase
 

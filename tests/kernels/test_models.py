@@ -1,4 +1,4 @@
-"""The decoder's kernels against PyTorch's own operations, and which models take them.
+"""Which models take the kernels, and rotary positions against PyTorch's own operations.
 
 Without a GPU, ``TRITON_INTERPRET=1`` runs the kernels on the CPU where Triton is installed.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from fedlora.kernels import activations, decoder, use_kernels
+from fedlora.kernels import activations, norms, rotary, use_kernels
 from tests.architectures import DECODERS, ENCODERS, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.mark.skipif(
-    decoder.triton is None or (DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET")),
+    rotary.triton is None or (DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET")),
     reason="the kernels run on a GPU, by Triton",
 )
 GATED = {
@@ -59,12 +59,12 @@ def test_positions_and_their_gradients_are_those_of_transformers(rows: int, head
     q, k = (half(3, 7, number, width) for number in heads)
     angles = 6 * torch.rand(rows, 7, width, device=DEVICE)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    found = decoder.turned(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    found = rotary.turned(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     assert all(x.transpose(1, 2).is_contiguous() for x in found)
 
     def stock(q: torch.Tensor, k: torch.Tensor) -> Any:
-        rotary = getattr(modeling_llama.apply_rotary_pos_emb, "stock", modeling_llama.apply_rotary_pos_emb)
-        return rotary(q.transpose(1, 2), k.transpose(1, 2), cos.double(), sin.double())
+        plain = getattr(modeling_llama.apply_rotary_pos_emb, "stock", modeling_llama.apply_rotary_pos_emb)
+        return plain(q.transpose(1, 2), k.transpose(1, 2), cos.double(), sin.double())
 
     check(found, [q, k], stock)
 
@@ -74,9 +74,9 @@ def test_a_model_computes_as_before(name: str, monkeypatch: pytest.MonkeyPatch) 
     """Where no kernel carries them, its modules compute what those in their places did."""
     model = build(*(DECODERS | ENCODERS)[name], "causal-lm" if name in DECODERS else "default").eval()
     for code in {sys.modules[type(m).__module__] for m in model.modules()}:
-        if hasattr(code, decoder.ROTARY):
-            monkeypatch.setattr(code, decoder.ROTARY, getattr(code, decoder.ROTARY))  # put back at the end
-    for module in (decoder, activations):
+        if hasattr(code, rotary.ROTARY):
+            monkeypatch.setattr(code, rotary.ROTARY, getattr(code, rotary.ROTARY))  # put back at the end
+    for module in (activations, norms, rotary):
         monkeypatch.setattr(module, "triton", object())
     ids = torch.tensor([[*range(4, 20), 2]])
     expected, names = model(input_ids=ids)[0], {n for n, _ in model.named_parameters()}
@@ -97,11 +97,11 @@ def test_a_model_on_a_gpu_computes_as_without_kernels(name: str, monkeypatch: py
     exact = model.float()(input_ids=ids)[0]
     use_kernels(model.bfloat16())
     calls: list[str] = []
-    for module, kernel in ((activations, "gated"), (decoder, "turned")):
+    for module, kernel in ((activations, "gated"), (rotary, "turned"), (norms, "normed")):
         own = getattr(module, kernel)
         monkeypatch.setattr(module, kernel, functools.partial(_noted, calls, kernel, own))
     inside = model(input_ids=ids)[0].float()
-    assert set(calls) == {"turned"} | ({"gated"} if name in GATED else set())
+    assert set(calls) == {"turned"} | ({"gated"} if name in GATED else set()) | ({"normed"} if name in NORMS else set())
     # Both round to bfloat16, in other places.
     assert (inside - exact).norm() < 2 * (without - exact).norm() + 1e-3 * exact.norm()
 
@@ -133,16 +133,16 @@ def test_blocks_that_do_more_are_left_alone() -> None:
     whole.act_fn = nn.ReLU()  # type: ignore[assignment]
     assert activations._gate_of(whole) is None
     norm = nn.RMSNorm(4, eps=1e-5)
-    assert decoder._is_rms_norm(norm)
+    assert norms._is_rms_norm(norm)
     norm.forward = lambda x: nn.functional.rms_norm(x, (4,), 1 + norm.weight, 1e-5)  # type: ignore[method-assign]
-    assert not decoder._is_rms_norm(norm)
+    assert not norms._is_rms_norm(norm)
 
 
 def test_a_norm_of_another_precision_is_left_alone() -> None:
     model = build(*DECODERS["llama"], "causal-lm").bfloat16()
     first, *others = [m for m in model.modules() if isinstance(m, modeling_llama.LlamaRMSNorm)]
     first.float()
-    decoder.use_decoder_kernels(model)
+    norms.use_norm_kernels(model)
     kept = [m for m in model.modules() if isinstance(m, modeling_llama.LlamaRMSNorm)]
     assert kept == [first]
     assert sum(isinstance(m, nn.RMSNorm) for m in model.modules()) == len(others)

@@ -1,6 +1,6 @@
-"""RMS norms and rotary positions of a decoder on a GPU, each in one kernel.
+"""Rotary positions of a decoder's queries and keys on a GPU, in one kernel.
 
-PyTorch takes them apart into dozens of kernels a layer, each of which reads and writes all activations.
+PyTorch takes them apart into a dozen kernels a layer, each of which reads and writes all queries or keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedlora.kernels.activations import carries
 
@@ -24,57 +23,6 @@ except ImportError:  # PyTorch brings Triton where it brings CUDA
 
 ROTARY = "apply_rotary_pos_emb"
 """The function of a transformers model that turns queries and keys by their positions."""
-
-
-def use_decoder_kernels(model: nn.Module) -> None:
-    """Replace modules of a model on a GPU by ones that compute the same in fewer kernels.
-
-    What a module computes is tried, once for each class, since names do not tell.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Loaded. In other than half precision the new modules leave the work to PyTorch.
-    """
-    known: dict[type, bool] = {}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    for path, module in list(model.named_modules()):
-        # A weight that was left in float32 would widen what the next layers get.
-        if not _looks_like_norm(module) or module.weight.dtype != dtype:
-            continue
-        if type(module) not in known:
-            known[type(module)] = _is_rms_norm(module)
-        if known[type(module)]:
-            model.set_submodule(path, _rms_norm(module))
-    use_rotary_kernel(model)
-
-
-def _looks_like_norm(module: nn.Module) -> bool:
-    names = [name for name, _ in module.named_parameters()]
-    return names == ["weight"] and module.weight.dim() == 1 and isinstance(_epsilon(module), float)  # type: ignore[operator]
-
-
-def _epsilon(module: nn.Module) -> Any:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-@torch.no_grad()
-def _is_rms_norm(module: Any) -> bool:
-    """Whether a module computes weight x / sqrt(mean x^2 + epsilon); Gemma's weight has one added to it."""
-    size, device = len(module.weight), module.weight.device
-    x, weight = torch.linspace(-3, 2, 2 * size, device=device).view(2, size), torch.linspace(-1, 2, size, device=device)
-    try:
-        found = torch.func.functional_call(module, {"weight": weight}, (x,))
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    expected = functional.rms_norm(x, (size,), weight, _epsilon(module))
-    return isinstance(found, torch.Tensor) and found.shape == x.shape and bool(torch.allclose(found, expected))
-
-
-def _rms_norm(module: Any) -> nn.RMSNorm:
-    norm = nn.RMSNorm(len(module.weight), _epsilon(module), device="meta")
-    norm.weight = module.weight
-    return norm.train(module.training)
 
 
 def use_rotary_kernel(model: nn.Module) -> None:
