@@ -37,6 +37,7 @@ NOT_RUN = {
     r"reasoning_problems": "needs reasoning-gym; tests/data/test_reasoning_problems.py has a stand-in",
     r"chat.toml": "a language model of 135 M parameters; tests/data/test_messages.py and test_scored_answers.py",
     r"(wire|privacy|privacy_20newsgroups|communication|comparison)\.toml": "hundreds of runs on a GPU; smoke.toml runs",
+    r"distributed_noise\.toml": "90 minutes; tests/strategies/test_distributed_noise.py has the mechanism",
     r"gpus_per_worker|ray://": "needs GPUs or a cluster; tests/simulation and tests/training/test_two_gpus.py",
     r"(deployment|real-nodes|two-machines|node-owners)\.md: ": "servers and nodes; tests/deployment has these commands",
     r"studies/.*\.md: fedlora report": "runs of a study that needs a GPU; reports.md has its options",
