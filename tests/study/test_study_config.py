@@ -140,6 +140,16 @@ def test_set_of_a_varied_key_is_refused() -> None:
         load_study(planned(axes={"run.seed": [1, 2]}), {"run.seed": "3"})
 
 
+def test_axes_keep_their_order_and_values_when_written() -> None:
+    """Long tables too, which writers of TOML put behind all else, and labels of any letters."""
+    long = [{"label": f'{"x" * 60} "{n}" = {{é}}', "run.rounds": n, "client": {"learning_rate": 0.1}} for n in (1, 2)]
+    axes = {"first": long, "run.seed": [0, 1], "method.rank": [2]}
+    study = load_study(planned(axes=axes))
+    again = load_study(tomllib.loads(study.to_toml()))
+    assert list(again.axes) == list(axes)
+    assert again == study
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_studies_have_a_plan_and_survive_being_written(path: Path) -> None:
     study = load_study(path)
