@@ -161,12 +161,10 @@ def digest(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder, with its tokenizer.")],
 ) -> None:
     """Print a folder's entry for the models of a node.toml's policy: its name, and the SHA-256 of its files."""
-    import tomli_w
-
+    from fedlora.config.inline_toml import inline_toml
     from fedlora.node.policy import folder_digest
 
-    entry = {"name": str(folder), "sha256": folder_digest(folder)}
-    typer.echo("{" + ", ".join(tomli_w.dumps({key: value}).strip() for key, value in entry.items()) + "}")
+    typer.echo(inline_toml({"name": str(folder), "sha256": folder_digest(folder)}))
 
 
 @keys.command("ca")

@@ -1,7 +1,7 @@
 """Layer norms and RMS norms on a GPU, each in one kernel forward and one backward.
 
 PyTorch's kernels give a row to several warps, which wait for each other, and the RMS norms of transformers' models are
-many kernels. Here a warp takes so many numbers that few rows need more than one.
+many kernels. Here a row of up to 1,024 numbers is one warp's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WARP = 1024
 
 
 def use_norm_kernels(model: nn.Module) -> None:
-    """Replace a model's norms by modules that compute the same in fewer and faster kernels.
+    """Replace a model's norms by modules that compute the same in one kernel each.
 
     What an RMS norm of a model's own code computes is tried, once for each class, since names do not tell.
 
@@ -40,10 +40,9 @@ def use_norm_kernels(model: nn.Module) -> None:
     known: dict[type, bool] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for path, module in list(model.named_modules()):
-        if type(module) is nn.LayerNorm:
-            if module.weight is not None and len(module.normalized_shape) == 1:
-                norm = LayerNorm(module.normalized_shape, module.eps, device="meta")
-                model.set_submodule(path, _taken_over(norm, module))
+        if type(module) is nn.LayerNorm and module.weight is not None and module.weight.dim() == 1:
+            norm = LayerNorm(module.normalized_shape, module.eps, device="meta")
+            model.set_submodule(path, _taken_over(norm, module))
         # A weight that was left in float32 would widen what the next layers get.
         elif _looks_like_rms_norm(module) and module.weight.dtype == dtype:
             if type(module) not in known:
@@ -131,6 +130,10 @@ def normed(
     -------
     Tensor [..., n]
         Computed in float32, and rounded once.
+
+    Notes
+    -----
+    Ba et al., arXiv 1607.06450, and Zhang and Sennrich, arXiv 1910.07467.
     """
     outputs: torch.Tensor = _Normed.apply(x, weight, bias, epsilon, centred)
     return outputs

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedlora.config import Config, Name, Positive, Section, Seed, input_error, override, read_toml
+from fedlora.config.inline_toml import inline_toml, toml_key
 from fedlora.errors import InputError
 from fedlora.paths import find_path
 
@@ -136,22 +137,9 @@ class StudyConfig(Section):
         """Return the study as TOML, with its base config in it; it runs again as it is."""
         content = _without_none(self.model_dump())
         axes = content.pop("axes")
-        # TOML's usual writers put tables last; the order of the axes is that of the runs.
-        lines = [f"{_key(name)} = {_inline(values)}\n" for name, values in axes.items()]
+        # Their order is that of the runs.
+        lines = [f"{toml_key(name)} = {inline_toml(values)}\n" for name, values in axes.items()]
         return "".join([tomli_w.dumps(content), "\n[axes]\n", *lines])
-
-
-def _inline(value: Any) -> str:
-    """Return a value as TOML on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(name)} = {_inline(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
-
-
-def _key(name: str) -> str:
-    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
 
 
 def load_study(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> StudyConfig:
