@@ -231,11 +231,25 @@ def run_superlink(middleware: Sequence[Middleware], configure: Callable[[FastAPI
     from flwr.superlink import extensions
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    lengthen_task_lease()
     # Flower asks these two hooks for its enterprise extensions.
     for name, ours in {"get_middleware": lambda: tuple(middleware), "configure_app": configure}.items():
         getattr(extensions, name)
         setattr(extensions, name, ours)
     flower_superlink()
+
+
+def lengthen_task_lease() -> None:
+    """Let the SuperLink of this process wait 150 seconds for a ServerApp's heartbeat, in place of 60.
+
+    A ServerApp sends one every 17 to 23 seconds. A machine that stands still for 40, as one that is suspended or waits
+    for its disk, loses a run to Flower's limit, and both processes of it stand still together.
+    """
+    from flwr.supercore.corestate import sql_corestate
+
+    if not hasattr(sql_corestate, "HEARTBEAT_PATIENCE"):
+        raise AttributeError("flwr.supercore.corestate.sql_corestate.HEARTBEAT_PATIENCE")
+    sql_corestate.HEARTBEAT_PATIENCE = 5
 
 
 def end_with(parent: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,7 @@ def test_a_server_has_a_guard_and_run_folders(monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("get_middleware", "configure_app"):
         monkeypatch.setattr(extensions, name, getattr(extensions, name))
+    monkeypatch.setattr(flower, "lengthen_task_lease", lambda: None)
     program = importlib.import_module("flwr.superlink.cli.flower_superlink")
     monkeypatch.setattr(program, "flower_superlink", lambda: None)
     told: list[FastAPI] = []
@@ -163,6 +165,33 @@ def test_a_server_has_a_guard_and_run_folders(monkeypatch: pytest.MonkeyPatch) -
     app = FastAPI()
     extensions.configure_app(app)
     assert (extensions.get_middleware(), told) == (("guard",), [app])
+
+
+def test_a_run_survives_a_minute_in_which_its_machine_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a suspended machine, or one that waits for its disk, loses its run: no heartbeat within 60 seconds."""
+    from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+    from flwr.supercore.corestate import sql_corestate
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.superlink.federation import NoOpFederationManager
+
+    monkeypatch.setattr(sql_corestate, "HEARTBEAT_PATIENCE", sql_corestate.HEARTBEAT_PATIENCE)
+    state = SqlLinkState(":memory:", NoOpFederationManager(), ObjectStoreFactory().store())
+    state.initialize()
+    began, later = sql_corestate.now(), 0.0
+    monkeypatch.setattr(sql_corestate, "now", lambda: began + timedelta(seconds=later))
+
+    def survives(seconds: float) -> bool:
+        nonlocal later
+        task = state.get_tasks(run_ids=[state.create_run("", "", "", {}, "federation", None, None, "serverapp")])[0]
+        assert state.claim_task(task.task_id)
+        assert state.activate_task(task.task_id)
+        later += seconds
+        return bool(state.acknowledge_task_heartbeat(task.task_id))
+
+    assert not survives(100)
+    flower.lengthen_task_lease()
+    assert survives(140)
+    assert not survives(160)
 
 
 def test_a_supernode_starts_no_other_programs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_every_module_has_its_layer() -> None:
     assert "strategies | clients" in contract["layers"]
     above = contract["layers"][: contract["layers"].index("strategies | clients")]
     assert set(above) <= {"experiments", "cli", "study", "audit", "simulator", "notebook", "reporting", "deployment"}
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    # pytest imports a test by its file's name, and collects the first of two alone.
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert names.total() > 200
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_what_is_imported_late_is_imported_late() -> None:
