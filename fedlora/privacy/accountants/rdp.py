@@ -87,7 +87,7 @@ def _is_small(sigma: float, q: float) -> bool:
 def _divergence(sigma: float, q: float, place: int) -> float:
     """Renyi divergence of one step at one of ``_ORDERS``."""
     if _is_small(sigma, q):
-        return float(_small_step_rdp(sigma, q)[place])
+        return _small_divergence(sigma, q, place)
     return float(rdp.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[_ORDERS[place]])[0])
 
 
@@ -97,31 +97,36 @@ def _group_divergences(sigma: float, q: float, group: int) -> np.ndarray:
     return GroupStep(sigma, q, group).divergences(np.array(_ORDERS)[_SPREAD])
 
 
-@lru_cache(maxsize=65536)
-def _small_step_rdp(sigma: float, q: float) -> np.ndarray:
+def _small_divergence(sigma: float, q: float, place: int) -> float:
     """Take log A / (alpha - 1), A = E (1 + q y)^alpha, from sums that have positive terms alone.
 
     Here y = exp((2 z - 1) / (2 sigma^2)) - 1 and z ~ N(0, sigma^2) (Mironov, Talwar, Zhang 2019, arXiv 1908.10530). An
     order that is left out, as infinite, makes the bound larger, not wrong.
     """
-    orders = np.array(_ORDERS)
-    log_a = np.full(len(orders), np.inf)
-    for k in np.flatnonzero(orders % 1 == 0):
+    alpha = np.array(_ORDERS)[place]
+    if alpha % 1 == 0:
         # The binomial series without the 1 that all its factors exp(0) sum to.
-        alpha, i = orders[k], np.arange(2, orders[k] + 1)
+        i = np.arange(2, alpha + 1)
         chosen = (
             gammaln(alpha + 1) - gammaln(i + 1) - gammaln(alpha - i + 1) + i * np.log(q) + (alpha - i) * np.log1p(-q)
         )
         exponent = (i * i - i) / (2 * sigma**2)
-        log_a[k] = np.logaddexp(0, logsumexp(chosen + exponent + np.log(-np.expm1(-exponent))))
-    if sigma >= 1:
-        # The trapezoidal rule, exact to rounding here, without the term alpha q y, whose mean is 0.
-        x = np.arange(-12, orders[orders % 1 != 0].max() / sigma + 12, 1 / 16)
-        weights = np.exp(-(x**2) / 2) / (16 * math.sqrt(2 * math.pi))
-        w = q * np.expm1(x / sigma - 0.5 / sigma**2)
-        for k in np.flatnonzero(orders % 1 != 0):
-            alpha = orders[k]
-            near = np.polyval([*binom(alpha, np.arange(9, 1, -1)), 0, 0], w)
-            far = np.expm1(alpha * np.log1p(w)) - alpha * w
-            log_a[k] = np.log1p(weights @ np.where(np.abs(w) < 0.01, near, far))
-    return log_a / (orders - 1)
+        log_a = np.logaddexp(0, logsumexp(chosen + exponent + np.log(-np.expm1(-exponent))))
+    elif sigma >= 1:
+        weights, w = _grid(sigma, q)
+        near = np.polyval([*binom(alpha, np.arange(9, 1, -1)), 0, 0], w)
+        far = np.expm1(alpha * np.log1p(w)) - alpha * w
+        log_a = np.log1p(weights @ np.where(np.abs(w) < 0.01, near, far))
+    else:
+        log_a = np.inf
+    return float(log_a / (alpha - 1))
+
+
+@lru_cache(maxsize=64)
+def _grid(sigma: float, q: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and values q y of the trapezoidal rule.
+
+    It is exact to rounding here, without the term alpha q y, whose mean is 0.
+    """
+    x = np.arange(-12, max(order for order in _ORDERS if order % 1) / sigma + 12, 1 / 16)
+    return np.exp(-(x**2) / 2) / (16 * math.sqrt(2 * math.pi)), q * np.expm1(x / sigma - 0.5 / sigma**2)
