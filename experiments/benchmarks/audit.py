@@ -1,9 +1,11 @@
 """Audits on MiniLM: what attacks prove beside what is claimed, by example and by client, at three epsilons and none.
 
 Two audits a case: the white-box attack with many canaries, and a whole run with mislabelled ones, of whose final model
-losses and memberships are guessed. Without privacy there is the second alone::
+losses and memberships are guessed. Without privacy there is the second alone. Whole runs are for a GPU; ``--no-inputs``
+leaves them out, and takes minutes on two cores::
 
     python -m fedlora.experiments.benchmarks.audit --output audit.json
+    python -m fedlora.experiments.benchmarks.audit --no-inputs --canaries 2000 --output audit_white_box.json
     python -m fedlora.experiments.benchmarks.audit --show audit.json
     python -m fedlora.experiments.benchmarks.audit --tiny
 """
@@ -17,6 +19,8 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedlora.experiments.benchmarks.machine import machine
 
@@ -42,8 +46,8 @@ def cases(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{level} {epsilon:g}", merged(content, {"privacy": {"target_epsilon": epsilon}})
 
 
-def measure(content: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Audit one config both ways; return the audits and their seconds."""
+def measure(content: dict[str, Any], settings: Mapping[str, Any], inputs: bool = True) -> dict[str, Any]:
+    """Audit one config both ways, or by the white-box attack alone; return the audits and their seconds."""
     from fedlora.audit import audit
 
     found: dict[str, Any] = {}
@@ -52,6 +56,8 @@ def measure(content: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, A
         began = time.perf_counter()
         white = audit(content, canaries=settings["canaries"], inputs=False)
         found["white box"] = white.to_dict() | {"seconds": time.perf_counter() - began}
+    if not inputs:
+        return found
     began = time.perf_counter()
     count, shadows = settings["input_canaries"], settings["shadows"]
     whole = audit(content, canaries=count, shadows=shadows, releases=False)
@@ -85,6 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".toml"))
     parser.add_argument("--cases", nargs="+", help='such as "example 8"; all by default')
+    parser.add_argument("--canaries", type=int, help="of the white-box attack; the config's by default")
+    parser.add_argument("--no-inputs", action="store_true", help="leave out whole runs")
     parser.add_argument("--tiny", action="store_true", help="check the script on two cores")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, metavar="RAW", help="print the table of raw figures, and measure nothing")
@@ -95,10 +103,13 @@ def main() -> None:
     settings = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     tiny = settings.pop("tiny")
     settings = merged(settings, tiny) if arguments.tiny else settings
+    settings["canaries"] = arguments.canaries or settings["canaries"]
+    if not torch.cuda.is_available():
+        settings["base"]["simulation"]["gpus_per_worker"] = 0.0
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
     for name, content in cases(settings):
         if not arguments.cases or name in arguments.cases:
-            results["cases"][name] = measure(content, settings)
+            results["cases"][name] = measure(content, settings, inputs=not arguments.no_inputs)
             print(table({"cases": {name: results["cases"][name]}}), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
