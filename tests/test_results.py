@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.experiments.benchmarks import audit
 from fedlora.reporting.comparison import Mean
 
 ROOT = Path(__file__).parents[1]
@@ -173,3 +174,14 @@ def test_the_federations_table_is_what_the_raw_figures_say() -> None:
     total = sum(each["wall"] for each in rounds)
     assert row[1:7] == [f"{value:.2f}" for value in (*seconds, total - sum(seconds), total)]
     assert row[7] == f"{(seconds[0] + seconds[3]) / total:.1%}".replace("%", " %")
+
+
+def test_the_table_of_audits_is_that_of_the_raw_figures() -> None:
+    cases = json.loads((BENCHMARKS / "results" / "audit_white_box.json").read_text(encoding="utf-8"))["cases"]
+    shown = [line.strip("| ").split(" | ") for line in audit.table({"cases": cases}).splitlines()]
+    assert rows(BENCHMARKS / "README.md", "What audits prove") == shown[2:]
+    bounds = [(found["lower_bound"], found["claimed"]) for case in cases.values() for found in case.values()]
+    assert len(bounds) == 6
+    for bound, claimed in bounds:
+        assert bound["confidence"] == 0.95
+        assert 0.74 * claimed["epsilon"] <= bound["epsilon"] < claimed["epsilon"]
