@@ -50,7 +50,7 @@ def test_every_module_has_its_layer() -> None:
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:
-    # pytest imports a test by its file's name, and collects the first of two alone.
+    # pytest imports a test by its file's name. Of two files of one name it collects the first, and drops the other.
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert names.total() > 200
     assert not [name for name, count in names.items() if count > 1]

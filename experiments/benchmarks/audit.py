@@ -109,8 +109,11 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "settings": settings, "cases": {}}
     for name, content in cases(settings):
         if not arguments.cases or name in arguments.cases:
-            results["cases"][name] = measure(content, settings, inputs=not arguments.no_inputs)
-            print(table({"cases": {name: results["cases"][name]}}), flush=True)
+            found = measure(content, settings, inputs=not arguments.no_inputs)
+            if not found:  # without privacy there is no white-box attack
+                continue
+            results["cases"][name] = found
+            print(table({"cases": {name: found}}), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

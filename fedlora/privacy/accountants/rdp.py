@@ -103,7 +103,7 @@ def _small_divergence(sigma: float, q: float, place: int) -> float:
     Here y = exp((2 z - 1) / (2 sigma^2)) - 1 and z ~ N(0, sigma^2) (Mironov, Talwar, Zhang 2019, arXiv 1908.10530). An
     order that is left out, as infinite, makes the bound larger, not wrong.
     """
-    alpha = np.array(_ORDERS)[place]
+    alpha = np.float64(_ORDERS[place])
     if alpha % 1 == 0:
         # The binomial series without the 1 that all its factors exp(0) sum to.
         i = np.arange(2, alpha + 1)
