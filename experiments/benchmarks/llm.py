@@ -47,8 +47,8 @@ SECONDS = 400
 CASE = "case.json"
 """In a case's folder: what a measurement needs to know."""
 
-SEARCH = {"clients": 1, "batches": 2, "steps": 1, "rounds": 2}
-"""Settings of a search for the largest length: no more steps than show that it fits."""
+SEARCH = {"clients": 1, "batches": 1, "steps": 1, "rounds": 2}
+"""Settings of a search for the largest length: no more steps than show that it fits, and each draws all examples."""
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
