@@ -31,7 +31,7 @@ from fedlora.privacy.accountants import get_accountant
 from fedlora.privacy.mechanisms import mechanism_of
 from fedlora.results.finished import RunResult
 from fedlora.results.folder import RunFolder
-from fedlora.results.identity import check_model, note_environment
+from fedlora.results.identity import check_model, hash_weights, note_environment
 from fedlora.roles import Roles
 from fedlora.simulation import SimulatedGrid
 from fedlora.strategies.base import FederatedStrategy, RoundReport
@@ -244,7 +244,7 @@ class Federation:
         config, method = self.config, self.method
         with phase("server model", "loading the model"):
             self.adapted: AdaptedModel = method.server_model(self.data)
-        check_model(self.folder, config, self.adapted)
+        digests = hash_weights(self.adapted)  # meanwhile it is checked that examples stay apart
         note_environment(self.folder, environment(config))
         personalised = method.personalised(config)
         unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
@@ -262,6 +262,9 @@ class Federation:
             check_sound(self.adapted, config, self.data.train.pad_token_id)
         elif config.data.packing and self.data.train.task.packs and self.adapted.stacked_layers():
             check_packing(self.adapted, config, self.data.train.pad_token_id)
+        with phase("digest", "hashing the model"):
+            self.adapted.digests = digests()
+            check_model(self.folder, config, self.adapted)
         if isinstance(self.grid, SimulatedGrid):
             self.grid.prepare(self.adapted.independent)
         for half in self.halves:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from fedlora.adapters.own_rows import OwnRows
 from fedlora.adapters.stacked import ClientDropout, RowLayout, StackedLayer, StackedLinear
+from fedlora.kernels.products import handed_on, shared_product, shares
 from fedlora.models import dense_weight
 
 
@@ -119,19 +119,8 @@ class FactoredLinear(AdapterLayer):
         """Map x [N, T, n] to [N, T, m]; on a GPU sums are taken inside the products, which saves passes over memory."""
         if not x.is_cuda or self.layout.own_rows(x):
             return super().forward(x)
-        if self._frozen_first(x):
-            first = getattr(self, self.factors[0])
-            y, narrow = _SharedInput.apply(x, self.base.weight, self.base.bias, first.weight[0].to(x.dtype))
-            return self._after_first(narrow, y)
         y = self.frozen(x)
         return self._after_first(self._first(x), y)
-
-    def _frozen_first(self, x: torch.Tensor) -> bool:
-        """Whether the frozen layer and the first factor are two plain products of x with frozen matrices."""
-        first, base = getattr(self, self.factors[0]), self.base
-        frozen = isinstance(first, StackedLinear) and not first.weight.requires_grad and len(first.weight) == 1
-        plain = type(base) is nn.Linear and base.weight.dtype == x.dtype and self.residual is None
-        return frozen and plain and first.bias is None and not self.dropout.p
 
     def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the branch's output, s F_k ... F_1 x."""
@@ -142,7 +131,16 @@ class FactoredLinear(AdapterLayer):
         return self._after_first(self._first(x))
 
     def _first(self, x: torch.Tensor) -> torch.Tensor:
-        narrow: torch.Tensor = getattr(self, self.factors[0])(self.dropout(x))
+        """Return the first factor's output, for x as the frozen layer handed it on."""
+        first = getattr(self, self.factors[0])
+        if not isinstance(first, StackedLinear) or self.dropout.p:
+            narrow: torch.Tensor = first(self.dropout(x))
+            return narrow
+        if len(first.weight) == 1 and first.bias is None:
+            weight = first.weight[0].to(x.dtype)
+            if shares(x, weight):
+                return shared_product(x, weight)
+        narrow = first(handed_on(x))
         return narrow
 
     def _after_first(self, branch: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,27 +165,6 @@ class FactoredLinear(AdapterLayer):
         weight = dense_weight(self.base)
         rms = float(weight.norm()) / weight.numel() ** 0.5
         return float(0.1 * rms * weight.shape[1] ** 0.5 / self.scaling)
-
-
-class _SharedInput(torch.autograd.Function):
-    """x W^T + b and x A^T of frozen matrices, whose gradients with respect to x are added inside the second product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, narrow: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(weight, narrow)
-        wide = x.new_empty(*x.shape[:-1], len(weight))  # no view, so that the branch can be added in place
-        flat, rows = wide.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
-        torch.mm(rows, weight.T, out=flat) if bias is None else torch.addmm(bias, rows, weight.T, out=flat)
-        return wide, nn.functional.linear(x, narrow)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, narrow = ctx.saved_tensors
-        wide, small = (g.reshape(-1, g.shape[-1]) for g in gradients)
-        to_x = (wide @ weight).addmm_(small, narrow)
-        return to_x.reshape(*gradients[0].shape[:-1], -1), None, None, None
 
 
 def adapter_dtype(base: nn.Module) -> torch.dtype:

@@ -178,6 +178,10 @@ class _ShortAttention(torch.autograd.Function):
         arguments = _arguments(query, mask, *ctx.settings)
         gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         tensors = (query, key, value, gradient.transpose(1, 2), *made)
+        if arguments["T"] == TOKENS and arguments["D"] <= TOKENS // 2:
+            # Two programs then fit into a multiprocessor, at the price of a few spilled registers. Measured on an H200,
+            # for 12,288 heads of 128 x 64: 0.67 ms instead of 0.79.
+            arguments["maxnreg"] = 128
         with torch.cuda.device_of(query):
             _backward[rows * heads,](*tensors, totals, arguments.pop("mask"), *_strides(*tensors), **arguments)
         return *made, None, None, None

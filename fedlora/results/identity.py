@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +22,11 @@ from fedlora.results.folder import RunFolder
 
 log = logging.getLogger("fedlora")
 
-_PART = 2**24
+_PART = 2**23
+"""Bytes that a thread hashes at once, so that no core hashes the embeddings of a large vocabulary alone."""
+
+_thread = threading.local()
+
 _PARTS = {
     "labels": "the classes are",
     "train": "the training examples are",
@@ -67,7 +72,7 @@ def check_model(folder: RunFolder, config: Config, adapted: AdaptedModel) -> Non
     ------
     InputError
     """
-    found = model_digest(adapted)
+    found = hashlib.sha256(repr(sorted(weight_digests(adapted).items())).encode()).hexdigest()
     before = folder.checkpoint.get("model")
     if before is None:
         folder.checkpoint["model"] = found
@@ -100,36 +105,67 @@ def data_digests(data: FederatedData) -> dict[str, str]:
     return found
 
 
-def model_digest(adapted: AdaptedModel) -> str:
-    """SHA-256 of all weights of a base model as loaded, without the trained ones."""
-    return hashlib.sha256(repr(sorted(weight_digests(adapted).items())).encode()).hexdigest()
-
-
 def weight_digests(adapted: AdaptedModel) -> dict[str, str]:
-    """SHA-256 of each of these weights, by its name in the model; computed when it is first asked for.
+    """SHA-256 of each of a base model's weights, by its name in the model; computed when it is first asked for."""
+    if not adapted.digests:
+        adapted.digests = hash_weights(adapted)()
+    return adapted.digests
+
+
+def hash_weights(adapted: AdaptedModel) -> Callable[[], dict[str, str]]:
+    """Begin to hash all weights of a base model as they are now, without the trained ones.
 
     The weights in memory are hashed, not a file's size and time of change, which would miss a bit that the disk lost.
-    One thread a core hashes 0.3 to 1.5 GB a second. Weights are split into parts, so that no core hashes the embeddings
-    of a large vocabulary alone.
+    One thread a core hashes 0.3 to 1.5 GB a second, beside what else is done meanwhile.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Other tensors may take the place of its parameters at once. The parameters may not change before the end.
+
+    Returns
+    -------
+    callable () -> dict of str to str
+        Waits for the end; returns the SHA-256 of each weight, by its name in the model.
     """
-    if not adapted.digests:
-        model = adapted.model
-        trained = {f"{path}." for path, module in model.named_modules() if isinstance(module, StackedLinear)}
-        state = {n: t for n, t in model.state_dict().items() if not any(n.startswith(path) for path in trained)}
-        parts = {_place(t): t.detach().reshape(-1).split(_PART) for t in state.values()}  # tied weights once
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hashed = pool.map(_part_digest, (part for split in parts.values() for part in split))
-            found = {place: b"".join(next(hashed) for _ in split) for place, split in parts.items()}
-        adapted.digests = {name: _tensor_digest(tensor, found[_place(tensor)]) for name, tensor in state.items()}
-    return adapted.digests
+    model = adapted.model
+    trained = {f"{path}." for path, module in model.named_modules() if isinstance(module, StackedLinear)}
+    parameters = {t.data_ptr() for t in model.parameters()}
+    state = {
+        # A pass over the model may change buffers.
+        name: tensor if tensor.data_ptr() in parameters else tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(path) for path in trained)
+    }
+    parts = {_place(t): t.detach().reshape(-1).view(torch.uint8).split(_PART) for t in state.values()}  # tied ones once
+    streams = {
+        device: torch.cuda.Stream(device) for device in {t.device for t in state.values()} if device.type == "cuda"
+    }
+    for device, stream in streams.items():
+        stream.wait_stream(torch.cuda.current_stream(device))
+    pool = ThreadPoolExecutor(os.cpu_count())
+    hashed = {place: [pool.submit(_part_digest, part, streams) for part in split] for place, split in parts.items()}
+    pool.shutdown(wait=False)
+
+    def digests() -> dict[str, str]:
+        found = {place: b"".join(part.result() for part in split) for place, split in hashed.items()}
+        return {name: _tensor_digest(tensor, found[_place(tensor)]) for name, tensor in state.items()}
+
+    return digests
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _part_digest(part: torch.Tensor) -> bytes:
-    return hashlib.sha256(part.cpu().contiguous().view(torch.uint8).numpy().data).digest()
+def _part_digest(part: torch.Tensor, streams: Mapping[torch.device, torch.cuda.Stream]) -> bytes:
+    """Hash some bytes; those of a GPU by a buffer of this thread, since fresh memory costs more than the copy."""
+    if part.device in streams:
+        if not hasattr(_thread, "buffer"):
+            _thread.buffer = torch.empty(_PART, dtype=torch.uint8)
+        with torch.cuda.stream(streams[part.device]):
+            part = _thread.buffer[: len(part)].copy_(part)
+    return hashlib.sha256(part.numpy().data).digest()
 
 
 def _tensor_digest(tensor: torch.Tensor, parts: bytes) -> str:

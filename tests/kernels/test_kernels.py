@@ -16,6 +16,7 @@ from torch.nn import functional
 from fedlora.adapters.layers import FactoredLinear
 from fedlora.adapters.stacked import RowLayout
 from fedlora.kernels import attention, cross_entropy
+from fedlora.kernels.products import handed_on, share_inputs
 from tests import tiny
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,14 +156,16 @@ def test_sums_inside_products_are_the_sums(
     for name in names:
         value = torch.randn(len(counts) if name in chosen else 1, *shapes[name])
         getattr(layer, name).weight = nn.Parameter(value, requires_grad=name in chosen)
-    x = torch.randn(sum(counts), 5, 8, requires_grad=True)
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    share_inputs(layer)
+    leaf = torch.randn(sum(counts), 5, 8, requires_grad=True)
+    x = 1.0 * leaf
+    wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     gradient = torch.randn(sum(counts), 5, 6)
     expected = layer(x)
-    gradients = torch.autograd.grad(expected, wanted, gradient)
+    gradients = torch.autograd.grad(expected, wanted, gradient, retain_graph=True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     found = layer(x)
     torch.testing.assert_close(found, expected)
     for one, other in zip(torch.autograd.grad(found, wanted, gradient), gradients, strict=True):
         torch.testing.assert_close(one, other)
-    assert layer._frozen_first(x) == (names[0] not in chosen)
+    assert handed_on(x) is not x

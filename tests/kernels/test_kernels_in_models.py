@@ -91,7 +91,7 @@ def test_a_model_computes_as_before(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a model's inputs have to be on a GPU")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
 def test_a_model_on_a_gpu_computes_as_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = build(*DECODERS[name], "causal-lm").to(DEVICE, torch.bfloat16)
+    model: Any = build(*DECODERS[name], "causal-lm").to(DEVICE, torch.bfloat16).requires_grad_(False)
     ids = torch.arange(4, 20, device=DEVICE)[None]
     without = model(input_ids=ids)[0].float()
     exact = model.float()(input_ids=ids)[0]

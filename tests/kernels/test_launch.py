@@ -19,4 +19,4 @@ def test_no_kernel_is_launched_without_its_device(file: Path) -> None:
     inside = {id(node) for w in on_device for node in ast.walk(w)}
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
     assert all(id(call) in inside for call in calls)
-    assert calls or file.stem == "__init__"
+    assert calls or "@triton.jit" not in file.read_text(encoding="utf-8")
