@@ -47,8 +47,8 @@ SECONDS = 400
 CASE = "case.json"
 """In a case's folder: what a measurement needs to know."""
 
-SEARCH = {"clients": 1, "batches": 1, "steps": 1, "rounds": 2}
-"""Settings of a search for the largest length: no more steps than show that it fits, and each draws all examples."""
+SEARCH = {"clients": 1, "batches": 1, "steps": 1, "rounds": 1, "smallest": True}
+"""Settings of a search for the largest length: one step, which draws all examples, of the smallest passes there are."""
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
@@ -110,6 +110,10 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
     if found := re.search(r"physical batch (\d+)", run):
         content["client"] |= {"physical_batch_size": int(found[1]), "gradient_checkpointing": False}
         content["simulation"]["cohort_size"] = 1
+    if settings.get("smallest"):  # what fedlora chooses where nothing else fits, without trying more
+        content["client"] |= {"physical_batch_size": 1, "gradient_checkpointing": True}
+        content["simulation"]["cohort_size"] = 1
+        content["server"]["evaluate_start"] = False
     start: dict[str, Any] = {}
     drawn: list[int] = []
     profiled = settings["rounds"] - 1  # the first round warms up, and the last is evaluated, too
@@ -141,10 +145,11 @@ def ours(settings: dict[str, Any], case: dict[str, Any], run: str, folder: Path)
         chosen = tomllib.loads((Path(place) / "run" / "config.toml").read_text())
     examples = [case["batch"] * steps] * len(lines)  # without privacy batches are full
     if drawn:
-        first = len(drawn) - steps * len(lines)  # before them, checks of the start
-        examples = [sum(drawn[i : i + steps]) for i in range(first, len(drawn), steps)]
+        before = len(drawn) - steps * len(lines)  # checks of the start
+        examples = [sum(drawn[i : i + steps]) for i in range(before, len(drawn), steps)]
     seconds = [line["seconds"]["train"] / n * case["batch"] for line, n in zip(lines, examples, strict=True)]
-    measured = [i for i in range(1, len(lines)) if kernels is None or i != profiled - 1]
+    first = min(1, len(lines) - 1)  # of several rounds the first warms up
+    measured = [i for i in range(first, len(lines)) if kernels is None or i != profiled - 1]
     return {
         "seconds": [seconds[i] for i in measured],
         "examples": [examples[i] for i in measured],

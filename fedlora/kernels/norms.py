@@ -105,8 +105,9 @@ class RMSNorm(nn.RMSNorm):
 def _carries(norm: nn.Module, x: torch.Tensor) -> bool:
     """Whether the kernels take a norm of these numbers: frozen weights, rows that lie side by side."""
     weights = list(norm.parameters())
-    frozen = triton is not None and not any(weight.requires_grad for weight in weights)
-    return frozen and carries(x, *weights) and x.is_contiguous() and x.shape[-1] == weights[0].numel() <= WIDEST
+    fit = not any(w.requires_grad or w.dtype != x.dtype or w.device != x.device for w in weights)
+    short = x.shape[-1] == weights[0].numel() <= WIDEST
+    return triton is not None and fit and short and carries(x) and x.is_contiguous()
 
 
 def normed(

@@ -87,3 +87,18 @@ def test_only_plain_frozen_norms_are_taken() -> None:
         assert not norm.training
     model["plain"](x).square().sum().backward()
     assert model["plain"].weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", [norms.LayerNorm, norms.RMSNorm])
+def test_frozen_norms_in_half_precision_on_a_gpu_take_the_kernels(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in float32, in another precision than their input, or trained, do not."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(norms, "triton", object())
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(norms, "normed", lambda x, *_, **__: taken.append(x) or x)
+    norm, x = kind(8, eps=1e-3).bfloat16().requires_grad_(False), torch.randn(2, 8)
+    norm(x.bfloat16())
+    assert len(taken) == 1
+    norm.float()(x)
+    norm.requires_grad_(True).bfloat16()(x.bfloat16())
+    assert len(taken) == 1
