@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.kernels import products
+from tests.architectures import DECODERS, ENCODERS, build
+
+MODELS = [
+    "llama", "gemma2", "phi3", "olmo2", "gptj", "gpt_neox", "bloom", "mixtral", "recurrent_gemma",
+    "bert", "albert", "deberta-v3", "convbert", "longformer", "bart", "xlnet",
+]  # fmt: skip
+"""Of many forms: attention beside the feed-forward block, shared layers, experts, convolutions, two stacks."""
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +154,23 @@ def test_trained_layers_and_the_output_layer_stay_as_they_are() -> None:
     model = Model(2)
     products.share_inputs(model)
     assert [type(layer) for layer in model.layers] == [products.FrozenLinear, nn.Linear]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_s_gradients_are_as_without(name: str) -> None:
+    """Those of its embeddings, to which the gradients of all its layers lead; with and without checkpointing."""
+    model: Any = build(*(DECODERS | ENCODERS)[name], "causal-lm" if name in DECODERS else "default").train()
+    trained = model.get_input_embeddings().weight.requires_grad_(True)
+    ids = torch.tensor([[*range(4, 12), 2], [*range(12, 20), 2]])
+
+    def found() -> torch.Tensor:
+        logits = model(input_ids=ids)[0]
+        weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        return torch.autograd.grad((logits * weights).sum(), trained)[0]
+
+    expected = found()
+    products.share_inputs(model)
+    assert (found() - expected).norm() < 1e-4 * expected.norm()
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert (found() - expected).norm() < 1e-4 * expected.norm()
