@@ -244,7 +244,7 @@ class Federation:
         config, method = self.config, self.method
         with phase("server model", "loading the model"):
             self.adapted: AdaptedModel = method.server_model(self.data)
-        digests = hash_weights(self.adapted)  # meanwhile it is checked that examples stay apart
+        self._check_model()
         note_environment(self.folder, environment(config))
         personalised = method.personalised(config)
         unscored = [UNSCORED] if personalised and not config.server.fraction_evaluate else []
@@ -254,17 +254,8 @@ class Federation:
             self.folder.tell(note)
         for note in self.folder.notes:
             self.progress.on_note(note)
-        mechanism = mechanism_of(config)
-        if mechanism.is_private and (note := get_accountant(config.privacy.accountant).note):
+        if mechanism_of(config).is_private and (note := get_accountant(config.privacy.accountant).note):
             log.warning(note)
-        if mechanism.clips_examples and self.adapted.stacked_layers():
-            # Clients measure it too; here the run ends before anybody is asked.
-            check_sound(self.adapted, config, self.data.train.pad_token_id)
-        elif config.data.packing and self.data.train.task.packs and self.adapted.stacked_layers():
-            check_packing(self.adapted, config, self.data.train.pad_token_id)
-        with phase("digest", "hashing the model"):
-            self.adapted.digests = digests()
-            check_model(self.folder, config, self.adapted)
         if isinstance(self.grid, SimulatedGrid):
             self.grid.prepare(self.adapted.independent)
         for half in self.halves:
@@ -278,6 +269,19 @@ class Federation:
             self.totals.seconds["load"] += time.perf_counter() - self.clock
         else:
             self.begin(self.clock)
+
+    def _check_model(self) -> None:
+        """Refuse a model whose examples depend on each other, and on resume one with other weights."""
+        config, table = self.config, self.data.train
+        digests = hash_weights(self.adapted)  # by threads, while examples are compared
+        if mechanism_of(config).clips_examples and self.adapted.stacked_layers():
+            # Clients measure it too; here the run ends before anybody is asked.
+            check_sound(self.adapted, config, table.pad_token_id)
+        elif config.data.packing and table.task.packs and self.adapted.stacked_layers():
+            check_packing(self.adapted, config, table.pad_token_id)
+        with phase("digest", "hashing the model"):
+            self.adapted.digests = digests()
+        check_model(self.folder, config, self.adapted)
 
     @property
     def _helped(self) -> bool:

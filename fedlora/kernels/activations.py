@@ -239,7 +239,7 @@ if triton is not None:
             share = tl.sigmoid(x)
             return x * share, share * (1.0 + x * (1.0 - share))
         elif KIND == 1:  # GELU: x Phi(x) of the normal distribution, its tail by Abramowitz and Stegun 7.1.26
-            # Reciprocal and power in single instructions: divisions and exp take more, and then so does the kernel.
+            # One instruction each for the reciprocal and the power: a division and exp would take longer than memory.
             t = 1.0 + 0.23164189 * tl.abs(x)  # 0.3275911 / sqrt(2)
             t = tl.rsqrt(t * t)
             density = tl.exp2(-0.7213475204444817 * x * x)  # exp(-x^2 / 2)

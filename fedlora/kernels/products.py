@@ -13,11 +13,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 HANDED_ON = "_fedlora_handed_on"
-"""A tensor's attribute: itself, as the last layer handed it on, and its version then."""
+"""Attribute of an input: the tensor that its last product handed on, and the input's version at that time."""
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let a model's frozen linear layers add their gradients inside their products.
+    """Let a model's frozen linear layers add the gradients of an input that they share inside their products.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def share_inputs(model: nn.Module) -> None:
 
 
 class FrozenLinear(nn.Linear):
-    """PyTorch's, whose input is shared where a gradient flows to it."""
+    """A linear layer that hands its input on to the next layer of the same input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., n] to [..., m]."""
@@ -77,16 +77,17 @@ def shared_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def handed_on(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as the last product handed it on; itself before the first, and once it was changed in place.
+    """Return the tensor that takes the place of x in its next product.
 
-    It is for products alone: their gradient is overwritten.
+    It has the values of x, and its gradient is added to that of the product before. That is done in place, so that only
+    products may use it. Before the first product, and after x was changed in place, it is x itself.
     """
     after, version = getattr(x, HANDED_ON, (x, None))
     return after if version == x._version else x
 
 
 class _SharedProduct(torch.autograd.Function):
-    """x W^T + b, and x."""
+    """Return x W^T + b, and x for the next product; backwards, add the product's gradient to that of the others."""
 
     @staticmethod
     def forward(
@@ -107,6 +108,6 @@ class _SharedProduct(torch.autograd.Function):
             return of_others, None, None
         (weight,) = ctx.saved_tensors
         flat = of_product.reshape(-1, len(weight))
-        # In place where there is another: nobody else has it, since only products get what is handed on.
+        # In place: nobody else has the others' gradient, since only products use what is handed on.
         to_x = flat @ weight if of_others is None else of_others.reshape(-1, weight.shape[1]).addmm_(flat, weight)
         return to_x.view(*of_product.shape[:-1], -1), None, None
